@@ -1,0 +1,23 @@
+"""The errors a user can cause or must hear about: one sentence each, with the way out."""
+
+
+class LbllmError(Exception):
+    """Base of every error this project raises on purpose.
+
+    The message is one sentence that says what is wrong and what to do. The command line prints it without a
+    traceback and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+
+class FormatError(LbllmError):
+    """Stored weights are not what the W(1+1) format allows (shape, dtype, padding, sorting, finiteness)."""
+
+
+class KernelError(LbllmError):
+    """A kernel is missing, failed to compile, or disagreed with the reference. Never answered by a slow path."""
+
+
+class TargetError(LbllmError):
+    """A target string names nothing this build can generate code for."""

@@ -1,0 +1,205 @@
+"""The canonical W(1+1) weight format: two bit-planes and four int8 levels per group.
+
+A matrix ``W`` of shape ``[N, K]`` (``N = out_features``, ``K = in_features``) is cut, per output row, into groups of
+``group`` input columns; the last group is short where ``K % group != 0``. Each group has four *levels*, sorted, stored as
+int8 times one fp16 *scale*. An element picks one of the four by two bits (LBLLM, arXiv 2604.19167, equation 3)::
+
+    bitmap = 1 (inner pair):  sign ? level[2] : level[1]
+    bitmap = 0 (outer pair):  sign ? level[3] : level[0]
+
+The index into the sorted levels is the *code* (0..3). All functions accept leading batch dimensions (stacked experts).
+
+Bits are packed along ``K``, eight to a byte, least significant bit first; padding bits of the last byte are zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+
+GROUPS = (32, 64, 128, 256)
+"""Group sizes the format allows, in input columns."""
+
+LEVELS = 4
+"""Levels per group."""
+
+LEVEL_MAX = 127
+"""Largest magnitude of a stored int8 level."""
+
+SCALE_MIN = 2.0**-24
+"""Smallest positive fp16 number: a non-zero group never gets a smaller scale."""
+
+
+def group_count(in_features: int, group: int) -> int:
+    """Number of groups along ``K``, the short tail included."""
+    return -(-in_features // group)
+
+
+def pack_plane(bits: Tensor) -> Tensor:
+    """Packs a boolean plane ``[..., K]`` into ``uint8 [..., ceil(K / 8)]``, least significant bit first."""
+    k = bits.shape[-1]
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -k % 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_plane(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of :func:`pack_plane`: ``uint8 [..., ceil(K / 8)]`` to ``bool [..., K]``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :in_features].bool()
+
+
+def codes_to_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits level codes ``[..., K]`` (0..3) into packed ``(sign, bitmap)`` planes."""
+    return pack_plane(codes >= 2), pack_plane((codes == 1) | (codes == 2))
+
+
+def planes_to_codes(sign: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    """Joins packed planes into level codes ``uint8 [..., K]`` (0..3)."""
+    upper = unpack_plane(sign, in_features).to(torch.uint8)
+    inner = unpack_plane(bitmap, in_features)
+    return torch.where(inner, 1 + upper, 3 * upper)
+
+
+def quantize_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds float levels ``[..., G, 4]`` to ``(int8 [..., G, 4], fp16 scale [..., G])``.
+
+    The scale is ``max |level| / 127`` rounded to fp16; the levels are rounded half to even and clamped to +-127.
+    Order is kept: sorted levels stay sorted. A group of zeros gets scale 0.
+
+    Raises:
+        FormatError: a level is not finite or too large for an fp16 scale.
+    """
+    peak = levels.abs().amax(-1)
+    if not bool(torch.isfinite(peak).all()):
+        raise FormatError("a weight level is NaN or infinite; check the model's weights")
+    if bool((peak > 65504.0 * LEVEL_MAX).any()):
+        raise FormatError("a weight exceeds 8.3e6, the largest the fp16 group scale can hold; rescale the layer")
+    scale = (peak.float() / LEVEL_MAX).to(torch.float16)
+    scale = torch.where((scale == 0) & (peak > 0), torch.full_like(scale, SCALE_MIN), scale)
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
+    quantized = (levels.float() / safe).round().clamp_(-LEVEL_MAX, LEVEL_MAX).to(torch.int8)
+    return quantized, scale
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One W(1+1) matrix in canonical form (or ``E`` stacked ones, with a leading dimension).
+
+    Attributes:
+        sign: ``uint8 [..., N, ceil(K / 8)]``, packed.
+        bitmap: ``uint8 [..., N, ceil(K / 8)]``, packed.
+        levels: ``int8 [..., N, G, 4]``, sorted ascending.
+        scale: ``float16 [..., N, G]``, finite and not negative.
+        in_features: ``K``.
+        group: input columns per group, one of :data:`GROUPS`.
+    """
+
+    sign: Tensor
+    bitmap: Tensor
+    levels: Tensor
+    scale: Tensor
+    in_features: int
+    group: int
+
+    @property
+    def out_features(self) -> int:
+        return self.sign.shape[-2]
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.in_features, self.group)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the whole matrix as stored: two planes, four int8 levels and one fp16 scale a group."""
+        return 8 * sum(t.numel() * t.element_size() for t in (self.sign, self.bitmap, self.levels, self.scale))
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, levels: Tensor, group: int) -> QuantizedWeight:
+        """From codes ``[..., N, K]`` (0..3) and sorted float levels ``[..., N, G, 4]``.
+
+        Raises:
+            FormatError: shapes disagree, levels are unsorted or not finite.
+        """
+        sign, bitmap = codes_to_planes(codes)
+        quantized, scale = quantize_levels(levels)
+        weight = cls(sign, bitmap, quantized, scale, codes.shape[-1], group)
+        weight.validate()
+        return weight
+
+    def codes(self) -> Tensor:
+        """Level codes, ``uint8 [..., N, K]``."""
+        return planes_to_codes(self.sign, self.bitmap, self.in_features)
+
+    def integer_levels(self) -> Tensor:
+        """The int8 level of every element, ``int8 [..., N, K]``."""
+        padded = self.groups * self.group
+        codes = torch.nn.functional.pad(self.codes(), (0, padded - self.in_features))
+        codes = codes.unflatten(-1, (self.groups, self.group)).long()
+        return torch.gather(self.levels, -1, codes).flatten(-2)[..., : self.in_features]
+
+    def dequantize(self) -> Tensor:
+        """The matrix as ``float32 [..., N, K]``: int8 level times fp16 scale, exact in fp32."""
+        scale = self.scale.float().repeat_interleave(self.group, -1)[..., : self.in_features]
+        return self.integer_levels().float() * scale
+
+    def validate(self, name: str = "weight") -> None:
+        """Checks every rule of the format.
+
+        Raises:
+            FormatError: naming ``name`` and the rule that is broken.
+        """
+        n, nbytes = self.out_features, -(-self.in_features // 8)
+        batch = self.sign.shape[:-2]
+        expected = {
+            "sign": (torch.uint8, (*batch, n, nbytes)),
+            "bitmap": (torch.uint8, (*batch, n, nbytes)),
+            "levels": (torch.int8, (*batch, n, self.groups, LEVELS)),
+            "scale": (torch.float16, (*batch, n, self.groups)),
+        }
+        if self.group not in GROUPS:
+            raise FormatError(f"{name}: group size {self.group} is not one of {GROUPS}")
+        for field, (dtype, shape) in expected.items():
+            tensor: Tensor = getattr(self, field)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise FormatError(
+                    f"{name}.{field} is {tensor.dtype} {tuple(tensor.shape)}, the format needs {dtype} {shape}"
+                )
+        if self.in_features % 8:
+            last = torch.cat([self.sign[..., -1:], self.bitmap[..., -1:]], -1)
+            if bool((last >> (self.in_features % 8)).any()):
+                raise FormatError(f"{name}: a padding bit behind column {self.in_features} is set")
+        if bool((self.levels[..., 1:] < self.levels[..., :-1]).any()):
+            raise FormatError(f"{name}: the levels of a group are not sorted")
+        if not bool(torch.isfinite(self.scale).all()) or bool((self.scale < 0).any()):
+            raise FormatError(f"{name}: a group scale is negative, NaN or infinite")
+
+    def concatenate_rows(self, *others: QuantizedWeight) -> QuantizedWeight:
+        """Stacks matrices with the same ``K`` and group row-wise (merged q/k/v or gate/up)."""
+        parts = (self, *others)
+        if any(p.in_features != self.in_features or p.group != self.group for p in parts):
+            raise FormatError("only matrices with the same in_features and group can be merged")
+        return QuantizedWeight(
+            torch.cat([p.sign for p in parts], -2),
+            torch.cat([p.bitmap for p in parts], -2),
+            torch.cat([p.levels for p in parts], -3),
+            torch.cat([p.scale for p in parts], -2),
+            self.in_features,
+            self.group,
+        )
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per row, for the embedding and lm_head: ``[N, K]`` to ``(int8 [N, K], fp32 scale [N])``."""
+    peak = weight.abs().amax(-1).float()
+    if not bool(torch.isfinite(peak).all()):
+        raise FormatError("a weight is NaN or infinite; check the model's weights")
+    scale = peak / LEVEL_MAX
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
+    return (weight.float() / safe).round().clamp_(-LEVEL_MAX, LEVEL_MAX).to(torch.int8), scale

@@ -1,0 +1,226 @@
+"""The exact meaning of every lbllm operator, slow and plain. Kernels must agree with it bit for bit.
+
+Activations. A token's channels are cut into groups like the weight's (or one group for the whole token). Every group is
+quantized dynamically to *values* (small signed integers) times one fp32 *scale*:
+
+* 4 bit, asymmetric: ``hi = max(max(x) * clip[0], 0)``, ``lo = min(min(x) * clip[1], 0)`` (both clamped to +-1.5e38),
+  ``scale = max(hi - lo, 1e-30) / 15``, ``zero = clamp(round(-lo / scale), 0, 15)``,
+  ``value = clamp(round(x / scale) + zero, 0, 15) - zero``.
+* 8 and 16 bit, symmetric: ``peak = max(hi, -lo)``, ``scale = max(peak, 1e-30) / q`` with ``q = 127`` or ``32767``,
+  ``value = clamp(round(x / scale), -q, q)``.
+
+All divisions are fp32 IEEE divisions, rounding is half to even, and no multiply and add are contracted. The sum that
+rounds stays in fp32 until it is clamped, so that large quotients saturate. Inputs must be finite: for NaN or infinite
+inputs the values are unspecified (but in range).
+
+Linears. ``acc[m, n, g]`` is the int32 dot product of a group's values and int8 levels (exact in any order). The output
+is ``y = fma(float(acc[g]), x_scale[m, g] * w_scale[n, g], y)`` from ``y = 0`` over ascending groups, then ``y + bias``:
+one correctly rounded fp32 fused multiply-add per group, so every kernel that keeps the group order gives equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .format import QuantizedWeight, group_count
+
+RANGE_MAX = 1.5e38
+"""Clipped bounds of a group are clamped to this, so that ``hi - lo`` cannot overflow fp32."""
+
+RANGE_MIN = 1e-30
+"""Smallest range (4 bit) or peak (8, 16 bit) of a group: an all-zero group gets a tiny scale, not zero."""
+
+INT16_MAX = 32767
+INT8_MAX = 127
+INT4_MAX = 15
+
+ACTIVATION_BITS = (4, 8, 16)
+
+
+def value_dtype(bits: int) -> torch.dtype:
+    """Storage type of quantized activation values: int8 for 4 and 8 bits, int16 for 16 bits."""
+    return torch.int16 if bits == 16 else torch.int8
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """``[..., K]`` to ``[..., G, group]``, the tail padded with zeros (zero never widens a clipped range)."""
+    k = x.shape[-1]
+    return F.pad(x, (0, -k % group)).unflatten(-1, (group_count(k, group), group))
+
+
+def quantize_activation(x: Tensor, clip: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Quantizes ``x [..., K]`` (fp32) per token and group (see the module docstring).
+
+    Args:
+        x: float32, finite.
+        clip: float32 ``[2]``: factors in (0, 1] on the group's maximum and minimum.
+        bits: 4, 8 or 16.
+        group: channels per scale; 0 means one scale for the whole token.
+
+    Returns:
+        ``(values, scale)``: int8 (int16 for 16 bits) ``[..., K]`` and float32 ``[..., G]``.
+    """
+    k = x.shape[-1]
+    grouped = _grouped(x.float(), group or k)
+    high = (grouped.amax(-1) * clip[0]).clamp(0.0, RANGE_MAX)
+    low = (grouped.amin(-1) * clip[1]).clamp(-RANGE_MAX, 0.0)
+    if bits == 4:
+        scale = (high - low).clamp_min(RANGE_MIN) / INT4_MAX
+        zero = (-low / scale).round().clamp(0, INT4_MAX).unsqueeze(-1)
+        values = ((grouped / scale.unsqueeze(-1)).round() + zero).clamp(0, INT4_MAX) - zero
+    else:
+        limit = INT8_MAX if bits == 8 else INT16_MAX
+        scale = torch.maximum(high, -low).clamp_min(RANGE_MIN) / limit
+        values = (grouped / scale.unsqueeze(-1)).round().clamp(-limit, limit)
+    return values.flatten(-2)[..., :k].to(value_dtype(bits)), scale
+
+
+def dequantize_activation(values: Tensor, scale: Tensor, group: int) -> Tensor:
+    """``values [..., K]`` times ``scale [..., G]`` as float32."""
+    k = values.shape[-1]
+    return values.float() * scale.repeat_interleave(group or k, -1)[..., :k]
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Correctly rounded fp32 ``a * b + c``, by rounding to odd in fp64 (Boldo and Melquiond, 2008).
+
+    The product of two fp32 numbers is exact in fp64; the sum is rounded to odd there, which makes the second rounding,
+    to fp32, the only one that counts.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    bits = total.view(torch.int64)
+    inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
+    away = (error > 0) == (total > 0)
+    odd = torch.where(away, bits + 1, bits - 1)
+    return torch.where(inexact_even, odd, bits).view(torch.float64).float()
+
+
+def _scaled_group_sum(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``acc [G, M, N]``, ``x_scale [M, G or 1]``, ``w_scale [N, G or 1]`` to fp32 ``[M, N]`` in the stated order."""
+    groups, m, n = accumulators.shape
+    x_scale, w_scale = x_scale.expand(m, groups), w_scale.float().expand(n, groups)
+    out = accumulators.new_zeros((m, n), dtype=torch.float32)
+    for g in range(groups):
+        product = x_scale[:, g, None] * w_scale[None, :, g]
+        out = fused_multiply_add(accumulators[g].float(), product, out)
+    return out if bias is None else out + bias
+
+
+def _integer_accumulators(values: Tensor, weight: Tensor, group: int) -> Tensor:
+    """Group dot products ``[G, M, N]`` of integer ``values [M, K]`` and ``weight [N, K]``, as exact float64."""
+    a = _grouped(values.double(), group).transpose(0, 1)
+    b = _grouped(weight.double(), group).permute(1, 2, 0)
+    return torch.bmm(a, b)
+
+
+def bit_linear(values: Tensor, x_scale: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """``[..., K]`` quantized activations times a W(1+1) matrix, float32 ``[..., N]``."""
+    k = values.shape[-1]
+    accumulators = _integer_accumulators(values.reshape(-1, k), weight.integer_levels(), weight.group)
+    out = _scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), weight.scale, bias)
+    return out.reshape(*values.shape[:-1], weight.out_features)
+
+
+def int8_linear(
+    values: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, group: int
+) -> Tensor:
+    """``[..., K]`` quantized activations times an int8-per-row matrix ``[N, K]``, float32 ``[..., N]``.
+
+    ``group`` is the activations' (0: the whole token is one group); the weight has one fp32 scale a row.
+    """
+    k = values.shape[-1]
+    accumulators = _integer_accumulators(values.reshape(-1, k), weight, group or k)
+    out = _scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), w_scale[:, None], bias)
+    return out.reshape(*values.shape[:-1], weight.shape[0])
+
+
+def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantizes keys or values ``[..., D]`` per token and head, asymmetric, for the KV cache.
+
+    Returns:
+        For 4 and 8 bits ``(uint8 [..., D * bits / 8], float16 [..., 2])``: codes (two to a byte at 4 bits, low nibble
+        first, an odd ``D`` padded with zero) and ``(scale, zero point)``; the scale is rounded to fp16 before it is
+        used. For 16 bits ``(float16 [..., D], float16 [..., 0])``.
+    """
+    if bits == 16:
+        return x.clamp(-65504.0, 65504.0).half(), x.new_empty((*x.shape[:-1], 0), dtype=torch.float16)
+    limit = (1 << bits) - 1
+    high, low = x.amax(-1).clamp_min(0.0).float(), x.amin(-1).clamp_max(0.0).float()
+    scale = ((high - low) / limit).clamp(2.0**-24, 65504.0).half()
+    zero = (-low / scale.float()).round().clamp(0, limit)
+    codes = ((x.float() / scale.float().unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, limit).to(torch.uint8)
+    if bits == 4:
+        codes = F.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
+        codes = codes[..., 0] | (codes[..., 1] << 4)
+    return codes, torch.stack([scale, zero.half()], -1)
+
+
+def dequantize_kv(codes: Tensor, params: Tensor, bits: int, head_dim: int) -> Tensor:
+    """Inverse of :func:`quantize_kv`, float32 ``[..., D]``."""
+    if bits == 16:
+        return codes.float()
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., :head_dim]
+    params = params.float()
+    return (codes.float() - params[..., 1:2]) * params[..., 0:1]
+
+
+def attention_mask(key_mask: Tensor, queries: int, past: int, window: int) -> Tensor:
+    """Boolean ``[B, 1, S, T]``: query slot ``past + i`` sees key slot ``j <= past + i`` that ``key_mask [B, T]`` marks,
+    and, with a sliding ``window > 0``, only ``j > past + i - window``."""
+    total = key_mask.shape[1]
+    query = torch.arange(past, past + queries, device=key_mask.device)[:, None]
+    key = torch.arange(total, device=key_mask.device)[None, :]
+    visible = key <= query
+    if window > 0:
+        visible = visible & (key > query - window)
+    return visible[None, None] & key_mask.bool()[:, None, None, :]
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_params: Tensor,
+    value_codes: Tensor,
+    value_params: Tensor,
+    key_mask: Tensor,
+    past: int,
+    scale: float,
+    window: int,
+    bits: int,
+) -> Tensor:
+    """Attention over a quantized KV cache; writes the new keys and values at slots ``past .. past + S``.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key, value: new ones, ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``; ``H`` is a multiple of ``Hkv``.
+        key_codes, key_params, value_codes, value_params: the state, ``[B, Hkv, C, ...]`` as :func:`quantize_kv` lays it
+            out, capacity ``C >= past + S``; changed in place.
+        key_mask: ``[B, past + S]``, nonzero where a slot holds a token (zero: padding).
+        past: tokens already in the state.
+        scale: softmax scale.
+        window: sliding window in tokens, 0 for none.
+        bits: 4, 8 or 16.
+
+    Returns:
+        float ``[B, H, S, Dv]``. A query that sees no key (a padding slot) gives zeros.
+    """
+    s, end = query.shape[2], past + query.shape[2]
+    for new, codes, params in ((key, key_codes, key_params), (value, value_codes, value_params)):
+        new_codes, new_params = quantize_kv(new, bits)
+        codes[:, :, past:end] = new_codes
+        params[:, :, past:end] = new_params
+    keys = dequantize_kv(key_codes[:, :, :end], key_params[:, :, :end], bits, key.shape[-1]).to(query.dtype)
+    values = dequantize_kv(value_codes[:, :, :end], value_params[:, :, :end], bits, value.shape[-1]).to(query.dtype)
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+    mask = attention_mask(key_mask, s, past, window)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)

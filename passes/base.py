@@ -1,0 +1,169 @@
+"""What a pass is: a frozen dataclass with a name, typed options and a numeric contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass promises about the program's outputs on the probe batch.
+
+    ``exact``: bit-equal. ``bounded``: relative error (Frobenius norm of the difference over that of the output before)
+    at most ``bound``. ``calibrating``: changes the model on purpose; the change is reported, not judged.
+    """
+
+    kind: str
+    bound: float = 0.0
+
+    def __str__(self) -> str:
+        return f"bounded({self.bound:g})" if self.kind == "bounded" else self.kind
+
+
+EXACT = Contract("exact")
+CALIBRATING = Contract("calibrating")
+
+
+def bounded(bound: float) -> Contract:
+    return Contract("bounded", bound)
+
+
+class Task(Protocol):
+    """One running progress bar."""
+
+    def advance(self, note: str = "") -> None:
+        """One unit is done; ``note`` is a short figure to show beside the bar."""
+        ...
+
+
+class Progress(Protocol):
+    """Where long work reports. On a terminal: a bar with an ETA; elsewhere: plain lines."""
+
+    def task(self, title: str, total: int) -> AbstractContextManager[Task]: ...
+
+    def note(self, text: str) -> None:
+        """One line worth keeping above the bars."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Finished pieces of work that survive a kill. Keys are ``(stage, index)``; what is stored is never half-written."""
+
+    def load(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """``(tensors, metrics)`` of a finished piece, or None."""
+        ...
+
+    def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None: ...
+
+
+class NoProgress:
+    """Reports nowhere."""
+
+    class _Task:
+        def advance(self, note: str = "") -> None:
+            pass
+
+        def __enter__(self) -> NoProgress._Task:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def task(self, title: str, total: int) -> AbstractContextManager[Task]:
+        return self._Task()
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class NoCheckpoints:
+    """Keeps nothing."""
+
+    def load(self, stage: str, index: int) -> None:
+        return None
+
+    def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class PassContext:
+    """What passes share besides the program.
+
+    Attributes:
+        teacher: the captured, unquantized program that calibrations imitate. Set by the driver after capture.
+        calibration: the calibration set, one mapping from placeholder name to value per batch of equally long
+            sequences (a language model's ``input_ids``, ``attention_mask``, ``position_ids``; a plain module's inputs).
+        validation: held-out batches of the same kind, never trained on.
+        probe: one small batch on which contracts are measured.
+        target: target string, e.g. ``"cpu"``.
+        device: where calibration arithmetic runs.
+        seed: start of every generator a pass makes; passes never touch the global one.
+        progress, checkpoints: see the protocols.
+    """
+
+    teacher: Program | None = None
+    calibration: Sequence[Mapping[str, Any]] = ()
+    validation: Sequence[Mapping[str, Any]] = ()
+    probe: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "cpu"
+    device: torch.device = torch.device("cpu")
+    seed: int = 0
+    progress: Progress = field(default_factory=NoProgress)
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """A generator of its own for ``stream`` (a layer index, say), a function of the seed alone."""
+        return torch.Generator(device="cpu").manual_seed(self.seed * 1_000_003 + stream)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass gives back.
+
+    Attributes:
+        program: the rewritten program.
+        rows: one JSON-able mapping per layer or site, for the report (errors, flip rates, ...).
+        summary: JSON-able figures of the whole pass.
+    """
+
+    program: Program
+    rows: Sequence[Mapping[str, Any]] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One rewrite. Subclasses are frozen dataclasses whose fields are the options of the pipeline text.
+
+    Class attributes:
+        name: kebab-case name in pipeline text.
+        contract: see :class:`Contract`.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = EXACT
+
+    @abstractmethod
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        """Returns a new program; the one given stays as it was.
+
+        Raises:
+            PassError: a precondition does not hold; the message names the node.
+        """
+
+
+def batches_of(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Cuts a batch along its first dimension into pieces of at most ``size``."""
+    count = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor))
+    for start in range(0, count, size):
+        yield {k: v[start : start + size] if isinstance(v, Tensor) else v for k, v in batch.items()}

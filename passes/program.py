@@ -1,0 +1,173 @@
+"""``Program``: the one thing that flows through the compiler. An FX graph at ATen level, its weights and what it came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+STATE = "lbllm_state"
+"""Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Shape of one KV-state placeholder: ``[batch, heads, capacity, *tail]`` of ``dtype``.
+
+    Attributes:
+        heads: key/value heads.
+        tail: trailing dimensions (packed codes, or scale and zero point).
+        dtype: torch dtype of the tensor.
+    """
+
+    heads: int
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+
+    def allocate(self, batch: int, capacity: int) -> Tensor:
+        return torch.zeros((batch, self.heads, capacity, *self.tail), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model at some point of the pipeline. Passes return a new one; they never change the one they got.
+
+    Attributes:
+        module: the graph and its weights. Weights are ``get_attr`` nodes whose targets are the original module paths.
+            A language model's placeholders are ``input_ids``, ``attention_mask`` (int64 ``[B, T]``, T = past + S) and
+            ``position_ids``; after the pass ``cache`` also ``past`` (an int) and the KV state. The graph returns one
+            tensor (logits ``[B, S, V]`` for a language model).
+        kind: ``"causal-lm"`` or ``"module"`` (anything else with linears).
+        name: the model's name, for messages and the artifact.
+        config: the model's configuration as JSON-able values; empty for a plain module.
+        tokenizer: a transformers tokenizer, or None.
+        metadata: facts that later stages and the artifact carry along (JSON-able).
+    """
+
+    module: fx.GraphModule
+    kind: str = "causal-lm"
+    name: str = "model"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def with_module(self, module: fx.GraphModule, **metadata: Any) -> Program:
+        """The same program around another graph, with ``metadata`` added."""
+        return replace(self, module=module, metadata={**self.metadata, **metadata})
+
+    def copy(self) -> Program:
+        """A copy whose graph and attribute table can be changed; the tensors themselves are shared."""
+        return replace(self, module=copy_module(self.module))
+
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def state_placeholders(self) -> list[fx.Node]:
+        return [n for n in self.placeholders() if STATE in n.meta]
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight the graph uses, by its original path, in graph order, each once."""
+        seen: set[str] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target not in seen:
+                seen.add(node.target)
+                value = get_attribute(self.module, node.target)
+                if isinstance(value, Tensor):
+                    yield node.target, value
+
+    def arguments(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Orders ``inputs`` by placeholder, and adds a fresh KV state and ``past = 0`` where the graph wants them.
+
+        Raises:
+            KeyError: a placeholder has no value in ``inputs``.
+        """
+        values = []
+        for node in self.placeholders():
+            if node.target in inputs:
+                values.append(inputs[node.target])
+            elif STATE in node.meta:
+                batch, length = inputs["attention_mask"].shape
+                values.append(node.meta[STATE].allocate(batch, length))
+            elif node.target == "past":
+                values.append(0)
+            else:
+                raise KeyError(f"no value for the graph input '{node.target}'")
+        return values
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Runs the graph once, without past, on a mapping from placeholder name to value."""
+        return self.module(*self.arguments(inputs))
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """Copies graph and attribute tree; parameters and buffers are shared, not cloned."""
+    root = torch.nn.Module()
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            set_attribute(root, node.target, get_attribute(module, node.target))
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, values)
+    graph.output(output)
+    for old, new in values.items():
+        new.meta = dict(old.meta)
+    for old in module.graph.nodes:
+        if old.op == "output":
+            next(n for n in reversed(graph.nodes) if n.op == "output").meta = copy.copy(old.meta)
+    return fx.GraphModule(root, graph)
+
+
+def get_attribute(module: torch.nn.Module, path: str) -> Any:
+    """The attribute at a dotted path.
+
+    Raises:
+        AttributeError: naming the path.
+    """
+    value: Any = module
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise AttributeError(f"the graph has no attribute '{path}'")
+        value = getattr(value, part)
+    return value
+
+
+def set_attribute(module: torch.nn.Module, path: str, value: Tensor | torch.nn.Module) -> None:
+    """Sets a tensor (as a buffer, without gradient) or a module at a dotted path, making the modules on the way."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not isinstance(getattr(module, part, None), torch.nn.Module):
+            if hasattr(module, part):
+                delattr(module, part)
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    if leaf in module._modules or leaf in module._parameters or leaf in module._buffers:
+        delattr(module, leaf)
+    if isinstance(value, torch.nn.Module):
+        module.add_module(leaf, value)
+    else:
+        module.register_buffer(leaf, value.detach())
+
+
+def delete_attribute(module: torch.nn.Module, path: str) -> None:
+    """Removes the tensor at a dotted path; the modules on the way stay."""
+    *parents, leaf = path.split(".")
+    owner = get_attribute(module, ".".join(parents)) if parents else module
+    delattr(owner, leaf)
+
+
+def prune_attributes(module: fx.GraphModule) -> None:
+    """Drops every tensor that no ``get_attr`` node names, so that freed weights really are free."""
+    module.delete_all_unused_submodules()
+    used = {n.target for n in module.graph.nodes if n.op == "get_attr"}
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            delete_attribute(module, name)

@@ -116,7 +116,7 @@ class PassContext:
     validation: Sequence[Mapping[str, Any]] = ()
     probe: Mapping[str, Any] = field(default_factory=dict)
     target: str = "cpu"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)

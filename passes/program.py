@@ -1,4 +1,4 @@
-"""``Program``: the one thing that flows through the compiler. An FX graph at ATen level, its weights and what it came from."""
+"""``Program``: the one thing that flows through the compiler: an FX graph at ATen level and its weights."""
 
 from __future__ import annotations
 

@@ -1,0 +1,156 @@
+"""Checks after every pass: the graph is well formed, its shapes propagate, and the numeric contract holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ..codegen import ops as ops
+from ..codegen.errors import LbllmError
+from . import dump
+from .base import Pass
+from .program import Program
+
+
+class ContractError(LbllmError):
+    """A pass produced a graph that does not hold together or changed outputs more than it promised.
+
+    ``str(error)`` is one sentence; ``error.excerpt`` has the graph text around the offending node.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, excerpt: str = ""):
+        super().__init__(message)
+        self.excerpt = excerpt
+
+
+def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> None:
+    """Lints and recompiles the graph, then propagates fake tensors of the probe's shapes through it.
+
+    Every node's ``meta["shape"]`` is refreshed with its dtype and probe shape, e.g. ``f32[2, 16, 576]``.
+
+    Raises:
+        ContractError: naming the pass and the node.
+    """
+    try:
+        program.graph.lint()
+        program.module.recompile()
+    except Exception as error:
+        raise ContractError(f"the pass '{item.name}' left a malformed graph: {error}") from error
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    arguments = [
+        mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(probe)
+    ]
+    propagation = _Propagation(program.module)
+    try:
+        with mode, torch.no_grad():
+            propagation.run(*arguments)
+    except Exception as error:
+        node = propagation.current
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ContractError(
+            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {reason}",
+            dump.excerpt(program, node) if node is not None else "",
+        ) from error
+
+
+class _Propagation(fx.Interpreter):
+    """Runs a graph on fake tensors, remembering the node it is at and noting shapes."""
+
+    current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = dump.shape_text(value)
+        return value
+
+
+def probe_outputs(program: Program, probe: Mapping[str, Any]) -> Tensor:
+    """The program's output on the probe batch, as float32."""
+    output = program.run(probe)
+    return (output[0] if isinstance(output, (tuple, list)) else output).float()
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Frobenius norm of the difference over that of ``before``; infinite where NaNs or shapes disagree."""
+    if before.shape != after.shape or not bool(torch.isfinite(after).all()):
+        return float("inf")
+    norm = before.double().norm()
+    difference = (after.double() - before.double()).norm()
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+def check_outputs(
+    item: Pass, before: Program, after: Program, old: Tensor, new: Tensor, probe: Mapping[str, Any]
+) -> float:
+    """Measures a pass against its contract.
+
+    Returns:
+        The relative error on the probe.
+
+    Raises:
+        ContractError: the contract is broken; the message names the pass, the first node that differs and the line of
+            the user's source it comes from.
+    """
+    error = relative_error(old, new)
+    kind = item.contract.kind
+    if kind == "calibrating":
+        if error == float("inf"):
+            raise ContractError(f"after the pass '{item.name}' the model's output on the probe is not finite")
+        return error
+    allowed = 0.0 if kind == "exact" else item.contract.bound
+    if error <= allowed:
+        return error
+    node = _first_difference(before, after, probe, allowed)
+    raise ContractError(
+        f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g};"
+        f" the first node that differs is {describe(node)}",
+        dump.excerpt(after, node) if node is not None else "",
+    )
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps every tensor a graph computes, by node name."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op == "call_function":
+            self.values[n.name] = value.clone()
+        return value
+
+
+def _first_difference(before: Program, after: Program, probe: Mapping[str, Any], allowed: float) -> fx.Node | None:
+    """The first node of ``after`` that ``before`` has too, under the same name, with another value."""
+    recorders = []
+    for program in (before, after):
+        recorder = _Recorder(program.module)
+        with torch.no_grad():
+            recorder.run(*program.arguments(probe))
+        recorders.append(recorder.values)
+    old, new = recorders
+    for node in after.graph.nodes:
+        if node.name not in old or node.name not in new or not old[node.name].is_floating_point():
+            continue
+        if relative_error(old[node.name], new[node.name]) > allowed:
+            return node
+    return next((n for n in reversed(after.graph.nodes) if n.op == "call_function"), None)
+
+
+def describe(node: fx.Node | None) -> str:
+    """A node for a message: its name, operation and the user's source line."""
+    if node is None:
+        return "an unknown node"
+    line = dump.source_line(node)
+    return f"'{node.name}' ({dump.target_text(node)}{', from ' + line if line else ''})"

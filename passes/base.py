@@ -11,7 +11,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..codegen.errors import LbllmError
 from .program import Program
+
+
+class PassError(LbllmError):
+    """A pass refuses the program: a precondition does not hold. The message names the node and the way out."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Progress(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Finished pieces of work that survive a kill. Keys are ``(stage, index)``; what is stored is never half-written."""
+    """Finished pieces of work that survive a kill, by ``(stage, index)``; what is stored is never half-written."""
 
     def load(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """``(tensors, metrics)`` of a finished piece, or None."""

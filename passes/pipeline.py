@@ -44,8 +44,9 @@ def parse(text: str) -> list[Pass]:
         PassNameError: a pass does not exist.
     """
     passes: list[Pass] = []
+    text = text.rstrip()
     position = 0
-    while position < len(text.rstrip()) or not passes:
+    while True:
         match = _NAME.match(text, position)
         if match is None:
             raise _malformed(text, position, "a pass name")
@@ -54,12 +55,11 @@ def parse(text: str) -> list[Pass]:
         if text[position : position + 1] == "{":
             options, position = _parse_options(text, position + 1)
         passes.append(make(match.group(1), options))
-        if position >= len(text.rstrip()):
-            break
+        if position == len(text):
+            return passes
         if text[position] != ",":
             raise _malformed(text, position, "',' between passes")
         position += 1
-    return passes
 
 
 def _parse_options(text: str, position: int) -> tuple[dict[str, str], int]:

@@ -1,0 +1,158 @@
+"""Finished pieces of a compile on disk, so that a kill at any point loses at most the piece in progress.
+
+A work directory belongs to one compile, named by a *fingerprint*: hashes of everything that decides the result (model,
+calibration tokens, pipeline, seed, versions). A file appears under its final name only when it is whole: written to a
+temporary name, flushed to disk, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lbllm_compile.codegen.errors import LbllmError
+
+_log = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint.json"
+LOCK = ".lock"
+
+
+class WorkDirError(LbllmError):
+    """The work directory is in use, belongs to another compile, or is not a work directory."""
+
+
+class WorkDir:
+    """Implements :class:`lbllm_compile.passes.base.Checkpoints` in a directory.
+
+    Args:
+        path: the directory; made when absent.
+        fingerprint: named facts that decide the result; all must match what the directory was made for.
+        fresh: start over, dropping what an earlier compile left here.
+
+    Raises:
+        WorkDirError: the directory holds something else, is locked by a running compile, or was made for a different
+            compile (the message names what changed).
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False):
+        self.path = path
+        self.reused = 0
+        _make(path)
+        self._lock = FileLock(path / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise WorkDirError(f"another compile is using {path}; wait for it, or pass another --work-dir") from None
+        try:
+            self._claim(dict(fingerprint), fresh)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _claim(self, fingerprint: dict[str, str], fresh: bool) -> None:
+        record = self.path / FINGERPRINT
+        if fresh:
+            shutil.rmtree(self.path / "stages", ignore_errors=True)
+            record.unlink(missing_ok=True)
+        if record.exists():
+            try:
+                stored = json.loads(record.read_text())
+            except ValueError:
+                raise WorkDirError(f"{record} is damaged; pass --fresh to start over") from None
+            changed = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
+            if changed:
+                raise WorkDirError(
+                    f"{self.path} holds an unfinished compile with another {', '.join(changed)};"
+                    " pass --fresh to start over, or another --work-dir"
+                )
+            return
+        write_atomically(record, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+
+    def _file(self, stage: str, index: int) -> Path:
+        return self.path / "stages" / stage / f"{index:05d}.safetensors"
+
+    def load(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """``(tensors, metrics)`` of a finished piece, or None. A damaged file is set aside and counts as absent."""
+        file = self._file(stage, index)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as stored:
+                metrics = json.loads((stored.metadata() or {})["metrics"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            _log.warning("%s is damaged (%s); set aside, its layer will be redone", file, error)
+            os.replace(file, file.with_suffix(".damaged"))
+            return None
+        self.reused += 1
+        return tensors, metrics
+
+    def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+        """Stores a finished piece; when this returns it survives a kill and a power cut."""
+        file = self._file(stage, index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".partial")
+        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"metrics": json.dumps(metrics, sort_keys=True)})
+        _replace(temporary, file)
+
+    def finished(self) -> dict[str, int]:
+        """Number of finished pieces by stage."""
+        stages = self.path / "stages"
+        if not stages.is_dir():
+            return {}
+        return {s.name: len(list(s.glob("*.safetensors"))) for s in sorted(stages.iterdir()) if s.is_dir()}
+
+    def release(self) -> None:
+        """Lets another compile use the directory; what is finished stays."""
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Deletes the directory after a successful compile: only what this class put there."""
+        shutil.rmtree(self.path / "stages", ignore_errors=True)
+        (self.path / FINGERPRINT).unlink(missing_ok=True)
+        self._lock.release()
+        (self.path / LOCK).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        ours = {FINGERPRINT, LOCK, "stages"}
+        foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith("fingerprint.")]
+    except OSError as error:
+        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error
+    if foreign:
+        raise WorkDirError(f"{path} is not a work directory (it holds '{foreign[0]}'); pass another --work-dir")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is either whole or absent."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(data)
+    _replace(temporary, path)
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Flushes ``temporary`` to disk and renames it to ``final``, durably."""
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

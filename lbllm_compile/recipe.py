@@ -1,0 +1,148 @@
+"""Recipes and presets: what turns a handful of options into a whole pipeline.
+
+A *recipe* is a named pipeline; a *preset* sets how much work it does. Everything a recipe decides ends up in the
+pipeline text, so the text alone reproduces the compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.format import GROUPS
+from lbllm_compile.codegen.reference import ACTIVATION_BITS
+from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.base import Pass
+from lbllm_compile.passes.registry import suggestion
+
+RECIPES = {"lbllm": "the three LBLLM stages, activation scales per token and group, 4-bit KV cache, int8 lm_head"}
+"""Known recipes and what they are."""
+
+
+class OptionError(LbllmError):
+    """An option has a value it cannot have, or two options contradict each other."""
+
+
+class Preset(BaseModel):
+    """How much work a compile does.
+
+    Attributes:
+        sequences: calibration sequences.
+        sequence_length: tokens in each.
+        validation_sequences: held-out sequences, never trained on.
+        distill_epochs, activate_epochs: passes over the calibration set in stages 2 and 3.
+        tune_trials: schedule candidates measured per shape and M bucket.
+        tune_seconds: time limit of the whole schedule search.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequences: int = Field(gt=0)
+    sequence_length: int = Field(gt=1)
+    validation_sequences: int = Field(gt=0)
+    distill_epochs: int = Field(ge=0)
+    activate_epochs: int = Field(ge=0)
+    tune_trials: int = Field(ge=1)
+    tune_seconds: float = Field(gt=0)
+
+
+PRESETS = {
+    "quick": Preset(
+        sequences=64,
+        sequence_length=256,
+        validation_sequences=8,
+        distill_epochs=2,
+        activate_epochs=1,
+        tune_trials=16,
+        tune_seconds=60,
+    ),
+    "default": Preset(
+        sequences=256,
+        sequence_length=256,
+        validation_sequences=16,
+        distill_epochs=3,
+        activate_epochs=2,
+        tune_trials=32,
+        tune_seconds=120,
+    ),
+    "best": Preset(
+        sequences=8192,
+        sequence_length=2048,
+        validation_sequences=64,
+        distill_epochs=2,
+        activate_epochs=1,
+        tune_trials=64,
+        tune_seconds=600,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The quantization options of the command line; None means the recipe's own."""
+
+    recipe: str = "lbllm"
+    preset: str = "default"
+    pipeline: str | None = None
+    group: int | None = None
+    act_bits: int | None = None
+    kv_bits: int | None = None
+    keep_dense: tuple[str, ...] = ()
+
+
+def preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name not in PRESETS:
+        raise OptionError(f"there is no preset '{name}'{suggestion(name, PRESETS)}; choose {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def passes(choices: Choices, target: str) -> list[Pass]:
+    """The pipeline that a recipe, a preset and options amount to; or the one given as text.
+
+    Raises:
+        OptionError: an option is out of range or contradicts ``pipeline``.
+        PipelineError, PassNameError: the text is wrong.
+    """
+    size = preset(choices.preset)
+    if choices.recipe not in RECIPES:
+        hint = suggestion(choices.recipe, RECIPES)
+        raise OptionError(f"there is no recipe '{choices.recipe}'{hint}; choose {', '.join(RECIPES)}")
+    if choices.pipeline is not None:
+        given = [n for n in ("group", "act_bits", "kv_bits", "keep_dense") if getattr(choices, n)]
+        if given:
+            option = given[0].replace("_", "-")
+            raise OptionError(f"--{option} and --pipeline contradict each other; write the option in the pipeline text")
+        return pipeline.parse(choices.pipeline)
+    group = _one_of("group", choices.group, 64, GROUPS)
+    act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
+    kv_bits = _one_of("kv-bits", choices.kv_bits, 4, ACTIVATION_BITS)
+    make = pipeline.make
+    return [
+        make("canonicalize", {}),
+        make("annotate", {"keep_dense": choices.keep_dense}),
+        make("observe", {}),
+        make("ptq", {"group": group}),
+        make("distill", {"epochs": size.distill_epochs}),
+        make("activate", {"bits": act_bits, "kv": kv_bits, "group": group, "epochs": size.activate_epochs}),
+        make("head", {}),
+        make("merge", {}),
+        make("lower", {"target": target}),
+        make("cache", {}),
+        make("cleanup", {}),
+    ]
+
+
+def _one_of(name: str, value: int | None, default: int, allowed: Sequence[int]) -> int:
+    if value is None:
+        return default
+    if value not in allowed:
+        raise OptionError(f"--{name} cannot be {value}; choose {', '.join(str(a) for a in allowed)}")
+    return value

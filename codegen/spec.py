@@ -1,0 +1,88 @@
+"""What a kernel is asked to compute: the shape of one linear or one quantizer, free of target, layout and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import KernelError
+from .format import GROUPS, group_count
+from .reference import ACTIVATION_BITS
+
+
+@dataclass(frozen=True, order=True)
+class LinearSpec:
+    """One ``bit_linear`` or ``int8_linear``: ``[M, in_features]`` quantized values to float32 ``[M, out_features]``.
+
+    Attributes:
+        kind: ``"bit"`` (W(1+1) weights) or ``"int8"`` (int8 weights with one fp32 scale a row).
+        out_features: ``N``.
+        in_features: ``K``.
+        group: inputs per integer accumulator. For ``"bit"`` the weight's group; for ``"int8"`` the activations' group,
+            0 when the whole token is one.
+        act_bits: 4, 8 or 16.
+        per_token: one activation scale a token (``x_scale`` has one column) instead of one per group.
+        bias: a float32 bias ``[N]`` is added last.
+
+    Raises:
+        KernelError: a field is outside what the operators define.
+    """
+
+    kind: Literal["bit", "int8"]
+    out_features: int
+    in_features: int
+    group: int
+    act_bits: int = 4
+    per_token: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bit", "int8"):
+            raise KernelError(f"a linear of kind {self.kind!r} does not exist; use 'bit' or 'int8'")
+        if self.out_features < 1 or self.in_features < 1:
+            raise KernelError(f"a {self.out_features}x{self.in_features} linear is empty")
+        if self.group not in GROUPS and not (self.kind == "int8" and self.group == 0):
+            raise KernelError(f"group size {self.group} is not one of {GROUPS}")
+        if self.act_bits not in ACTIVATION_BITS:
+            raise KernelError(f"{self.act_bits}-bit activations do not exist; use one of {ACTIVATION_BITS}")
+
+    @property
+    def groups(self) -> int:
+        """Integer accumulators per output."""
+        return group_count(self.in_features, self.group) if self.group else 1
+
+    @property
+    def x_scales(self) -> int:
+        """Columns of ``x_scale``."""
+        return 1 if self.per_token else self.groups
+
+
+@dataclass(frozen=True, order=True)
+class QuantizeSpec:
+    """One ``quantize_activation``: float32 ``[M, in_features]`` to integer values and scales.
+
+    Attributes:
+        in_features: ``K``.
+        group: channels per scale, 0 for one scale a token.
+        bits: 4, 8 or 16.
+
+    Raises:
+        KernelError: a field is outside what the operator defines.
+    """
+
+    in_features: int
+    group: int
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.in_features < 1:
+            raise KernelError("a quantizer of no channels is empty")
+        if self.group not in (0, *GROUPS):
+            raise KernelError(f"group size {self.group} is not 0 or one of {GROUPS}")
+        if self.bits not in ACTIVATION_BITS:
+            raise KernelError(f"{self.bits}-bit activations do not exist; use one of {ACTIVATION_BITS}")
+
+    @property
+    def scales(self) -> int:
+        """Scales per token."""
+        return group_count(self.in_features, self.group) if self.group else 1

@@ -1,0 +1,650 @@
+"""From what the user names to a :class:`Program`: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, a hub id.
+
+A ``model.py`` is Python and runs as such. It must define ``build_model() -> torch.nn.Module`` and may define
+
+===========================  ==========================================================================================
+``weights() -> path``        a ``.safetensors`` file or a directory of them, for a model built on the meta device
+``tokenizer()``              a transformers tokenizer
+``example_inputs()``         a tensor, tuple or dict to call the module with; needed by all but transformers language
+                             models, and batched along the first dimension
+``calibration_text()``       an iterable of strings to calibrate a language model with
+``calibration_inputs()``     an iterable of inputs to calibrate any other module with
+``recipe``                   a dict of compile options
+===========================  ==========================================================================================
+
+:func:`load` reads it into a :class:`UserModel`; :func:`capture` traces that with ``torch.export``. Nothing is
+downloaded unless the name is a hub id, and code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import linecache
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .codegen.errors import LbllmError
+from .passes.program import Program, set_attribute
+
+LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""Placeholders of a captured language model, in order."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HOOKS = ("weights", "tokenizer", "example_inputs", "calibration_text", "calibration_inputs")
+_ACCEPTED = "a model.py, a Hugging Face directory, a .gguf file, or a hub id as hf:ORG/NAME"
+_CHECK_TOLERANCE = 1e-4
+"""Relative error allowed between the captured graph and the model, at sizes the graph was not traced with."""
+
+
+class ModelError(LbllmError):
+    """What the user named is no model that can be compiled, or cannot be read."""
+
+
+class CaptureError(LbllmError):
+    """The model's forward cannot be written down as one graph."""
+
+
+@dataclass(frozen=True)
+class UserModel:
+    """A model as the user gave it: float32, in eval mode, without gradients.
+
+    Attributes:
+        module: the model itself.
+        kind: ``"causal-lm"`` (a transformers model that generates) or ``"module"``.
+        name: file or directory name, for messages.
+        source: the path or hub id it came from.
+        tokenizer: a transformers tokenizer, or None.
+        config: ``module.config`` as JSON-able values; empty for a plain module.
+        inputs: one example batch by forward argument; empty for a language model.
+        recipe: the ``recipe`` of a model.py.
+        calibration_text, calibration_inputs: the hooks of a model.py, or None.
+    """
+
+    module: nn.Module
+    kind: str
+    name: str
+    source: str
+    tokenizer: Any = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    calibration_text: Callable[[], Iterable[str]] | None = None
+    calibration_inputs: Callable[[], Iterable[Any]] | None = None
+
+
+# Loading
+
+
+def load(source: str | Path) -> UserModel:
+    """Reads the model that ``source`` names.
+
+    Args:
+        source: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, ``hf:ORG/NAME``, or ``ORG/NAME`` where
+            neither it nor ``ORG`` exists on this machine.
+
+    Raises:
+        ModelError: there is nothing of that name, or it is not a usable model; the message says what to do.
+    """
+    text = str(source)
+    if text.startswith("hf:"):
+        return _load_pretrained(text[3:], name=text[3:].split("/")[-1], local=False)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the directory '{path}' has no config.json; name {_ACCEPTED}")
+        return _load_pretrained(str(path), name=path.resolve().name)
+    if path.is_file():
+        if path.suffix == ".py":
+            return _load_python(path)
+        if path.suffix == ".gguf":
+            return _load_gguf(path)
+        raise ModelError(f"'{path}' is neither a .py nor a .gguf file; name {_ACCEPTED}")
+    if _HUB_ID.fullmatch(text) and path.suffix not in (".py", ".gguf") and not path.parent.exists():
+        return _load_pretrained(text, name=text.split("/")[-1], local=False)
+    raise ModelError(f"there is no file or directory '{text}'; name {_ACCEPTED}")
+
+
+def _load_python(path: Path) -> UserModel:
+    user = _import_file(path)
+    build = getattr(user, "build_model", None)
+    if not callable(build):
+        raise ModelError(f"'{path}' has no function build_model(); define one that returns a torch.nn.Module")
+    module = _call_hook(path, "build_model", build)
+    if isinstance(module, type) and issubclass(module, nn.Module):
+        raise ModelError(f"build_model() in '{path}' returned the class {module.__name__}; return an instance of it")
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"build_model() in '{path}' returned {_a(type(module).__name__)}; it must return a torch.nn.Module"
+        )
+    hooks = {name: getattr(user, name, None) for name in _HOOKS}
+    for name, hook in hooks.items():
+        if hook is not None and not callable(hook):
+            raise ModelError(f"'{name}' in '{path}' must be a function, not {_a(type(hook).__name__)}")
+    recipe = getattr(user, "recipe", {})
+    if not isinstance(recipe, Mapping):
+        raise ModelError(f"'recipe' in '{path}' must be a dict of options, not {_a(type(recipe).__name__)}")
+    if any(p.is_meta for p in module.parameters()):
+        if hooks["weights"] is None:
+            raise ModelError(
+                f"the model of '{path}' is on the meta device but there is no weights(); define weights() to return the"
+                " path of its .safetensors, or build the model on the CPU"
+            )
+        module = _materialize(module, Path(_call_hook(path, "weights", hooks["weights"])))
+    kind = "causal-lm" if _is_causal_lm(module) else "module"
+    inputs: dict[str, Tensor] = {}
+    if kind == "module":
+        if hooks["example_inputs"] is None:
+            raise ModelError(
+                f"'{path}' has no example_inputs(), which every model but a transformers language model needs; define"
+                " it to return the tensors to call the model with"
+            )
+        inputs = bind_inputs(module, _call_hook(path, "example_inputs", hooks["example_inputs"]))
+    tokenizer = _call_hook(path, "tokenizer", hooks["tokenizer"]) if hooks["tokenizer"] else None
+    return prepare(
+        UserModel(
+            module=module,
+            kind=kind,
+            name=path.stem,
+            source=str(path),
+            tokenizer=tokenizer,
+            inputs=inputs,
+            recipe=dict(recipe),
+            calibration_text=hooks["calibration_text"],
+            calibration_inputs=hooks["calibration_inputs"],
+        )
+    )
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Runs a Python file under a module name of its own, so that two models never meet in ``sys.modules``."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"lbllm_user_model_{digest}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[spec.name]
+        where = f"{error.filename or path}, line {error.lineno}"
+        raise ModelError(f"syntax error in {where}: {error.msg}") from error
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise ModelError(f"'{path}' cannot be imported: {_reason(error, path)}") from error
+    return module
+
+
+def _call_hook(path: Path, name: str, hook: Callable[[], Any]) -> Any:
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _quiet_transformers():
+            return hook()
+    except LbllmError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name}() in '{path}' failed: {_reason(error, path)}") from error
+
+
+def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    what = f"the directory '{source}'" if local else f"the hub model '{source}'"
+    try:
+        with _quiet_transformers():
+            module = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+            )
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error)}") from error
+    tokenizer = None
+    if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            with _quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error)}") from error
+    return prepare(UserModel(module, "causal-lm", name, source, tokenizer))
+
+
+def load_gguf(path: Path) -> tuple[nn.Module, Any]:
+    """The model (dequantized to float32) and the tokenizer of a ``.gguf`` file.
+
+    Raises:
+        ModelError: a package that reading it needs is missing, or the file is broken.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"reading '{path.name}' needs the package {package}; install it with"
+                " `pip install 'lbllm-compile[examples]'`"
+            )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"'{path}' is not a GGUF file (it does not start with the letters GGUF)")
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        with _quiet_transformers():
+            module = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+    except Exception as error:
+        raise ModelError(f"the GGUF file '{path}' cannot be loaded: {_reason(error)}") from error
+    return module, tokenizer
+
+
+def _load_gguf(path: Path) -> UserModel:
+    module, tokenizer = load_gguf(path.resolve())
+    return prepare(UserModel(module, "causal-lm", path.stem, str(path), tokenizer))
+
+
+def _materialize(module: nn.Module, path: Path) -> nn.Module:
+    """Fills a model on the meta device from ``.safetensors``, tensor by tensor, without a second copy."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(f.is_file() for f in files):
+        raise ModelError(f"weights() names '{path}', where there is no .safetensors file")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"the weights '{file}' cannot be read: {_reason(error)}") from error
+    if _is_causal_lm(module):
+        # Only from_pretrained computes buffers that are not stored, such as the rotary frequencies.
+        try:
+            with _quiet_transformers():
+                return type(module).from_pretrained(None, config=module.config, state_dict=state, dtype=torch.float32)  # type: ignore[attr-defined]
+        except Exception as error:
+            raise ModelError(f"the weights '{path}' do not fit the model: {_reason(error)}") from error
+    try:
+        module.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights '{path}' do not fit the model: {_reason(error)}") from error
+    missing = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    if missing:
+        raise ModelError(f"the weights '{path}' lack '{missing[0]}' ({len(missing)} missing in all)")
+    return module
+
+
+def _is_causal_lm(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and module.can_generate()
+
+
+def prepare(model: UserModel) -> UserModel:
+    """Makes the model ready to trace, and refuses what cannot be compiled."""
+    module = model.module.requires_grad_(False).float().eval()
+    if not any(p.dim() >= 2 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False)):
+        raise ModelError(f"the model '{model.name}' has no linear layer; there is nothing to quantize")
+    for name, tensor in module.named_parameters():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise ModelError(f"the weight '{name}' has NaN or infinite values; repair or re-download the model")
+    if model.kind != "causal-lm":
+        return dataclasses.replace(model, module=module)
+    config: Any = module.config
+    if config.is_encoder_decoder:
+        raise ModelError(f"'{model.name}' is an encoder-decoder model; only decoder-only language models are supported")
+    try:
+        # One attention operator per layer, and experts as grouped matrix products over their stacked weights.
+        module.set_attn_implementation("sdpa")  # type: ignore[operator]
+        if type(module)._can_set_experts_implementation():  # type: ignore[attr-defined]
+            module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    except ValueError as error:
+        raise ModelError(f"'{model.name}' cannot use torch's attention operator: {_reason(error)}") from error
+    return dataclasses.replace(model, module=module, config=clean_config(config.to_dict()))
+
+
+def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers configuration as plain JSON values, without how its weights were once stored."""
+    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    kept = {k: v for k, v in config.items() if k not in dropped}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def bind_inputs(module: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Example inputs by forward argument.
+
+    Args:
+        module: the model they are for.
+        inputs: a tensor, a tuple or list of tensors, or a mapping from argument to tensor.
+
+    Raises:
+        ModelError: they are something else, or do not fit the forward's signature.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    positional, named = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    if not isinstance(positional, (tuple, list)):
+        raise ModelError(
+            f"example_inputs() returned {_a(type(inputs).__name__)}; return a tensor, a tuple of tensors or a dict"
+        )
+    try:
+        bound = inspect.signature(module.forward).bind(*positional, **named).arguments
+    except TypeError as error:
+        raise ModelError(f"example_inputs() does not fit forward(): {error}") from error
+    for name, value in bound.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"the example input '{name}' is {_a(type(value).__name__)}; every input must be a tensor"
+                " (bake other values into build_model())"
+            )
+    return dict(bound)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers while it loads; its own settings come back afterwards."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+    from transformers.utils import logging
+
+    verbosity, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_loader.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gguf_loader.tqdm = functools.partial(bar, disable=True)  # the GGUF loader's bar obeys no setting
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gguf_loader.tqdm = bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# Capture
+
+
+class _LanguageModel(nn.Module):
+    """A transformers causal LM as a function of the three placeholders."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).logits
+
+
+def language_model_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The three placeholders for token ids ``[B, S]``; positions count attended tokens, so left padding is fine."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@torch.no_grad()
+def capture(model: UserModel) -> Program:
+    """Traces the model's forward into a :class:`Program` at ATen level, batch and sequence dynamic.
+
+    Weights become ``get_attr`` nodes under the paths they have in the model; tied weights share one path. Nodes keep
+    ``nn_module_stack`` (which module they come from), ``stack_trace`` (which line) and ``val`` (their shape).
+
+    Raises:
+        CaptureError: the forward cannot be captured; the message names the operation, the line and a way out.
+    """
+    if model.kind == "causal-lm":
+        module: nn.Module = _LanguageModel(model.module)
+        vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        inputs = language_model_inputs(_token_ids((2, 5), vocabulary))
+        batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
+        shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in LM_INPUTS}
+        strip = "model"
+    else:
+        module, inputs, strip = model.module, _at_least_two(model.inputs), ""
+        shapes = {n: {0: torch.export.Dim.AUTO} if t.dim() else None for n, t in inputs.items()}
+    _run_eagerly(model, module, inputs)
+    exported = _export(model, module, inputs, shapes)
+    program = Program(
+        module=_graph_module(model, exported, strip),
+        kind=model.kind,
+        name=model.name,
+        config=model.config,
+        tokenizer=model.tokenizer,
+    )
+    _check(model, module, program, inputs)
+    return program
+
+
+def _token_ids(shape: tuple[int, int], vocabulary: int) -> Tensor:
+    return (torch.arange(shape[0] * shape[1]) * 7 + 3).remainder(vocabulary).view(shape)
+
+
+def _at_least_two(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Repeats a batch of one, because a traced size of 1 would stay 1."""
+    single = all(t.dim() > 0 and t.shape[0] == 1 for t in inputs.values())
+    return {n: torch.cat([t, t]) if single else t for n, t in inputs.items()}
+
+
+def _run_eagerly(model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    try:
+        output = module(**inputs)
+    except Exception as error:
+        raise CaptureError(f"the forward of '{model.name}' failed on its example inputs: {_reason(error)}") from error
+    if not isinstance(output, Tensor):
+        raise CaptureError(
+            f"the forward of '{model.name}' returns {_a(type(output).__name__)}; wrap the model so that it returns one"
+            " tensor"
+        )
+
+
+def _export(
+    model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> torch.export.ExportedProgram:
+    # A tensor must not be two inputs at once, and export keeps what it gets.
+    arguments = {n: t.clone() for n, t in inputs.items()}
+    try:
+        with _quiet_export():
+            exported = torch.export.export(
+                module,
+                args=(),
+                kwargs=arguments,
+                dynamic_shapes=dict(shapes),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            if any(_mutates(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(f"'{model.name}' cannot be captured: {_capture_reason(error)}") from error
+    written = [*exported.graph_signature.buffers_to_mutate.values(), *exported.graph_signature.user_inputs_to_mutate]
+    if written:
+        raise CaptureError(
+            f"'{model.name}' cannot be captured: its forward writes to '{written[0]}'; compute a new tensor instead"
+        )
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    import logging
+
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _graph_module(model: UserModel, exported: torch.export.ExportedProgram, strip: str) -> fx.GraphModule:
+    """Rebuilds the exported graph with weights as attributes under their original paths."""
+    from torch.export.graph_signature import InputKind
+
+    prefix = f"{strip}." if strip else ""
+    first_path = {id(t): n for n, t in reversed([*_named_tensors(model.module)])}
+    root = nn.Module()
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    arguments = iter(exported.call_spec.in_spec.child(1).context)  # the keyword arguments' names, in order
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            graph.output(values[node.args[0][0]])
+            continue
+        if node.op != "placeholder":
+            values[node] = _copy_node(exported, root, graph, node, values)
+        elif specs[node.name].kind is InputKind.USER_INPUT:
+            values[node] = graph.placeholder(next(arguments))
+        else:
+            target = specs[node.name].target
+            tensor = exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
+            path = first_path.get(id(tensor), target.removeprefix(prefix))
+            set_attribute(root, path, tensor)
+            values[node] = graph.get_attr(path)
+        values[node].meta = _clean_meta(node.meta, strip)
+    return fx.GraphModule(root, graph)
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _copy_node(
+    exported: torch.export.ExportedProgram,
+    root: nn.Module,
+    graph: fx.Graph,
+    node: fx.Node,
+    values: Mapping[fx.Node, fx.Node],
+) -> fx.Node:
+    if node.op == "get_attr":  # the body of a higher-order operator
+        root.add_module(str(node.target), getattr(exported.graph_module, str(node.target)))
+    return graph.node_copy(node, lambda n: values[n])
+
+
+def _clean_meta(meta: Mapping[str, Any], strip: str) -> dict[str, Any]:
+    """What later passes may rely on: shape, line and module path, the latter without the wrapper's prefix."""
+    kept = {k: meta[k] for k in ("val", "stack_trace") if k in meta}
+    stack: dict[str, tuple[str, str]] = {}
+    for key, (path, kind) in meta.get("nn_module_stack", {}).items():
+        if path == "_empty_nn_module_stack_from_metadata_hook" or (strip and path == ""):
+            continue
+        path = path.removeprefix(strip).removeprefix(".") if strip else path
+        stack[key] = (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
+    if stack:
+        kept["nn_module_stack"] = stack
+    return kept
+
+
+@torch.no_grad()
+def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mapping[str, Tensor]) -> None:
+    """Compares graph and model at sizes other than the traced ones, with padding on the left.
+
+    Raises:
+        CaptureError: they disagree, which means that tracing froze something that depends on the inputs.
+    """
+    attended: Any = ...
+    if model.kind == "causal-lm":
+        vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        mask = torch.ones((3, 9), dtype=torch.int64)
+        mask[1, :4] = 0
+        inputs, attended = language_model_inputs(_token_ids((3, 9), vocabulary), mask), mask.bool()
+    expected = module(**inputs)[attended]
+    try:
+        actual = program.run(inputs)[attended]
+    except Exception as error:
+        raise CaptureError(f"the captured graph of '{model.name}' does not run: {_reason(error)}") from error
+    error = float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not error <= _CHECK_TOLERANCE:
+        raise CaptureError(
+            f"the captured graph of '{model.name}' differs from the model by {error:.2g}; its forward must be a"
+            " function of its inputs alone, without branches on their values"
+        )
+
+
+def fingerprint(program: Program) -> str:
+    """SHA-256 of a program's graph and weights: two programs that agree in it compute the same."""
+    digest = hashlib.sha256(str(program.graph).encode())
+    for path, tensor in program.parameters():
+        digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Messages
+
+
+def _a(word: str) -> str:
+    return "None" if word == "NoneType" else f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
+
+
+def _reason(error: BaseException, path: Path | None = None) -> str:
+    """The first line of an exception, and the line of ``path`` (or of the user's code) that it came from."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    name = type(error).__name__
+    message = f"{name}: {text}" if text else name
+    frame = _user_frame(error, path)
+    return f"{message} ({frame})" if frame else message
+
+
+def _user_frame(error: BaseException, path: Path | None = None) -> str:
+    """``file.py:12`` of the innermost frame outside torch and this package, or an empty string."""
+    own = str(Path(__file__).resolve().parent)
+    torch_root = str(Path(torch.__file__).resolve().parent)
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if path is not None and file.resolve() != path.resolve():
+            continue
+        if frame.filename.startswith(("<", own, torch_root)):
+            continue
+        found = f"{file.name if path is not None else _short(file)}:{frame.lineno}"
+        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+        found += f" `{line}`" if line else ""
+    return found
+
+
+def _short(file: Path) -> str:
+    parts = file.parts
+    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else file.name
+
+
+def _capture_reason(error: BaseException) -> str:
+    """What stopped ``torch.export``, in one sentence: the operation, the line, the way out."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    frame = next((f for e in reversed(chain) if (f := _user_frame(e))), "")
+    text = " ".join(str(e) for e in chain)
+    if any(type(e).__name__.startswith("GuardOnDataDependent") for e in chain) or "data-dependent" in text.lower():
+        reason = "a branch or a size depends on the values of a tensor; compute both sides and use torch.where"
+    elif "ConstraintViolation" in text or "Constraints violated" in text:
+        reason = "the batch or sequence size is fixed by the forward; derive shapes from the inputs' shapes"
+    elif ".item()" in text or "aten._local_scalar_dense" in text:
+        reason = "a tensor is read as a Python number; keep the computation in tensors"
+    else:
+        reason = _reason(chain[-1] if not str(error).strip() else error)
+        return f"{reason}; rewrite this with tensor operations that torch.export supports"
+    return f"{reason} (at {frame})" if frame else reason

@@ -1,0 +1,375 @@
+"""Finds the linears, decides how each is treated, and tells every node which decoder layer it belongs to.
+
+``node.meta["lbllm_linear"]`` is a :class:`LinearInfo` on every ``aten.linear`` and ``lbllm.grouped_linear`` whose
+weight is a parameter; ``node.meta["lbllm_layer"]`` is a layer's index, or None, on every node. Later passes read these
+two and never module names.
+
+Given::
+
+    %y = aten.linear.default(%x, %model_layers_3_mlp_up_proj_weight)      # nn_module_stack: model.layers.3.mlp.up_proj
+    %z = aten.linear.default(%h, %lm_head_weight)
+
+Result::
+
+    %y = aten.linear.default(...)   # linear: path=model.layers.3.mlp.up_proj layer=3 role=decoder
+    %z = aten.linear.default(...)   # linear: path=lm_head layer=None role=head
+
+Layers come from module paths (``model.layers.3.mlp``): the outermost numbered family of alike modules that holds most
+linears. Where paths do not tell, the graph does: the nodes every path from the first to the last linear runs through
+cut it into regions, and the longest run of isomorphic regions is the stack of layers. A plain module without repetition
+is one layer, 0. Precondition: ``canonicalize`` has run. The graph itself does not change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networkx as nx
+import torch
+from torch import fx
+
+from ..codegen import ops as ops
+from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
+from .program import Program
+
+aten = torch.ops.aten
+lbllm = torch.ops.lbllm
+
+LINEAR = "lbllm_linear"
+"""Key of a linear's :class:`LinearInfo` in ``node.meta``."""
+
+LAYER = "lbllm_layer"
+"""Key of a node's decoder-layer index (or None) in ``node.meta``."""
+
+LINEAR_TARGETS = (aten.linear.default, lbllm.grouped_linear.default)
+"""The two forms of a linear after ``canonicalize``."""
+
+_NUMBERED = re.compile(r"(.*?)(\d+)")
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One linear and what becomes of it.
+
+    Attributes:
+        path: module path, e.g. ``model.layers.3.mlp.up_proj``.
+        weight: target of the weight's ``get_attr``, e.g. ``model.layers.3.mlp.up_proj.weight``.
+        layer: decoder layer, or None outside the layers.
+        role: ``"decoder"`` (W(1+1)), ``"head"`` (int8 per row) or ``"dense"`` (stays float).
+        experts: matrices in a stacked weight; 0 for an ordinary one.
+        reason: why it has this role, for people.
+    """
+
+    path: str
+    weight: str
+    layer: int | None
+    role: str
+    experts: int
+    reason: str
+
+    @property
+    def matrices(self) -> int:
+        return max(self.experts, 1)
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """See the module's description.
+
+    Attributes:
+        keep_dense: linears that stay float, as shell patterns over module paths (``model.layers.0.*``); a pattern that
+            matches a module covers what is inside it.
+    """
+
+    name: ClassVar[str] = "annotate"
+    contract: ClassVar[Contract] = EXACT
+
+    keep_dense: tuple[str, ...] = ()
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        result = program.copy()
+        found = [n for n in result.graph.nodes if is_linear(n)]
+        if not found:
+            raise PassError(
+                f"the model '{program.name}' has no linear layer with a weight; there is nothing to quantize"
+            )
+        layers = find_layers(result, found)
+        for node in result.graph.nodes:
+            node.meta[LAYER] = layers.get(node)
+        _place_weights(result)
+        infos = [_describe(result, node) for node in found]
+        dense = _match_patterns(self.keep_dense, infos)
+        for node, info in zip(found, infos, strict=True):
+            node.meta[LINEAR] = dense.get(info.path, info)
+        return PassResult(result, rows=_rows(result), summary=_summary(result))
+
+
+def linears(program: Program) -> list[tuple[fx.Node, LinearInfo]]:
+    """Every annotated linear of a program, in graph order."""
+    return [(n, n.meta[LINEAR]) for n in program.graph.nodes if LINEAR in n.meta]
+
+
+def matrix_count(program: Program, role: str = "decoder") -> int:
+    """Weight matrices of one role: one for each 2-D weight, one for each expert of a stacked weight."""
+    return sum({i.weight: i.matrices for _, i in linears(program) if i.role == role}.values())
+
+
+def layer_count(program: Program) -> int:
+    """Number of decoder layers."""
+    return len({n.meta[LAYER] for n in program.graph.nodes if n.meta.get(LAYER) is not None})
+
+
+def is_linear(node: fx.Node) -> bool:
+    """Whether a node is a linear whose weight is a parameter."""
+    return node.op == "call_function" and node.target in LINEAR_TARGETS and node.args[1].op == "get_attr"
+
+
+# Layers
+
+
+def find_layers(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """The layer of every node that is in one, by module paths or else by the shape of the graph."""
+    by_path = _layers_by_path(program, found)
+    if by_path:
+        return by_path
+    known = any(node.meta.get("nn_module_stack") for node in found)
+    by_shape = {} if known and program.kind != "causal-lm" else _layers_by_shape(program, found)
+    return by_shape or {node: 0 for node in program.graph.nodes if node.op == "call_function"}
+
+
+def _families(node: fx.Node) -> Iterable[tuple[str, int, str, str]]:
+    """``(family, index, module path, class)`` of every numbered module a node is in, outermost first.
+
+    ``model.layers.3`` is number 3 of the family ``model.layers.``, ``block2`` number 2 of ``block``.
+    """
+    for path, kind in node.meta.get("nn_module_stack", {}).values():
+        parent, _, leaf = path.rpartition(".")
+        match = _NUMBERED.fullmatch(leaf)
+        if match:
+            yield f"{parent}.{match.group(1)}", int(match.group(2)), path, kind
+
+
+def _layers_by_path(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    members: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    covered: Counter[str] = Counter()
+    for node in found:
+        own = module_path(node)
+        for family, index, path, kind in _families(node):
+            if path != own:  # a linear in a list of linears is no layer
+                members[family][index].add(kind)
+                covered[family] += 1
+    wanted = 1 if program.kind == "causal-lm" else 2
+    families = [
+        family
+        for family, indices in members.items()
+        if len(indices) >= wanted and len(set().union(*indices.values())) == 1
+    ]
+    if not families:
+        return {}
+    best = max(families, key=lambda family: (covered[family], -family.count(".")))
+    order = {index: position for position, index in enumerate(sorted(members[best]))}
+    layers: dict[fx.Node, int] = {}
+    for node in program.graph.nodes:
+        for family, index, _, _ in _families(node):
+            if family == best and index in order:
+                layers[node] = order[index]
+    return layers
+
+
+def _layers_by_shape(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Layers as the longest run of isomorphic regions along the trunk of the graph."""
+    regions = _regions(program, found)
+    labels = [_label(nodes) for nodes in regions]
+    weights = [sum(is_linear(n) for n in nodes) for nodes in regions]
+    best = (0, 0, 0, 0)  # linears covered, -period, start, repetitions
+    for period in range(1, len(labels) // 2 + 1):
+        for start in range(len(labels) - 2 * period + 1):
+            unit = labels[start : start + period]
+            repetitions = 1
+            while labels[start + repetitions * period : start + (repetitions + 1) * period] == unit:
+                repetitions += 1
+            covered = sum(weights[start : start + repetitions * period])
+            if repetitions >= 2 and sum(weights[start : start + period]):
+                best = max(best, (covered, -period, -start, repetitions))
+    covered, period, start, repetitions = best[0], -best[1], -best[2], best[3]
+    if not covered:
+        return {}
+    return {
+        node: layer
+        for layer in range(repetitions)
+        for nodes in regions[start + layer * period : start + (layer + 1) * period]
+        for node in nodes
+    }
+
+
+def _regions(program: Program, found: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Cuts the graph at its trunk: the nodes that every path from the trunk's root to the output goes through.
+
+    Only what depends on the trunk's root counts, so that masks and rotary tables, which every layer reads, do not
+    bypass the trunk. The root is the last node that dominates all linears.
+    """
+    order = {node: position for position, node in enumerate(program.graph.nodes)}
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    graph = nx.DiGraph()
+    for node in program.graph.nodes:
+        if node.op in ("call_function", "output"):
+            graph.add_edges_from((source, node) for source in node.all_input_nodes if source.op == "call_function")
+    root = _root(graph, found, order)
+    if root is None or output not in graph:
+        return []
+    inside = (nx.descendants(graph, root) | {root}) & (nx.ancestors(graph, output) | {output})
+    dominators = nx.immediate_dominators(graph.subgraph(inside), root)
+    trunk = [output]
+    while trunk[-1] is not root:
+        trunk.append(dominators[trunk[-1]])
+    trunk.reverse()
+    regions: list[list[fx.Node]] = [[] for _ in trunk[1:]]
+    ends = [order[node] for node in trunk[1:]]
+    for node in sorted(inside - {root, output}, key=order.__getitem__):
+        regions[next(i for i, end in enumerate(ends) if order[node] <= end)].append(node)
+    return [region for region in regions if region]
+
+
+def _root(graph: nx.DiGraph, found: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:
+    """The node closest to the linears that all of them depend on."""
+    common: set[fx.Node] | None = None
+    for node in found:
+        ancestors = nx.ancestors(graph, node)
+        common = ancestors if common is None else common & ancestors
+    return max(common, key=order.__getitem__) if common else None
+
+
+def _label(region: Sequence[fx.Node]) -> str:
+    """A hash that isomorphic regions share: operators, weight shapes, and how they are wired."""
+    inside = set(region)
+    graph = nx.DiGraph()
+    for node in region:
+        shapes = [_static_shape(source) for source in node.all_input_nodes if source.op == "get_attr"]
+        graph.add_node(node, label=f"{node.target}{shapes}")
+        graph.add_edges_from((source, node) for source in node.all_input_nodes if source in inside)
+    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+
+
+def _static_shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _place_weights(program: Program) -> None:
+    """Gives a weight the layer of its readers, where they agree."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            layers = {user.meta.get(LAYER) for user in node.users}
+            node.meta[LAYER] = layers.pop() if len(layers) == 1 else None
+
+
+# Roles
+
+
+def module_path(node: fx.Node) -> str:
+    """The module a linear stands for: the one that called it, or the parameter where one module holds several."""
+    weight = str(node.args[1].target)
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    owner, _, leaf = weight.rpartition(".")
+    if leaf not in ("weight", "weight_transposed"):
+        return weight
+    called_by = stack[-1][0] if stack else ""
+    # Tied weights lie under one path, so the head's own path is only in its provenance.
+    return owner if not called_by or owner.startswith(called_by) else called_by
+
+
+def _describe(program: Program, node: fx.Node) -> LinearInfo:
+    weight = node.args[1]
+    layer = node.meta[LAYER]
+    experts = int(weight.meta["val"].shape[0]) if node.target is lbllm.grouped_linear.default else 0
+    if layer is not None and _routes(node):
+        role, reason = "dense", "routes tokens to experts"
+    elif layer is not None:
+        role, reason = "decoder", f"in decoder layer {layer}" if program.kind == "causal-lm" else f"in layer {layer}"
+    elif _feeds_output(node):
+        role, reason = "head", "computes the output"
+    else:
+        role, reason = "dense", "outside the decoder layers"
+    return LinearInfo(module_path(node), str(weight.target), layer, role, experts, reason)
+
+
+def _routes(node: fx.Node) -> bool:
+    """Whether the output goes, by way of no other linear, into a choice of the best few: an expert router."""
+    return _reaches(node, lambda n: n.target in (aten.topk.default, aten.argmax.default, aten.sort.default))
+
+
+def _feeds_output(node: fx.Node) -> bool:
+    return _reaches(node, lambda n: n.op == "output")
+
+
+def _reaches(node: fx.Node, goal) -> bool:
+    pending, seen = list(node.users), set()
+    while pending:
+        user = pending.pop()
+        if user in seen or user.target in LINEAR_TARGETS:
+            continue
+        seen.add(user)
+        if goal(user):
+            return True
+        if not _is_mixing(user):
+            pending.extend(user.users)
+    return False
+
+
+def _is_mixing(node: fx.Node) -> bool:
+    """Operators behind which a linear's output is no longer what goes on."""
+    return node.target is aten.scaled_dot_product_attention.default
+
+
+def _match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict[str, LinearInfo]:
+    """What the user wants kept float.
+
+    Raises:
+        PassError: a pattern matches nothing; the message suggests the nearest path.
+    """
+    names: dict[str, set[str]] = defaultdict(set)
+    for info in infos:
+        parts = info.path.split(".")
+        for length in range(1, len(parts) + 1):
+            names[".".join(parts[:length])].add(info.path)
+    reasons: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [path for name, paths in names.items() if fnmatch.fnmatchcase(name, pattern) for path in paths]
+        if not matched:
+            near = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.4)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise PassError(f"keep_dense: the pattern '{pattern}' matches no linear{hint}")
+        reasons.update({path: f"kept by the pattern '{pattern}'" for path in matched})
+    return {
+        info.path: LinearInfo(info.path, info.weight, info.layer, "dense", info.experts, reasons[info.path])
+        for info in infos
+        if info.path in reasons
+    }
+
+
+def _rows(program: Program) -> list[dict[str, object]]:
+    return [
+        {
+            "path": info.path,
+            "layer": info.layer,
+            "role": info.role,
+            "shape": list(node.args[1].meta["val"].shape),
+            "reason": info.reason,
+        }
+        for node, info in linears(program)
+    ]
+
+
+def _summary(program: Program) -> dict[str, int]:
+    return {
+        "layers": layer_count(program),
+        "decoder": matrix_count(program),
+        "head": matrix_count(program, "head"),
+        "dense": matrix_count(program, "dense"),
+    }

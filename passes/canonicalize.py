@@ -1,0 +1,238 @@
+"""Gives every linear layer one form, and removes what tracing leaves behind.
+
+Later passes look for two operators only: ``aten.linear`` with a ``[N, K]`` weight and, for stacked experts,
+``lbllm.grouped_linear`` with an ``[E, N, K]`` weight. Models write the same thing in many ways: GPT-2's Conv1D is
+``addmm`` with a ``[K, N]`` weight, transformers runs experts through a grouped matrix product. Weights stored the other
+way round are transposed once, under the same path.
+
+Given::
+
+    %w = get_attr[target=transformer.h.0.mlp.c_fc.weight]                  # [K, N]
+    %y = aten.addmm.default(%bias, %x, %w)
+    %e = get_attr[target=model.layers.0.mlp.experts.down_proj]             # [E, N, K]
+    %t = aten.transpose.int(%e, -2, -1)
+    %z = transformers.grouped_mm_fallback.default(%h, %t, %offsets)
+
+Result::
+
+    %w = get_attr[target=transformer.h.0.mlp.c_fc.weight]                  # [N, K]
+    %y = aten.linear.default(%x, %w, %bias)
+    %e = get_attr[target=model.layers.0.mlp.experts.down_proj]
+    %z = lbllm.grouped_linear.default(%h, %e, %offsets)
+
+Bodies of ``no_grad`` and disabled ``autocast`` blocks move into the graph, and everything ``cleanup`` removes goes.
+Sums may be taken in another order, hence the bound. No preconditions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ..codegen import ops as ops
+from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
+from .cleanup import clean
+from .program import Program, copy_module, get_attribute, set_attribute
+
+aten = torch.ops.aten
+lbllm = torch.ops.lbllm
+
+_PRODUCTS = frozenset({aten.mm.default, aten.matmul.default, aten.bmm.default})
+_GROUPED = frozenset({"transformers::grouped_mm_fallback", "aten::_grouped_mm"})
+_SWAPS = frozenset({aten.t.default, aten.numpy_T.default, aten.mT.default})
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """See the module's description."""
+
+    name: ClassVar[str] = "canonicalize"
+    contract: ClassVar[Contract] = bounded(1e-5)
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        before = len(program.graph.nodes)
+        module = _inline_blocks(program.module)
+        clean(module)
+        rewritten = _rewrite_products(module)
+        clean(module)
+        module.graph.lint()
+        return PassResult(
+            program.with_module(module), summary={"linears": rewritten, "removed": before - len(module.graph.nodes)}
+        )
+
+
+def _inline_blocks(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the module in which ``no_grad`` and disabled ``autocast`` bodies are part of the graph."""
+    module = copy_module(module)
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if node.op != "call_function" or name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        if name == "wrap_with_autocast":
+            _, dtype, enabled, _, body, *arguments = node.args
+            if enabled and dtype is not torch.float32:
+                raise PassError(
+                    f"'{node.name}' runs in {dtype} by torch.autocast; remove the autocast block, the compiler works in"
+                    " float32"
+                )
+        else:
+            _, body, *arguments = node.args
+        _inline(module, node, get_attribute(module, body.target), arguments)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, arguments: list[fx.Node]) -> None:
+    body = _inline_blocks(body)
+    values: dict[fx.Node, fx.Node] = {}
+    rest = iter(arguments)
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            values[inner] = next(rest)
+        elif inner.op == "output":
+            results = fx.node.map_arg(inner.args[0], lambda n: values[n])
+        else:
+            if inner.op == "get_attr":
+                set_attribute(module, str(inner.target), get_attribute(body, str(inner.target)))
+            with module.graph.inserting_before(call):
+                values[inner] = module.graph.node_copy(inner, lambda n: values[n])
+    for user in list(call.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(call)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A weight as an operand: the ``get_attr`` behind it, and whether its last two dimensions are swapped."""
+
+    node: fx.Node
+    swapped: bool
+
+
+def _operand(node: object) -> _Operand | None:
+    """Sees a weight through transposes of its last two dimensions."""
+    swapped = False
+    while isinstance(node, fx.Node) and node.op == "call_function" and _swaps_last(node):
+        swapped, node = not swapped, node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    return _Operand(node, swapped)
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    if node.target in _SWAPS:
+        return True
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return False
+    rank = value.dim()
+    if node.target is aten.transpose.int:
+        return {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}
+    if node.target is aten.permute.default:
+        return [dim % rank for dim in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]
+    return False
+
+
+def _rewrite_products(module: fx.GraphModule) -> int:
+    """Rewrites every matrix product with a weight; returns how many linears the graph then has."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.addmm.default:
+            _rewrite_addmm(module, node)
+        elif node.target in _PRODUCTS:
+            _rewrite_product(module, node)
+        elif getattr(node.target, "_schema", None) is not None and node.target._schema.name in _GROUPED:
+            _rewrite_grouped(module, node)
+    module.recompile()
+    return sum(n.target in (aten.linear.default, lbllm.grouped_linear.default) for n in module.graph.nodes)
+
+
+def _rewrite_addmm(module: fx.GraphModule, node: fx.Node) -> None:
+    bias, x, other = node.args
+    weight = _operand(other)
+    if weight is None or _rank(weight.node) != 2 or any(v != 1 for v in node.kwargs.values()):
+        return
+    with module.graph.inserting_before(node):
+        matrix = _rows(module, weight)
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and _rank(bias) == 1:
+            result = _call(module, node, aten.linear.default, x, matrix, bias)
+        else:
+            product = _call(module, node, aten.linear.default, x, matrix)
+            result = _call(module, node, aten.add.Tensor, product, bias)
+    _replace(module, node, result)
+
+
+def _rewrite_product(module: fx.GraphModule, node: fx.Node) -> None:
+    left, right = node.args
+    weight = _operand(right)
+    if weight is not None and _rank(weight.node) == 2:
+        with module.graph.inserting_before(node):
+            result = _call(module, node, aten.linear.default, left, _rows(module, weight))
+        _replace(module, node, result)
+        return
+    weight = _operand(left)
+    if weight is not None and _rank(weight.node) == 2 and _rank(right) == 2:
+        # W @ x is (x^T @ W^T)^T, a linear over the columns of x with the weight as it lies.
+        with module.graph.inserting_before(node):
+            columns = _call(module, right, aten.t.default, right)
+            product = _call(module, node, aten.linear.default, columns, _rows(module, _flip(weight)))
+            result = _call(module, node, aten.t.default, product)
+        columns.meta["val"], product.meta["val"] = right.meta["val"].t(), node.meta["val"].t()
+        _replace(module, node, result)
+
+
+def _rewrite_grouped(module: fx.GraphModule, node: fx.Node) -> None:
+    weight = _operand(node.args[1])
+    if weight is None or _rank(weight.node) != 3 or len(node.args) != 3:
+        return
+    x, _, offsets = node.args
+    with module.graph.inserting_before(node):
+        result = _call(module, node, lbllm.grouped_linear.default, x, _rows(module, weight), offsets)
+    _replace(module, node, result)
+
+
+def _rank(node: object) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _flip(weight: _Operand) -> _Operand:
+    return _Operand(weight.node, not weight.swapped)
+
+
+def _rows(module: fx.GraphModule, weight: _Operand) -> fx.Node:
+    """The weight as ``[..., N, K]``; one stored as ``[..., K, N]`` is transposed in the module.
+
+    A product multiplies by ``[..., K, N]``, so a weight seen through a swap lies right already. Where others read the
+    weight as it was, the transposed one gets a path of its own.
+    """
+    if weight.swapped:
+        return weight.node
+    source = str(weight.node.target)
+    readers = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source]
+    shared = sum(len(n.users) for n in readers) > 1 or hasattr(module, f"{source}_transposed")
+    path = f"{source}_transposed" if shared else source
+    set_attribute(module, path, get_attribute(module, source).mT.contiguous())
+    node = module.graph.get_attr(path)
+    node.meta = dict(weight.node.meta)
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        node.meta["val"] = node.meta["val"].mT.contiguous()
+    return node
+
+
+def _call(module: fx.GraphModule, origin: fx.Node, target: object, *arguments: object) -> fx.Node:
+    """A call in the place and with the provenance of ``origin``."""
+    node = module.graph.call_function(target, arguments)
+    node.meta = dict(origin.meta)
+    return node
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, result: fx.Node) -> None:
+    node.replace_all_uses_with(result)
+    module.graph.erase_node(node)

@@ -1,0 +1,346 @@
+"""Fitting a W(1+1) matrix: planes and levels that keep ``W x`` for the inputs a calibration saw.
+
+The error of a matrix is ``tr(E H E^T)`` with ``E = W - Q`` and the Hessian ``H = mean(x x^T)``. Columns are quantized a
+group at a time. Within the remaining columns, ``H = R R^T`` with ``R`` upper triangular makes that error the sum of
+``||E R||^2``, one term per column, and ``U = R^-1`` says how later columns best make up for a column's error (GPTQ,
+arXiv 2210.17323). Levels of a group come from Hessian-weighted expectation maximization on four levels (BWA, arXiv
+2504.05352), then from a least-squares refit under the group's full Hessian.
+
+Everything is vectorized over the rows: a row's fit depends on no other row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codegen.errors import LbllmError
+from ..codegen.format import LEVELS, group_count, quantize_levels
+
+SCOUT_ITERATIONS = 3
+"""Rounds of expectation maximization from every starting point, before the best one goes on alone."""
+
+EM_ITERATIONS = 10
+"""Most rounds after that; it usually settles in fewer."""
+
+PANEL = 16
+"""Columns compensated one by one before their errors are applied to the rest of the group in one product."""
+
+RIDGE = 1e-4
+"""Ridge of the level refit, relative to the group's mean diagonal: keeps a level that no element uses."""
+
+DAMP_LIMIT = 1.0
+"""Damping above which a Hessian counts as unusable."""
+
+
+class CalibrationError(LbllmError):
+    """The calibration statistics cannot be used (not finite, or not positive definite under any damping)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted matrix.
+
+    Attributes:
+        codes: uint8 ``[N, K]``, level codes 0..3.
+        levels: float32 ``[N, G, 4]``, sorted, each group's exactly representable as int8 times fp16 scale.
+        error, norm: float32 ``[N]``: mean of ``((w - q) x)^2`` and ``(w x)^2`` over the calibration inputs, damping
+            included.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    error: Tensor
+    norm: Tensor
+
+    def rows(self, start: int, end: int) -> Fit:
+        """The fit of some rows."""
+        return Fit(self.codes[start:end], self.levels[start:end], self.error[start:end], self.norm[start:end])
+
+    @property
+    def relative_error(self) -> float:
+        """``||(W - Q) x||^2 / ||W x||^2``."""
+        norm = float(self.norm.double().sum())
+        return float(self.error.double().sum()) / norm if norm > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factored Hessian, its columns reordered so that important groups come first.
+
+    Attributes:
+        order: int64 ``[K]``: column of the matrix at each position; a group's columns stay together.
+        groups: index of the weight group at each group position.
+        sizes: number of columns of each group position.
+        root: ``R``, upper triangular ``[K, K]``, ``H = R R^T`` in the new order.
+        inverse: ``U = R^-1``.
+        dead: bool ``[K]``, in the matrix's order: columns whose input is always zero.
+        damp: relative damping that made the Hessian positive definite.
+    """
+
+    order: Tensor
+    groups: tuple[int, ...]
+    sizes: tuple[int, ...]
+    root: Tensor
+    inverse: Tensor
+    dead: Tensor
+    damp: float
+
+
+def factor(hessian: Tensor, group: int, damp: float) -> Factor:
+    """Factors a Hessian ``[K, K]`` for :func:`fit`.
+
+    Dead columns get a unit diagonal. ``damp`` times the mean diagonal is added to the diagonal; where the Cholesky
+    factorization fails all the same, ten times as much, and so on.
+
+    Raises:
+        CalibrationError: the Hessian is not finite, or no damping up to 1 makes it positive definite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError("the calibration activations are not finite; check the model's weights and its inputs")
+    k = hessian.shape[0]
+    hessian = hessian.float().clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones(())
+    diagonal[dead] = mean
+    order, groups, sizes = _column_order(hessian.diagonal(), group)
+    hessian = hessian[order][:, order]
+    while damp <= DAMP_LIMIT:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        # R R^T with an upper R is the Cholesky factorization of the matrix read backwards.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed):
+            root = lower.flip(0, 1).contiguous()
+            inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True)
+            if bool(torch.isfinite(inverse).all()):
+                return Factor(order, groups, sizes, root, inverse, dead, damp)
+        damp = max(10 * damp, 1e-4)
+    raise CalibrationError("the calibration Hessian cannot be factored; use more calibration text or a larger damp")
+
+
+def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Groups by falling mean importance, and columns by falling importance within each.
+
+    What is quantized first still has all other columns to make up for its error.
+    """
+    k = diagonal.shape[0]
+    columns = [torch.arange(start, min(start + group, k)) for start in range(0, k, group)]
+    importance = torch.stack([diagonal[c].mean() for c in columns])
+    groups = importance.argsort(descending=True, stable=True).tolist()
+    ordered = [columns[g][diagonal[columns[g]].argsort(descending=True, stable=True)] for g in groups]
+    return torch.cat(ordered), tuple(groups), tuple(len(c) for c in ordered)
+
+
+def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True, rounds: int = 1) -> Fit:
+    """Fits planes and levels to a matrix.
+
+    Args:
+        weight: ``[N, K]``, finite.
+        factored: of the inputs' Hessian, for the same ``group``.
+        group: input columns per group.
+        compensate: let later columns make up for the errors of earlier ones.
+        rounds: rounds of compensation and level refit per group; the best of them is kept per row.
+
+    Raises:
+        FormatError: the weight is not finite, or too large for the format.
+    """
+    n, k = weight.shape
+    weight = weight.float().masked_fill(factored.dead, 0.0)
+    # Columns are rows here: the loop over columns reads and writes contiguous memory.
+    work = weight.t()[factored.order].contiguous()
+    codes = torch.empty((k, n), dtype=torch.uint8)
+    levels = torch.empty((n, group_count(k, group), LEVELS))
+    original = work.clone()
+    quantized = torch.empty_like(work)
+    start = 0
+    for index, size in zip(factored.groups, factored.sizes, strict=True):
+        end = start + size
+        block = work[start:end]
+        root = factored.root[start:end, start:end]
+        inverse = factored.inverse[start:end, start:end]
+        if compensate:
+            picked, found, errors = _fit_group(block, root, inverse, rounds)
+            if end < k:
+                work[end:].addmm_(factored.inverse[start:end, end:].t(), errors, alpha=-1.0)
+        else:
+            found = _representable(expectation_maximization(block.t(), inverse.diagonal().square().reciprocal()))
+            picked = nearest(block, found)
+        codes[start:end] = picked
+        levels[:, index] = found
+        quantized[start:end] = _pick(found, picked)
+        start = end
+    restored = torch.empty((n, k), dtype=torch.uint8)
+    restored[:, factored.order] = codes.t()
+    root = factored.root.t()
+    error = (root @ (original - quantized)).square().sum(0)
+    return Fit(restored, levels, error, (root @ original).square().sum(0))
+
+
+def _fit_group(block: Tensor, root: Tensor, inverse: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes ``[g, N]``, levels ``[N, 4]`` and scaled errors ``E R`` ``[g, N]`` of one group ``[g, N]``."""
+    importance = inverse.diagonal().square().reciprocal()
+    hessian = root @ root.t()
+    found = _representable(expectation_maximization(block.t(), importance))
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best_loss = torch.empty(0)
+    for _ in range(rounds):
+        picked = _compensated_codes(block, inverse, found)
+        # Levels are refitted to the codes, so the refit, not the levels the codes were picked with, is judged.
+        picked, found = _refit(block, hessian, picked, found)
+        errors = root.t() @ (block - _pick(found, picked))
+        loss = errors.square().sum(0)
+        if best is None:
+            best, best_loss = (picked, found, errors), loss
+            continue
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best = (
+            torch.where(better, picked, best[0]),
+            torch.where(better[:, None], found, best[1]),
+            torch.where(better, errors, best[2]),
+        )
+        found = best[1]
+    assert best is not None
+    return best
+
+
+def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
+    """Four sorted levels per row that minimize ``sum_i importance_i (w_i - nearest level)^2``.
+
+    Weighted k-means in one dimension: on sorted values a cluster is a range, and its sums are differences of prefix
+    sums, so a round costs a few numbers per row. Three starting points per row; the best end is kept.
+
+    Args:
+        weight: ``[N, g]``.
+        importance: ``[g]``, positive.
+
+    Returns:
+        float32 ``[N, 4]``.
+    """
+    values, order = weight.contiguous().sort(-1)
+    share = (importance / importance.sum())[order]
+    prefix = [torch.nn.functional.pad((share * values**p).double().cumsum(-1), (1, 0)) for p in range(2)]
+    found = _starts(values, prefix[0].float())
+    found, gain = _lloyd(values, prefix, found, SCOUT_ITERATIONS)
+    best = gain.argmax(1)[:, None, None].expand(-1, 1, LEVELS)
+    found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS)
+    return found.squeeze(1).sort(-1).values
+
+
+def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Rounds of one-dimensional k-means from levels ``[N, I, 4]`` on sorted values ``[N, g]``.
+
+    Returns:
+        The levels, and what they explain ``[N, I]``: the weighted square sum less the weighted squared error.
+    """
+    n, g = values.shape
+    inits = found.shape[1]
+    bounds = torch.tensor([0, g]).expand(n, inits, 2)
+    cuts = torch.empty(0)
+    gain = torch.empty(0)
+    for _ in range(rounds):
+        middles = ((found[..., 1:] + found[..., :-1]) / 2).flatten(1)
+        previous, cuts = cuts, torch.searchsorted(values, middles.contiguous())
+        if previous.shape == cuts.shape and torch.equal(previous, cuts):
+            break
+        edges = torch.cat([bounds[..., :1], cuts.view(n, inits, LEVELS - 1), bounds[..., 1:]], -1).flatten(1)
+        mass, first = (p.gather(1, edges).view(n, inits, LEVELS + 1).diff(dim=-1) for p in prefix)
+        means = first / mass.clamp_min(1e-30)
+        gain = (means * first).sum(-1)
+        found = torch.where(mass > 0, means.float(), found)
+    return found, gain
+
+
+def _starts(values: Tensor, mass: Tensor) -> Tensor:
+    """Starting levels ``[N, 3, 4]``: weighted quantiles, mean and deviation, and an even grid over the range."""
+    n, g = values.shape
+    quantiles = torch.tensor([0.08, 0.33, 0.67, 0.92]).expand(n, LEVELS).contiguous()
+    at = torch.searchsorted(mass[:, 1:].contiguous(), quantiles).clamp_max(g - 1)
+    mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, unbiased=False)
+    low, high = values[:, :1], values[:, -1:]
+    normal = mean + deviation * torch.tensor([-1.51, -0.453, 0.453, 1.51])
+    even = low + (high - low) * torch.tensor([0.125, 0.375, 0.625, 0.875])
+    return torch.stack([values.gather(1, at), normal, even], 1)
+
+
+def _representable(levels: Tensor) -> Tensor:
+    """Levels as the format stores them: int8 times one fp16 scale per group."""
+    quantized, scale = quantize_levels(levels)
+    return quantized.float() * scale.float().unsqueeze(-1)
+
+
+def nearest(block: Tensor, levels: Tensor) -> Tensor:
+    """Codes ``uint8 [g, N]`` of the levels ``[N, 4]`` nearest to a block ``[g, N]``."""
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    codes = (block > middles[:, 0]).to(torch.uint8)
+    return codes.add_(block > middles[:, 1]).add_(block > middles[:, 2])
+
+
+def _pick(levels: Tensor, codes: Tensor) -> Tensor:
+    """Level of every element: levels ``[N, 4]`` and codes ``[g, N]`` to ``[g, N]``."""
+    l0, l1, l2, l3 = levels.unbind(1)
+    upper = codes >= 2
+    return torch.where(upper, torch.where(codes == 3, l3, l2), torch.where(codes == 1, l1, l0))
+
+
+def _compensated_codes(block: Tensor, inverse: Tensor, levels: Tensor) -> Tensor:
+    """Greedy codes of a group, column by column, each error passed on to the columns behind it (GPTQ)."""
+    size = block.shape[0]
+    l0, l1, l2, l3 = levels.unbind(1)
+    m0, m1, m2 = ((levels[:, 1:] + levels[:, :-1]) / 2).t().contiguous().unbind(0)
+    l0, l1, l2, l3 = (v.contiguous() for v in (l0, l1, l2, l3))
+    seen = block.clone()
+    steps = 1.0 / inverse.diagonal()
+    steps = steps.tolist()
+    for start in range(0, size, PANEL):
+        end = min(start + PANEL, size)
+        panel = seen[start:end]
+        errors = torch.empty_like(panel)
+        for i in range(end - start):
+            w = panel[i]
+            upper = torch.where(w > m2, l3, l2)
+            lower = torch.where(w > m0, l1, l0)
+            chosen = torch.where(w > m1, upper, lower)
+            torch.mul(w - chosen, steps[start + i], out=errors[i])
+            if i + 1 < end - start:
+                panel[i + 1 :].addcmul_(inverse[start + i, start + i + 1 : end, None], errors[i], value=-1.0)
+        if end < size:
+            seen[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1.0)
+    return nearest(seen, levels)
+
+
+def _refit(block: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares levels for given codes under the group's Hessian; a row keeps the old ones where they are better.
+
+    Solves ``min_L (w - A L)^T H (w - A L)`` per row, ``A`` the one-hot codes; a ridge towards the old levels keeps those
+    that no element uses.
+    """
+    n = block.shape[1]
+    residual = block - _pick(levels, codes)
+    pulled = hessian @ residual
+    member = [(codes == c).float() for c in range(LEVELS)]
+    normal = torch.empty((n, LEVELS, LEVELS))
+    right = torch.empty((n, LEVELS))
+    for a in range(LEVELS):
+        weighted = hessian @ member[a]
+        right[:, a] = (member[a] * pulled).sum(0)
+        for b in range(a + 1):
+            normal[:, a, b] = normal[:, b, a] = (weighted * member[b]).sum(0)
+    normal.diagonal(dim1=1, dim2=2).add_(RIDGE * hessian.diagonal().mean())
+    change = torch.linalg.solve(normal, right)
+    refitted, order = (levels + change).sort(-1)
+    refitted = _representable(refitted)
+    # Refitted levels may have changed places; codes follow them.
+    rank = order.argsort(-1).to(torch.uint8).t()
+    moved = torch.where(
+        codes >= 2, torch.where(codes == 3, rank[3], rank[2]), torch.where(codes == 1, rank[1], rank[0])
+    )
+    before = (residual * pulled).sum(0)
+    residual = block - _pick(refitted, moved)
+    after = (residual * (hessian @ residual)).sum(0)
+    better = after < before
+    return torch.where(better, moved, codes), torch.where(better[:, None], refitted, levels)

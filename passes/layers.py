@@ -1,0 +1,227 @@
+"""Decoder-layer sub-graphs, and streaming activations through them.
+
+A calibration works on one decoder layer at a time. :func:`split` cuts an annotated program into a prologue (embedding,
+masks, rotary tables, symbolic sizes), one sub-graph per decoder layer and an epilogue (last norm, lm_head); what a stage
+needs from an earlier one is an input by the name of the node that computed it. Run one after the other, the stages
+compute what the whole graph does, with the same operations.
+
+Given (node: layer)::
+
+    %h: None, %cos: None, %a(%h, %cos): 0, %b(%a, %cos): 1, %y(%b): None
+
+Result::
+
+    prologue() -> %h, %cos      layer 0 (%h, %cos) -> %a      layer 1 (%a, %cos) -> %b      epilogue (%b) -> %y
+
+:class:`Activations` holds a chain: the values alive between two stages, batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .annotate import LAYER
+from .program import Program, get_attribute, set_attribute
+
+Values = dict[str, Any]
+"""Values of one batch by node name: tensors, and ints for symbolic sizes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A sub-graph with named inputs and outputs.
+
+    Attributes:
+        module: takes ``inputs`` by position and returns a tuple of ``outputs``. Its tensors are shared with the program;
+            its graph and attribute table are its own.
+        inputs: names of the nodes (or graph inputs) whose values it takes.
+        outputs: names of the nodes whose values it computes for later stages, or for the program's result.
+        live: names of all values that anything after this stage needs.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    live: frozenset[str]
+
+    def run(self, values: Mapping[str, Any]) -> Values:
+        """The outputs for one batch."""
+        return dict(zip(self.outputs, self.module(*[values[name] for name in self.inputs]), strict=True))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A program cut at its decoder layers.
+
+    Attributes:
+        prologue: what comes before the first layer.
+        layers: one stage per decoder layer; a plain module is a single one.
+        epilogue: what comes after the last layer.
+        results: names of the values that the program returns.
+    """
+
+    prologue: Stage
+    layers: tuple[Stage, ...]
+    epilogue: Stage
+    results: tuple[str, ...]
+
+
+class Activations:
+    """The values alive between two stages, one mapping per batch. In memory; only this class knows that."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]]):
+        self._batches: list[Values] = [dict(b) for b in batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Values]:
+        return (dict(b) for b in self._batches)
+
+    def __getitem__(self, index: int) -> Values:
+        return dict(self._batches[index])
+
+    def fork(self) -> Activations:
+        """A second chain that starts from the same values; tensors are shared until either one moves on."""
+        return Activations(self._batches)
+
+    @torch.no_grad()
+    def advance(self, stage: Stage, visit: Callable[[Values], None] | None = None) -> None:
+        """Runs a stage on every batch and drops what nothing needs any more.
+
+        Args:
+            stage: the next stage of the chain.
+            visit: called with each batch's live values after the stage.
+        """
+        for index, values in enumerate(self._batches):
+            values = {**values, **stage.run(values)}
+            values = {name: value for name, value in values.items() if name in stage.live}
+            if visit is not None:
+                visit(values)
+            self._batches[index] = values
+
+
+def split(program: Program) -> Layers:
+    """Cuts an annotated program into prologue, decoder layers and epilogue.
+
+    A node that belongs to no layer goes to the prologue where it depends on none, to the epilogue where no layer needs
+    it, else to the layer it depends on.
+    """
+    indices = sorted({n.meta[LAYER] for n in program.graph.nodes if n.meta.get(LAYER) is not None})
+    last = len(indices) + 1
+    rank = {index: position for position, index in enumerate(indices, start=1)}
+    needed = _needed_by_layer(program.graph)
+    stage_of: dict[fx.Node, int] = {}
+    for node in _computed(program.graph):
+        floor = max((stage_of[n] for n in node.all_input_nodes if n in stage_of), default=0)
+        layer = node.meta.get(LAYER)
+        if layer is not None:
+            stage_of[node] = max(rank[layer], floor)
+        else:
+            stage_of[node] = floor if floor == 0 or node in needed else last
+    stages = partition(program.module, stage_of, last + 1)
+    results = tuple(n.name for n in _results(program.graph))
+    return Layers(stages[0], tuple(stages[1:last]), stages[last], results)
+
+
+def partition(
+    module: fx.GraphModule, stage_of: Mapping[fx.Node, int], count: int, live: Iterable[str] = ()
+) -> list[Stage]:
+    """Cuts a graph into ``count`` stages.
+
+    Args:
+        module: the graph. Weights (``get_attr``) are repeated in every stage that uses them.
+        stage_of: the stage of every computing node; never lower than that of a node it depends on.
+        count: number of stages.
+        live: names that stay alive past the last stage, besides the graph's results.
+    """
+    results = _results(module.graph)
+    members: list[list[fx.Node]] = [[] for _ in range(count)]
+    for node in _computed(module.graph):
+        members[stage_of[node]].append(node)
+    inputs = [_inputs(nodes) for nodes in members]
+    stages: list[Stage] = []
+    alive = frozenset(live) | {n.name for n in results}
+    for index in reversed(range(count)):
+        outputs = [n for n in members[index] if n.name in alive]
+        built = _build(module, members[index], inputs[index], outputs)
+        names = tuple(n.name for n in inputs[index])
+        stages.append(Stage(built, names, tuple(n.name for n in outputs), alive))
+        alive = alive | set(names)
+    return stages[::-1]
+
+
+def segments(stage: Stage, after: Iterable[fx.Node]) -> list[Stage]:
+    """Cuts a stage behind each of the given nodes of its graph.
+
+    A node's segment is the largest number of cuts on any way to it, so independent cuts fall together. Run one after the
+    other, the segments compute what the stage does; every cut node is an output of its segment.
+    """
+    cuts = set(after)
+    stage_of: dict[fx.Node, int] = {}
+    for node in _computed(stage.module.graph):
+        stage_of[node] = max((stage_of[n] + (n in cuts) for n in node.all_input_nodes if n in stage_of), default=0)
+    return partition(stage.module, stage_of, max(stage_of.values(), default=0) + 1, stage.live)
+
+
+def set_weight(stage: Stage, path: str, value: Tensor) -> None:
+    """Puts another tensor in the place of a stage's weight; the program keeps its own."""
+    set_attribute(stage.module, path, value)
+
+
+def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The program's first result for every batch, stage by stage."""
+    chain = Activations(batches)
+    for stage in (layers.prologue, *layers.layers, layers.epilogue):
+        chain.advance(stage)
+    return [values[layers.results[0]] for values in chain]
+
+
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that do something: no inputs, weights or output."""
+    return [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+
+
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    return next(n for n in reversed(graph.nodes) if n.op == "output").all_input_nodes
+
+
+def _needed_by_layer(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that some decoder layer depends on."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "output" and (node.meta.get(LAYER) is not None or node in needed):
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What ``nodes`` take from elsewhere, weights excepted, in the order of first use."""
+    inside = set(nodes)
+    found = (n for node in nodes for n in node.all_input_nodes if n not in inside and n.op != "get_attr")
+    return list(dict.fromkeys(found))
+
+
+def _build(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        for weight in node.all_input_nodes:
+            if weight.op == "get_attr" and weight not in copies:
+                copies[weight] = graph.node_copy(weight)
+                set_attribute(root, weight.target, get_attribute(module, weight.target))
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].meta = dict(node.meta)
+    graph.output(tuple(copies[n] for n in outputs))
+    return fx.GraphModule(root, graph)

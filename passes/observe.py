@@ -1,0 +1,81 @@
+"""``observe``: marks the inputs whose statistics the first stage wants.
+
+A node ``lbllm.observe`` is put in front of the decoder linears, one per distinct input: query, key and value share one,
+gate and up share one. It computes nothing; ``ptq`` runs the graph up to it, collects the statistics there, and removes
+it.
+
+Given::
+
+    %q = aten.linear(%x, %q_weight)
+    %k = aten.linear(%x, %k_weight)
+
+Result::
+
+    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj")
+    %q = aten.linear(%observe, %q_weight)
+    %k = aten.linear(%observe, %k_weight)
+
+Needs ``annotate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from ..codegen import ops as ops
+from .annotate import LINEAR
+from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
+from .program import Program
+from .rewrite import make_call
+
+STAT = "lbllm_stat"
+"""Key in an observer's meta: the statistic it wants."""
+
+_OBSERVE = torch.ops.lbllm.observe.default
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Inserts observers in front of the decoder linears.
+
+    Attributes:
+        stat: ``hessian`` (the mean outer product of the inputs, for error compensation) or ``absmax`` (the largest
+            magnitude per channel; cheaper, without compensation).
+    """
+
+    stat: Literal["hessian", "absmax"] = "hessian"
+
+    name: ClassVar[str] = "observe"
+    contract: ClassVar[Contract] = EXACT
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        program = program.copy()
+        graph = program.graph
+        if any(n.target is _OBSERVE for n in graph.nodes):
+            raise PassError("the program is observed already; use 'observe' once, before 'ptq'")
+        rows: list[dict[str, Any]] = []
+        for source, linears in decoder_linears(graph).items():
+            site = linears[0].meta[LINEAR].path
+            with graph.inserting_before(linears[0]):
+                observer = make_call(graph, _OBSERVE, (source, site), linears[0], {STAT: self.stat})
+            for linear in linears:
+                linear.update_arg(0, observer)
+            rows.append({"site": site, "linears": [n.meta[LINEAR].path for n in linears], "stat": self.stat})
+        if not rows:
+            raise PassError("there is no decoder linear to observe; run 'annotate' first, or check keep_dense")
+        program.module.recompile()
+        return PassResult(program, rows, {"observers": len(rows)})
+
+
+def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The linears to quantize, in graph order, by the node they read."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        info = node.meta.get(LINEAR)
+        if info is not None and info.role == "decoder":
+            found.setdefault(node.args[0], []).append(node)
+    return found

@@ -1,0 +1,311 @@
+"""``ptq``, the first stage: decoder weights become W(1+1) planes and levels, fitted to the observed inputs.
+
+Layers are walked in order. Within a layer the graph is run up to each observer on the already quantized chain, so every
+linear is fitted to the inputs it will really get; its quantized form then takes part in computing the next observer's
+input. The fit is Hessian-weighted expectation maximization with GPTQ compensation (:mod:`.fit`). The observers are
+consumed.
+
+Given::
+
+    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj")
+    %q = aten.linear(%observe, %q_weight)
+
+Result::
+
+    %w = lbllm.unpack_weight(%q_weight_sign, %q_weight_bitmap, %q_weight_levels, %q_weight_scale, 576, 64)
+    %q = aten.linear(%x, %w)
+
+The former weight ``<path>.weight`` becomes a module that holds ``sign``, ``bitmap``, ``levels`` and ``scale``
+(:mod:`lbllm_compile.codegen.format`). Stacked experts get one Hessian each, from the tokens routed to them.
+
+Needs ``observe`` and calibration batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ..codegen import ops as ops
+from ..codegen.format import GROUPS, QuantizedWeight
+from .annotate import LINEAR
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .fit import CalibrationError, Fit, factor, fit
+from .layers import Activations, Stage, Values, segments, set_weight, split
+from .observe import STAT, decoder_linears
+from .program import Program, get_attribute, prune_attributes, set_attribute
+from .rewrite import make_attribute, make_call
+
+FIELDS = ("sign", "bitmap", "levels", "scale")
+"""Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
+
+_lbllm = torch.ops.lbllm
+
+
+@dataclass(frozen=True)
+class Ptq(Pass):
+    """Fits W(1+1) weights to the calibration inputs, layer by layer.
+
+    Attributes:
+        group: input columns per group.
+        damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
+        compensate: let later columns make up for the errors of earlier ones (GPTQ).
+        rounds: rounds of compensation and level refit per group.
+    """
+
+    group: int = 64
+    damp: float = 0.01
+    compensate: bool = True
+    rounds: int = 1
+
+    name: ClassVar[str] = "ptq"
+    contract: ClassVar[Contract] = CALIBRATING
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        self._check(program, context)
+        layers = split(program)
+        chain = Activations(context.calibration)
+        chain.advance(layers.prologue)
+        stored: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        with context.progress.task("stage 1: fitting planes and levels", len(layers.layers)) as task:
+            for index, layer in enumerate(layers.layers):
+                done = context.checkpoints.load(self.name, index)
+                tensors, metrics = self._layer(layer, chain, done)
+                if done is None:
+                    context.checkpoints.save(self.name, index, tensors, metrics)
+                stored.update(tensors)
+                rows += [{"layer": index, **row} for row in metrics["linears"]]
+                task.advance(f"error {_mean_error(metrics['linears']):.4f}")
+        quantized = rewrite(program, stored, self.group)
+        fallbacks = sum(row.get("fallback_experts", 0) for row in rows)
+        summary = {"linears": len(rows), "mean_error": _mean_error(rows), "fallback_experts": fallbacks}
+        if fallbacks:
+            context.progress.note(
+                f"{fallbacks} experts saw too few calibration tokens; they share the Hessian of their layer"
+            )
+        return PassResult(quantized, rows, summary)
+
+    def _check(self, program: Program, context: PassContext) -> None:
+        if self.group not in GROUPS:
+            raise PassError(f"ptq: group cannot be {self.group}; choose one of {', '.join(map(str, GROUPS))}")
+        if not context.calibration:
+            raise PassError("ptq needs calibration batches; give a calibration text")
+        linears = decoder_linears(program.graph)
+        if not linears or any(source.target is not _lbllm.observe.default for source in linears):
+            raise PassError("ptq needs observers in front of all decoder linears; run 'observe' before it")
+        for node in (n for users in linears.values() for n in users):
+            weight = get_attribute(program.module, node.meta[LINEAR].weight)
+            if not bool(torch.isfinite(weight).all()):
+                raise PassError(
+                    f"the weight '{node.meta[LINEAR].weight}' holds NaN or infinite values; check the model"
+                )
+
+    def _layer(
+        self, layer: Stage, chain: Activations, done: tuple[dict[str, Tensor], dict[str, Any]] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fits one layer and moves the chain past it; with ``done`` it only moves the chain, the same way."""
+        observed = {s.name: users for s, users in decoder_linears(layer.module.graph).items()}
+        observers = [n for n in layer.module.graph.nodes if n.name in observed]
+        tensors: dict[str, Tensor] = {} if done is None else dict(done[0])
+        metrics: dict[str, Any] = {"linears": []} if done is None else done[1]
+        parts = segments(layer, observers)
+        for position, part in enumerate(parts):
+            statistics = {o.name: Statistic.of(o, observed[o.name]) for o in observers if o.name in part.outputs}
+            chain.advance(part, None if done is not None else lambda values, s=statistics: _collect(s, values))
+            for statistic in statistics.values():
+                if done is None:
+                    found, figures = self._fit(layer.module, statistic)
+                    tensors.update(found)
+                    metrics["linears"] += figures
+                for node in statistic.linears:
+                    path = node.meta[LINEAR].weight
+                    weight = stored_weight(tensors, path, self.group, _in_features(layer.module, path)).dequantize()
+                    for later in parts[position + 1 :]:
+                        if any(n.op == "get_attr" and n.target == path for n in later.module.graph.nodes):
+                            set_weight(later, path, weight)
+        return tensors, metrics
+
+    def _fit(self, module: fx.GraphModule, statistic: Statistic) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Fits the linears behind one observer; matrices that share a Hessian are fitted as one."""
+        tensors: dict[str, Tensor] = {}
+        figures: list[dict[str, Any]] = []
+        paths = list(dict.fromkeys(n.meta[LINEAR].weight for n in statistic.linears))
+        weights = [get_attribute(module, path) for path in paths]
+        start = time.perf_counter()
+        if statistic.offsets is None:
+            fits, extra = self._fit_rows(weights, statistic.hessian(0))
+            fits = [[f] for f in fits]
+        else:
+            fits, extra = self._fit_experts(weights, statistic)
+        seconds = (time.perf_counter() - start) / len(paths)
+        for path, weight, parts in zip(paths, weights, fits, strict=True):
+            codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
+            shape = (*weight.shape[:-1], -1)
+            quantized = QuantizedWeight.from_codes(
+                codes.reshape(weight.shape), levels.reshape(*shape, levels.shape[-1]), self.group
+            )
+            tensors.update({f"{path}.{name}": getattr(quantized, name) for name in FIELDS})
+            norm = sum(float(p.norm.double().sum()) for p in parts)
+            error = sum(float(p.error.double().sum()) for p in parts)
+            row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape)}
+            figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
+        return tensors, figures
+
+    def _fit_rows(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[list[Fit], dict[str, Any]]:
+        """Fits matrices ``[N_i, K]`` with the same inputs."""
+        factored = factor(hessian, self.group, self.damp)
+        whole = fit(torch.cat(list(weights)), factored, self.group, compensate=self.compensate, rounds=self.rounds)
+        fits, start = [], 0
+        for weight in weights:
+            fits.append(whole.rows(start, start + weight.shape[0]))
+            start += weight.shape[0]
+        return fits, {"damp": factored.damp, "dead_columns": int(factored.dead.sum())}
+
+    def _fit_experts(self, weights: Sequence[Tensor], statistic: Statistic) -> tuple[list[list[Fit]], dict[str, Any]]:
+        """Fits stacked matrices ``[E, N_i, K]``, expert by expert."""
+        experts, width = weights[0].shape[0], weights[0].shape[-1]
+        fits: list[list[Fit]] = [[] for _ in weights]
+        damp, dead, fallbacks = 0.0, 0, 0
+        for expert in range(experts):
+            enough = statistic.count(expert) >= width
+            fallbacks += not enough
+            hessian = statistic.hessian(expert) if enough else statistic.shared()
+            found, extra = self._fit_rows([w[expert] for w in weights], hessian)
+            for parts, part in zip(fits, found, strict=True):
+                parts.append(part)
+            damp, dead = max(damp, extra["damp"]), dead + extra["dead_columns"]
+        return fits, {"damp": damp, "dead_columns": dead, "fallback_experts": fallbacks}
+
+
+@dataclass
+class Statistic:
+    """What one observer has seen.
+
+    Attributes:
+        site: name of the observer node.
+        kind: ``hessian`` or ``absmax``.
+        linears: the calls that read it.
+        offsets: for stacked experts, the name of the node with the end of each expert's tokens; else None.
+        experts: number of experts; 1 for plain linears.
+    """
+
+    site: str
+    kind: str
+    linears: list[fx.Node]
+    offsets: str | None
+    experts: int
+    sums: list[Tensor | None] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, observer: fx.Node, linears: list[fx.Node]) -> Statistic:
+        routes = {n.args[2].name if n.target is _lbllm.grouped_linear.default else None for n in linears}
+        if len(routes) > 1:
+            raise PassError(f"the linears behind '{observer.name}' route their tokens differently")
+        offsets = routes.pop()
+        experts = linears[0].meta[LINEAR].experts if offsets is not None else 1
+        empty: list[Tensor | None] = [None] * experts
+        return cls(observer.name, observer.meta[STAT], linears, offsets, experts, empty, [0] * experts)
+
+    def add(self, values: Values) -> None:
+        """Takes in one batch."""
+        x = values[self.site].flatten(0, -2).float()
+        if self.offsets is None:
+            self._add(0, x)
+            return
+        start = 0
+        for expert, end in enumerate(values[self.offsets].tolist()):
+            self._add(expert, x[start:end])
+            start = end
+
+    def _add(self, expert: int, x: Tensor) -> None:
+        if not len(x):
+            return
+        total = self.sums[expert]
+        if self.kind == "absmax":
+            peak = x.abs().amax(0)
+            self.sums[expert] = peak if total is None else torch.maximum(total, peak)
+        elif total is None:
+            self.sums[expert] = x.t() @ x
+        else:
+            total.addmm_(x.t(), x)
+        self.counts[expert] += len(x)
+
+    def count(self, expert: int) -> int:
+        """Tokens seen by an expert."""
+        return self.counts[expert]
+
+    def hessian(self, expert: int) -> Tensor:
+        """Mean outer product of an expert's inputs ``[K, K]``; for ``absmax`` the squared peaks on the diagonal."""
+        total = self.sums[expert]
+        if total is None:
+            raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
+        return torch.diag(total.square()) if self.kind == "absmax" else total / self.counts[expert]
+
+    def shared(self) -> Tensor:
+        """The Hessian of all experts' inputs together."""
+        seen = [t for t in self.sums if t is not None]
+        if not seen:
+            raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
+        if self.kind == "absmax":
+            return torch.diag(torch.stack(seen).amax(0).square())
+        return torch.stack(seen).sum(0) / sum(self.counts)
+
+
+def _collect(statistics: Mapping[str, Statistic], values: Values) -> None:
+    for statistic in statistics.values():
+        statistic.add(values)
+
+
+def _mean_error(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(row["error"] for row in rows) / max(len(rows), 1)
+
+
+def _in_features(module: torch.nn.Module, path: str) -> int:
+    return get_attribute(module, path).shape[-1]
+
+
+def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_features: int) -> QuantizedWeight:
+    """The quantized weight kept under ``<path>.sign`` and so on."""
+    return QuantizedWeight(*(tensors[f"{path}.{name}"] for name in FIELDS), in_features, group)
+
+
+def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Program:
+    """Replaces observed float weights by ``lbllm.unpack_weight`` of the stored planes and levels.
+
+    Raises:
+        PassError: a weight to replace is used by something else than decoder linears.
+    """
+    program = program.copy()
+    graph, module = program.graph, program.module
+    unpacked: dict[str, fx.Node] = {}
+    for observer, linears in decoder_linears(graph).items():
+        for linear in linears:
+            path, weight = linear.meta[LINEAR].weight, linear.args[1]
+            if path not in unpacked:
+                others = [u for u in weight.users if LINEAR not in u.meta]
+                if others:
+                    raise PassError(f"the weight '{path}' is also used by '{others[0].name}'; exclude it by keep_dense")
+                in_features = get_attribute(module, path).shape[-1]
+                with graph.inserting_before(weight):
+                    parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in FIELDS)
+                    unpacked[path] = make_call(
+                        graph, _lbllm.unpack_weight.default, (*parts, in_features, group), linear
+                    )
+            linear.update_arg(0, observer.args[0])
+            linear.update_arg(1, unpacked[path])
+        graph.erase_node(observer)
+    for path in unpacked:
+        for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == path]:
+            graph.erase_node(node)
+        for name in FIELDS:
+            set_attribute(module, f"{path}.{name}", stored[f"{path}.{name}"])
+    prune_attributes(module)
+    module.recompile()
+    return program.with_module(module)

@@ -1,0 +1,433 @@
+"""``cache``: attention gets an explicit, quantized KV state, so that the graph can decode token by token.
+
+A captured graph computes attention over one whole sequence. This pass replaces every scaled dot-product attention, with
+the grouped-query repeat and the simulated KV quantization in front of it, by ``lbllm.cached_attention``, which appends
+new keys and values to a state and attends over all of it. The graph then serves a prefill (``past = 0``) and every
+decode step (``S`` new tokens behind ``past`` old ones, ``attention_mask [B, past + S]``).
+
+Given::
+
+    %mask = ...                                    # computed from attention_mask: causal, padding, maybe a window
+    %kq = lbllm.fake_quantize_kv(%k, 4)
+    %vq = lbllm.fake_quantize_kv(%v, 4)
+    %y = aten.scaled_dot_product_attention(%q, repeat(%kq), repeat(%vq), %mask, scale=0.125)
+
+Result::
+
+    %y = lbllm.cached_attention(%q, %k, %v, %kv_0_key_codes, %kv_0_key_params, %kv_0_value_codes, %kv_0_value_params,
+                                %attention_mask, %past, 0.125, 0, 4)
+
+The operator has its own mask: causal, a sliding window, padding. So what the graph's mask *means* must be known, and it
+is not guessed from its shape in the graph: the mask's sub-graph is evaluated on probe inputs (several batch sizes,
+lengths and paddings, lengths beyond every integer that occurs in it) and must equal one of the masks the operator can
+make, at every query that is not padding. The repeat is proved the same way. Anything else is refused.
+
+Sizes and positions: what the graph reads from ``attention_mask``'s length outside masks becomes ``input_ids``' length;
+rotary and learned positions must come from ``position_ids``. A plain module (``kind="module"``) stays as it is.
+
+Needs ``lower`` or runs on the simulated graph alike; the probe batch of the context gives head sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ..codegen import ops as ops
+from ..codegen import reference
+from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
+from .contracts import describe
+from .program import STATE, Program, StateSpec, get_attribute
+from .rewrite import ancestors, argument, calls, is_call, make_call, replace_call
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+_REPEAT = (
+    _aten.unsqueeze.default,
+    _aten.expand.default,
+    _aten.reshape.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.repeat_interleave.self_int,
+    _aten.slice.Tensor,
+    _aten.alias.default,
+)
+"""Operations a grouped-query repeat may consist of."""
+
+_DIRECT_WINDOW = 4096
+"""Windows up to here are probed with sequences longer than the window; larger ones by substituting a small one."""
+
+_MASKED = -1e4
+"""An additive mask at or below this hides a key; zero shows it."""
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What an attention's mask was proved to mean."""
+
+    window: int
+    padding: bool
+
+
+@dataclass(frozen=True)
+class Cache(Pass):
+    """Gives attention a quantized KV state.
+
+    Attributes:
+        bits: 4, 8 or 16 bits a key or value; 0 for what the graph simulates (16 where it simulates nothing).
+    """
+
+    name: ClassVar[str] = "cache"
+    contract: ClassVar[Contract] = bounded(0.05)
+
+    bits: Literal[0, 4, 8, 16] = 0
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        if program.kind != "causal-lm":
+            return PassResult(program, summary={"attentions": 0})
+        if any(n.target == "past" for n in program.placeholders()):
+            raise PassError("the graph has a KV state already; run 'cache' once")
+        program = program.copy()
+        graph = program.graph
+        attentions = calls(graph, _aten.scaled_dot_product_attention.default)
+        if not attentions:
+            raise PassError(
+                "the graph has no scaled_dot_product_attention; load the model with attn_implementation='sdpa'"
+            )
+        inputs = {n.target: n for n in program.placeholders()}
+        shapes = _shapes(program, context)
+        proofs: dict[fx.Node | None, _Mask] = {}
+        rows = []
+        past, ones = _add_placeholder(graph, "past"), None
+        for index, node in enumerate(attentions):
+            mask_node = argument(node, 3, "attn_mask")
+            if mask_node not in proofs:
+                proofs[mask_node] = _prove_mask(program, node, mask_node)
+            mask = proofs[mask_node]
+            key_mask = inputs["attention_mask"]
+            if not mask.padding:
+                ones = ones or _ones_like(graph, key_mask, past)
+                key_mask = ones
+            bits = self._replace(graph, index, node, shapes, mask, key_mask, past)
+            rows.append(
+                {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
+            )
+        graph.eliminate_dead_code()
+        _free_of_length(program, inputs)
+        graph.lint()
+        program.module.recompile()
+        return PassResult(program, rows=rows, summary={"attentions": len(rows)})
+
+    def _replace(
+        self,
+        graph: fx.Graph,
+        index: int,
+        node: fx.Node,
+        shapes: dict[fx.Node, torch.Size],
+        mask: _Mask,
+        key_mask: fx.Node,
+        past: fx.Node,
+    ) -> int:
+        """Puts the cached operator in the place of attention number ``index``; returns its KV bits."""
+        if argument(node, 4, "dropout_p", 0.0) != 0.0:
+            raise PassError(f"{describe(node)} has dropout; capture the model in eval mode")
+        query = node.args[0]
+        gqa = bool(node.kwargs.get("enable_gqa", False))
+        key, key_bits = _source(node, node.args[1], shapes, shapes[query][1], gqa)
+        value, value_bits = _source(node, node.args[2], shapes, shapes[query][1], gqa)
+        if key_bits != value_bits:
+            raise PassError(f"{describe(node)} has keys of {key_bits} bits and values of {value_bits}; use the same")
+        if self.bits and key_bits and self.bits != key_bits:
+            raise PassError(
+                f"the graph simulates {key_bits}-bit keys and values at {describe(node)}; use cache{{bits={key_bits}}}"
+                f" or activate{{kv={self.bits}}}"
+            )
+        bits = key_bits or self.bits or 16
+        scale = node.kwargs.get("scale")
+        scale = 1.0 / math.sqrt(shapes[query][-1]) if scale is None else float(scale)
+        state = []
+        for kind, source in (("key", key), ("value", value)):
+            heads, width = shapes[source][1], shapes[source][-1]
+            for part, spec in zip(("codes", "params"), _state_specs(heads, width, bits), strict=True):
+                placeholder = _add_placeholder(graph, f"kv_{index}_{kind}_{part}")
+                placeholder.meta[STATE] = spec
+                state.append(placeholder)
+        arguments = (query, key, value, *state, key_mask, past, scale, mask.window, bits)
+        replace_call(node, _lbllm.cached_attention.default, arguments)
+        return bits
+
+
+def _state_specs(heads: int, width: int, bits: int) -> tuple[StateSpec, StateSpec]:
+    """Codes and parameters of one cached tensor, as ``reference.quantize_kv`` lays them out."""
+    codes, params = reference.quantize_kv(torch.zeros(1, width), bits)
+    return StateSpec(heads, tuple(codes.shape[1:]), codes.dtype), StateSpec(
+        heads, tuple(params.shape[1:]), params.dtype
+    )
+
+
+def _add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        return graph.placeholder(name)
+
+
+def _ones_like(graph: fx.Graph, key_mask: fx.Node, past: fx.Node) -> fx.Node:
+    """A key mask that hides nothing, for attentions that ignore padding."""
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        return make_call(graph, _aten.ones_like.default, (key_mask,), past)
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps the shape of every tensor."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = value.shape
+        return value
+
+
+def _shapes(program: Program, context: PassContext) -> dict[fx.Node, torch.Size]:
+    """The shape of every tensor at the probe's batch size and length."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    arguments = [
+        mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a
+        for a in program.arguments(context.probe)
+    ]
+    recorder = _ShapeRecorder(program.module)
+    with mode, torch.no_grad():
+        recorder.run(*arguments)
+    return recorder.shapes
+
+
+def _source(
+    attention: fx.Node, operand: fx.Node, shapes: dict[fx.Node, torch.Size], heads: int, gqa: bool
+) -> tuple[fx.Node, int]:
+    """Keys or values before the grouped-query repeat and the simulated quantization.
+
+    Returns:
+        The node, ``[B, Hkv, S, D]``, and its simulated bits (0: none).
+
+    Raises:
+        PassError: what lies between is not a repeat of heads.
+    """
+    chain: list[fx.Node] = []
+    node = operand
+    while is_call(node, *_REPEAT) and len(shapes[node.args[0]]) >= 4:
+        chain.append(node)
+        node = node.args[0]
+    if chain or shapes[node][1] != heads:
+        _prove_repeat(attention, node, operand, chain, shapes, heads, gqa)
+    if is_call(node, _lbllm.fake_quantize_kv.default):
+        return node.args[0], node.args[1]
+    return node, 0
+
+
+def _prove_repeat(
+    attention: fx.Node,
+    base: fx.Node,
+    operand: fx.Node,
+    chain: list[fx.Node],
+    shapes: dict[fx.Node, torch.Size],
+    heads: int,
+    gqa: bool,
+) -> None:
+    """Evaluates the operations between ``base`` and ``operand`` on numbered elements: they must repeat heads.
+
+    With ``gqa`` the attention repeats what is still missing itself.
+    """
+    shape = shapes[base]
+    probe = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    values: dict[fx.Node, Any] = {base: probe}
+
+    def evaluate(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [evaluate(v) for v in value]
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in values:
+            if value in shapes and value not in chain:
+                # only its sizes can matter here
+                values[value] = torch.empty(shapes[value])
+            else:
+                values[value] = value.target(*evaluate(value.args), **{k: evaluate(v) for k, v in value.kwargs.items()})
+        return values[value]
+
+    result = evaluate(operand)
+    repeated = result.shape[1] if gqa else heads
+    expected = probe.repeat_interleave(max(1, repeated // shape[1]), 1)
+    if len(shape) != 4 or repeated % shape[1] or not torch.equal(result, expected):
+        raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
+
+
+def _prove_mask(program: Program, attention: fx.Node, mask: fx.Node | None) -> _Mask:
+    """Finds out what a mask means by evaluating it; see the module docstring.
+
+    Raises:
+        PassError: it is none of the masks that cached attention can make.
+    """
+    if mask is None:
+        if not argument(attention, 5, "is_causal", False):
+            raise PassError(f"{describe(attention)} is not causal, so it cannot decode token by token")
+        return _Mask(window=0, padding=False)
+    nodes = ancestors(mask)
+    constants = sorted({abs(v) for n in nodes for v in _integers(n) if 1 < abs(v) < 2**31})
+    probes = [*_probes((1, 1), (1, 6), (2, 7), (3, 12), (2, 23))]
+    for constant in constants:
+        if constant <= _DIRECT_WINDOW:
+            probes.extend(_probes((1 if constant > 64 else 2, constant + 3)))
+    observed = [(p, _visible(program, attention, mask, nodes, p)) for p in probes]
+    small = [c for c in constants if c <= _DIRECT_WINDOW]
+    candidates = [
+        _Mask(window, padding)
+        for padding in (True, False)
+        for window in (0, *sorted({w for c in small for w in (c - 1, c, c + 1) if w > 0}))
+    ]
+    fitting = [c for c in candidates if all(_agrees(c, probe, seen) for probe, seen in observed)]
+    if not fitting:
+        raise PassError(
+            f"the mask of {describe(attention)} is neither causal nor a causal sliding window with padding, so its"
+            " keys cannot be cached"
+        )
+    found = fitting[0]
+    if found.window == 0:
+        for constant in (c for c in constants if c > _DIRECT_WINDOW):
+            if _is_window(program, attention, mask, nodes, constant, found.padding):
+                return _Mask(constant, found.padding)
+    return found
+
+
+def _is_window(
+    program: Program, attention: fx.Node, mask: fx.Node, nodes: list[fx.Node], constant: int, padding: bool
+) -> bool:
+    """Whether a large integer of the mask is its window: with 5 and 9 in its place, the mask has windows 5 and 9."""
+    plain, windows = True, True
+    for small in (5, 9):
+        for probe in _probes((2, small + 4)):
+            seen = _visible(program, attention, mask, nodes, probe, {constant: small})
+            plain = plain and _agrees(_Mask(0, padding), probe, seen)
+            windows = windows and _agrees(_Mask(small, padding), probe, seen)
+    if not plain and not windows:
+        raise PassError(
+            f"the mask of {describe(attention)} depends on the number {constant} in a way that is not a sliding window"
+        )
+    return windows
+
+
+def _integers(node: fx.Node) -> Iterator[int]:
+    """Integer constants among a node's arguments."""
+    pending: list[Any] = [*node.args, *node.kwargs.values()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (list, tuple)):
+            pending.extend(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield value
+
+
+def _probes(*sizes: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the given batch sizes and lengths: no padding, left paddings, and holes."""
+    for batch, length in sizes:
+        generator = torch.Generator().manual_seed(batch * 100_003 + length)
+        left = torch.ones(batch, length, dtype=torch.int64)
+        for row in range(batch):
+            left[row, : (row + 1) * length // (batch + 2)] = 0
+        holes = (torch.rand(batch, length, generator=generator) < 0.7).long()
+        holes[:, -1] = 1
+        for mask in (torch.ones_like(left), left, holes):
+            yield {
+                "input_ids": torch.zeros_like(mask),
+                "attention_mask": mask,
+                "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+            }
+
+
+def _visible(
+    program: Program,
+    attention: fx.Node,
+    mask: fx.Node,
+    nodes: list[fx.Node],
+    probe: dict[str, Tensor],
+    substitute: dict[int, int] | None = None,
+) -> Tensor:
+    """Which keys each query sees, ``bool [B, H or 1, S, S]``, by evaluating the mask's sub-graph."""
+    values: dict[fx.Node, Any] = {}
+
+    def load(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return values[value]
+        if isinstance(value, (list, tuple)):
+            return [load(v) for v in value]
+        if substitute and isinstance(value, int) and not isinstance(value, bool) and abs(value) in substitute:
+            return substitute[abs(value)] * (1 if value > 0 else -1)
+        return value
+
+    with torch.no_grad():
+        for node in nodes:
+            if node.op == "placeholder":
+                if node.target not in probe:
+                    raise PassError(f"the mask of {describe(attention)} depends on the input '{node.target}'")
+                values[node] = probe[node.target]
+            elif node.op == "get_attr":
+                values[node] = get_attribute(program.module, node.target)
+            else:
+                values[node] = node.target(*load(node.args), **{k: load(v) for k, v in node.kwargs.items()})
+    result = values[mask]
+    batch, length = probe["input_ids"].shape
+    if result.dtype != torch.bool:
+        shown, hidden = result == 0, result <= _MASKED
+        if not bool((shown | hidden).all()):
+            raise PassError(
+                f"the mask of {describe(attention)} adds a bias to the scores (such as ALiBi); cached attention cannot"
+            )
+        result = shown
+    return result.expand(torch.broadcast_shapes(result.shape, (batch, 1, length, length)))
+
+
+def _agrees(mask: _Mask, probe: dict[str, Tensor], seen: Tensor) -> bool:
+    """Whether ``seen`` is this mask at every query that is not padding."""
+    key_mask = probe["attention_mask"]
+    length = key_mask.shape[1]
+    keys = key_mask if mask.padding else torch.ones_like(key_mask)
+    expected = reference.attention_mask(keys, length, 0, mask.window)
+    queries = key_mask.bool()[:, None, :, None]
+    return torch.equal((seen & queries).expand(-1, seen.shape[1], -1, -1), (expected & queries).expand_as(seen))
+
+
+def _free_of_length(program: Program, inputs: dict[str, fx.Node]) -> None:
+    """Makes what is left of the graph independent of the past: sizes from ``input_ids``, positions given.
+
+    Raises:
+        PassError: something else reads the attention mask, or counts positions from the sequence's length.
+    """
+    graph = program.graph
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for node in list(mask.users):
+        if is_call(node, _aten.sym_size.int):
+            node.update_arg(0, ids)
+        elif not is_call(node, _lbllm.cached_attention.default, _aten.ones_like.default):
+            raise PassError(
+                f"{describe(node)} uses the attention mask outside attention, which a KV cache cannot follow"
+            )
+    mask.meta.pop("val", None)  # its length is the past's and the new tokens' now, no longer input_ids'
+    for node in calls(graph, _aten.arange.default, _aten.arange.start, _aten.arange.start_step):
+        if "val" in ids.meta and "val" in node.meta and str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0]):
+            raise PassError(
+                f"{describe(node)} counts positions from the sequence's length; the model must take them from"
+                " position_ids"
+            )

@@ -1,0 +1,166 @@
+"""``head``: the token embedding and the output head become int8 per row.
+
+They are not W(1+1): in a small model they hold most of the bytes, and both are sensitive. One int8 matrix with an fp32
+scale a row costs 8 bits a weight and almost nothing in quality; the head's input is quantized to 8 bits per group, so
+that it runs on an integer kernel. A tied pair stays one tensor. ``bits=16`` leaves both in the model's own dtype.
+
+Given::
+
+    %embedding = aten.embedding(%embed_weight, %input_ids)
+    ...
+    %logits = aten.linear(%hidden, %embed_weight)
+
+Result::
+
+    %rows, %row_scale = weight lm_head.weight.rows, weight lm_head.weight.row_scale
+    %unpacked = lbllm.unpack_rows(%rows, %row_scale)
+    %embedding = aten.embedding(%unpacked, %input_ids)
+    ...
+    %quantized = lbllm.fake_quantize(%hidden, %lm_head.input_clip, 8, 64)
+    %logits = aten.linear(%quantized, %unpacked)
+
+Needs ``annotate`` (which linear is the head). A program without token embedding and head (a plain module) stays as it
+is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ..codegen import ops as ops
+from ..codegen.format import quantize_rows
+from .annotate import LINEAR
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .contracts import describe
+from .program import Program, get_attribute, prune_attributes, set_attribute
+from .rewrite import calls, make_attribute, make_call, same_storage
+
+_LOOK_THROUGH = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.clone.default,
+)
+
+
+@dataclass(frozen=True)
+class Head(Pass):
+    """Quantizes the token embedding and the output head to int8 rows.
+
+    Attributes:
+        bits: 8, or 16 to leave both as they are.
+        group: channels per scale of the head's quantized input; 0 for one scale a token.
+    """
+
+    name: ClassVar[str] = "head"
+    contract: ClassVar[Contract] = CALIBRATING
+
+    bits: Literal[8, 16] = 8
+    group: int = 64
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        if self.bits == 16:
+            return PassResult(program, summary={"bits": 16, "matrices": 0})
+        program = program.copy()
+        sites = [*_token_embeddings(program), *_head_linears(program)]
+        names = _canonical_names(program, [weight for _, weight in sites])
+        unpacked: dict[str, fx.Node] = {}
+        for node, weight in sites:
+            path = names[weight.target]
+            if path not in unpacked:
+                unpacked[path] = _quantize(program, path, weight, node)
+            node.replace_input_with(weight, unpacked[path])
+            if node.target is torch.ops.aten.linear.default:
+                self._quantize_input(program, node)
+        program.graph.eliminate_dead_code()
+        prune_attributes(program.module)
+        program.graph.lint()
+        program.module.recompile()
+        rows = [{"path": path, "shape": list(get_attribute(program.module, f"{path}.rows").shape)} for path in unpacked]
+        return PassResult(program, rows=rows, summary={"bits": 8, "matrices": len(rows)})
+
+    def _quantize_input(self, program: Program, node: fx.Node) -> None:
+        path = f"{node.meta[LINEAR].path}.input_clip"
+        set_attribute(program.module, path, torch.ones(2))
+        with program.graph.inserting_before(node):
+            clip = make_attribute(program.graph, path, node)
+            hidden = node.args[0]
+            quantized = make_call(
+                program.graph, torch.ops.lbllm.fake_quantize.default, (hidden, clip, 8, self.group), node
+            )
+        node.update_arg(0, quantized)
+
+
+def _token_embeddings(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Look-ups of the placeholder ``input_ids`` in a weight: ``(call, weight)``."""
+    found = []
+    for node in calls(program.graph, torch.ops.aten.embedding.default):
+        weight, ids = node.args[:2]
+        while isinstance(ids, fx.Node) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
+            ids = ids.args[0]
+        if ids.op == "placeholder" and ids.target == "input_ids" and weight.op == "get_attr":
+            found.append((node, weight))
+    return found
+
+
+def _head_linears(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Linears that ``annotate`` called the output head: ``(call, weight)``."""
+    found = []
+    for node in calls(program.graph, torch.ops.aten.linear.default):
+        info = node.meta.get(LINEAR)
+        if info is None or info.role != "head":
+            continue
+        if node.args[1].op != "get_attr":
+            raise PassError(f"the head {describe(node)} is quantized already; run 'head' once")
+        found.append((node, node.args[1]))
+    return found
+
+
+def _canonical_names(program: Program, weights: list[fx.Node]) -> dict[str, str]:
+    """One path for every set of weights that share their memory: the one that is used first."""
+    chosen: list[tuple[Tensor, str]] = []
+    names: dict[str, str] = {}
+    for node in weights:
+        tensor = get_attribute(program.module, node.target)
+        path = next((p for t, p in chosen if same_storage(t, tensor)), None)
+        if path is None:
+            path = node.target
+            chosen.append((tensor, path))
+        names[node.target] = path
+    return names
+
+
+def _quantize(program: Program, path: str, weight: fx.Node, like: fx.Node) -> fx.Node:
+    """Replaces the tensor at ``path`` by rows and scales; returns the node that unpacks them, in front of all users."""
+    graph = program.graph
+    matrix = get_attribute(program.module, weight.target)
+    if matrix.dim() != 2:
+        raise PassError(f"the weight of {describe(like)} has {matrix.dim()} dimensions; only matrices can be int8 rows")
+    if any(n.op == "get_attr" and n.target == path and set(n.users) - _int8_users(n) for n in graph.nodes):
+        raise PassError(
+            f"the weight '{path}' of {describe(like)} is also used by another operation, so it cannot become int8 rows;"
+            " use head{bits=16}"
+        )
+    rows, scale = quantize_rows(matrix)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        rows_node = make_attribute(graph, f"{path}.rows", like)
+        scale_node = make_attribute(graph, f"{path}.row_scale", like)
+        unpacked = make_call(graph, torch.ops.lbllm.unpack_rows.default, (rows_node, scale_node), like)
+    set_attribute(program.module, f"{path}.rows", rows)
+    set_attribute(program.module, f"{path}.row_scale", scale)
+    return unpacked
+
+
+def _int8_users(weight: fx.Node) -> set[fx.Node]:
+    """Users of a weight that can take it unpacked from int8 rows: look-ups and linears' second argument."""
+    return {
+        n
+        for n in weight.users
+        if (n.target is torch.ops.aten.embedding.default and n.args[0] is weight)
+        or (n.target is torch.ops.aten.linear.default and n.args[1] is weight)
+    }

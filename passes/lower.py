@@ -1,0 +1,142 @@
+"""``lower``: simulated linears become integer operators, the ones that generated kernels implement.
+
+Up to here a quantized linear is float arithmetic over values that happen to lie on a grid. After this pass it is what
+runs: activations become integers with scales once per distinct input, and every linear consumes them with its packed
+planes. The integer part is exact on every target; only the fp32 sum over groups is rounded, in one fixed order.
+
+Given::
+
+    %xq = lbllm.fake_quantize(%x, %clip, 4, 64)
+    %y = aten.linear(%xq, lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64), %bias)
+
+Result::
+
+    %quantized = lbllm.quantize_activation(%x, %clip, 4, 64)
+    %values, %x_scale = %quantized[0], %quantized[1]
+    %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 64)
+
+Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_linear``, and linears and look-ups over
+``lbllm.unpack_rows`` become ``lbllm.int8_linear`` and ``lbllm.int8_embedding``.
+
+Needs ``ptq`` and ``activate``: a decoder linear that is not quantized, or whose input is not, is an error, as is a
+leftover observer. The contract is a bound, not bit-equality: float matrix products and the kernels' integer sums round
+differently by about 1e-7, and now and then that moves an activation to the neighbouring code in a later layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ..codegen import ops as ops
+from .annotate import LINEAR
+from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
+from .contracts import describe
+from .program import Program
+from .rewrite import argument, calls, is_call, make_call, replace_call
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+_SIMULATED = (
+    _lbllm.observe.default,
+    _lbllm.fake_quantize.default,
+    _lbllm.unpack_weight.default,
+    _lbllm.unpack_rows.default,
+    _lbllm.grouped_linear.default,
+)
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Replaces simulated quantization by integer operators.
+
+    Attributes:
+        target: what kernels will be generated for, e.g. ``cpu`` or ``cuda:sm_80``; empty for the compile's target. The
+            graph is the same for every target; the program's metadata remembers it.
+    """
+
+    name: ClassVar[str] = "lower"
+    contract: ClassVar[Contract] = bounded(0.05)
+
+    target: str = ""
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        program = program.copy()
+        graph = program.graph
+        _check_quantized(graph)
+        counts: dict[str, int] = {}
+        for node in calls(graph, _aten.embedding.default):
+            if is_call(node.args[0], _lbllm.unpack_rows.default):
+                replace_call(node, _lbllm.int8_embedding.default, (*node.args[0].args, node.args[1]))
+                counts["int8_embedding"] = counts.get("int8_embedding", 0) + 1
+        for quantizer in calls(graph, _lbllm.fake_quantize.default):
+            _lower_input(graph, quantizer, counts)
+        graph.eliminate_dead_code()
+        leftover = calls(graph, *_SIMULATED)
+        if leftover:
+            raise PassError(f"{describe(leftover[0])} has no integer form; remove the pass that made it")
+        graph.lint()
+        program.module.recompile()
+        lowered = program.with_module(program.module, target=self.target or context.target)
+        return PassResult(lowered, summary=counts)
+
+
+def _check_quantized(graph: fx.Graph) -> None:
+    """Refuses observers and decoder linears that are not fully quantized."""
+    for node in calls(graph, _lbllm.observe.default):
+        raise PassError(f"the observer {describe(node)} is still in the graph; put 'ptq' between 'observe' and 'lower'")
+    for node in calls(graph, _aten.linear.default, _lbllm.grouped_linear.default):
+        quantized = is_call(node.args[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+        info = node.meta.get(LINEAR)
+        if not quantized and info is not None and info.role == "decoder":
+            raise PassError(f"the weight of {describe(node)} is not quantized; put 'ptq' before 'lower'")
+        if quantized and not is_call(node.args[0], _lbllm.fake_quantize.default):
+            raise PassError(f"the input of {describe(node)} is not quantized; put 'activate' before 'lower'")
+
+
+def _lower_input(graph: fx.Graph, quantizer: fx.Node, counts: dict[str, int]) -> None:
+    """Lowers one simulated activation quantizer and every linear that reads it."""
+    _, _, _, group = quantizer.args
+    with graph.inserting_before(quantizer):
+        pair = make_call(graph, _lbllm.quantize_activation.default, quantizer.args, quantizer)
+        values = make_call(graph, operator.getitem, (pair, 0), quantizer)
+        scale = make_call(graph, operator.getitem, (pair, 1), quantizer)
+    counts["quantize_activation"] = counts.get("quantize_activation", 0) + 1
+    for linear in list(quantizer.users):
+        target, arguments = _integer_form(linear, quantizer, group)
+        counts[target._opname] = counts.get(target._opname, 0) + 1
+        new = replace_call(linear, target, (values, scale, *arguments))
+        dtype = new.meta["val"].dtype if "val" in new.meta else torch.float32
+        if dtype != torch.float32:
+            with graph.inserting_after(new):
+                cast = make_call(graph, _aten.to.dtype, (new, dtype), new)
+            new.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+
+
+def _integer_form(linear: fx.Node, quantizer: fx.Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
+    """The integer operator for one user of a quantizer, and its arguments behind values and scale.
+
+    Raises:
+        PassError: the user is not a quantized linear, or the groups of input and weight disagree.
+    """
+    if not is_call(linear, _aten.linear.default, _lbllm.grouped_linear.default) or linear.args[0] is not quantizer:
+        raise PassError(f"{describe(linear)} reads a quantized input but is not a quantized linear")
+    weight = linear.args[1]
+    if is_call(weight, _lbllm.unpack_rows.default):
+        return _lbllm.int8_linear.default, (*weight.args, argument(linear, 2, "bias"), group)
+    if not is_call(weight, _lbllm.unpack_weight.default):
+        raise PassError(f"the weight of {describe(linear)} is not quantized but its input is; put 'ptq' before 'lower'")
+    planes, weight_group = weight.args[:4], weight.args[5]
+    if group not in (0, weight_group):
+        raise PassError(
+            f"the input of {describe(linear)} has groups of {group}, its weight of {weight_group};"
+            f" use activate{{group={weight_group}}} or activate{{group=0}}"
+        )
+    if linear.target is _lbllm.grouped_linear.default:
+        return _lbllm.grouped_bit_linear.default, (*planes, linear.args[2], weight_group)
+    return _lbllm.bit_linear.default, (*planes, argument(linear, 2, "bias"), weight_group)

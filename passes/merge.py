@@ -1,0 +1,120 @@
+"""``merge``: linears that read the same quantized input become one linear with concatenated rows.
+
+q, k and v projections (and gate and up) each read the same activations. One kernel launch over the stacked rows
+replaces two or three, and at batch size 1 the launch is a good part of the time. The stacking is written into the graph
+as ``aten.cat`` over the original weights, so stored weights keep their own module paths; the executor packs the
+concatenation once, when a model is loaded.
+
+Given::
+
+    %q = aten.linear(%x, lbllm.unpack_weight(%q_sign, %q_bitmap, %q_levels, %q_scale, 64, 32))
+    %k = aten.linear(%x, lbllm.unpack_weight(%k_sign, %k_bitmap, %k_levels, %k_scale, 64, 32))
+
+Result::
+
+    %sign = aten.cat([%q_sign, %k_sign])          # likewise bitmap, levels, scale, and the biases
+    %both = aten.linear(%x, lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 64, 32))
+    %split = aten.split_with_sizes(%both, [64, 32], -1)
+    %q, %k = %split[0], %split[1]
+
+Linears merge when they share the input node, ``in_features`` and group, and all or none of them have a bias. Every
+output is the same sum as before; only the simulation's float matrix product may round differently, which the contract
+bounds. Needs ``ptq``; put before ``lower``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ..codegen import ops as ops
+from .annotate import LINEAR
+from .base import Contract, Pass, PassContext, PassResult, bounded
+from .program import Program, get_attribute
+from .rewrite import argument, calls, is_call, make_attribute, make_call
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Merge(Pass):
+    """Merges quantized linears that share their input."""
+
+    name: ClassVar[str] = "merge"
+    contract: ClassVar[Contract] = bounded(0.05)
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        program = program.copy()
+        rows = []
+        for linears in _mergeable(program.graph):
+            rows.append({"layer": linears[0].meta.get("lbllm_layer"), "merged": [_label(n) for n in linears]})
+            _merge(program, linears)
+        program.graph.eliminate_dead_code()
+        program.graph.lint()
+        program.module.recompile()
+        merged = sum(len(r["merged"]) for r in rows)
+        return PassResult(program, rows=rows, summary={"linears": merged, "into": len(rows)})
+
+
+def _mergeable(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Sets of two or more linears that can become one, each in graph order."""
+    sets: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+    for node in calls(graph, _aten.linear.default):
+        weight = node.args[1]
+        if is_call(node.args[0], torch.ops.lbllm.fake_quantize.default) and is_call(
+            weight, torch.ops.lbllm.unpack_weight.default
+        ):
+            in_features, group = weight.args[4:6]
+            sets[node.args[0], in_features, group, _bias(node) is not None].append(node)
+    return [s for s in sets.values() if len(s) > 1]
+
+
+def _merge(program: Program, linears: Sequence[fx.Node]) -> None:
+    graph, first = program.graph, linears[0]
+    weights = [n.args[1] for n in linears]
+    sizes = [get_attribute(program.module, w.args[0].target).shape[0] for w in weights]
+
+    def stack(attributes: Sequence[fx.Node]) -> fx.Node:
+        parts = [make_attribute(graph, a.target, first) for a in attributes]
+        return make_call(graph, _aten.cat.default, (parts,), first)
+
+    with graph.inserting_before(first):
+        planes = [stack([w.args[i] for w in weights]) for i in range(4)]
+        matrix = make_call(graph, torch.ops.lbllm.unpack_weight.default, (*planes, *weights[0].args[4:6]), first)
+        bias = None if _bias(first) is None else stack([_bias(n) for n in linears])
+        arguments = (first.args[0], matrix) if bias is None else (first.args[0], matrix, bias)
+        both = make_call(graph, _aten.linear.default, arguments, first, _merged_meta(linears))
+        split = make_call(graph, _aten.split_with_sizes.default, (both, sizes, -1), first)
+        parts = [make_call(graph, operator.getitem, (split, i), n) for i, n in enumerate(linears)]
+    for node, part in zip(linears, parts, strict=True):
+        part.meta = {k: v for k, v in node.meta.items() if k != LINEAR}
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+        for user in part.users:
+            if user.target is _aten.view.default:
+                # a slice of the merged output is not contiguous, and reshape views wherever view could
+                user.target = _aten.reshape.default
+
+
+def _merged_meta(linears: Sequence[fx.Node]) -> dict[str, object]:
+    """The first linear's facts under a path that names all of them: ``layers.0.self_attn.q_proj+k_proj+v_proj``."""
+    infos = [n.meta.get(LINEAR) for n in linears]
+    if any(i is None for i in infos):
+        return {}
+    names = [infos[0].path, *(i.path.rpartition(".")[2] for i in infos[1:])]
+    return {LINEAR: replace(infos[0], path="+".join(names))}
+
+
+def _bias(linear: fx.Node) -> fx.Node | None:
+    return argument(linear, 2, "bias")
+
+
+def _label(linear: fx.Node) -> str:
+    info = linear.meta.get(LINEAR)
+    return info.path if info is not None else linear.name

@@ -1,0 +1,104 @@
+"""Small helpers that rewriting passes share: find calls, make nodes that keep their provenance, fold constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .program import get_attribute
+
+PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "lbllm_layer")
+"""Meta keys that a node made for another one inherits: where in the user's model it belongs."""
+
+
+def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:
+    """The calls of any of ``targets``, in graph order."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
+    """Whether ``value`` is a node that calls one of ``targets``."""
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """A call's argument, given by position or by name."""
+    if index < len(node.args):
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def make_call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    like: fx.Node,
+    meta: Mapping[str, Any] | None = None,
+) -> fx.Node:
+    """A new call at the graph's insertion point, with the provenance of ``like`` and ``meta`` on top."""
+    node = graph.call_function(target, args)
+    node.meta = {k: like.meta[k] for k in PROVENANCE if k in like.meta}
+    node.meta.update(meta or {})
+    return node
+
+
+def make_attribute(graph: fx.Graph, path: str, like: fx.Node) -> fx.Node:
+    """A new ``get_attr`` at the graph's insertion point; its tensor must already be set on the module."""
+    node = graph.create_node("get_attr", path)
+    node.meta = {k: like.meta[k] for k in PROVENANCE if k in like.meta}
+    return node
+
+
+def replace_call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """Puts a call of ``target`` in the place of ``node``, with all of its meta; ``node`` is erased."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return new
+
+
+def ancestors(node: fx.Node) -> list[fx.Node]:
+    """``node`` and everything it is computed from, in graph order."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return [n for n in node.graph.nodes if n in found]
+
+
+def constant(module: torch.nn.Module, value: Any) -> Any:
+    """The value of an expression over weights only: a ``get_attr`` node, a concatenation of such, a number, None.
+
+    Raises:
+        ValueError: the expression depends on an input; the message names the node.
+    """
+    if not isinstance(value, fx.Node):
+        return value
+    if value.op == "get_attr":
+        return get_attribute(module, value.target)
+    if is_call(value, torch.ops.aten.cat.default):
+        parts = [constant(module, v) for v in value.args[0]]
+        return torch.cat(parts, *value.args[1:])
+    raise ValueError(f"'{value.name}' is not a weight")
+
+
+def is_constant(value: Any) -> bool:
+    """Whether :func:`constant` can tell the value."""
+    if not isinstance(value, fx.Node):
+        return True
+    if is_call(value, torch.ops.aten.cat.default):
+        return all(is_constant(v) for v in value.args[0])
+    return value.op == "get_attr"
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory seen the same way (tied weights)."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

@@ -293,7 +293,11 @@ def _is_causal_lm(module: nn.Module) -> bool:
 
 def prepare(model: UserModel) -> UserModel:
     """Makes the model ready to trace, and refuses what cannot be compiled."""
-    module = model.module.requires_grad_(False).float().eval()
+    method = getattr(model.module, "quantization_method", None)
+    if getattr(model.module, "is_quantized", False) and method != "gguf":
+        raise ModelError(f"'{model.name}' is already quantized ({method}); give the original weights")
+    # transformers refuses .float() on whatever was read from GGUF, although it is plain float32 by now.
+    module = nn.Module.float(model.module.requires_grad_(False)).eval()
     if not any(p.dim() >= 2 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False)):
         raise ModelError(f"the model '{model.name}' has no linear layer; there is nothing to quantize")
     for name, tensor in module.named_parameters():

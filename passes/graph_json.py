@@ -29,6 +29,7 @@ from ..codegen import ops as ops
 from ..codegen.errors import LbllmError
 from . import dump
 from .annotate import LAYER, LINEAR, LinearInfo
+from .lower import IN_FEATURES
 from .program import STATE, StateSpec, get_attribute, set_attribute
 
 FORMAT = "lbllm-graph"
@@ -85,6 +86,7 @@ _DEVICES = ("cpu", "cuda", "meta")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 _PATH_PART = re.compile(r"[A-Za-z0-9_]{1,200}")
 _SOURCE = re.compile(r"[^\"\n]{1,500}:\d{1,9}")
+_META = ("shape", "layer", "module", "source", "linear", "in_features", "state")
 _MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module()))
 
 
@@ -238,6 +240,8 @@ def _encode_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
         meta["source"] = path if "site-packages/" in source else source.rpartition("/")[2]
     if LINEAR in node.meta:
         meta["linear"] = dataclasses.asdict(node.meta[LINEAR])
+    if IN_FEATURES in node.meta:
+        meta["in_features"] = node.meta[IN_FEATURES]
     if STATE in node.meta:
         spec: StateSpec = node.meta[STATE]
         meta["state"] = {
@@ -407,7 +411,7 @@ class _Decoder:
 
     @staticmethod
     def _meta(node: fx.Node, value: Any, what: str) -> None:
-        meta = _object(value, f"{what}'s meta", optional=("shape", "layer", "module", "source", "linear", "state"))
+        meta = _object(value, f"{what}'s meta", optional=_META)
         if "shape" in meta:
             node.meta["shape"] = _text(meta["shape"], f"{what}'s shape")
         if "layer" in meta:
@@ -422,6 +426,8 @@ class _Decoder:
             node.meta["stack_trace"] = f'File "{file}", line {line}'
         if "linear" in meta:
             node.meta[LINEAR] = _linear(meta["linear"], what)
+        if "in_features" in meta:
+            node.meta[IN_FEATURES] = _integer(meta["in_features"], f"{what}'s in_features", 1, MAX_DIMENSION)
         if "state" in meta:
             node.meta[STATE] = _state(meta["state"], what)
 

@@ -36,11 +36,14 @@ from ..codegen import ops as ops
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe
-from .program import Program
+from .program import Program, get_attribute
 from .rewrite import argument, calls, is_call, make_call, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
+
+IN_FEATURES = "lbllm_in_features"
+"""Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
 
 _SIMULATED = (
     _lbllm.observe.default,
@@ -75,7 +78,7 @@ class Lower(Pass):
                 replace_call(node, _lbllm.int8_embedding.default, (*node.args[0].args, node.args[1]))
                 counts["int8_embedding"] = counts.get("int8_embedding", 0) + 1
         for quantizer in calls(graph, _lbllm.fake_quantize.default):
-            _lower_input(graph, quantizer, counts)
+            _lower_input(program, quantizer, counts)
         graph.eliminate_dead_code()
         leftover = calls(graph, *_SIMULATED)
         if leftover:
@@ -99,8 +102,9 @@ def _check_quantized(graph: fx.Graph) -> None:
             raise PassError(f"the input of {describe(node)} is not quantized; put 'activate' before 'lower'")
 
 
-def _lower_input(graph: fx.Graph, quantizer: fx.Node, counts: dict[str, int]) -> None:
+def _lower_input(program: Program, quantizer: fx.Node, counts: dict[str, int]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it."""
+    graph = program.graph
     _, _, _, group = quantizer.args
     with graph.inserting_before(quantizer):
         pair = make_call(graph, _lbllm.quantize_activation.default, quantizer.args, quantizer)
@@ -109,13 +113,22 @@ def _lower_input(graph: fx.Graph, quantizer: fx.Node, counts: dict[str, int]) ->
     counts["quantize_activation"] = counts.get("quantize_activation", 0) + 1
     for linear in list(quantizer.users):
         target, arguments = _integer_form(linear, quantizer, group)
+        in_features = _in_features(program, linear.args[1])
         counts[target._opname] = counts.get(target._opname, 0) + 1
         new = replace_call(linear, target, (values, scale, *arguments))
+        new.meta[IN_FEATURES] = pair.meta[IN_FEATURES] = in_features
         dtype = new.meta["val"].dtype if "val" in new.meta else torch.float32
         if dtype != torch.float32:
             with graph.inserting_after(new):
                 cast = make_call(graph, _aten.to.dtype, (new, dtype), new)
             new.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+
+
+def _in_features(program: Program, weight: fx.Node) -> int:
+    """``K`` of an unpacked weight."""
+    if is_call(weight, _lbllm.unpack_weight.default):
+        return weight.args[4]
+    return get_attribute(program.module, weight.args[0].target).shape[1]
 
 
 def _integer_form(linear: fx.Node, quantizer: fx.Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:

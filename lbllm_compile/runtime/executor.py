@@ -1,0 +1,319 @@
+"""Runs a lowered graph on generated kernels.
+
+The graph stays the truth. Binding replaces the target of every ``quantize_activation``, ``bit_linear``,
+``grouped_bit_linear`` and ``int8_linear`` node by a callable around a proven kernel, with the weights packed once into
+the kernel's layout (merged ones concatenated first); every other node runs as the ``aten`` operator it is. A node
+without a kernel is an error: the slow reference operators are never run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.passes.annotate import LINEAR
+from lbllm_compile.passes.contracts import describe
+from lbllm_compile.passes.lower import IN_FEATURES
+from lbllm_compile.passes.program import Program, copy_module, get_attribute
+from lbllm_compile.passes.rewrite import calls, constant, is_call, is_constant
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+KERNEL_TARGETS = (
+    _lbllm.quantize_activation.default,
+    _lbllm.bit_linear.default,
+    _lbllm.grouped_bit_linear.default,
+    _lbllm.int8_linear.default,
+)
+"""Operators that only ever run as kernels."""
+
+_SIMULATED = (
+    _lbllm.fake_quantize.default,
+    _lbllm.unpack_weight.default,
+    _lbllm.unpack_rows.default,
+    _lbllm.grouped_linear.default,
+    _lbllm.observe.default,
+)
+
+_POINTWISE = frozenset(
+    (
+        "neg",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "tanh",
+        "to",
+        "type_as",
+        "alias",
+        "clone",
+        "sigmoid",
+        "exp",
+        "log",
+        "abs",
+        "clamp",
+    )
+)
+"""Operations behind the output head through which a slice of the sequence may be moved forward."""
+
+
+class LinearKernel(Protocol):
+    """A proven kernel of one :class:`LinearSpec`."""
+
+    def pack(self, weight: Any, bias: Tensor | None) -> Any: ...
+
+    def __call__(self, values: Tensor, x_scale: Tensor, packed: Any) -> Tensor: ...
+
+
+class QuantizeKernel(Protocol):
+    """A proven kernel of one :class:`QuantizeSpec`."""
+
+    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Kernels(Protocol):
+    """Where an executor gets its kernels from; :class:`lbllm_compile.codegen.build.KernelSet` is one."""
+
+    def linear(self, spec: LinearSpec) -> LinearKernel: ...
+
+    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel: ...
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Every distinct kernel a program needs, in order of first use."""
+
+    linears: tuple[LinearSpec, ...]
+    quantizers: tuple[QuantizeSpec, ...]
+
+
+def requirements(program: Program) -> Requirements:
+    """The kernels that running a lowered program takes.
+
+    Raises:
+        KernelError: a node has a form that no kernel implements.
+    """
+    linears: dict[LinearSpec, None] = {}
+    quantizers: dict[QuantizeSpec, None] = {}
+    for node in calls(program.graph, *KERNEL_TARGETS):
+        if node.target is _lbllm.quantize_activation.default:
+            quantizers[_quantize_spec(node)] = None
+        else:
+            linears[_linear_spec(program, node)] = None
+    return Requirements(tuple(linears), tuple(quantizers))
+
+
+def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
+    """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``."""
+    found: dict[str, QuantizedWeight] = {}
+    for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+        in_features, group = node.meta[IN_FEATURES], node.args[7]
+        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
+        for sign, *rest in zip(*planes, strict=True):
+            tensors = [get_attribute(program.module, n.target) for n in (sign, *rest)]
+            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features, group)
+    return found
+
+
+def _in_features(node: fx.Node) -> int:
+    if IN_FEATURES not in node.meta:
+        raise KernelError(f"{describe(node)} does not say its in_features; make integer operators with 'lower' only")
+    return node.meta[IN_FEATURES]
+
+
+def _quantize_spec(node: fx.Node) -> QuantizeSpec:
+    _, _, bits, group = node.args
+    return QuantizeSpec(_in_features(node), group, bits)
+
+
+def _quantizer_of(node: fx.Node) -> fx.Node:
+    """The ``quantize_activation`` that a linear reads."""
+    values = node.args[0]
+    pair = values.args[0] if isinstance(values, fx.Node) and values.args else None
+    if not is_call(pair, _lbllm.quantize_activation.default):
+        raise KernelError(f"{describe(node)} does not read a quantized activation")
+    return pair
+
+
+def _linear_spec(program: Program, node: fx.Node) -> LinearSpec:
+    quantizer = _quantize_spec(_quantizer_of(node))
+    grouped = node.target is _lbllm.grouped_bit_linear.default
+    weights = node.args[2:6] if grouped else node.args[2:-1]
+    if not all(is_constant(w) for w in weights):
+        raise KernelError(f"the weights of {describe(node)} are computed from inputs; kernels need stored ones")
+    is_bit = node.target is not _lbllm.int8_linear.default
+    scales = constant(program.module, node.args[5] if is_bit else node.args[3])
+    return LinearSpec(
+        kind="bit" if is_bit else "int8",
+        out_features=scales.shape[-2] if is_bit else scales.shape[-1],
+        in_features=_in_features(node),
+        group=node.args[-1],
+        act_bits=quantizer.bits,
+        per_token=quantizer.group == 0,
+        bias=not grouped and node.args[-2] is not None,
+    )
+
+
+class _Quantize:
+    """``quantize_activation`` on a kernel: ``[..., K]`` to values ``[..., K]`` and scales ``[..., G]``."""
+
+    __name__ = "quantize"
+
+    def __init__(self, kernel: QuantizeKernel, in_features: int):
+        self._kernel, self._in_features = kernel, in_features
+
+    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        leading = x.shape[:-1]
+        flat = x.reshape(-1, self._in_features)
+        values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip)
+        return values.view(*leading, self._in_features), scale.view(*leading, -1)
+
+
+class _Linear:
+    """``bit_linear`` or ``int8_linear`` on a kernel, its weights packed."""
+
+    __name__ = "linear"
+
+    def __init__(self, kernel: LinearKernel, packed: Any, spec: LinearSpec):
+        self._kernel, self._packed, self._spec = kernel, packed, spec
+
+    def __call__(self, values: Tensor, x_scale: Tensor) -> Tensor:
+        spec = self._spec
+        leading = values.shape[:-1]
+        out = self._kernel(values.reshape(-1, spec.in_features), x_scale.reshape(-1, x_scale.shape[-1]), self._packed)
+        return out.view(*leading, spec.out_features)
+
+
+class _GroupedLinear:
+    """``grouped_bit_linear`` on a kernel: every expert's rows with that expert's packed weights."""
+
+    __name__ = "grouped_linear"
+
+    def __init__(self, kernel: LinearKernel, packed: Sequence[Any], spec: LinearSpec):
+        self._kernel, self._packed, self._spec = kernel, packed, spec
+
+    def __call__(self, values: Tensor, x_scale: Tensor, offsets: Tensor) -> Tensor:
+        out = values.new_zeros((values.shape[0], self._spec.out_features), dtype=torch.float32)
+        start = 0
+        for packed, end in zip(self._packed, offsets.tolist(), strict=True):
+            if end > start:
+                out[start:end] = self._kernel(values[start:end], x_scale[start:end], packed)
+            start = end
+        return out
+
+
+class Executor:
+    """A lowered program bound to kernels.
+
+    Args:
+        program: after ``lower`` (and ``cache`` for a language model).
+        kernels: proven kernels for the device that runs.
+
+    Raises:
+        KernelError: a node has no kernel, or the graph is not lowered.
+    """
+
+    def __init__(self, program: Program, kernels: Kernels):
+        simulated = calls(program.graph, *_SIMULATED)
+        if simulated:
+            raise KernelError(f"{describe(simulated[0])} is simulated quantization; only lowered graphs run ('lower')")
+        self.inputs = [n.target for n in program.placeholders()]
+        module = copy_module(program.module)
+        _bind(program.with_module(module), kernels)
+        self._full = _Lifted(module)
+        last = _last_token_graph(module)
+        self._last = _Lifted(last) if last is not None else None
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Runs the graph on its placeholders' values, in order."""
+        with torch.inference_mode():
+            return self._full(*inputs)
+
+    def last_logits(self, *inputs: Any) -> Tensor:
+        """A language model's logits of the last position, ``[B, 1, V]``; the head runs on that position alone where
+        the graph allows."""
+        with torch.inference_mode():
+            return self._last(*inputs) if self._last is not None else self._full(*inputs)[:, -1:]
+
+
+def _bind(program: Program, kernels: Kernels) -> None:
+    """Replaces every kernel operator of the program's graph by a callable on packed weights, in place."""
+    graph = program.graph
+    for node in calls(graph, *KERNEL_TARGETS[1:]):
+        spec = _linear_spec(program, node)
+        kernel = kernels.linear(spec)
+        if node.target is _lbllm.grouped_bit_linear.default:
+            planes = [constant(program.module, a) for a in node.args[2:6]]
+            packed = [
+                kernel.pack(QuantizedWeight(*(p[e] for p in planes), spec.in_features, spec.group), None)
+                for e in range(planes[0].shape[0])
+            ]
+            bound: Any = _GroupedLinear(kernel, packed, spec)
+            arguments = (node.args[0], node.args[1], node.args[6])
+        else:
+            weights = [constant(program.module, a) for a in node.args[2:-2]]
+            weight = QuantizedWeight(*weights, spec.in_features, spec.group) if spec.kind == "bit" else tuple(weights)
+            bound = _Linear(kernel, kernel.pack(weight, constant(program.module, node.args[-2])), spec)
+            arguments = node.args[:2]
+        node.target, node.args = bound, arguments
+    for node in calls(graph, _lbllm.quantize_activation.default):
+        spec = _quantize_spec(node)
+        node.target, node.args = _Quantize(kernels.quantizer(spec), spec.in_features), node.args[:2]
+    graph.eliminate_dead_code()
+
+
+class _Lifted:
+    """A graph module as one function whose weights are arguments, which saves attribute look-ups at every step."""
+
+    def __init__(self, module: fx.GraphModule):
+        graph = fx.Graph()
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        weights = list(dict.fromkeys(n.target for n in module.graph.nodes if n.op == "get_attr"))
+        copies = {n: graph.placeholder(n.name) for n in inputs}
+        lifted = {w: graph.placeholder(f"weight_{i}") for i, w in enumerate(weights)}
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                copies[node] = lifted[node.target]
+            elif node.op == "output":
+                graph.output(fx.map_arg(node.args[0], copies.__getitem__))
+            elif node.op != "placeholder":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        self._weights = [get_attribute(module, w) for w in weights]
+        self._forward = fx.GraphModule(torch.nn.Module(), graph).forward
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self._forward(*inputs, *self._weights)
+
+
+def _last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
+    """The same graph with the output head on the last position only; None where the head is not last."""
+    module = copy_module(module)
+    node = module.graph.output_node().args[0]
+    while isinstance(node, fx.Node) and LINEAR not in node.meta:
+        target = node.target
+        pointwise = (
+            isinstance(target, torch._ops.OpOverload) and target._schema.name.removeprefix("aten::") in _POINTWISE
+        )
+        if not pointwise or len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    if not isinstance(node, fx.Node) or node.meta[LINEAR].role != "head":
+        return None
+    hidden_user = node
+    if isinstance(node.target, _Linear):
+        hidden_user = node.args[0].args[0]
+    hidden = hidden_user.args[0]
+    with module.graph.inserting_before(hidden_user):
+        last = module.graph.call_function(_aten.slice.Tensor, (hidden, 1, -1, (1 << 63) - 1))
+    hidden_user.update_arg(0, last)
+    module.recompile()
+    return module

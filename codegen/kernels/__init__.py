@@ -1,0 +1,1 @@
+"""Kernel families: each module holds one family's data layout, its packing and its generated code."""

@@ -1,0 +1,87 @@
+"""What code is generated for: a target string becomes a :class:`Target`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import TargetError
+from . import generic, host, x86
+
+CUDA_DEFAULT = "sm_80"
+"""Architecture of a plain ``cuda``: the oldest one with the instructions our kernels use."""
+
+CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to generate code for.
+
+    Attributes:
+        kind: ``"cpu"`` or ``"cuda"``.
+        name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
+        family: kernel family: ``"avx512-vnni"``, ``"avx2"``, ``"generic"`` or ``"cuda"``.
+        arch: LLVM ``mcpu`` or CUDA architecture.
+        features: LLVM ``mattr``, empty for CUDA.
+    """
+
+    kind: str
+    name: str
+    family: str
+    arch: str
+    features: tuple[str, ...] = ()
+
+    @property
+    def llvm(self) -> dict[str, Any]:
+        """TVM's target description of a CPU target."""
+        description: dict[str, Any] = {"kind": "llvm"}
+        if self.arch:
+            description["mcpu"] = self.arch
+        if self.features:
+            description["mattr"] = list(self.features)
+        return description
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine's CPU has the instructions (always False for CUDA, which is asked for elsewhere)."""
+        return self.kind == "cpu" and self.family in host.families()
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Parses one target: ``cpu`` (the best family of this machine), ``cpu:FAMILY``, ``cuda`` or ``cuda:sm_NN``.
+
+        Raises:
+            TargetError: unknown target, with the nearest known one.
+        """
+        kind, _, detail = text.strip().partition(":")
+        if kind == "cpu":
+            family = detail or host.families()[0]
+            if family in x86.ARCHITECTURES:
+                arch, features = x86.ARCHITECTURES[family]
+                return cls("cpu", f"cpu:{family}", family, arch, features)
+            if family == generic.FAMILY:
+                return cls("cpu", f"cpu:{family}", family, *generic.architecture())
+        if kind == "cuda":
+            arch = detail or CUDA_DEFAULT
+            if arch in CUDA_ARCHITECTURES:
+                return cls("cuda", f"cuda:{arch}", "cuda", arch)
+        near = difflib.get_close_matches(text.strip(), known_targets(), 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TargetError(f"unknown target {text.strip()!r}; {hint}known targets: {', '.join(known_targets())}")
+
+
+def parse_targets(text: str) -> tuple[Target, ...]:
+    """Parses a comma-separated list of targets, duplicates removed.
+
+    Raises:
+        TargetError: an unknown or missing target.
+    """
+    return tuple(dict.fromkeys(Target.parse(part) for part in text.split(",")))
+
+
+def known_targets() -> list[str]:
+    """Every text :meth:`Target.parse` accepts."""
+    families = [*x86.ARCHITECTURES, generic.FAMILY]
+    return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in CUDA_ARCHITECTURES)]

@@ -1,0 +1,289 @@
+"""Builds, proves and calls the kernels of a model.
+
+:meth:`KernelSet.build` is the only way to get a callable kernel, and it hands out none that has not matched the
+reference bit for bit on this machine in this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import prove
+from .errors import KernelError
+from .format import QuantizedWeight
+from .reference import value_dtype
+from .spec import LinearSpec, QuantizeSpec
+from .targets import Target
+
+if TYPE_CHECKING:
+    from .kernels.cpu import X86Linear
+
+__all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
+
+PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
+"""Elements from which a quantizer's tokens are worth a parallel launch."""
+
+
+class Progress(Protocol):
+    """What a build tells while it works."""
+
+    def start(self, total: int, what: str) -> None: ...
+
+    def advance(self, note: str = "") -> None: ...
+
+
+class LinearKernel:
+    """The proven kernels of one :class:`LinearSpec`: one per token bucket, one weight layout for all.
+
+    Example::
+
+        packed = kernel.pack(weight, bias)
+        y = kernel(values, x_scale, packed)
+    """
+
+    def __init__(self, spec: LinearSpec, implementation: X86Linear, functions: list[tuple[int, Callable[..., None]]]):
+        self.spec = spec
+        self._implementation = implementation
+        self._functions = functions
+
+    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+        """The kernel's weight layout, bias included: ``uint8 [bytes]``, 64-byte aligned.
+
+        Args:
+            weight: a W(1+1) matrix, or ``(int8 [N, K], fp32 scale [N])``.
+            bias: fp32 ``[N]``, given exactly if the spec says so.
+
+        Raises:
+            KernelError: the weight or bias is not what the spec says.
+        """
+        spec = self.spec
+        is_bit = isinstance(weight, QuantizedWeight)
+        shape = (weight.out_features, weight.in_features) if is_bit else tuple(weight[0].shape)
+        if is_bit != (spec.kind == "bit") or shape != (spec.out_features, spec.in_features):
+            raise KernelError(f"a weight of shape {shape} does not fit the kernel of {spec}")
+        if is_bit and weight.group != spec.group:
+            raise KernelError(f"a weight with groups of {weight.group} does not fit the kernel of {spec}")
+        if (bias is None) == spec.bias or (bias is not None and tuple(bias.shape) != (spec.out_features,)):
+            raise KernelError(f"the kernel of {spec} needs {'a bias of its rows' if spec.bias else 'no bias'}")
+        return self._implementation.pack(weight, bias)
+
+    def __call__(self, values: Tensor, x_scale: Tensor, packed: Tensor, out: Tensor | None = None) -> Tensor:
+        """``values [..., K]`` times the packed weights.
+
+        Args:
+            values: int8 (int16 for 16-bit activations), contiguous.
+            x_scale: float32 ``[..., G]`` or ``[..., 1]``, contiguous.
+            packed: from :meth:`pack`.
+            out: float32 ``[M, N]`` to write to.
+
+        Returns:
+            float32 ``[..., N]``.
+
+        Raises:
+            KernelError: a tensor has a wrong shape, dtype, device, layout or alignment.
+        """
+        if values.dim() != 2:
+            flat = self(values.reshape(-1, values.shape[-1]), x_scale.reshape(-1, x_scale.shape[-1]), packed, out)
+            return flat.reshape(*values.shape[:-1], self.spec.out_features)
+        m = values.shape[0]
+        if out is None:
+            out = torch.empty((m, self.spec.out_features), dtype=torch.float32)
+        if packed.data_ptr() % 64:
+            raise KernelError("packed weights must be 64-byte aligned; pass the tensor that pack() returned")
+        if m == 0:
+            return out
+        for highest, function in self._functions:
+            if m <= highest:
+                try:
+                    function(values, x_scale, packed, out)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise self._explain(values, x_scale, packed, out, error) from error
+                return out
+        for start in range(0, m, highest):
+            part = slice(start, start + highest)
+            self(values[part], x_scale[part], packed, out[part])
+        return out
+
+    def _explain(self, values: Tensor, x_scale: Tensor, packed: Tensor, out: Tensor, error: Exception) -> KernelError:
+        spec, m = self.spec, values.shape[0]
+        expected = {
+            "values": (values, value_dtype(spec.act_bits), (m, spec.in_features)),
+            "x_scale": (x_scale, torch.float32, (m, spec.x_scales)),
+            "packed": (packed, torch.uint8, tuple(packed.shape[:1])),
+            "out": (out, torch.float32, (m, spec.out_features)),
+        }
+        for name, (tensor, dtype, shape) in expected.items():
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                return KernelError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel of {spec} needs {dtype} {shape}"
+                )
+            if tensor.device.type != "cpu":
+                return KernelError(f"{name} is on {tensor.device}, the kernel of {spec} runs on the CPU")
+            if not tensor.is_contiguous():
+                return KernelError(f"{name} must be contiguous; call .contiguous() on it")
+        return KernelError(f"the kernel of {spec} refused its arguments (is packed from another kernel?): {error}")
+
+
+class QuantizeKernel:
+    """The proven kernels of one :class:`QuantizeSpec`."""
+
+    def __init__(self, spec: QuantizeSpec, serial: Callable[..., None], parallel: Callable[..., None]):
+        self.spec = spec
+        self._serial = serial
+        self._parallel = parallel
+
+    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes ``x [..., K]`` (float32, contiguous) with clip factors ``[2]``.
+
+        Returns:
+            ``(values [..., K], scale [..., G])``.
+
+        Raises:
+            KernelError: a tensor has a wrong shape, dtype, device or layout.
+        """
+        spec = self.spec
+        if x.dim() != 2:
+            values, scale = self(x.reshape(-1, x.shape[-1]), clip)
+            return values.reshape(x.shape), scale.reshape(*x.shape[:-1], spec.scales)
+        m = x.shape[0]
+        values = torch.empty((m, spec.in_features), dtype=value_dtype(spec.bits))
+        scale = torch.empty((m, spec.scales), dtype=torch.float32)
+        if m == 0:
+            return values, scale
+        wide = m > 1 and m * spec.in_features >= PARALLEL_QUANTIZER_ELEMENTS
+        try:
+            (self._parallel if wide else self._serial)(x, clip, values, scale)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise self._explain(x, clip, error) from error
+        return values, scale
+
+    def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
+        spec = self.spec
+        for name, tensor, shape in (("x", x, (x.shape[0], spec.in_features)), ("clip", clip, (2,))):
+            if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+                return KernelError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel of {spec} needs torch.float32 {shape}"
+                )
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                return KernelError(f"{name} must be a contiguous CPU tensor for the kernel of {spec}")
+        return KernelError(f"the kernel of {spec} refused its arguments: {error}")
+
+
+class KernelSet:
+    """Proven kernels for a model's distinct linears and quantizers on one target."""
+
+    def __init__(
+        self,
+        target: Target,
+        linears: Mapping[LinearSpec, LinearKernel],
+        quantizers: Mapping[QuantizeSpec, QuantizeKernel],
+        records: list[dict[str, Any]],
+        sources: dict[str, str],
+    ):
+        self.target = target
+        self._linears = dict(linears)
+        self._quantizers = dict(quantizers)
+        self._records = records
+        self._sources = sources
+
+    @classmethod
+    def build(
+        cls,
+        linears: Iterable[LinearSpec],
+        quantizers: Iterable[QuantizeSpec],
+        target: Target,
+        *,
+        cache_dir: Path | None = None,
+        trials: int = 16,
+        budget_s: float | None = None,
+        progress: Progress | None = None,
+        records: list[dict[str, Any]] | None = None,
+    ) -> KernelSet:
+        """Picks schedules, compiles the kernels and proves them on this machine.
+
+        Args:
+            linears, quantizers: what is needed; duplicates are fine.
+            target: a CPU target this machine can run.
+            cache_dir: where tuning results live; the user's cache folder by default.
+            trials: schedules measured per shape and token bucket where no result is stored; 0 takes the first guess.
+            budget_s: seconds the search may take in all.
+            progress: told about each shape.
+            records: results of an earlier build (see :meth:`records`); they spare the search, never the proof.
+
+        Raises:
+            KernelError: TVM is missing, a kernel does not compile, or it disagrees with the reference.
+            TargetError: this machine cannot run the target.
+        """
+        from .kernels import cpu
+        from .tvm_api import compile_functions
+
+        functions, chosen, sources = {}, [], {}
+        implementations = {spec: cpu.linear(spec, target) for spec in dict.fromkeys(linears)}
+        for i, (spec, implementation) in enumerate(implementations.items()):
+            for b, bucket in enumerate(cpu.BUCKETS):
+                schedule = implementation.schedules(bucket)[0]
+                function = implementation.function(schedule)
+                functions[f"linear{i}_{b}"] = function
+                sources[f"linear{i}_{b}"] = function.script()
+                chosen.append(
+                    {"spec": dataclasses.asdict(spec), "bucket": bucket.name, "schedule": dataclasses.asdict(schedule)}
+                )
+        wanted = list(dict.fromkeys(quantizers))
+        for i, spec in enumerate(wanted):
+            for parallel in (False, True):
+                functions[f"quantize{i}_{int(parallel)}"] = cpu.quantizer(spec, target, parallel)
+        library = compile_functions(functions, target.llvm)
+        linear_kernels = {}
+        for i, (spec, implementation) in enumerate(implementations.items()):
+            by_bucket = [(bucket, library[f"linear{i}_{b}"]) for b, bucket in enumerate(cpu.BUCKETS)]
+            for case in prove.linear_cases(spec):
+                packed = implementation.pack(case.weight, case.bias)
+                for bucket, function in by_bucket:
+                    counts = prove.token_counts(bucket.lowest, bucket.highest)
+                    failure = prove.linear_failure(function, packed, case, counts)
+                    if failure:
+                        raise prove.disproved(str(spec), failure)
+            linear_kernels[spec] = LinearKernel(spec, implementation, [(b.highest, f) for b, f in by_bucket])
+        quantize_kernels = {}
+        for i, spec in enumerate(wanted):
+            pair = [library[f"quantize{i}_{int(parallel)}"] for parallel in (False, True)]
+            for function in pair:
+                failure = prove.quantizer_failure(function, spec, [1, 7, prove.TOKENS])
+                if failure:
+                    raise prove.disproved(str(spec), failure)
+            quantize_kernels[spec] = QuantizeKernel(spec, *pair)
+        return cls(target, linear_kernels, quantize_kernels, chosen, sources)
+
+    def linear(self, spec: LinearSpec) -> LinearKernel:
+        """The kernel of a linear.
+
+        Raises:
+            KernelError: it was not built.
+        """
+        if spec not in self._linears:
+            raise KernelError(f"no kernel was built for {spec}; there is no slow path")
+        return self._linears[spec]
+
+    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel:
+        """The kernel of a quantizer.
+
+        Raises:
+            KernelError: it was not built.
+        """
+        if spec not in self._quantizers:
+            raise KernelError(f"no kernel was built for {spec}; there is no slow path")
+        return self._quantizers[spec]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The chosen schedules, JSON-able, for ``build(records=...)``."""
+        return self._records
+
+    def sources(self) -> dict[str, str]:
+        """Each kernel's generated TVMScript, for reading only."""
+        return self._sources

@@ -1,0 +1,433 @@
+"""The two loops all x86 dot-product kernels share: GEMV for one token, GEMM for more.
+
+A *row vector* is as many weight rows as the instruction set has 32-bit lanes, a *slab* 16 columns of 16 rows: four
+*fields* of 4 columns, each 64 bytes once decoded (byte ``4 * row + column``). A family supplies an :class:`Operand`
+that knows where a slab lies in its packed weights and how it becomes bytes.
+
+Every call first *stages* the activations: padded to slabs, group after group, so that no tail is left in the loops,
+with ``-128 * sum(values)`` per group, which takes back the offset of the weight bytes.
+
+The output is, per group, one explicit fused multiply-add of the exact int32 dot product, as the reference defines it.
+It is an intrinsic because TVM lets LLVM contract ordinary multiplies and adds.
+"""
+
+# No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..format import group_count
+from ..tvm_api import PrimFunc, T, pure_intrinsic
+from .x86 import InstructionSet
+
+SLAB = 16
+"""Columns of a slab, and rows of a block."""
+
+FIELDS = 4
+"""Fields of a slab."""
+
+VECTOR_BYTES = 64
+"""Bytes of one decoded field of 16 rows."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel computes: ``[M, K]`` values times ``[N, K]`` weights.
+
+    Attributes:
+        rows: ``N``.
+        columns: ``K``.
+        group: columns per int32 accumulator and scale.
+        per_token: activations have one scale per token instead of one per group.
+        bias: the packed weights end with a bias.
+    """
+
+    rows: int
+    columns: int
+    group: int
+    per_token: bool
+    bias: bool
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.columns, self.group)
+
+    @property
+    def full_groups(self) -> int:
+        return self.columns // self.group
+
+    @property
+    def group_slabs(self) -> int:
+        """Slabs of a full group."""
+        return -(-self.group // SLAB)
+
+    @property
+    def tail_slabs(self) -> int:
+        """Slabs of the short last group, 0 without one."""
+        return -(-(self.columns % self.group) // SLAB)
+
+    @property
+    def slabs(self) -> int:
+        """Slabs of a row block."""
+        return self.full_groups * self.group_slabs + self.tail_slabs
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 16 rows, padded to an even number."""
+        return -(-self.rows // 32) * 2
+
+
+class Operand(Protocol):
+    """Where a family's packed weights lie and how they become offset bytes."""
+
+    problem: Problem
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed matrix without bias."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of 16 rows."""
+        ...
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one full group of one row block."""
+        ...
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a GEMM should keep decoded slabs in a buffer instead of reading them again for each token tile."""
+        ...
+
+    def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
+        """What :meth:`fields` needs once per group of a row vector."""
+        ...
+
+    def fields(self, isa: InstructionSet, packed: Any, address: Any, slab: Any, tables: Any) -> list[Any]:
+        """The four fields of a slab as offset bytes."""
+        ...
+
+    def scale(self, isa: InstructionSet, packed: Any, block: Any, address: Any, half: int, slabs: int) -> Any:
+        """The fp32 scales of a row vector in the group at ``address``; ``half`` is its first row in the block."""
+        ...
+
+
+def fused_multiply_add(isa: InstructionSet, a: Any, b: Any, c: Any) -> Any:
+    """One correctly rounded ``a * b + c`` per lane."""
+    return pure_intrinsic(isa.float32, "llvm.fma", a, b, c)
+
+
+def load_float32(isa: InstructionSet, packed: Any, address: Any) -> Any:
+    """``lanes`` fp32 numbers from a byte buffer."""
+    return T.reinterpret(isa.float32, packed[T.ramp(address, 1, 4 * isa.lanes)])
+
+
+def _broadcast_quad(isa: InstructionSet, staged: Any, address: Any) -> Any:
+    """Four activation bytes in every lane."""
+    return isa.broadcast(T.reinterpret("int32", staged[T.ramp(address, 1, 4)]))
+
+
+def _prefetch(packed: Any, address: Any) -> None:
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(packed[address]), 0, 3, 1))
+
+
+@T.inline
+def _stage_group(values, staged, correction, source, width, target, padded, index, row, offset):
+    """Copies ``width`` values of one token and group to ``staged``, pads with zeros, and forms the correction."""
+    total = T.alloc_buffer((1,), "int32", scope="local")
+    total[0] = 0
+    for i in T.serial(width):
+        staged[target + i] = values[row, source + i]
+        total[0] = total[0] + T.cast(values[row, source + i], "int32")
+    for i in T.serial(padded - width):
+        staged[target + width + i] = T.int8(0)
+    correction[index] = total[0] * (-offset)
+
+
+def _row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
+    """``(block, first row within the block)`` of the row vectors of ``rows`` rows."""
+    return [(row // SLAB, row % SLAB) for row in range(0, rows, isa.lanes)]
+
+
+def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch: int, parallel: bool) -> PrimFunc:
+    """One token: every step multiplies ``rows`` rows, streaming their packed bytes once.
+
+    Args:
+        operand: the packed weights.
+        isa: the vector instructions.
+        rows: rows per step, a multiple of 16 that divides the padded rows.
+        chains: independent int32 accumulators per row vector (1, 2 or 4), which hide the dot's latency.
+        prefetch: distance of the software prefetch in bytes, 0 for none.
+        parallel: split the steps over the thread pool.
+    """
+    p = operand.problem
+    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    steps = p.row_blocks * SLAB // rows
+    blocks = rows // SLAB
+    group_width, tail = p.group_slabs * SLAB, p.columns % p.group
+    loop = T.parallel if parallel else T.serial
+    packed_bytes = operand.packed_bytes + (4 * SLAB * p.row_blocks if p.bias else 0)
+    scales = 1 if p.per_token else p.groups
+
+    def slice_(index: int) -> Any:
+        return T.ramp(index * lanes, 1, lanes)
+
+    def group(packed, staged, correction, x_scale, partial, total, step, g, slabs) -> None:
+        """Adds one group of all row vectors to ``total``."""
+        addresses = [
+            T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes) for block, _ in vectors
+        ]
+        tables = []
+        for v, (_, half) in enumerate(vectors):
+            tables.append(operand.tables(isa, packed, addresses[v] + 4 * half, slabs))
+            for chain in range(chains):
+                start = isa.broadcast(correction[g] if chain == 0 and isa.offset else 0)
+                T.buffer_store(partial, start, [slice_(v * chains + chain)])
+        with T.serial(slabs) if slabs > SLAB else T.unroll(slabs) as t:
+            for v, (_, half) in enumerate(vectors):
+                if prefetch and half == 0:
+                    _prefetch(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
+                fields = operand.fields(isa, packed, addresses[v] + 4 * half, t, tables[v])
+                source = g * group_width + t * SLAB
+                pairs = [(w, _broadcast_quad(isa, staged, source + 4 * f)) for f, w in enumerate(fields)]
+                for chain in range(chains):
+                    where = slice_(v * chains + chain)
+                    T.buffer_store(partial, isa.dot(partial[where], pairs[chain::chains]), [where])
+        x = T.Bind(T.broadcast(x_scale[0, 0 if p.per_token else g], lanes))
+        for v, (block, half) in enumerate(vectors):
+            accumulator = partial[slice_(v * chains)]
+            for chain in range(1, chains):
+                accumulator = accumulator + partial[slice_(v * chains + chain)]
+            scale = operand.scale(isa, packed, step * blocks + block, addresses[v], half, slabs)
+            y = fused_multiply_add(isa, T.cast(accumulator, isa.float32), x * scale, total[slice_(v)])
+            T.buffer_store(total, y, [slice_(v)])
+
+    def store(packed, out, total, step) -> None:
+        for v in range(len(vectors)):
+            row = T.Bind(step * rows + v * lanes)
+            y = total[slice_(v)]
+            if p.bias:
+                y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
+            _store_row_vector(isa, p.rows, out, 0, row, y)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        values: T.Buffer((1, p.columns), "int8", align=1),
+        x_scale: T.Buffer((1, scales), "float32", align=4),
+        packed: T.Buffer((packed_bytes,), "uint8", align=64),
+        out: T.Buffer((1, p.rows), "float32", align=4),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        staged = T.alloc_buffer((p.slabs * SLAB,), "int8")
+        correction = T.alloc_buffer((p.groups,), "int32")
+        for g in T.serial(p.full_groups):
+            _stage_group(
+                values, staged, correction, g * p.group, p.group, g * group_width, group_width, g, 0, isa.offset
+            )
+        if tail > 0:
+            _stage_group(
+                values,
+                staged,
+                correction,
+                p.full_groups * p.group,
+                tail,
+                p.full_groups * group_width,
+                p.tail_slabs * SLAB,
+                p.full_groups,
+                0,
+                isa.offset,
+            )
+        for step in loop(steps):
+            total = T.alloc_buffer((rows,), "float32", scope="local")
+            partial = T.alloc_buffer((rows * chains,), "int32", scope="local")
+            for v in T.unroll(len(vectors)):
+                total[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+            for g in T.serial(p.full_groups):
+                group(packed, staged, correction, x_scale, partial, total, step, g, p.group_slabs)
+            if tail > 0:
+                group(packed, staged, correction, x_scale, partial, total, step, p.full_groups, p.tail_slabs)
+            store(packed, out, total, step)
+
+    return kernel
+
+
+def _store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: Any, y: Any) -> None:
+    """Writes ``y`` to ``out[token, row : row + lanes]``, only as far as there are rows."""
+    if rows % isa.lanes == 0 and rows % 32 == 0:
+        T.buffer_store(out, y, [token, T.ramp(row, 1, isa.lanes)])
+        return
+    spill = T.alloc_buffer((isa.lanes,), "float32", scope="local")
+    T.buffer_store(spill, y, [T.ramp(0, 1, isa.lanes)])
+    with T.serial(T.max(T.min(isa.lanes, rows - row), 0)) as lane:
+        T.buffer_store(out, spill[lane], [token, row + lane])
+
+
+def gemm(
+    operand: Operand, isa: InstructionSet, rows: int, tokens: int, chunk: int, parallel: bool, parallel_stage: bool
+) -> PrimFunc:
+    """Any number of tokens: weights are decoded once per group and row step and reused for a chunk of tokens.
+
+    Args:
+        operand: the packed weights.
+        isa: the vector instructions.
+        rows: rows per step, a multiple of 16 that divides the padded rows.
+        tokens: tokens of the register tile.
+        chunk: tokens whose fp32 sums are kept at once, a multiple of ``tokens``.
+        parallel: split the row steps over the thread pool.
+        parallel_stage: split the staging of the tokens over the thread pool, too.
+    """
+    p = operand.problem
+    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    steps = p.row_blocks * SLAB // rows
+    blocks = rows // SLAB
+    group_width, tail = p.group_slabs * SLAB, p.columns % p.group
+    loop = T.parallel if parallel else T.serial
+    stage_loop = T.parallel if parallel_stage else T.serial
+    packed_bytes = operand.packed_bytes + (4 * SLAB * p.row_blocks if p.bias else 0)
+    scales = 1 if p.per_token else p.groups
+    slab_bytes = FIELDS * len(vectors) * 4 * lanes
+    decoded_bytes = max(p.group_slabs, p.tail_slabs) * slab_bytes if operand.decodes else 1
+    last = scales - 1
+
+    def decode(packed, decoded, step, g, slabs) -> None:
+        """Fills ``decoded``: slab after slab, field after field, row vector after row vector."""
+        for v, (block, half) in enumerate(vectors):
+            address = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
+            tables = operand.tables(isa, packed, address + 4 * half, slabs)
+            with T.serial(slabs) as t:
+                for f, w in enumerate(operand.fields(isa, packed, address + 4 * half, t, tables)):
+                    where = t * slab_bytes + (f * len(vectors) + v) * 4 * lanes
+                    T.buffer_store(decoded, w, [T.ramp(where, 1, 4 * lanes)])
+
+    def slab_fields(packed, decoded, step, g, slabs, t) -> list[list[Any]]:
+        """The fields of every row vector: ``[field][vector]``."""
+        if operand.decodes:
+            return [
+                [
+                    decoded[T.ramp(t * slab_bytes + (f * len(vectors) + v) * 4 * lanes, 1, 4 * lanes)]
+                    for v in range(len(vectors))
+                ]
+                for f in range(FIELDS)
+            ]
+        columns = []
+        for block, half in vectors:
+            address = (step * blocks + block) * operand.block_bytes + g * operand.group_bytes + 4 * half
+            columns.append(operand.fields(isa, packed, address, t, None))
+        return [list(field) for field in zip(*columns, strict=True)]
+
+    def tile(
+        packed, staged, correction, scale_stage, decoded, partial, sums, step, g, slabs, padded, first, local
+    ) -> None:
+        """One register tile: ``tokens`` tokens from ``first`` on times one group of all row vectors."""
+
+        def where(m: int, v: int) -> Any:
+            return T.ramp((m * len(vectors) + v) * lanes, 1, lanes)
+
+        for m in range(tokens):
+            start = T.Bind(isa.broadcast(correction[g * padded + first + m] if isa.offset else 0))
+            for v in range(len(vectors)):
+                T.buffer_store(partial, start, [where(m, v)])
+        base = T.Bind(g * group_width * padded + first * (slabs * SLAB))
+        with T.serial(slabs) as t:
+            fields = slab_fields(packed, decoded, step, g, slabs, t)
+            for f in range(0, FIELDS, isa.pairs_per_dot):
+                used = range(f, f + isa.pairs_per_dot)
+                weights = {(k, v): T.Bind(fields[k][v]) for k in used for v in range(len(vectors))}
+                for m in range(tokens):
+                    source = base + m * (slabs * SLAB) + t * SLAB
+                    quads = {k: T.Bind(_broadcast_quad(isa, staged, source + 4 * k)) for k in used}
+                    for v in range(len(vectors)):
+                        y = isa.dot(partial[where(m, v)], [(weights[k, v], quads[k]) for k in used])
+                        T.buffer_store(partial, y, [where(m, v)])
+        scale = []
+        for block, half in vectors:
+            address = (step * blocks + block) * operand.block_bytes + g * operand.group_bytes
+            scale.append(T.Bind(operand.scale(isa, packed, step * blocks + block, address, half, slabs)))
+        for m in range(tokens):
+            x = T.Bind(T.broadcast(scale_stage[T.min(g, last) * padded + first + m], lanes))
+            for v in range(len(vectors)):
+                target = T.ramp(((local + m) * len(vectors) + v) * lanes, 1, lanes)
+                dot = T.cast(partial[where(m, v)], isa.float32)
+                T.buffer_store(sums, fused_multiply_add(isa, dot, x * scale[v], sums[target]), [target])
+
+    def store(packed, out, sums, step, token, local) -> None:
+        for v in range(len(vectors)):
+            row = T.Bind(step * rows + v * lanes)
+            y = sums[T.ramp((local * len(vectors) + v) * lanes, 1, lanes)]
+            if p.bias:
+                y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
+            _store_row_vector(isa, p.rows, out, token, row, y)
+
+    @T.prim_func(s_tir=True)
+    def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        m_count = T.int32()
+        values = T.match_buffer(values_, (m_count, p.columns), "int8", align=1)
+        x_scale = T.match_buffer(x_scale_, (m_count, scales), "float32", align=4)
+        packed = T.match_buffer(packed_, (packed_bytes,), "uint8", align=64)
+        out = T.match_buffer(out_, (m_count, p.rows), "float32", align=4)
+        padded: T.let = (m_count + tokens - 1) // tokens * tokens
+        staged = T.alloc_buffer((p.slabs * SLAB * padded,), "int8")
+        correction = T.alloc_buffer((p.groups * padded,), "int32")
+        scale_stage = T.alloc_buffer((scales * padded,), "float32")
+        for m in stage_loop(padded):
+            row: T.let = T.min(m, m_count - 1)
+            for s in T.serial(scales):
+                scale_stage[s * padded + m] = x_scale[row, s]
+            for g in T.serial(p.full_groups):
+                _stage_group(
+                    values,
+                    staged,
+                    correction,
+                    g * p.group,
+                    p.group,
+                    g * group_width * padded + m * group_width,
+                    group_width,
+                    g * padded + m,
+                    row,
+                    isa.offset,
+                )
+            if tail > 0:
+                _stage_group(
+                    values,
+                    staged,
+                    correction,
+                    p.full_groups * p.group,
+                    tail,
+                    p.full_groups * group_width * padded + m * (p.tail_slabs * SLAB),
+                    p.tail_slabs * SLAB,
+                    p.full_groups * padded + m,
+                    row,
+                    isa.offset,
+                )
+        for step in loop(steps):
+            sums = T.alloc_buffer((chunk * rows,), "float32")
+            decoded = T.alloc_buffer((decoded_bytes,), "uint8")
+            partial = T.alloc_buffer((tokens * rows,), "int32", scope="local")
+            for part in T.serial((padded + chunk - 1) // chunk):
+                start: T.let = part * chunk
+                count: T.let = T.min(chunk, padded - start)
+                for i in T.serial(count * len(vectors)):
+                    sums[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+                for g in T.serial(p.full_groups):
+                    if operand.decodes:
+                        decode(packed, decoded, step, g, p.group_slabs)
+                    for i in T.serial(count // tokens):
+                        tile(
+                            packed, staged, correction, scale_stage, decoded, partial, sums,
+                            step, g, p.group_slabs, padded, start + i * tokens, i * tokens,
+                        )  # fmt: skip
+                if tail > 0:
+                    if operand.decodes:
+                        decode(packed, decoded, step, p.full_groups, p.tail_slabs)
+                    for i in T.serial(count // tokens):
+                        tile(
+                            packed, staged, correction, scale_stage, decoded, partial, sums,
+                            step, p.full_groups, p.tail_slabs, padded, start + i * tokens, i * tokens,
+                        )  # fmt: skip
+                for i in T.serial(T.min(count, m_count - start)):
+                    store(packed, out, sums, step, start + i, i)
+
+    return kernel

@@ -1,0 +1,103 @@
+"""W(1+1) weights by look-up: a 2-bit code picks one of four int8 levels in a register, then an 8-bit dot product.
+
+Packed layout: blocks of 16 rows in one sequential stream; within a block, group after group:
+
+* codes, 64 bytes per 16 columns: byte ``4 * row + j`` holds columns ``j``, ``4 + j``, ``8 + j``, ``12 + j`` in its
+  2-bit fields, lowest first;
+* 64 bytes of levels, offset by 128: byte ``4 * row + code``;
+* 32 bytes of fp16 scales.
+
+A group of 128 columns takes 608 bytes. Rows are padded to a multiple of 32 with zero levels and scales, columns to 16.
+The bias, fp32, follows the last block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..format import QuantizedWeight
+from ..tvm_api import T
+from .dot import FIELDS, SLAB, VECTOR_BYTES, Problem
+from .x86 import InstructionSet
+
+LEVEL_BYTES = 64
+SCALE_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Lut8Operand:
+    """W(1+1) weights in the layout above, decoded by byte shuffles."""
+
+    problem: Problem
+
+    decodes = True
+
+    def _group_bytes(self, slabs: int) -> int:
+        return slabs * VECTOR_BYTES + LEVEL_BYTES + SCALE_BYTES if slabs else 0
+
+    @property
+    def group_bytes(self) -> int:
+        return self._group_bytes(self.problem.group_slabs)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.problem.full_groups * self.group_bytes + self._group_bytes(self.problem.tail_slabs)
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.problem.row_blocks * self.block_bytes
+
+    def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
+        levels = packed[T.ramp(address + slabs * VECTOR_BYTES, 1, 4 * isa.lanes)]
+        by_row = T.Bind(isa.prepare(levels))
+        # The same table with row and level index swapped: its look-up index keeps the code in bits 2 and 3, so that
+        # the second and fourth field need no shift of their own.
+        by_level = T.Bind(isa.shuffle(by_row, isa.broadcast(0x0C080400) + isa.row_index(0x01010101)))
+        return by_row, by_level
+
+    def fields(self, isa: InstructionSet, packed: Any, address: Any, slab: Any, tables: Any) -> list[Any]:
+        by_row, by_level = tables
+        low = T.Bind(T.reinterpret(isa.int32, packed[T.ramp(address + slab * VECTOR_BYTES, 1, 4 * isa.lanes)]))
+        high = T.Bind(low >> isa.broadcast(4))
+        fields = []
+        for codes in (low, high):
+            fields.append(isa.shuffle(by_row, (codes & isa.broadcast(0x03030303)) | isa.row_index(0x04040404)))
+            fields.append(isa.shuffle(by_level, (codes & isa.broadcast(0x0C0C0C0C)) | isa.row_index(0x01010101)))
+        return fields
+
+    def scale(self, isa: InstructionSet, packed: Any, block: Any, address: Any, half: int, slabs: int) -> Any:
+        start = address + slabs * VECTOR_BYTES + LEVEL_BYTES + 2 * half
+        halves = T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)])
+        return T.cast(halves, isa.float32)
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """Packs canonical planes ``[N, K]`` into ``uint8 [packed_bytes]``."""
+        p = self.problem
+        padded_rows = p.row_blocks * SLAB - p.rows
+        codes = F.pad(weight.codes(), (0, 0, 0, padded_rows))
+        levels = F.pad(weight.levels.view(torch.uint8) ^ 0x80, (0, 0, 0, 0, 0, padded_rows), value=0x80)
+        scale = F.pad(weight.scale, (0, 0, 0, padded_rows))
+        split = p.full_groups * p.group
+        parts = []
+        if p.full_groups:
+            parts.append(_pack_groups(codes[:, :split], levels[:, : p.full_groups], scale[:, : p.full_groups]))
+        if p.tail_slabs:
+            tail = F.pad(codes[:, split:], (0, p.tail_slabs * SLAB - (p.columns - split)))
+            parts.append(_pack_groups(tail, levels[:, p.full_groups :], scale[:, p.full_groups :]))
+        return torch.cat(parts, 1).flatten()
+
+
+def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """Equal groups: ``codes [16 B, G * width]``, ``levels [16 B, G, 4]``, ``scale [16 B, G]`` to ``[B, bytes]``."""
+    blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
+    fields = codes.reshape(blocks, SLAB, groups, -1, FIELDS, 4)
+    packed = fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)
+    packed = packed.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
+    levels = levels.reshape(blocks, SLAB, groups, 4).permute(0, 2, 1, 3).reshape(blocks, groups, -1)
+    halves = scale.reshape(blocks, SLAB, groups).permute(0, 2, 1).contiguous().view(torch.uint8)
+    return torch.cat([packed, levels, halves.reshape(blocks, groups, -1)], -1).flatten(1)

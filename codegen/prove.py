@@ -1,0 +1,186 @@
+"""Proof that a kernel computes what the reference defines, on this very machine, bit for bit.
+
+Every case is computed once by the reference for :data:`TOKENS` tokens; as tokens are independent, its first rows are
+the expected output of a call with fewer. Weights alternate between random draws and the format's extremes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import KernelError
+from .format import QuantizedWeight, codes_to_planes
+from .spec import LinearSpec, QuantizeSpec
+
+TOKENS = 37
+"""Tokens of a proof: more than any tile, and odd, so that every tile meets its remainder."""
+
+ROWS_AT_ONCE = 4096
+"""Rows the reference computes at once, which bounds its memory."""
+
+Weight = QuantizedWeight | tuple[Tensor, Tensor]
+
+
+def agree(actual: Tensor, expected: Tensor) -> bool:
+    """Bitwise equality, where any NaN equals any other and the sign of zero does not count."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    same = actual == expected
+    if actual.is_floating_point():
+        same = same | (actual.isnan() & expected.isnan())
+    return bool(same.all())
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Inputs of a linear and the output the reference defines for them.
+
+    Attributes:
+        name: for messages.
+        values: ``[TOKENS, K]``.
+        x_scale: ``[TOKENS, G or 1]``.
+        weight: what :meth:`pack` takes.
+        bias: fp32 ``[N]`` or None.
+        expected: fp32 ``[TOKENS, N]``.
+    """
+
+    name: str
+    values: Tensor
+    x_scale: Tensor
+    weight: Weight
+    bias: Tensor | None
+    expected: Tensor
+
+
+def _mixture(shape: tuple[int, ...], choices: tuple[float, ...], generator: torch.Generator) -> Tensor:
+    index = torch.randint(len(choices), shape, generator=generator)
+    return torch.tensor(choices)[index]
+
+
+def _values(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> Tensor:
+    limit = {4: reference.INT4_MAX, 8: reference.INT8_MAX, 16: reference.INT16_MAX}[spec.act_bits]
+    shape = (TOKENS, spec.in_features)
+    values = torch.randint(-limit, limit + 1, shape, generator=generator)
+    if extreme:
+        values[0::3] = limit
+        values[1::3] = -limit
+        values[2] = 0
+    return values.to(reference.value_dtype(spec.act_bits))
+
+
+def _bit_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> QuantizedWeight:
+    n, k, groups = spec.out_features, spec.in_features, spec.groups
+    codes = torch.randint(4, (n, k), generator=generator, dtype=torch.uint8)
+    levels = torch.randint(-127, 128, (n, groups, 4), generator=generator).sort(-1).values.to(torch.int8)
+    scale = torch.rand(n, groups, generator=generator).half() * 0.01
+    if extreme:
+        codes[0::3], codes[1::3] = 0, 3
+        levels[..., 0], levels[..., 3] = -128, 127
+        scale = _mixture((n, groups), (0.0, 2.0**-24, 1.0, 65504.0), generator).half()
+    return QuantizedWeight(*codes_to_planes(codes), levels, scale, k, spec.group)
+
+
+def _int8_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    shape = (spec.out_features, spec.in_features)
+    rows = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    scale = torch.rand(spec.out_features, generator=generator) * 0.01
+    if extreme:
+        rows[0::3], rows[1::3] = -128, 127
+        scale = _mixture((spec.out_features,), (0.0, 1e-38, 1.0, 1e5), generator)
+    return rows, scale
+
+
+def _expected(spec: LinearSpec, values: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The reference, in slices of rows."""
+    out = torch.empty(values.shape[0], spec.out_features)
+    for start in range(0, spec.out_features, ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part_bias = None if bias is None else bias[rows]
+        if isinstance(weight, QuantizedWeight):
+            part = QuantizedWeight(
+                weight.sign[rows],
+                weight.bitmap[rows],
+                weight.levels[rows],
+                weight.scale[rows],
+                spec.in_features,
+                spec.group,
+            )
+            out[:, rows] = reference.bit_linear(values, x_scale, part, part_bias)
+        else:
+            part_rows, part_scale = weight[0][rows], weight[1][rows]
+            out[:, rows] = reference.int8_linear(values, x_scale, part_rows, part_scale, part_bias, spec.group)
+    return out
+
+
+def linear_cases(spec: LinearSpec, seed: int = 0) -> list[LinearCase]:
+    """The cases a kernel of ``spec`` must pass: random draws and extremes."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for extreme in (False, True):
+        values = _values(spec, extreme, generator)
+        x_scale = torch.rand(TOKENS, spec.x_scales, generator=generator) + 1e-3
+        if extreme:
+            x_scale = _mixture((TOKENS, spec.x_scales), (0.0, 1e-30 / 15, 1.0, 1e30), generator)
+        make = _bit_weight if spec.kind == "bit" else _int8_weight
+        weight: Weight = make(spec, extreme, generator)
+        bias = torch.randn(spec.out_features, generator=generator) if spec.bias else None
+        expected = _expected(spec, values, x_scale, weight, bias)
+        name = "extreme values" if extreme else "random values"
+        cases.append(LinearCase(name, values, x_scale, weight, bias, expected))
+    return cases
+
+
+def token_counts(lowest: int, highest: int) -> list[int]:
+    """Token counts at which a kernel for ``lowest .. highest`` tokens is proven: the ends and odd ones between."""
+    top = min(highest, TOKENS)
+    return sorted({m for m in (lowest, lowest + 1, 5, 7, top) if lowest <= m <= top})
+
+
+def linear_failure(call: Callable[..., Tensor], packed: Tensor, case: LinearCase, counts: list[int]) -> str | None:
+    """What a kernel gets wrong in a case, or None. ``call(values, x_scale, packed, out)`` runs it."""
+    for m in counts:
+        expected = case.expected[:m]
+        out = torch.full_like(expected, float("nan"))
+        call(case.values[:m], case.x_scale[:m], packed, out)
+        if not agree(out, expected):
+            wrong = int((~((out == expected) | (out.isnan() & expected.isnan()))).sum())
+            return f"{wrong} of {out.numel()} outputs differ for {case.name} with {m} tokens"
+    return None
+
+
+def quantizer_inputs(spec: QuantizeSpec, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs ``(x [TOKENS, K], clip [2])`` a quantizer must agree on: ordinary, huge, tiny, constant and one-sided."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, spec.in_features, generator=generator)
+    x[1], x[2], x[3], x[4] = 0.0, x[2].abs(), -x[3].abs(), 1.0
+    x[5] = x[5].round()
+    for factor, clip in (
+        (1.0, (1.0, 1.0)),
+        (1.0, (0.9, 0.3)),
+        (1e37, (1.0, 1.0)),
+        (1e-32, (0.7, 1.0)),
+        (1e-40, (1.0, 1.0)),
+    ):
+        yield x * factor, torch.tensor(clip)
+
+
+def quantizer_failure(call: Callable[..., None], spec: QuantizeSpec, counts: list[int]) -> str | None:
+    """What a quantizer gets wrong, or None. ``call(x, clip, values, scale)`` runs it."""
+    for x, clip in quantizer_inputs(spec):
+        values, scale = reference.quantize_activation(x, clip, spec.bits, spec.group)
+        for m in counts:
+            got_values, got_scale = torch.empty_like(values[:m]), torch.empty_like(scale[:m])
+            call(x[:m], clip, got_values, got_scale)
+            if not (agree(got_values, values[:m]) and agree(got_scale, scale[:m])):
+                return f"quantized values differ with {m} tokens"
+    return None
+
+
+def disproved(what: str, failure: str) -> KernelError:
+    """The error for a kernel that disagrees with the reference."""
+    return KernelError(f"the generated kernel of {what} is wrong on this machine ({failure}); please report this CPU")

@@ -1,0 +1,45 @@
+"""This machine's CPU: its flags, its name and the kernel families it runs."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from pathlib import Path
+
+from . import generic, x86
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields of ``/proc/cpuinfo``; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text(errors="replace").split("\n\n")[0]
+    fields = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """CPU feature flags under Linux's names; empty where the system does not tell."""
+    if platform.system() == "Darwin":
+        names = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"], capture_output=True, text=True
+        )
+        return frozenset(name.lower() for name in names.stdout.split())
+    info = _cpuinfo()
+    return frozenset(info.get("flags", info.get("Features", "")).split())
+
+
+def cpu_name() -> str:
+    """The CPU's marketing name, or the architecture where the system does not tell."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """Kernel families this CPU runs, best first; the portable one is always there."""
+    flags = cpu_flags()
+    return (*(family for family, needed in x86.CPU_FLAGS.items() if needed <= flags), generic.FAMILY)

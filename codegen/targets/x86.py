@@ -1,0 +1,20 @@
+"""x86 targets: kernel family to LLVM architecture and features, and the CPU flags it needs."""
+
+from __future__ import annotations
+
+ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "avx512-vnni": ("x86-64-v4", ("+avx512vnni", "-prefer-256-bit")),
+    "avx2": ("x86-64-v3", ()),
+}
+"""LLVM ``mcpu`` and ``mattr`` per family, best first."""
+
+CPU_FLAGS: dict[str, frozenset[str]] = {
+    "avx512-vnni": frozenset(
+        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "bmi2", "fma", "f16c"}
+    ),
+    "avx2": frozenset({"avx2", "bmi1", "bmi2", "fma", "f16c", "movbe"}),
+}
+"""Flags, as Linux names them, that a CPU must have to run a family."""
+
+LANES = {"avx512-vnni": 16, "avx2": 8}
+"""32-bit lanes of a family's vectors."""

@@ -6,10 +6,13 @@ pipeline text, so the text alone reproduces the compile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import GROUPS
@@ -91,6 +94,32 @@ class Choices:
     act_bits: int | None = None
     kv_bits: int | None = None
     keep_dense: tuple[str, ...] = ()
+
+
+def choices(options: Any, model_recipe: Mapping[str, Any] | None = None) -> Choices:
+    """The choices of a command line, on top of the ``recipe`` dict of a model.py, on top of the defaults.
+
+    Args:
+        options: anything with the fields of :class:`Choices`, None where not given.
+
+    Raises:
+        OptionError: the model's recipe has an unknown key or a value of the wrong type.
+    """
+    known = {f.name: f for f in dataclasses.fields(Choices)}
+    hints = typing.get_type_hints(Choices)
+    values: dict[str, Any] = {}
+    for key, value in (model_recipe or {}).items():
+        if key not in known:
+            raise OptionError(
+                f"the model's recipe has no option '{key}'{suggestion(key, known)}; it has {', '.join(known)}"
+            )
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower()
+            raise OptionError(f"the option '{key}' of the model's recipe cannot be {value!r}: {reason}") from error
+    given = {name: getattr(options, name) for name in known}
+    return Choices(**{**values, **{k: v for k, v in given.items() if v is not None and v != ()}})
 
 
 def preset(name: str) -> Preset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.errors import LbllmError
+from ..codegen.progress import NoProgress, Progress
 from .program import Program
 
 
@@ -42,24 +42,6 @@ def bounded(bound: float) -> Contract:
     return Contract("bounded", bound)
 
 
-class Task(Protocol):
-    """One running progress bar."""
-
-    def advance(self, note: str = "") -> None:
-        """One unit is done; ``note`` is a short figure to show beside the bar."""
-        ...
-
-
-class Progress(Protocol):
-    """Where long work reports. On a terminal: a bar with an ETA; elsewhere: plain lines."""
-
-    def task(self, title: str, total: int) -> AbstractContextManager[Task]: ...
-
-    def note(self, text: str) -> None:
-        """One line worth keeping above the bars."""
-        ...
-
-
 class Checkpoints(Protocol):
     """Finished pieces of work that survive a kill, by ``(stage, index)``; what is stored is never half-written."""
 
@@ -68,26 +50,6 @@ class Checkpoints(Protocol):
         ...
 
     def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None: ...
-
-
-class NoProgress:
-    """Reports nowhere."""
-
-    class _Task:
-        def advance(self, note: str = "") -> None:
-            pass
-
-        def __enter__(self) -> NoProgress._Task:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    def task(self, title: str, total: int) -> AbstractContextManager[Task]:
-        return self._Task()
-
-    def note(self, text: str) -> None:
-        pass
 
 
 class NoCheckpoints:

@@ -27,9 +27,23 @@ except (ImportError, OSError, AttributeError) as error:
         " 'apache-tvm-ffi>=0.1.14,<0.1.15'"
     ) from error
 
-__all__ = ["PrimFunc", "T", "VERSION", "compile_functions", "cuda_source", "intrinsic", "pure_intrinsic"]
+__all__ = [
+    "PrimFunc",
+    "T",
+    "VERSION",
+    "compile_functions",
+    "cuda_source",
+    "intrinsic",
+    "llvm_version",
+    "pure_intrinsic",
+]
 
 VERSION: str = tvm.__version__
+
+
+def llvm_version() -> str:
+    """The major version of the LLVM inside TVM."""
+    return str(tvm.target.codegen.llvm_version_major())
 
 
 def intrinsic(name: str) -> Any:

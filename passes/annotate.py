@@ -104,7 +104,7 @@ class Annotate(Pass):
             node.meta[LAYER] = layers.get(node)
         _place_weights(result)
         infos = [_describe(result, node) for node in found]
-        dense = _match_patterns(self.keep_dense, infos)
+        dense = match_patterns(self.keep_dense, infos)
         for node, info in zip(found, infos, strict=True):
             node.meta[LINEAR] = dense.get(info.path, info)
         return PassResult(result, rows=_rows(result), summary=_summary(result))
@@ -327,7 +327,7 @@ def _is_mixing(node: fx.Node) -> bool:
     return node.target is aten.scaled_dot_product_attention.default
 
 
-def _match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict[str, LinearInfo]:
+def match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict[str, LinearInfo]:
     """What the user wants kept float.
 
     Raises:

@@ -31,7 +31,7 @@ _RECENT = 8
 
 
 class TaskState:
-    """How far one task is. Implements :class:`passes.base.Task`.
+    """How far one task is. Implements :class:`codegen.progress.Task`.
 
     The time left is estimated from the latest steps alone, because steps restored from a checkpoint take no time.
     """
@@ -81,12 +81,14 @@ class TaskState:
 
 
 class PlainProgress:
-    """Progress as lines, for output that is not a terminal. Implements :class:`passes.base.Progress`."""
+    """Progress as lines, for output that is not a terminal. Implements :class:`codegen.progress.Progress`."""
 
     def __init__(self, console: Console):
         self._console = console
         self._tasks: list[TaskState] = []
         self._lock = threading.Lock()
+        self.stopped: TaskState | None = None
+        """The outermost task that did not finish."""
 
     @contextlib.contextmanager
     def task(self, title: str, total: int) -> Iterator[TaskState]:
@@ -98,6 +100,9 @@ class PlainProgress:
         speaker.start()
         try:
             yield state
+        except BaseException:
+            self.stopped = state
+            raise
         finally:
             stop.set()
             speaker.join()
@@ -141,11 +146,13 @@ class _BarTask:
 
 
 class BarProgress:
-    """Progress as bars on a terminal. Implements :class:`passes.base.Progress`."""
+    """Progress as bars on a terminal. Implements :class:`codegen.progress.Progress`."""
 
     def __init__(self, console: Console):
         self._console = console
         self._bars: Bars | None = None
+        self.stopped: TaskState | None = None
+        """The outermost task that did not finish."""
 
     @contextlib.contextmanager
     def task(self, title: str, total: int) -> Iterator[_BarTask]:
@@ -168,6 +175,9 @@ class BarProgress:
         bar = bars.add_task(title, total=total, note="", state=state)
         try:
             yield _BarTask(state, bars, bar)
+        except BaseException:
+            self.stopped = state
+            raise
         finally:
             bars.remove_task(bar)
             if outermost:

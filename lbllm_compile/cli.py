@@ -1,0 +1,504 @@
+"""The command line. ``lbllm-compile MODEL …`` compiles; ``lbllm-compile VERB …`` does what the verb says.
+
+Results go to stdout; progress, notes and errors go to stderr. With ``--json`` one JSON document goes to stdout and
+nothing else does. A mistake of the user is answered with one sentence and exit code 2, never with a traceback
+(``--debug`` shows it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from lbllm_compile import __version__
+from lbllm_compile.codegen.errors import LbllmError
+
+# torch, transformers and tvm take seconds to import: every verb imports what it needs when it runs.
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from lbllm_compile.driver import CompileOptions
+    from lbllm_compile.passes.pipeline import PassRecord
+    from lbllm_compile.passes.program import Program
+    from lbllm_compile.report.terminal import BarProgress, PlainProgress
+
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+# What typer raises for a wrong command line: the class behind all of its specific ones.
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+class UsageError(LbllmError):
+    """The command line itself makes no sense."""
+
+
+class VerbGroup(TyperGroup):
+    """A first word that is no verb is a model to compile; every error becomes one sentence and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own, rest = _split_debug(args)
+        if rest and rest[0] not in self.commands and rest[0] not in ("--help", "--version"):
+            rest = ["compile", *rest]
+        return super().parse_args(ctx, own + rest)
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail(f"interrupted; {_resume_hint()}", EXIT_INTERRUPTED, debug)
+        except _UsageError as error:
+            _fail(_usage_text(error), EXIT_USER, debug)
+        except LbllmError as error:
+            excerpt = getattr(error, "excerpt", "")
+            _fail(f"{error}" + (f"\n{excerpt}" if excerpt else ""), error.exit_code, debug)
+        except BrokenPipeError:
+            # The reader of our output has gone, as in `… | head`; what is still buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_BUG) from None
+        except OSError as error:
+            where = f" '{error.filename}'" if error.filename else ""
+            _fail(f"cannot access{where}: {error.strerror or error}", EXIT_USER, debug)
+        except MemoryError:
+            _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}{': ' + text[0] if text else ''}"
+            _fail(
+                f"this is a bug in lbllm-compile ({reason}); please report it with what --debug adds", EXIT_BUG, debug
+            )
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn a causal language model into W(1+1)A4 and run it on generated kernels.\n\n"
+    "`lbllm-compile MODEL` is short for `lbllm-compile compile MODEL`. MODEL is a model.py (it is Python and it runs: "
+    "name only files you trust), a Hugging Face directory, a .gguf file or a hub id; write ./run for a file that is "
+    "named like a verb.",
+    epilog="--debug, anywhere, shows the traceback of an error.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="lbllm-compile")
+
+
+# Options that several verbs share.
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hub id")]
+ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile wrote")]
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas")
+]
+Recipe = Annotated[str | None, typer.Option(help="named pipeline [default: lbllm]")]
+PresetName = Annotated[
+    str | None, typer.Option("--preset", help="how much work: quick, default or best [default: default]")
+]
+PipelineText = Annotated[
+    str | None, typer.Option("--pipeline", help="passes as text, e.g. 'canonicalize,annotate,ptq{group=128}'")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="FILE.txt, .jsonl, .parquet or hf:NAME; without it the model writes its own calibration text"),
+]
+Group = Annotated[int | None, typer.Option(help="input columns that share four levels: 32, 64, 128 or 256")]
+ActBits = Annotated[int | None, typer.Option(help="activation bits: 4, 8 or 16")]
+KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4, 8 or 16")]
+KeepDense = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
+]
+Device = Annotated[str, typer.Option(help="where calibration runs: auto, cpu or cuda")]
+Seed = Annotated[int, typer.Option(help="start of every random choice")]
+WorkDirectory = Annotated[Path | None, typer.Option("--work-dir", help="where unfinished work is kept")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    pass
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    target: Target = "cpu",
+    out: Annotated[Path | None, typer.Option(help="artifact directory to write [default: NAME-lbllm]")] = None,
+    recipe: Recipe = None,
+    preset: PresetName = None,
+    pipeline: PipelineText = None,
+    calibration: Calibration = None,
+    group: Group = None,
+    act_bits: ActBits = None,
+    kv_bits: KvBits = None,
+    keep_dense: KeepDense = None,
+    device: Device = "auto",
+    work_dir: WorkDirectory = None,
+    seed: Seed = 0,
+    dump_dir: Annotated[Path | None, typer.Option(help="write the graph after every pass here, as 003_ptq.txt")] = None,
+    print_after: Annotated[
+        list[str] | None, typer.Option(metavar="PASS", help="show the graph after this pass; repeatable")
+    ] = None,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="show what each pass took")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="drop unfinished work instead of resuming it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into an artifact directory. Interrupted? The same command resumes."""
+    options = _compile_options(
+        model=model,
+        target=target,
+        out=out,
+        recipe=recipe,
+        preset=preset,
+        pipeline=pipeline,
+        calibration=calibration,
+        group=group,
+        act_bits=act_bits,
+        kv_bits=kv_bits,
+        keep_dense=tuple(keep_dense or ()),
+        device=device,
+        work_dir=work_dir,
+        seed=seed,
+        dump_dir=dump_dir,
+        print_after=tuple(print_after or ()),
+        time_passes=time_passes,
+        fresh=fresh,
+    )
+    with _terminal(as_json) as ui:
+        from lbllm_compile import driver
+        from lbllm_compile.passes import registry
+        from lbllm_compile.report import graph, summary
+
+        for name in options.print_after:
+            registry.get(name)
+
+        def after_pass(record: PassRecord, before: Program, after: Program) -> None:
+            ui.progress.note(summary.pass_line(record))
+            if record.name in options.print_after:
+                title = f"After {record.text}: {graph.summary(after, before)}"
+                ui.console.print(graph.view(after, before, title=title))
+
+        report = driver.compile(options, progress=ui.progress, listener=after_pass)
+        for part in summary.compile_report(report, times=time_passes):
+            ui.console.print(part)
+        ui.progress.note(f"\nWritten: {report.out}")
+        ui.emit(report.to_json())
+
+
+@app.command()
+def plan(
+    model: Model,
+    target: Target = "cpu",
+    recipe: Recipe = None,
+    preset: PresetName = None,
+    pipeline: PipelineText = None,
+    calibration: Calibration = None,
+    group: Group = None,
+    act_bits: ActBits = None,
+    kv_bits: KvBits = None,
+    keep_dense: KeepDense = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what a compile of MODEL would do to each linear and why, and what RAM, disk and time it would take."""
+    options = _compile_options(
+        model=model,
+        target=target,
+        recipe=recipe,
+        preset=preset,
+        pipeline=pipeline,
+        calibration=calibration,
+        group=group,
+        act_bits=act_bits,
+        kv_bits=kv_bits,
+        keep_dense=tuple(keep_dense or ()),
+        device=device,
+    )
+    with _terminal(as_json) as ui:
+        from lbllm_compile import plan as planning
+
+        result = planning.make_plan(options)
+        ui.show(*planning.render(result))
+        ui.emit(result.to_json())
+
+
+@app.command()
+def preflight(
+    model: Model,
+    target: Target = "cpu",
+    recipe: Recipe = None,
+    preset: PresetName = None,
+    pipeline: PipelineText = None,
+    calibration: Calibration = None,
+    group: Group = None,
+    act_bits: ActBits = None,
+    kv_bits: KvBits = None,
+    keep_dense: KeepDense = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Take one decoder layer of MODEL through every stage and its kernels, to see that a compile will work."""
+    options = _compile_options(
+        model=model,
+        target=target,
+        recipe=recipe,
+        preset=preset,
+        pipeline=pipeline,
+        calibration=calibration,
+        group=group,
+        act_bits=act_bits,
+        kv_bits=kv_bits,
+        keep_dense=tuple(keep_dense or ()),
+        device=device,
+        seed=seed,
+    )
+    with _terminal(as_json) as ui:
+        from lbllm_compile.preflight import preflight as rehearse
+        from lbllm_compile.report import terminal
+
+        rows = [dict(row) for row in rehearse(options, progress=ui.progress)]
+        ui.show(terminal.rows_table("Preflight", rows))
+        ui.emit({"rows": rows})
+
+
+@app.command()
+def run(
+    directory: ArtifactDir,
+    prompt: Annotated[str, typer.Option(help="text to answer or continue; - reads it from standard input")],
+    max_tokens: Annotated[int, typer.Option(help="at most so many tokens")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more is more varied")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="choose among the k likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="choose among the likeliest tokens of this total probability")] = 1.0,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text; no chat template")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate text from an artifact, streaming it as it comes."""
+    import time
+
+    with _terminal(as_json) as ui:
+        from lbllm_compile.runtime import load
+
+        text = sys.stdin.read() if prompt == "-" else prompt
+        model = load(directory, progress=ui.progress)
+        chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
+        ids = model.encode(text, chat=chat)
+        start = time.perf_counter()
+        pieces: list[str] = []
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        for piece in model.stream(ids, max_new_tokens=max_tokens, **options):
+            pieces.append(piece)
+            if not ui.json:
+                ui.stdout.write(piece)
+                ui.stdout.flush()
+        seconds = time.perf_counter() - start
+        if not ui.json:
+            ui.stdout.write("\n")
+        answer = "".join(pieces)
+        ui.emit({"prompt": text, "text": answer, "prompt_tokens": len(ids), "seconds": seconds})
+
+
+@app.command("eval")
+def eval_command(
+    directory: ArtifactDir,
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
+    seq_len: Annotated[int, typer.Option(help="tokens in a chunk")] = 512,
+    chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Score an artifact on a text: perplexity, divergence from the original model, bits per weight."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import evaluate
+        from lbllm_compile.report import terminal
+
+        figures = evaluate.evaluate(directory, text, seq_len=seq_len, chunks=chunks, progress=ui.progress)
+        ui.show(terminal.table(f"{directory} on {text}", ["", ""], [[k, v] for k, v in figures.items()]))
+        ui.emit(figures)
+
+
+@app.command()
+def inspect(
+    directory: ArtifactDir,
+    pass_name: Annotated[
+        str | None, typer.Option("--pass", metavar="PASS", help="the graph after this pass, with what it changed")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="one decoder layer alone")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show an artifact's graph, folded per decoder layer, and its linears."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import inspect as inspection
+
+        parts, document = inspection.look(directory, pass_name, layer)
+        ui.show(*parts)
+        ui.emit(document)
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="show everything about one pass")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes a pipeline may name: what each does to a graph, its options and its numeric contract."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile.report import catalogue
+
+        entries = catalogue.entries([name] if name else None)
+        ui.show(*catalogue.render(entries))
+        ui.emit({"passes": [e.to_json() for e in entries]})
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List the targets kernels can be generated for, and what this machine is."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import doctor
+
+        rows = doctor.target_rows()
+        ui.show(doctor.render_targets(rows))
+        ui.emit({"targets": rows})
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Examine this machine: what is there, what is missing, and what each missing thing costs."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import doctor
+
+        findings = doctor.examine()
+        ui.show(doctor.render(findings))
+        ui.emit({"findings": [f.to_json() for f in findings]})
+
+
+@dataclass
+class Terminal:
+    """Where a verb writes: results to stdout, the rest to stderr."""
+
+    console: Console
+    progress: PlainProgress | BarProgress
+    json: bool
+    stdout: Any
+
+    def show(self, *parts: RenderableType) -> None:
+        """The verb's result, for people."""
+        if self.json:
+            return
+        from rich.console import Console
+
+        out = Console(file=self.stdout)
+        if not out.is_terminal:
+            out = Console(file=self.stdout, width=160)
+        for part in parts:
+            out.print(part)
+
+    def emit(self, document: Mapping[str, Any]) -> None:
+        """The verb's result, for programs."""
+        if self.json:
+            self.stdout.write(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+            self.stdout.flush()
+
+
+_active: list[Terminal] = []
+"""The terminal of the running verb; an interrupt asks its progress where work stopped."""
+
+
+@contextlib.contextmanager
+def _terminal(as_json: bool) -> Iterator[Terminal]:
+    """A verb's output. Whatever libraries or a model.py print meanwhile goes to stderr."""
+    import warnings
+
+    from rich.console import Console
+
+    from lbllm_compile.report.terminal import make_progress
+
+    console = Console(stderr=True)
+    ui = Terminal(console, make_progress(console), as_json, sys.stdout)
+    _active[:] = [ui]
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if "--debug" not in sys.argv:
+            warnings.simplefilter("ignore")
+        yield ui
+
+
+def _compile_options(**values: Any) -> CompileOptions:
+    from lbllm_compile.driver import CompileOptions
+
+    return CompileOptions(**values)
+
+
+def _split_debug(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``--debug`` may stand anywhere before ``--``; it belongs to the command as a whole."""
+    head = list(args[: args.index("--")] if "--" in args else args)
+    tail = list(args[len(head) :])
+    return (["--debug"] if "--debug" in head else []), [a for a in head if a != "--debug"] + tail
+
+
+def _usage_text(error: Any) -> str:
+    text = str(error.format_message()).strip().rstrip(".")
+    if text.startswith("No such option: "):
+        option = text.removeprefix("No such option: ").split()[0]
+        known = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")] if error.ctx else []
+        near = difflib.get_close_matches(option, known, n=1)
+        text = f"there is no option {option}" + (f" (did you mean {near[0]}?)" if near else "")
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "lbllm-compile"
+    return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
+
+
+def _resume_hint() -> str:
+    stopped = _active[0].progress.stopped if _active else None
+    if stopped is None:
+        return "run the same command again to start over"
+    return f"run the same command again to resume from {stopped.title}, {stopped.done + 1} of {stopped.total}"
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
+    """One sentence on stderr, and out."""
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    typer.echo(f"lbllm-compile: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able values: paths as text, non-finite numbers as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

@@ -1,0 +1,238 @@
+"""Examines this machine: what the compiler and the kernels need, what is missing, and what each missing thing costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from rich.table import Table
+from rich.text import Text
+
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.report import terminal
+
+_GIB = 1 << 30
+_LOW_MEMORY = 4 * _GIB
+_LOW_DISK = 5 * _GIB
+
+_EXTRAS = {
+    "gguf": ".gguf files cannot be read, so examples/smollm2.py does not run (pip install 'lbllm-compile[examples]')",
+    "accelerate": ".gguf files cannot be read (pip install 'lbllm-compile[examples]')",
+    "pyarrow": "--calibration FILE.parquet cannot be read (pip install 'lbllm-compile[data]')",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        status: ``"ok"``, ``"note"`` (works, but something is slower or left out) or ``"missing"``.
+        value: what was found.
+        cost: what it costs that it is not better; empty when all is well.
+    """
+
+    area: str
+    name: str
+    status: str
+    value: str
+    cost: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Looks at everything. Takes a few seconds (torch and TVM are loaded); changes nothing."""
+    areas: Sequence[Callable[[], Iterable[Finding]]] = (_cpu, _memory, _compilers, _packages, _cuda, _disk)
+    return [finding for area in areas for finding in area()]
+
+
+def render(findings: Sequence[Finding]) -> Table:
+    """The findings as a table."""
+    result = Table(box=None, pad_edge=False, title="This machine", title_justify="left", title_style="bold")
+    for name in ("", "what", "found", "costs"):
+        result.add_column(name, overflow="fold")
+    styles = {"ok": "green", "note": "yellow", "missing": "red"}
+    for f in findings:
+        result.add_row(Text(f.status, style=styles[f.status]), Text(f.name), Text(f.value), Text(f.cost))
+    return result
+
+
+def target_rows() -> list[dict[str, Any]]:
+    """Every target that code can be generated for, and whether this machine runs it."""
+    from lbllm_compile.codegen import targets
+
+    cuda = _cuda_architectures()
+    rows = []
+    for text in targets.known_targets():
+        target = targets.Target.parse(text)
+        here = target.arch in cuda if target.kind == "cuda" else target.runs_here
+        rows.append(
+            {
+                "target": text,
+                "means": target.name if target.name != text else "",
+                "kernels": target.family,
+                "arch": target.arch,
+                "features": " ".join(target.features),
+                "runs_here": here,
+            }
+        )
+    return rows
+
+
+def render_targets(rows: Sequence[Mapping[str, Any]]) -> Table:
+    return terminal.rows_table("Targets (several may be given, joined by commas)", rows)
+
+
+def _cpu() -> Iterable[Finding]:
+    from lbllm_compile.codegen.targets import generic, host, x86
+    from lbllm_compile.codegen.threads import thread_count
+
+    families = host.families()
+    yield Finding("cpu", "CPU", "ok", f"{host.cpu_name()}, {platform.machine()}")
+    known = sorted({flag for needed in x86.CPU_FLAGS.values() for flag in needed} & host.cpu_flags())
+    yield Finding("cpu", "CPU features", "ok" if known else "note", " ".join(known) or "none that the kernels use")
+    if families[0] == next(iter(x86.CPU_FLAGS)):
+        yield Finding("cpu", "kernel family", "ok", families[0])
+    elif families[0] == generic.FAMILY:
+        cost = "no vector kernels for this CPU: generation is several times slower than with AVX2 or AVX-512 VNNI"
+        yield Finding("cpu", "kernel family", "note", families[0], cost)
+    else:
+        cost = "no AVX-512 VNNI: products of more than a few rows (prompts) are slower"
+        yield Finding("cpu", "kernel family", "note", families[0], cost)
+    threads, cores = thread_count(), os.cpu_count() or 1
+    cost = "" if threads == cores else f"TVM_NUM_THREADS or the CPU affinity leaves {cores - threads} of them unused"
+    yield Finding("cpu", "threads", "ok" if not cost else "note", f"{threads} of {cores}", cost)
+
+
+def _memory() -> Iterable[Finding]:
+    total, available = memory()
+    if total is None or available is None:
+        yield Finding("memory", "memory", "note", "unknown", "plan cannot say whether a compile fits")
+        return
+    cost = "" if available >= _LOW_MEMORY else "only models of a few hundred million parameters compile"
+    text = f"{available / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB"
+    yield Finding("memory", "memory", "ok" if not cost else "note", text, cost)
+
+
+def memory() -> tuple[int | None, int | None]:
+    """``(total, available)`` main memory in bytes; None where the system does not tell."""
+    path = Path("/proc/meminfo")
+    if path.is_file():
+        fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        if "MemTotal" in fields and "MemAvailable" in fields:
+            total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+            return total, available
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None, None
+    return total, total
+
+
+def _compilers() -> Iterable[Finding]:
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if found:
+        yield Finding("compilers", "C compiler", "ok", _first_line([found, "--version"]) or found)
+    else:
+        cost = "kernels cannot be linked into libraries and kept: install gcc or clang"
+        yield Finding("compilers", "C compiler", "missing", "none (cc, gcc, clang)", cost)
+    for name in ("nvcc", "ptxas"):
+        path = shutil.which(name)
+        lines = _lines([name, "--version"]) if path else []
+        release = next((line for line in lines if "release" in line), path or "")
+        yield Finding("compilers", name, "ok" if path else "note", release or "not found", "" if path else _NVCC[name])
+
+
+_NVCC = {
+    "nvcc": "CUDA kernels are compiled with NVRTC where that is installed, and not at all elsewhere",
+    "ptxas": "CUDA kernels are not checked for spills and cannot be assembled to cubin",
+}
+
+
+def _packages() -> Iterable[Finding]:
+    yield Finding("packages", "Python", "ok", f"{platform.python_version()} at {sys.executable}")
+    for name in ("torch", "transformers"):
+        yield Finding("packages", name, "ok", _version(name) or "")
+    try:
+        from lbllm_compile.codegen import tvm_api
+    except LbllmError as error:
+        yield Finding("packages", "TVM", "missing", "does not load", str(error))
+    else:
+        text = f"{_version('apache-tvm')}, ffi {_version('apache-tvm-ffi')}, LLVM {tvm_api.llvm_version()}"
+        yield Finding("packages", "TVM", "ok", text)
+    for name, cost in _EXTRAS.items():
+        found = importlib.util.find_spec(name) is not None
+        yield Finding(
+            "packages", name, "ok" if found else "note", _version(name) or "not installed", "" if found else cost
+        )
+
+
+def _cuda() -> Iterable[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            text = (
+                f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / _GIB:.0f} GiB"
+            )
+            yield Finding("cuda", f"CUDA device {index}", "ok", text)
+        return
+    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without CUDA"
+    cost = "calibration runs on the CPU; --target cuda still generates and compiles kernels, unverified on a device"
+    yield Finding("cuda", "CUDA device", "note", f"none; {built}", cost)
+
+
+def _cuda_architectures() -> set[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return set()
+    capabilities = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return {f"sm_{major}{minor}" for major, minor in capabilities}
+
+
+def _disk() -> Iterable[Finding]:
+    cache = platformdirs.user_cache_path("lbllm-compile")
+    for name, path in (("disk, current directory", Path.cwd()), ("disk, kernel cache", cache)):
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        cost = "" if free >= _LOW_DISK else "a compile of more than a small model may not fit"
+        if not os.access(existing, os.W_OK):
+            cost = (
+                "cannot be written: kernels would be tuned anew every time" if "cache" in name else "cannot be written"
+            )
+        yield Finding("disk", name, "ok" if not cost else "note", f"{free / _GIB:.0f} GiB free at {path}", cost)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _first_line(command: Sequence[str]) -> str:
+    return next(iter(_lines(command)), "")
+
+
+def _lines(command: Sequence[str]) -> list[str]:
+    """What a program prints; nothing where it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -1,0 +1,187 @@
+"""Looks into an artifact: its graph after any pass, what that pass changed, and a table of its linears.
+
+Only the stored graphs are read, not the weights, so this is quick and works for artifacts of any target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+from rich.text import Text
+from torch import Tensor, fx
+
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes import dump, graph_json
+from lbllm_compile.passes.annotate import LINEAR
+from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.report import graph, terminal
+
+_FILE = re.compile(r"(\d{3})_([a-z0-9-]+)\.json")
+_DIMENSION = re.compile(r"[\w*+]+(?=\]$)")
+
+
+class InspectError(LbllmError):
+    """There is nothing of that name to look at."""
+
+
+@dataclass(frozen=True)
+class StoredPass:
+    """One ``passes/NNN_name.json`` of an artifact."""
+
+    index: int
+    name: str
+    file: Path
+
+
+class _NoWeights(Mapping[str, Tensor]):
+    """Stands for the weights of a graph that is only looked at: whatever is asked for is there, and empty."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.empty(0, device="meta")
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def stored_passes(directory: Path) -> list[StoredPass]:
+    """The graphs of an artifact, in pipeline order.
+
+    Raises:
+        InspectError: the directory is no artifact.
+    """
+    if not (directory / "graph.json").is_file():
+        raise InspectError(
+            f"'{directory}' is no artifact (it has no graph.json); name a directory that a compile wrote"
+        )
+    found = []
+    for file in sorted((directory / "passes").glob("*.json")):
+        match = _FILE.fullmatch(file.name)
+        if match:
+            found.append(StoredPass(int(match.group(1)), match.group(2), file))
+    return found
+
+
+def read_graph(file: Path) -> Program:
+    """A stored graph without its weights.
+
+    Raises:
+        GraphFormatError: the file is damaged or uses what a stored graph may not use.
+    """
+    return Program(graph_json.loads(file.read_bytes(), _NoWeights()), name=file.stem)
+
+
+def look(
+    directory: Path, name: str | None = None, layer: int | None = None
+) -> tuple[list[RenderableType], dict[str, Any]]:
+    """What ``lbllm-compile inspect`` shows.
+
+    Args:
+        directory: an artifact.
+        name: show the graph after this pass, changes marked; None shows the graph that runs.
+        layer: show this decoder layer alone.
+
+    Returns:
+        The view for people, and the same as a JSON-able document.
+
+    Raises:
+        InspectError: no artifact, no such pass, no such layer.
+    """
+    passes = stored_passes(directory)
+    before: Program | None = None
+    if name is None:
+        after, title = read_graph(directory / "graph.json"), "The graph that runs"
+    else:
+        position = next((i for i, p in enumerate(passes) if p.name == name), None)
+        if position is None:
+            known = [p.name for p in passes]
+            raise InspectError(
+                f"'{directory}' has no graph of a pass '{name}'{suggestion(name, known)}; it has {', '.join(known)}"
+            )
+        after, title = read_graph(passes[position].file), f"After {name}"
+        before = read_graph(passes[position - 1].file) if position else None
+    try:
+        view = graph.view(after, before, title=f"{title}: {graph.summary(after, before)}", layer=layer)
+    except ValueError as error:
+        raise InspectError(f"{error} in '{directory}'") from error
+    rows = [row for row in linear_rows(after) if layer is None or row["layer"] == layer]
+    document = {
+        "directory": str(directory),
+        "passes": [p.name for p in passes],
+        "pass": name,
+        "nodes": len(after.graph.nodes),
+        "linears": rows,
+        "graph": [
+            {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]}
+            for b in graph.blocks(after, before)
+            if layer is None or layer in b.layers
+        ],
+    }
+    return [view, Text(), terminal.rows_table("Linears", rows)], document
+
+
+def linear_rows(program: Program) -> list[dict[str, Any]]:
+    """One row a linear of an annotated graph: what it is and how it is computed in this graph."""
+    rows = []
+    for node in program.graph.nodes:
+        if LINEAR not in node.meta:
+            continue
+        info = node.meta[LINEAR]
+        rows.append(
+            {
+                "linear": info.path,
+                "layer": info.layer,
+                "role": info.role,
+                "in": _last_dimension(node.all_input_nodes[0]),
+                "out": _last_dimension(node),
+                "operator": dump.target_text(node),
+                "weights": _weights_text(node),
+                "input": _input_text(node.all_input_nodes[0]),
+                "why": info.reason,
+            }
+        )
+    return rows
+
+
+def _last_dimension(node: fx.Node) -> int | str | None:
+    match = _DIMENSION.search(node.meta.get("shape", ""))
+    if match is None:
+        return None
+    return int(match.group()) if match.group().isdigit() else match.group()
+
+
+def _weights_text(node: fx.Node) -> str:
+    names = {"lbllm.bit_linear", "lbllm.grouped_bit_linear"}
+    if dump.target_text(node) in names:
+        return f"W(1+1) g{_integers(node)[-1]}"
+    if dump.target_text(node) == "lbllm.int8_linear":
+        return "int8 per row"
+    operators = {dump.target_text(n): n for n in node.all_input_nodes}
+    if "lbllm.unpack_weight" in operators:
+        return f"W(1+1) g{_integers(operators['lbllm.unpack_weight'])[-1]}, simulated"
+    return "int8 per row, simulated" if "lbllm.unpack_rows" in operators else "float"
+
+
+def _input_text(node: fx.Node) -> str:
+    """How the input of a linear is represented: ``A4 per token and 64`` and the like."""
+    source = node.all_input_nodes[0] if dump.target_text(node).endswith("getitem") else node
+    if dump.target_text(source) not in ("lbllm.fake_quantize", "lbllm.quantize_activation"):
+        return "float"
+    bits, group = _integers(source)[-2:]
+    return f"A{bits} per token" + (f" and {group}" if group else "")
+
+
+def _integers(node: fx.Node) -> list[int]:
+    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]

@@ -1,0 +1,398 @@
+"""What a compile would do and need, before anything heavy: treatment of every linear, memory, disk, time.
+
+A Hugging Face directory, a ``.gguf`` file and a hub id are read as configuration alone and built on the meta device,
+without their weights. A ``model.py`` is run, because only it knows what it builds.
+
+The times are estimates: operation counts of every stage, divided by the speed of this machine's matrix products as
+measured on the spot, times factors that say how much of that speed each stage reaches. The factors were fitted on
+small models; expect a factor of two either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import RenderableType
+from rich.text import Text
+from torch import nn
+
+from lbllm_compile import frontend, recipe
+from lbllm_compile.codegen.targets import parse_targets
+from lbllm_compile.doctor import memory
+from lbllm_compile.passes import annotate, canonicalize
+from lbllm_compile.passes.annotate import LinearInfo
+from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.program import get_attribute
+from lbllm_compile.report import terminal
+
+if TYPE_CHECKING:
+    from lbllm_compile.driver import CompileOptions
+
+_BASE_BYTES = 900 << 20
+"""Python, torch, transformers and TVM themselves."""
+
+_TRAINING_BYTES = 44
+"""Per weight of the one layer in training: master weight, bitmap logits, their gradients and two optimizer moments
+each, the quantized weight and what autograd keeps of it."""
+
+_STAGE_EFFICIENCY = {"text": 0.08, "ptq": 0.7, "distill": 0.3, "activate": 0.3}
+"""Share of this machine's matrix-product speed that a stage reaches."""
+
+_FIT_OPERATIONS = 6000
+"""Cost of fitting levels and compensating errors in stage 1, in matrix-product operations per weight."""
+
+_QUANTIZE_OPERATIONS = 400
+"""Cost of quantizing one weight in one training step, forward and backward, likewise."""
+
+_CAPTURE_SECONDS = 0.6
+"""Tracing and checking, per decoder layer."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of one linear.
+
+    Attributes:
+        shape: ``[N, K]``, or ``[E, N, K]`` for stacked experts.
+        treatment: in words, e.g. ``"W(1+1) g64, A4"``.
+        reason: why.
+        bytes_before: in float32 (as computed with while compiling).
+        bytes_after: as stored.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layer: int | None
+    role: str
+    treatment: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compile would do and need.
+
+    Attributes:
+        parameters: of the whole model.
+        linears: every linear, in model order.
+        pipeline: as text.
+        peak_memory, disk, artifact: bytes; ``disk`` is what the work directory and the artifact take together.
+        memory_available, disk_available: bytes here; None where unknown.
+        seconds: estimate by stage.
+        speed: measured matrix-product speed, operations per second.
+    """
+
+    model: str
+    kind: str
+    parameters: int
+    layers: int
+    tokens: int
+    pipeline: str
+    targets: tuple[str, ...]
+    linears: tuple[Treatment, ...]
+    artifact: int
+    peak_memory: int
+    memory_available: int | None
+    disk: int
+    disk_available: int
+    seconds: dict[str, float]
+    speed: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    info: LinearInfo
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def make_plan(options: CompileOptions) -> Plan:
+    """Works out the plan of a compile.
+
+    Raises:
+        LbllmError: what would stop the compile at its start: a wrong option, a missing file, an unknown target.
+    """
+    from lbllm_compile.passes import pipeline
+
+    targets = tuple(t.name for t in parse_targets(options.target))
+    passes = recipe.passes(recipe.choices(options), options.target)
+    model = _skeleton(options.model)
+    choices = recipe.choices(options, model.recipe)
+    passes = recipe.passes(choices, options.target)
+    preset = recipe.preset(choices.preset)
+    found = survey(model, _option(passes, "annotate", "keep_dense", ()))
+    linears = tuple(_treatment(linear, passes) for linear in found)
+    parameters = sum(p.numel() for p in model.module.parameters())
+    rest = parameters - sum(linear.weights for linear in found)
+    embedding = _embedding_weights(model)
+    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, embedding)
+    tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
+    held_out = tokens * preset.validation_sequences // preset.sequences
+    by_layer = Counter[int | None]()
+    for linear in found:
+        by_layer[linear.info.layer] += linear.weights if linear.info.role == "decoder" else 0
+    largest = max(by_layer.values(), default=0)
+    width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
+    activations = 2 * 4 * width * (tokens + held_out)
+    speed = matmul_speed()
+    return Plan(
+        model=options.model,
+        kind=model.kind,
+        parameters=parameters,
+        layers=len({x.info.layer for x in found if x.info.layer is not None}),
+        tokens=tokens,
+        pipeline=pipeline.render(passes),
+        targets=targets,
+        linears=linears,
+        artifact=artifact,
+        peak_memory=_BASE_BYTES + 2 * 4 * parameters + _TRAINING_BYTES * largest + activations,
+        memory_available=memory()[1],
+        disk=2 * artifact + sum(4 * x.weights for x in found if x.info.role == "decoder") // 4,
+        disk_available=shutil.disk_usage(_existing(options.out or Path())).free,
+        seconds=_seconds(found, passes, model, tokens, preset, speed, options.calibration is None),
+        speed=speed,
+    )
+
+
+def survey(model: frontend.UserModel, keep_dense: Sequence[str] = ()) -> list[_Linear]:
+    """Every linear of a model and what the pass ``annotate`` will say about it.
+
+    A language model is only looked at, module by module; any other model is captured and annotated.
+
+    Raises:
+        LbllmError: a pattern of ``keep_dense`` matches nothing, or a plain module cannot be captured.
+    """
+    if model.kind == "causal-lm":
+        found = _survey_modules(model.module)
+        dense = annotate.match_patterns(keep_dense, [x.info for x in found])
+        return [dataclasses.replace(x, info=dense.get(x.info.path, x.info)) for x in found]
+    program = frontend.capture(model)
+    context = PassContext()
+    for item in (canonicalize.Canonicalize(), annotate.Annotate(keep_dense=tuple(keep_dense))):
+        program = item.apply(program, context).program
+    return [
+        _Linear(info, tuple(get_attribute(program.module, info.weight).shape)) for _, info in annotate.linears(program)
+    ]
+
+
+def _survey_modules(module: nn.Module) -> list[_Linear]:
+    """Linears of a language model by its modules: ``nn.Linear``, GPT-2's ``Conv1D``, stacked experts, routers."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    layers = _layer_prefix(module)
+    result = []
+    for path, owner in module.named_modules():
+        layer = _layer_of(path, layers)
+        if owner is head:
+            weight = owner.weight
+            info = LinearInfo(path, f"{path}.weight", None, "head", 0, "computes the output")
+            result.append(_Linear(info, tuple(weight.shape)))
+            continue
+        for name, weight in owner.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            if isinstance(owner, (nn.Linear, Conv1D)) and name == "weight":
+                shape = tuple(weight.shape) if isinstance(owner, nn.Linear) else tuple(reversed(weight.shape))
+                role, reason = _role(layer, path.rpartition(".")[2] in ("gate", "router", "shared_expert_gate"))
+                result.append(_Linear(LinearInfo(path, full, layer, role, 0, reason), shape))
+            elif weight.dim() == 3 and layer is not None:
+                info = LinearInfo(full, full, layer, "decoder", weight.shape[0], f"in decoder layer {layer}")
+                result.append(_Linear(info, tuple(weight.shape)))
+            elif weight.dim() == 2 and "Router" in type(owner).__name__:
+                role, reason = _role(layer, True)
+                result.append(_Linear(LinearInfo(path, full, layer, role, 0, reason), tuple(weight.shape)))
+    return result
+
+
+def _role(layer: int | None, routes: bool) -> tuple[str, str]:
+    if layer is None:
+        return "dense", "outside the decoder layers"
+    return ("dense", "routes tokens to experts") if routes else ("decoder", f"in decoder layer {layer}")
+
+
+def _layer_prefix(module: nn.Module) -> str:
+    """The path of the list of decoder layers: the module list with the most weights."""
+    lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+    best = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=("", None))
+    return best[0]
+
+
+def _layer_of(path: str, prefix: str) -> int | None:
+    if not prefix or not path.startswith(prefix + "."):
+        return None
+    return int(path[len(prefix) + 1 :].split(".")[0])
+
+
+def _skeleton(source: str) -> frontend.UserModel:
+    """The model without its weights where its configuration is enough, else the model itself."""
+    path = Path(source).expanduser()
+    if path.suffix == ".py" or not (path.suffix == ".gguf" or (path / "config.json").is_file()):
+        return frontend.load(source)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                return frontend.load(source)
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise frontend.ModelError(f"'{source}' cannot be read as a language model: {reason}") from error
+    return frontend.UserModel(module, "causal-lm", path.stem, source)
+
+
+def _option(passes: Sequence[Pass], name: str, option: str, default: Any) -> Any:
+    """An option of the first pass of that name; ``default`` where the pipeline lacks the pass."""
+    return next((getattr(p, option, default) for p in passes if p.name == name), default)
+
+
+def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
+    info, (*_, rows, columns) = linear.info, linear.shape
+    before = 4 * linear.weights
+    group = _option(passes, "ptq", "group", None)
+    bits = _option(passes, "activate", "bits", None)
+    head = _option(passes, "head", "bits", None)
+    if info.role == "decoder" and group is not None:
+        groups = -(-columns // group)
+        after = info.matrices * rows * (2 * -(-columns // 8) + 6 * groups)
+        text = f"W(1+1) g{group}" + (f", A{bits}" if bits else "")
+    elif info.role == "head" and head == 8:
+        after, text = rows * (columns + 4), "int8 per row, A8"
+    else:
+        after, text = before, "float"
+    return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
+
+
+def _embedding_weights(model: frontend.UserModel) -> int:
+    """Weights of the token embedding, unless the head shares them."""
+    if model.kind != "causal-lm":
+        return 0
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and bool(getattr(model.module.config, "tie_word_embeddings", False))
+    return 0 if tied else embedding.weight.numel()
+
+
+def _rest_bytes(passes: Sequence[Pass], rest: int, embedding: int) -> int:
+    """Bytes of what is no linear: the embedding as the pass ``head`` stores it, norms and biases in float32."""
+    per_weight = 1 if _option(passes, "head", "bits", None) == 8 else 4
+    return embedding * per_weight + 4 * max(0, rest - embedding)
+
+
+def _seconds(
+    found: Sequence[_Linear],
+    passes: Sequence[Pass],
+    model: frontend.UserModel,
+    tokens: int,
+    preset: recipe.Preset,
+    speed: float,
+    writes_text: bool,
+) -> dict[str, float]:
+    decoder = [x for x in found if x.info.role == "decoder"]
+    weights = sum(x.weights for x in decoder)
+    layers = max(1, len({x.info.layer for x in decoder}))
+    forward = 2 * weights * tokens
+    hessians = sum(2 * tokens * x.shape[-1] ** 2 for x in decoder)
+    steps = tokens / max(1, 4 * preset.sequence_length)
+    quantize = _QUANTIZE_OPERATIONS * weights * steps
+    operations = {"text": 2 * weights * tokens} if writes_text and model.kind == "causal-lm" else {}
+    if _option(passes, "ptq", "group", None):
+        operations["ptq"] = 4 * forward + hessians + _FIT_OPERATIONS * weights
+    for stage in ("distill", "activate"):
+        epochs = _option(passes, stage, "epochs", 0)
+        if epochs:
+            operations[stage] = epochs * (3 * forward + quantize) + 2 * forward
+    result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
+    result.update({_STAGE_TITLES[k]: v / (speed * _STAGE_EFFICIENCY[k]) for k, v in operations.items()})
+    shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
+    result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
+    result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed
+    return result
+
+
+_STAGE_TITLES = {
+    "text": "calibration text by the model itself",
+    "ptq": "stage 1, ptq",
+    "distill": "stage 2, distill",
+    "activate": "stage 3, activate",
+}
+
+
+def matmul_speed(seconds: float = 0.3) -> float:
+    """Speed of float32 matrix products here, in operations per second."""
+    size = 768
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    best = float("inf")
+    a @ b
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        once = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - once)
+    return 2 * size**3 / best
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def render(plan: Plan) -> list[RenderableType]:
+    """The plan for people: linears folded over decoder layers, then what it needs."""
+    rows = [
+        [place, path, "x".join(str(d) for d in shape), count, treatment, reason]
+        for (place, path, shape, treatment, reason), count in _fold(plan.linears).items()
+    ]
+    linears = terminal.table("Linears", ["where", "linear", "shape", "count", "becomes", "why"], rows)
+    before, after = 4 * plan.parameters, plan.artifact
+    facts = [
+        ("parameters", f"{plan.parameters / 1e6:.1f} M, {terminal.size(before)} in float32"),
+        ("artifact", f"{terminal.size(after)}, {before / max(1, after):.1f} times smaller"),
+        ("peak memory", terminal.size(plan.peak_memory) + _against(plan.peak_memory, plan.memory_available)),
+        ("disk", terminal.size(plan.disk) + _against(plan.disk, plan.disk_available)),
+        ("calibration", f"{plan.tokens} tokens" if plan.kind == "causal-lm" else f"{plan.tokens} inputs"),
+        *((name, "about " + terminal.duration(seconds)) for name, seconds in plan.seconds.items()),
+        ("in all", f"about {terminal.duration(sum(plan.seconds.values()))} ({plan.speed / 1e9:.0f} GFLOP/s here)"),
+        ("targets", ", ".join(plan.targets)),
+        ("pipeline", plan.pipeline),
+    ]
+    return [linears, Text(), terminal.table("Needs", ["", ""], facts)]
+
+
+def _fold(linears: Sequence[Treatment]) -> dict[tuple[str, str, tuple[int, ...], str, str], int]:
+    """Counts linears that differ in nothing but their decoder layer."""
+    result: dict[tuple[str, str, tuple[int, ...], str, str], int] = {}
+    for t in linears:
+        own = t.path if t.layer is None else t.path.replace(f".{t.layer}.", ".*.", 1)
+        place = "outside the layers" if t.layer is None else "decoder layers"
+        reason = t.reason.replace(f"layer {t.layer}", "layer") if t.layer is not None else t.reason
+        key = (place, own, t.shape, t.treatment, reason)
+        result[key] = result.get(key, 0) + 1
+    return result
+
+
+def _against(needed: int, available: int | None) -> str:
+    if available is None:
+        return ""
+    verdict = "" if needed <= available else ": NOT ENOUGH"
+    return f" of {terminal.size(available)} available{verdict}"

@@ -45,7 +45,7 @@ from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe
 from .program import STATE, Program, StateSpec, get_attribute
-from .rewrite import ancestors, argument, calls, is_call, make_call, replace_call
+from .rewrite import ancestors, argument, calls, is_call, make_call, relax_views, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -163,7 +163,7 @@ class Cache(Pass):
                 placeholder.meta[STATE] = spec
                 state.append(placeholder)
         arguments = (query, key, value, *state, key_mask, past, scale, mask.window, bits)
-        replace_call(node, _lbllm.cached_attention.default, arguments)
+        relax_views(replace_call(node, _lbllm.cached_attention.default, arguments))
         return bits
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from ..codegen import ops as ops
+from ..codegen.format import QuantizedWeight
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe
@@ -153,3 +154,15 @@ def _integer_form(linear: fx.Node, quantizer: fx.Node, group: int) -> tuple[torc
     if linear.target is _lbllm.grouped_linear.default:
         return _lbllm.grouped_bit_linear.default, (*planes, linear.args[2], weight_group)
     return _lbllm.bit_linear.default, (*planes, argument(linear, 2, "bias"), weight_group)
+
+
+def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
+    """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``."""
+    found: dict[str, QuantizedWeight] = {}
+    for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+        in_features, group = node.meta[IN_FEATURES], node.args[7]
+        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
+        for sign, *rest in zip(*planes, strict=True):
+            tensors = [get_attribute(program.module, n.target) for n in (sign, *rest)]
+            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features, group)
+    return found

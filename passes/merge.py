@@ -37,7 +37,7 @@ from ..codegen import ops as ops
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .program import Program, get_attribute
-from .rewrite import argument, calls, is_call, make_attribute, make_call
+from .rewrite import argument, calls, is_call, make_attribute, make_call, relax_views
 
 _aten = torch.ops.aten
 
@@ -96,10 +96,7 @@ def _merge(program: Program, linears: Sequence[fx.Node]) -> None:
         part.meta = {k: v for k, v in node.meta.items() if k != LINEAR}
         node.replace_all_uses_with(part)
         graph.erase_node(node)
-        for user in part.users:
-            if user.target is _aten.view.default:
-                # a slice of the merged output is not contiguous, and reshape views wherever view could
-                user.target = _aten.reshape.default
+        relax_views(part)
 
 
 def _merged_meta(linears: Sequence[fx.Node]) -> dict[str, object]:

@@ -62,6 +62,24 @@ def replace_call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...
     return new
 
 
+_KEEP_LAYOUT = (
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.unsqueeze.default,
+)
+
+
+def relax_views(node: fx.Node) -> None:
+    """Turns views of a value, whose memory layout a rewrite has changed, into reshapes, which copy where they must."""
+    for user in node.users:
+        if is_call(user, torch.ops.aten.view.default):
+            user.target = torch.ops.aten.reshape.default
+        elif is_call(user, *_KEEP_LAYOUT):
+            relax_views(user)
+
+
 def ancestors(node: fx.Node) -> list[fx.Node]:
     """``node`` and everything it is computed from, in graph order."""
     found: set[fx.Node] = set()

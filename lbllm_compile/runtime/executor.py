@@ -112,18 +112,6 @@ def requirements(program: Program) -> Requirements:
     return Requirements(tuple(linears), tuple(quantizers))
 
 
-def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
-    """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``."""
-    found: dict[str, QuantizedWeight] = {}
-    for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
-        in_features, group = node.meta[IN_FEATURES], node.args[7]
-        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
-        for sign, *rest in zip(*planes, strict=True):
-            tensors = [get_attribute(program.module, n.target) for n in (sign, *rest)]
-            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features, group)
-    return found
-
-
 def _in_features(node: fx.Node) -> int:
     if IN_FEATURES not in node.meta:
         raise KernelError(f"{describe(node)} does not say its in_features; make integer operators with 'lower' only")
@@ -173,7 +161,7 @@ class _Quantize:
 
     def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
         leading = x.shape[:-1]
-        flat = x.reshape(-1, self._in_features)
+        flat = x.reshape(-1, self._in_features).contiguous()
         values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip)
         return values.view(*leading, self._in_features), scale.view(*leading, -1)
 

@@ -1,0 +1,423 @@
+"""The artifact: a directory of safetensors and JSON that holds a compiled model and everything that made it.
+
+========================  =============================================================================================
+``manifest.json``         format, version, and size and SHA-256 of every other file
+``program.json``          kind and name of the program, and facts that passes recorded
+``graph.json``            the lowered graph (:mod:`lbllm_compile.passes.graph_json`)
+``passes/NNN_name.json``  the graph after every pass
+``model.safetensors``     weights in canonical form, under their original module paths (several shards if large)
+``config.json``           the model's configuration; tokenizer files lie beside it
+``lbllm.lock``            what made it: hashes of model and calibration, pipeline, versions, seed
+``tuning.json``           schedules that the search found
+``kernels/``              generated kernels, for reading only; never compiled or loaded from here
+========================  =============================================================================================
+
+Nothing in an artifact is code, and nothing in it is trusted: every file is checked against the manifest, every weight
+against the format, every graph against an allow-list of operators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes import graph_json
+from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.rewrite import calls
+
+FORMAT = "lbllm-artifact"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+SHARD_BYTES = 2 << 30
+"""Weights beyond this go into several safetensors files."""
+
+_MAX_JSON = 64 << 20
+_MAX_MANIFEST = 4 << 20
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,150}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_LATER = ("sheet.json", "report.html", "report.json", "README.md")
+"""Files that other tools put beside an artifact's own."""
+
+_TOKENIZER_PREFIXES = (
+    "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "config", "generation",
+)  # fmt: skip
+"""Starts of file names that a tokenizer library reads when it finds them; only listed ones may be there."""
+
+
+class ArtifactError(LbllmError):
+    """A directory that is not a whole, unaltered artifact of a version this build reads, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A checked artifact in memory.
+
+    Attributes:
+        directory: where it was read from.
+        program: the lowered program with its tokenizer and canonical weights.
+        lock: contents of ``lbllm.lock``.
+        records: tuning records.
+        digest: SHA-256 of the manifest, which stands for the whole artifact.
+    """
+
+    directory: Path
+    program: Program
+    lock: Mapping[str, Any]
+    records: Any = field(default_factory=list)
+    digest: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides what a compile gives."""
+    found = {"python": platform.python_version()}
+    for package in ("lbllm-compile", "torch", "apache-tvm", "apache-tvm-ffi", "transformers", "safetensors", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def is_artifact(directory: Path) -> bool:
+    """Whether a directory says that it is one of ours (of any version)."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes()[:_MAX_MANIFEST])
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def check_destination(directory: Path) -> None:
+    """Checks that an artifact may be written to ``directory``, before anything else is done.
+
+    Raises:
+        ArtifactError: it is a file, holds something that is not ours, or cannot be written.
+    """
+    directory = Path(directory)
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ArtifactError(f"cannot write the artifact to '{directory}': it is not a directory; pass another --out")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not is_artifact(directory):
+            raise ArtifactError(
+                f"'{directory}' holds files that are not an lbllm artifact; pass another --out or an empty directory"
+            )
+        foreign = sorted(set(_files(directory)) - set(_listed(directory)) - {MANIFEST, *_LATER})
+        if foreign:
+            raise ArtifactError(
+                f"'{directory}' holds '{foreign[0]}' beside the artifact, which writing would delete; move it away or"
+                " pass another --out"
+            )
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            f"cannot write the artifact to '{directory}': '{parent}' is not writable; pass another --out"
+        )
+
+
+def save(
+    program: Program,
+    directory: Path,
+    *,
+    lock: Mapping[str, Any],
+    history: Sequence[tuple[str, Program]] = (),
+    records: Any = (),
+    sources: Mapping[str, str] | None = None,
+    binaries: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes an artifact. It appears complete or not at all; an older artifact in its place is replaced.
+
+    Args:
+        program: the lowered program.
+        lock: what made it, JSON-able.
+        history: ``(pass name, program after it)`` in order.
+        records: tuning records, JSON-able.
+        sources, binaries: generated kernels by file name, for reading.
+
+    Raises:
+        ArtifactError: the destination is not ours to write.
+        GraphFormatError: the graph uses what a stored graph may not use.
+    """
+    directory = Path(directory)
+    check_destination(directory)
+    partial = directory.with_name(f".{directory.name}.lbllm-partial")
+    replaced = directory.with_name(f".{directory.name}.lbllm-replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        state = dict(program.parameters())
+        graph = graph_json.dumps(program.module)
+        graph_json.loads(graph, state)
+        _write(partial / "graph.json", graph)
+        for index, (name, after) in enumerate(history, start=1):
+            _write(partial / "passes" / f"{index:03d}_{name}.json", graph_json.dumps(after.module))
+        _write_weights(partial, state)
+        _write_json(partial / "program.json", {"kind": program.kind, "name": program.name, **_facts(program)})
+        _write_json(partial / "lbllm.lock", dict(lock))
+        _write_json(partial / "tuning.json", records if isinstance(records, Mapping) else list(records))
+        for name, source in (sources or {}).items():
+            _write(partial / "kernels" / _kernel_name(name, ".py"), source)
+        for name, binary in (binaries or {}).items():
+            _write(partial / "kernels" / _kernel_name(name, ".bin"), binary)
+        if program.tokenizer is not None:
+            program.tokenizer.save_pretrained(str(partial))
+        _write_json(partial / "config.json", dict(program.config))
+        files = {name: _entry(partial / name) for name in sorted(_files(partial))}
+        _write_json(partial / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
+        if directory.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            directory.rename(replaced)
+        partial.rename(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write the artifact to '{directory}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(directory: str | Path) -> Artifact:
+    """Reads and checks an artifact.
+
+    Raises:
+        ArtifactError: it is truncated, altered, foreign or of another version.
+    """
+    directory = Path(directory)
+    manifest, digest = _read_manifest(directory)
+    files = manifest["files"]
+    for name, entry in files.items():
+        _check_file(directory, name, entry)
+    _refuse_unlisted(directory, files)
+    for needed in ("program.json", "graph.json", "config.json", "lbllm.lock", "tuning.json"):
+        if needed not in files:
+            raise ArtifactError(f"'{directory}' has no {needed}; compile the model again")
+    described = _read_json(directory / "program.json")
+    config, lock = _read_json(directory / "config.json"), _read_json(directory / "lbllm.lock")
+    if not all(isinstance(v, dict) for v in (described, config, lock)) or described.get("kind") not in (
+        "causal-lm",
+        "module",
+    ):
+        raise ArtifactError(f"'{directory}' does not describe a program; compile the model again")
+    state = _read_weights(directory, [f for f in files if f.endswith(".safetensors")])
+    try:
+        module = graph_json.loads((directory / "graph.json").read_bytes(), state)
+        program = Program(
+            module=module,
+            kind=described["kind"],
+            name=str(described.get("name", "model")),
+            config=config,
+            metadata={k: v for k, v in described.items() if k not in ("kind", "name")},
+        )
+        _check_weights(program, state)
+    except LbllmError as error:
+        raise ArtifactError(f"the artifact '{directory}' is damaged: {error}") from error
+    if any(f in files for f in ("tokenizer.json", "tokenizer_config.json")):
+        program = _with_tokenizer(program, directory)
+    return Artifact(directory, program, lock, _read_json(directory / "tuning.json"), digest)
+
+
+def _facts(program: Program) -> dict[str, Any]:
+    return {k: v for k, v in program.metadata.items() if k not in ("kind", "name")}
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """Relative paths of all files below a directory; links are not followed."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            yield (Path(root) / name).relative_to(directory).as_posix()
+
+
+def _listed(directory: Path) -> Iterable[str]:
+    files = json.loads((directory / MANIFEST).read_bytes()).get("files")
+    return files if isinstance(files, dict) else ()
+
+
+def _kernel_name(name: str, suffix: str) -> str:
+    """A kernel's key as a file name."""
+    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name).lstrip("._+-") or "kernel"
+    return clean[:120] if "." in clean else clean[:120] + suffix
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _write_weights(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Weights in graph order, a new shard whenever one is full."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for path, tensor in state.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        # a copy of its own: safetensors refuses tensors that share memory
+        shards[-1][path] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += nbytes
+    for index, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, str(directory / name), metadata={"format": "pt"})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"there is no artifact at '{directory}'; name the directory that a compile wrote")
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"'{directory}' is not an lbllm artifact (it has no {MANIFEST})")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_MANIFEST + 1)
+        manifest = json.loads(content)
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' is damaged; copy or compile the artifact again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"'{directory}' is not an lbllm artifact")
+    if manifest.get("version") != VERSION:
+        raise ArtifactError(
+            f"'{directory}' has format version {str(manifest.get('version'))[:20]}, this build reads version {VERSION};"
+            " compile the model again or use the matching lbllm-compile"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ArtifactError(f"'{path}' lists no files; copy or compile the artifact again")
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def _check_file(directory: Path, name: str, entry: Any) -> None:
+    """One file of the manifest: inside the directory, no link, and with the size and hash that are listed."""
+    parts = name.split("/")
+    if len(parts) > 4 or any(not _PART.fullmatch(p) for p in parts):
+        raise ArtifactError(f"'{directory}' lists the file {name[:100]!r}, which is not a plain name inside it")
+    path = directory
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ArtifactError(f"'{path}' is a link; an artifact consists of plain files")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not _is_hash(entry.get("sha256")):
+        raise ArtifactError(f"'{directory / MANIFEST}' is damaged at {name!r}; copy or compile the artifact again")
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(
+                f"'{path}' has {size} bytes instead of {entry['bytes']}; copy or compile the artifact again"
+            )
+        if _sha256(path) != entry["sha256"]:
+            raise ArtifactError(f"'{path}' was altered (its SHA-256 differs); copy or compile the artifact again")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"'{path}' is missing; copy or compile the artifact again") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def _refuse_unlisted(directory: Path, files: Mapping[str, Any]) -> None:
+    for path in directory.iterdir():
+        if path.name not in files and path.name.startswith(_TOKENIZER_PREFIXES):
+            raise ArtifactError(f"'{path}' is not part of the artifact; remove it")
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MAX_JSON:
+        raise ArtifactError(f"'{path}' is larger than any file of its kind; compile the model again")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' is not JSON; copy or compile the artifact again") from error
+
+
+def _read_weights(directory: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(str(directory / name), framework="pt") as file:
+                for path in file.keys():  # noqa: SIM118 - not a mapping
+                    if path in state:
+                        raise ArtifactError(f"the weight '{path}' is stored twice in '{directory}'")
+                    state[path] = file.get_tensor(path)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"'{directory / name}' is not a safetensors file: {str(error)[:100]}") from error
+    return state
+
+
+def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
+    """Every weight is used and keeps the rules of its format.
+
+    Raises:
+        ArtifactError, FormatError: naming the weight.
+    """
+    used = {path for path, _ in program.parameters()}
+    unused = sorted(set(state) - used)
+    if unused:
+        raise ArtifactError(f"the graph does not use the stored weight '{unused[0]}'")
+    for path, weight in stored_weights(program).items():
+        weight.validate(path)
+    for node in calls(program.graph, torch.ops.lbllm.int8_linear.default):
+        _check_rows(node.args[2].target, state[node.args[2].target], state[node.args[3].target])
+    for node in calls(program.graph, torch.ops.lbllm.int8_embedding.default):
+        _check_rows(node.args[0].target, state[node.args[0].target], state[node.args[1].target])
+
+
+def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:
+    good = (
+        rows.dtype == torch.int8
+        and rows.dim() == 2
+        and scale.dtype == torch.float32
+        and scale.shape == rows.shape[:1]
+        and bool(torch.isfinite(scale).all())
+        and not bool((scale < 0).any())
+    )
+    if not good:
+        raise ArtifactError(f"the weight '{path}' is not int8 rows with finite scales")
+
+
+def _with_tokenizer(program: Program, directory: Path) -> Program:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ArtifactError(f"the tokenizer in '{directory}' cannot be read: {str(error)[:200]}") from error
+    return replace(program, tokenizer=tokenizer)

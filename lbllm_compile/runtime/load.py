@@ -1,0 +1,47 @@
+"""``load()``: from an artifact to a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lbllm_compile import artifact
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.runtime.executor import Kernels, requirements
+from lbllm_compile.runtime.model import CompiledModel
+
+
+def load(
+    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Any = None
+) -> CompiledModel:
+    """Loads an artifact: checks it, builds and proves its kernels on this machine, packs its weights.
+
+    Args:
+        directory: what a compile wrote.
+        target: what to run on; ``cpu`` picks the best kernels of this machine.
+        kernels: kernels to use instead of building them (they must cover the program's).
+        progress: told about each kernel.
+
+    Raises:
+        ArtifactError: the directory is not a whole artifact.
+        KernelError: a kernel cannot be built or proved here. There is no slow path.
+        TargetError: this machine cannot run the target.
+    """
+    loaded = artifact.load(directory)
+    return CompiledModel(loaded.program, kernels or build_kernels(loaded, target, progress))
+
+
+def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Any = None) -> Kernels:
+    """Builds the kernels of an artifact from its tuning records."""
+    try:
+        from lbllm_compile.codegen.build import KernelSet, Target
+    except ImportError as error:
+        raise KernelError(
+            f"kernels cannot be generated because TVM does not load ({error}); reinstall apache-tvm,"
+            " there is no slow path"
+        ) from error
+    needed = requirements(loaded.program)
+    records = loaded.records if isinstance(loaded.records, list) else None
+    return KernelSet.build(
+        needed.linears, needed.quantizers, Target.parse(target), trials=0, records=records, progress=progress
+    )

@@ -1,0 +1,66 @@
+"""A fast round-to-nearest stand-in for the calibrated stages: the same simulated graph, without calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lbllm_compile.codegen import format as w11
+from lbllm_compile.codegen import ops as ops
+from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
+from lbllm_compile.passes.program import Program, get_attribute, prune_attributes, set_attribute
+from lbllm_compile.passes.rewrite import calls, is_call, make_attribute, make_call
+
+_lbllm, _aten = torch.ops.lbllm, torch.ops.aten
+
+CLIP = (0.95, 0.9)
+"""Clip factors that every quantizer gets, so that ignoring them changes results."""
+
+
+def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
+    """Nearest of four levels per group, at fixed multiples of the group's mean magnitude; experts are stacked."""
+    k = weight.shape[-1]
+    grouped = torch.nn.functional.pad(weight, (0, -k % group)).unflatten(-1, (-1, group))
+    spread = grouped.abs().mean(-1, keepdim=True)
+    levels = spread * torch.tensor([-1.9, -0.5, 0.6, 2.0])
+    codes = (grouped.unsqueeze(-1) - levels.unsqueeze(-2)).abs().argmin(-1).flatten(-2)[..., :k]
+    return w11.QuantizedWeight.from_codes(codes, levels, group)
+
+
+def simulate(program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_token: bool = False) -> Program:
+    """What ``ptq`` and ``activate`` leave behind, with round-to-nearest weights. ``kv=0`` leaves attention alone."""
+    program = program.copy()
+    graph, module = program.graph, program.module
+    quantizers = {}
+    for node in calls(graph, *LINEAR_TARGETS):
+        info = node.meta.get(LINEAR)
+        if info is None or info.role != "decoder":
+            continue
+        x, path = node.args[0], node.args[1].target
+        weight = quantize(get_attribute(module, path), group)
+        with graph.inserting_before(node):
+            planes = []
+            for field in ("sign", "bitmap", "levels", "scale"):
+                planes.append(make_attribute(graph, f"{path}.{field}", node))
+                set_attribute(module, f"{path}.{field}", getattr(weight, field))
+            unpacked = make_call(graph, _lbllm.unpack_weight.default, (*planes, weight.in_features, group), node)
+            if x not in quantizers:
+                clip = f"{info.path}.input_clip"
+                set_attribute(module, clip, torch.tensor(CLIP))
+                arguments = (x, make_attribute(graph, clip, node), bits, 0 if per_token else group)
+                quantizers[x] = make_call(graph, _lbllm.fake_quantize.default, arguments, node)
+        node.update_arg(0, quantizers[x])
+        node.update_arg(1, unpacked)
+    for node in calls(graph, _aten.scaled_dot_product_attention.default) if kv else ():
+        for operand in node.args[1:3]:
+            user, source = node, operand
+            while is_call(source, _aten.reshape.default, _aten.expand.default, _aten.unsqueeze.default):
+                user, source = source, source.args[0]
+            with graph.inserting_before(user):
+                quantized = make_call(graph, _lbllm.fake_quantize_kv.default, (source, kv), node)
+            user.replace_input_with(source, quantized)
+    graph.eliminate_dead_code()
+    prune_attributes(module)
+    graph.lint()
+    module.recompile()
+    return program

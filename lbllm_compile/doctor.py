@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from rich.table import Table
 from rich.text import Text
 
@@ -206,8 +205,9 @@ def _cuda_architectures() -> set[str]:
 
 
 def _disk() -> Iterable[Finding]:
-    cache = platformdirs.user_cache_path("lbllm-compile")
-    for name, path in (("disk, current directory", Path.cwd()), ("disk, kernel cache", cache)):
+    from lbllm_compile.codegen.cache import cache_directory
+
+    for name, path in (("disk, current directory", Path.cwd()), ("disk, kernel cache", cache_directory())):
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         cost = "" if free >= _LOW_DISK else "a compile of more than a small model may not fit"

@@ -1,0 +1,117 @@
+"""The house has three floors; imports only go down: lbllm_compile -> passes -> codegen."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"lbllm_compile": 2, "lbllm_compile.passes": 1, "lbllm_compile.codegen": 0}
+FOLDERS = {"lbllm_compile": "lbllm_compile", "lbllm_compile.passes": "passes", "lbllm_compile.codegen": "codegen"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the three folders by the name it is imported under."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = file
+    return found
+
+
+def floor_of(name: str) -> int:
+    """The floor of a module: that of the longest package it is in."""
+    return FLOORS[max((p for p in FLOORS if name == p or name.startswith(p + ".")), key=len)]
+
+
+def imported(name: str, file: Path) -> set[str]:
+    """Absolute names a file imports, at any depth, relative ones resolved."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def import_graph() -> nx.DiGraph:
+    """An edge from every module of ours to every module of ours that it imports."""
+    own = modules()
+    graph = nx.DiGraph()
+    graph.add_nodes_from(own)
+    for name, file in own.items():
+        graph.add_edges_from((name, target) for target in imported(name, file) & own.keys() if target != name)
+    return graph
+
+
+GRAPH = import_graph()
+
+
+def test_the_graph_sees_the_floors() -> None:
+    assert {floor_of(n) for n in GRAPH} == {0, 1, 2}
+    crossing = [(a, b) for a, b in GRAPH.edges if floor_of(a) != floor_of(b)]
+    assert ("lbllm_compile.passes.base", "lbllm_compile.passes.program") in GRAPH.edges
+    assert crossing
+
+
+def test_imports_only_go_down() -> None:
+    upward = [f"{a} -> {b}" for a, b in GRAPH.edges if floor_of(a) < floor_of(b)]
+    assert upward == []
+
+
+def test_the_floors_form_a_chain() -> None:
+    quotient = nx.DiGraph((floor_of(a), floor_of(b)) for a, b in GRAPH.edges if floor_of(a) != floor_of(b))
+    assert nx.is_directed_acyclic_graph(quotient)
+
+
+def test_no_folder_is_imported_under_its_bare_name() -> None:
+    bare = [
+        f"{name} imports {target}"
+        for name, file in modules().items()
+        for target in imported(name, file)
+        if target.split(".")[0] in ("passes", "codegen")
+    ]
+    assert bare == []
+
+
+def test_only_one_module_imports_tvm() -> None:
+    importing = {
+        name
+        for name, file in modules().items()
+        if any(target.split(".")[0] in ("tvm", "tvm_ffi") for target in imported(name, file))
+    }
+    assert importing == {"lbllm_compile.codegen.tvm_api"}
+
+
+@pytest.mark.parametrize("package", ["lbllm_compile.codegen.format", "lbllm_compile.codegen.reference"])
+def test_the_format_needs_no_kernels(package: str) -> None:
+    assert "lbllm_compile.codegen.tvm_api" not in nx.descendants(GRAPH, package)
+
+
+def test_every_folder_is_packaged() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = {name if file.name == "__init__.py" else name.rpartition(".")[0] for name, file in modules().items()}
+    assert [p for p in sorted(packages) if p not in modules()] == []
+    assert [p for p in sorted(packages) if f'"{p}"' not in text] == []
+
+
+def test_every_data_file_is_packaged() -> None:
+    data = {
+        file.name
+        for folder in FOLDERS.values()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    text = (ROOT / "pyproject.toml").read_text()
+    assert [name for name in sorted(data) if f'"{name}"' not in text and f'"*{Path(name).suffix}"' not in text] == []

@@ -1,0 +1,148 @@
+"""The proof of a generated CUDA kernel where there is no GPU: emulation against the reference, bit for bit.
+
+Large linears are proven on a few tiles of rows, the first and the last among them: thread blocks of one kernel differ
+only in the rows and tokens they are given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import prove, reference
+from ..cache import write_atomically
+from ..errors import KernelError
+from ..kernels.cuda_dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
+from ..spec import LinearSpec, QuantizeSpec
+from . import Emulator, Launch, Sparse, compiler
+
+if TYPE_CHECKING:
+    from ..targets.cuda import Emitted
+
+EMULATED = "emulated on CPU, unverified on device"
+NOT_RUN = "not run: no g++ to emulate with, unverified on device"
+
+TILES = 5
+"""Most tiles of rows a proof runs."""
+
+QUANTIZED_TOKENS = 9
+"""Tokens of each quantizer case."""
+
+
+def prove_emulated(kernel: Emitted, cache_dir: Path) -> str:
+    """Runs a kernel's text in emulation against the reference.
+
+    Args:
+        kernel: what was generated.
+        cache_dir: keeps the names of proven texts, so that none is proven twice.
+
+    Returns:
+        What the artifact says about the proof.
+
+    Raises:
+        KernelError: a result differs, or the kernel races, diverges or leaves its buffers.
+    """
+    if compiler() is None:
+        return NOT_RUN
+    rules = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.iterdir()) if f.is_file())
+    rules += Path(prove.__file__).read_bytes() + Path(reference.__file__).read_bytes()
+    digest = hashlib.sha256(rules + kernel.source.encode()).hexdigest()[:32]
+    marker = cache_dir / f"{digest}.proven"
+    if marker.exists():
+        return EMULATED
+    emulator = Emulator(kernel.source, cache_dir)
+    runs = _quantize_runs(kernel) if isinstance(kernel.spec, QuantizeSpec) else _linear_runs(kernel)
+    for name, launch, expected in runs:
+        actual = emulator.run(launch)
+        for output, (columns, wanted) in expected.items():
+            got = actual[output] if columns is None else actual[output][:, columns]
+            if not prove.agree(got.contiguous(), wanted):
+                wrong = int((got != wanted).sum())
+                raise KernelError(
+                    f"{kernel.symbol} is wrong: {wrong} of {got.numel()} of its {output} differ for {name}"
+                )
+    write_atomically(marker, b"")
+    return EMULATED
+
+
+Expected = dict[str, tuple[Tensor | None, Tensor]]
+"""By output: the columns to compare (``None``: all) and what they must hold."""
+
+
+def _linear_runs(kernel: Emitted) -> Iterator[tuple[str, Launch, Expected]]:
+    """Launches of a linear: name, launch, and the outputs the reference defines."""
+    spec = kernel.spec
+    assert isinstance(spec, LinearSpec)
+    geometry = Geometry.of(spec)
+    tiles = sorted({0, 1, kernel.grid_x // 2, kernel.grid_x - 2, kernel.grid_x - 1} & set(range(kernel.grid_x)))
+    if kernel.grid_x <= TILES:
+        tiles = list(range(kernel.grid_x))
+    tile_rows = _tile_rows(kernel)
+    rows = torch.cat([torch.arange(t * tile_rows, min((t + 1) * tile_rows, spec.out_features)) for t in tiles])
+    blocks = torch.unique(rows // ROWS)
+    for case in prove.linear_cases(replace(spec, out_features=len(rows))):
+        weight = case.weight
+        packed = pack_bit_weight(weight) if spec.kind == "bit" else pack_int8_weight(*weight, spec.group)
+        inputs: dict[str, Tensor | Sparse | int] = {
+            name: _scattered(part, blocks, geometry.row_blocks) for name, part in packed.items()
+        }
+        if case.bias is not None:
+            inputs["bias"] = torch.zeros(spec.out_features).index_copy(0, rows, case.bias)
+        values, x_scale, expected = case.values, case.x_scale, case.expected
+        if kernel.form == "gemv":
+            values, x_scale, expected = values[:1], x_scale[:1], expected[:1]
+        elif kernel.tokens_per_block > prove.TOKENS // 2:
+            # Two thread blocks along the tokens, the second with a remainder.
+            values, x_scale, expected = (torch.cat([t, t]) for t in (values, x_scale, expected))
+        tokens = values.shape[0]
+        inputs["values"] = torch.nn.functional.pad(values, (0, pitch(spec.in_features) - spec.in_features))
+        inputs["x_scale"] = x_scale
+        inputs["tokens"] = tokens
+        down = -(-tokens // kernel.tokens_per_block) if kernel.tokens_per_block else 1
+        launch = Launch(
+            grid=(kernel.grid_x, down, 1),
+            block=kernel.block,
+            inputs=inputs,
+            outputs={"output": torch.full((tokens, spec.out_features), float("nan"))},
+            blocks=[(x, y, 0) for y in range(down) for x in tiles],
+        )
+        yield case.name, launch, {"output": (rows, expected)}
+
+
+def _tile_rows(kernel: Emitted) -> int:
+    """Weight rows of a thread block."""
+    schedule = kernel.schedule
+    return schedule.row_warps * ROWS if kernel.form == "gemv" else schedule.rows
+
+
+def _scattered(part: Tensor, blocks: Tensor, count: int) -> Sparse:
+    """Rows of packed blocks at their places in the whole matrix, of which the rest stays zero."""
+    size = part[0].numel() * part.element_size()
+    return Sparse(count * size, [(int(block) * size, part[i]) for i, block in enumerate(blocks)])
+
+
+def _quantize_runs(kernel: Emitted) -> Iterator[tuple[str, Launch, Expected]]:
+    """Launches of a quantizer, likewise."""
+    spec = kernel.spec
+    assert isinstance(spec, QuantizeSpec)
+    width = pitch(spec.in_features)
+    for i, (x, clip) in enumerate(prove.quantizer_inputs(spec)):
+        x = x[:QUANTIZED_TOKENS].contiguous()
+        values, scale = reference.quantize_activation(x, clip, spec.bits, spec.group)
+        launch = Launch(
+            grid=(QUANTIZED_TOKENS, 1, 1),
+            block=kernel.block,
+            inputs={"x": x, "clip": clip, "tokens": QUANTIZED_TOKENS},
+            outputs={
+                "values": torch.full((QUANTIZED_TOKENS, width), 85, dtype=torch.int8),
+                "scale": torch.full((QUANTIZED_TOKENS, spec.scales), float("nan")),
+            },
+        )
+        padded = torch.nn.functional.pad(values, (0, width - spec.in_features))
+        yield f"input {i}", launch, {"values": (None, padded), "scale": (None, scale)}

@@ -22,7 +22,7 @@ from .spec import LinearSpec, QuantizeSpec
 from .targets import Target
 
 if TYPE_CHECKING:
-    from .kernels.cpu import X86Linear
+    from .kernels.cpu import Implementation
 
 __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
 
@@ -47,7 +47,9 @@ class LinearKernel:
         y = kernel(values, x_scale, packed)
     """
 
-    def __init__(self, spec: LinearSpec, implementation: X86Linear, functions: list[tuple[int, Callable[..., None]]]):
+    def __init__(
+        self, spec: LinearSpec, implementation: Implementation, functions: list[tuple[int, Callable[..., None]]]
+    ):
         self.spec = spec
         self._implementation = implementation
         self._functions = functions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from . import dot, quantize
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
 from .lut8 import Lut8Operand
+from .portable import PortableLinear
 from .x86 import instruction_set
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
@@ -26,6 +27,9 @@ Weight = QuantizedWeight | tuple[Tensor, Tensor]
 
 INT32_COLUMNS = 65536
 """Most columns of one int32 accumulator: more could overflow with offset weights and 8-bit values."""
+
+INT32_COLUMNS_A16 = 512
+"""The same for 16-bit values and weights of at most 128."""
 
 SCHEDULE_VERSION = 1
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
@@ -83,7 +87,33 @@ class GemmSchedule:
     parallel: bool
 
 
-Schedule = GemvSchedule | GemmSchedule
+@dataclass(frozen=True)
+class PortableSchedule:
+    """How a portable kernel runs; the fields are :meth:`.portable.PortableLinear.function`'s."""
+
+    rows: int
+    parallel: bool
+
+
+Schedule = GemvSchedule | GemmSchedule | PortableSchedule
+
+
+class Implementation(Protocol):
+    """One family's kernels of one linear."""
+
+    spec: LinearSpec
+
+    def schedules(self, bucket: Bucket) -> list[Schedule]:
+        """Every valid schedule of a bucket, a good guess first."""
+        ...
+
+    def function(self, schedule: Schedule) -> PrimFunc:
+        """The kernel ``(values, x_scale, packed, out)`` a schedule describes."""
+        ...
+
+    def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
+        """The kernel's weight layout, bias included, as ``uint8``, 64-byte aligned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +136,6 @@ class X86Linear:
         return Lut8Operand(problem) if spec.kind == "bit" else Int8Operand(problem)
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
-        """Every valid schedule of a bucket, a good guess first."""
         padded_rows = self.operand.problem.row_blocks * SLAB
         isa = instruction_set(self.family, self.spec.act_bits)
         found: list[Schedule] = []
@@ -135,7 +164,6 @@ class X86Linear:
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        """The kernel ``(values, x_scale, packed, out)`` a schedule describes."""
         isa = instruction_set(self.family, self.spec.act_bits)
         if isinstance(schedule, GemvSchedule):
             return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
@@ -143,7 +171,6 @@ class X86Linear:
         return dot.gemm(self.operand, isa, **dataclasses.asdict(schedule), parallel_stage=stage)
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
-        """The kernel's weight layout, bias included, as ``uint8``, 64-byte aligned."""
         operand = self.operand
         if isinstance(weight, QuantizedWeight):
             assert isinstance(operand, Lut8Operand)
@@ -157,7 +184,28 @@ class X86Linear:
         return torch.cat([packed, padded.view(torch.uint8)])
 
 
-def linear(spec: LinearSpec, target: Target) -> X86Linear:
+@dataclass(frozen=True)
+class Portable:
+    """A linear on any LLVM target.
+
+    Attributes:
+        spec: what is computed.
+    """
+
+    spec: LinearSpec
+
+    def schedules(self, bucket: Bucket) -> list[Schedule]:
+        counts = [r for r in (16, 8, 4, 32, 64, 2, 1, 128) if r == 1 or r <= self.spec.out_features]
+        return [PortableSchedule(rows, parallel) for parallel in (True, False) for rows in counts]
+
+    def function(self, schedule: Schedule) -> PrimFunc:
+        return PortableLinear(self.spec).function(**dataclasses.asdict(schedule))
+
+    def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
+        return PortableLinear(self.spec).pack(weight, bias)
+
+
+def linear(spec: LinearSpec, target: Target) -> Implementation:
     """The kernels of ``spec`` on a CPU target.
 
     Raises:
@@ -170,8 +218,12 @@ def linear(spec: LinearSpec, target: Target) -> X86Linear:
         raise KernelError(
             f"{spec.in_features} inputs overflow one integer accumulator; quantize the activations per group"
         )
+    if spec.act_bits == 16 and (spec.group or spec.in_features) > INT32_COLUMNS_A16:
+        raise KernelError(
+            f"{spec.in_features} inputs of 16 bits overflow one integer accumulator; quantize the activations per group"
+        )
     if target.family == generic.FAMILY or spec.act_bits == 16:
-        raise KernelError(f"no kernel for {spec.act_bits}-bit activations on {target.name}")
+        return Portable(spec)
     return X86Linear(spec, target.family)
 
 
@@ -187,7 +239,7 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
     Raises:
         KernelError: it is none.
     """
-    for kind in (GemvSchedule, GemmSchedule):
+    for kind in (GemvSchedule, GemmSchedule, PortableSchedule):
         if {f.name for f in dataclasses.fields(kind)} == set(record):
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")

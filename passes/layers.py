@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from .annotate import LAYER
+from .base import batches_of
 from .program import Program, get_attribute, set_attribute
 
 Values = dict[str, Any]
@@ -71,6 +72,15 @@ class Layers:
     results: tuple[str, ...]
 
 
+class Runnable(Protocol):
+    """What a chain can be moved past: a stage, or a stage with its parameters filled in."""
+
+    @property
+    def live(self) -> frozenset[str]: ...
+
+    def run(self, values: Mapping[str, Any]) -> Values: ...
+
+
 class Activations:
     """The values alive between two stages, one mapping per batch. In memory; only this class knows that."""
 
@@ -91,7 +101,7 @@ class Activations:
         return Activations(self._batches)
 
     @torch.no_grad()
-    def advance(self, stage: Stage, visit: Callable[[Values], None] | None = None) -> None:
+    def advance(self, stage: Runnable, visit: Callable[[Values], None] | None = None) -> None:
         """Runs a stage on every batch and drops what nothing needs any more.
 
         Args:
@@ -172,6 +182,22 @@ def segments(stage: Stage, after: Iterable[fx.Node]) -> list[Stage]:
 def set_weight(stage: Stage, path: str, value: Tensor) -> None:
     """Puts another tensor in the place of a stage's weight; the program keeps its own."""
     set_attribute(stage.module, path, value)
+
+
+def rebatch(batches: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Batches of ``size`` sequences (the last of each length may be smaller) from batches of any size."""
+    merged: list[dict[str, Any]] = []
+    for batch in batches:
+        last = merged[-1] if merged else None
+        if last is not None and _shapes(last) == _shapes(batch):
+            merged[-1] = {k: torch.cat([last[k], v]) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        else:
+            merged.append(dict(batch))
+    return [piece for batch in merged for piece in batches_of(batch, size)]
+
+
+def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: (v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -36,13 +36,16 @@ from ..codegen.format import GROUPS, QuantizedWeight
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .fit import CalibrationError, Fit, factor, fit
-from .layers import Activations, Stage, Values, segments, set_weight, split
+from .layers import Activations, Stage, Values, rebatch, segments, set_weight, split
 from .observe import STAT, decoder_linears
 from .program import Program, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
+
+BATCH = 8
+"""Sequences run at a time."""
 
 _lbllm = torch.ops.lbllm
 
@@ -69,7 +72,7 @@ class Ptq(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program, context)
         layers = split(program)
-        chain = Activations(context.calibration)
+        chain = Activations(rebatch(context.calibration, BATCH))
         chain.advance(layers.prologue)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []

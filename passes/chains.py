@@ -1,0 +1,98 @@
+"""Teacher and student side by side: what both layer-wise trainings share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codegen.format import QuantizedWeight
+from .base import PassContext, PassError
+from .layers import Activations, Layers, Stage, Values, rebatch, split
+from .program import Program, set_attribute
+from .ptq import FIELDS
+from .simulate import Lifted
+from .training import reconstruction, targets_of
+
+
+def paired_layers(name: str, program: Program, context: PassContext) -> tuple[Layers, Layers]:
+    """The decoder layers of the teacher and of the program, which must match.
+
+    Raises:
+        PassError: there is no teacher, no calibration or validation batch, or the programs differ in their layers; the
+            message names the pass ``name``.
+    """
+    if context.teacher is None:
+        raise PassError(f"{name} needs the float program to imitate; run 'annotate' in the same pipeline")
+    if not context.calibration or not context.validation:
+        raise PassError(f"{name} needs calibration and validation batches; give a longer calibration text")
+    teacher, student = split(context.teacher), split(program)
+    if [s.outputs for s in teacher.layers] != [s.outputs for s in student.layers]:
+        raise PassError(
+            f"{name}: the layers of the program no longer match the float program's; move it before 'merge'"
+        )
+    return teacher, student
+
+
+@dataclass
+class Chains:
+    """Activations of the float model and of the quantized one, on training and on held-out sequences.
+
+    Attributes:
+        teacher, student: on the calibration set.
+        teacher_validation, student_validation: on the validation set.
+    """
+
+    teacher: Activations
+    student: Activations
+    teacher_validation: Activations
+    student_validation: Activations
+
+    @classmethod
+    def start(cls, prologue: Stage, context: PassContext, batch: int) -> Chains:
+        """Runs the prologue, which both models share, on batches of ``batch`` sequences."""
+        training = Activations(rebatch(context.calibration, batch))
+        validation = Activations(rebatch(context.validation, batch))
+        training.advance(prologue)
+        validation.advance(prologue)
+        return cls(training, training.fork(), validation, validation.fork())
+
+    def teach(self, teacher: Stage) -> None:
+        """Moves the teacher past a layer; its outputs are the targets from now on."""
+        self.teacher.advance(teacher)
+        self.teacher_validation.advance(teacher)
+
+    def learn(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> None:
+        """Moves the student past a layer with its final parameters."""
+        bound = lifted.bind(parameters)
+        self.student.advance(bound)
+        self.student_validation.advance(bound)
+
+    def target(self, stage: Stage, index: int) -> Values:
+        """What the student's layer should compute for a training batch."""
+        return targets_of(self.teacher[index], stage.outputs)
+
+    @torch.no_grad()
+    def validation_error(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> float:
+        """Mean reconstruction error of a layer on held-out sequences."""
+        total = 0.0
+        for values, target in zip(self.student_validation, self.teacher_validation, strict=True):
+            outputs = lifted.run(values, parameters)
+            total += float(reconstruction(outputs, targets_of(target, lifted.stage.outputs)))
+        return total / len(self.student_validation)
+
+
+def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
+    """The same program with other tensors at some paths."""
+    program = program.copy()
+    for path, tensor in tensors.items():
+        set_attribute(program.module, path, tensor)
+    return program
+
+
+def packed_weight(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """A weight from stored tensors ``<path>.sign`` and so on."""
+    old = lifted.stored(path)
+    return QuantizedWeight(*(tensors[f"{path}.{name}"] for name in FIELDS), old.in_features, old.group)

@@ -1,0 +1,143 @@
+"""``distill``, the second stage: layer by layer, weights learn to reproduce the float model.
+
+Unit of training is one decoder layer; activations stay in full precision. The teacher is the float layer on the float
+chain of activations; the student is the quantized layer on the quantized chain, so later layers learn to make up for
+earlier ones. Latent weights, relaxed bitmaps and levels train together (LBLLM, arXiv 2604.19167, stage "WAT"), through
+the int8 rounding of the levels. The graph stays as it is: only planes, levels and scales change.
+
+Given::
+
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
+
+Result::
+
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)      # other values
+
+The state that reconstructs held-out sequences best is kept, the starting state included: no layer ends worse than it
+began.
+
+Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import CALIBRATING, Contract, Pass, PassContext, PassResult
+from .chains import Chains, packed_weight, paired_layers, with_tensors
+from .layers import Stage
+from .program import Program, get_attribute
+from .ptq import FIELDS
+from .simulate import LatentWeight, Lifted, lift
+from .training import Group, reconstruction, train
+
+STREAM = 1 << 20
+"""First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
+
+REFERENCE_STEPS = 48
+"""Steps the learning rates are stated for; with more steps they fall in proportion to the square root."""
+
+
+@dataclass(frozen=True)
+class Distill(Pass):
+    """Trains the quantized weights of each layer to reproduce the float layer.
+
+    Attributes:
+        epochs: passes over the calibration set; 0 leaves the weights as they are.
+        batch: sequences per step.
+        lr_weight: peak learning rate of latent weights, in standard deviations of the matrix.
+        lr_bitmap: of relaxed bitmaps.
+        lr_levels: of levels, in standard deviations of the matrix.
+        freeze: share of the steps after which planes no longer change and only levels train.
+    """
+
+    epochs: int = 2
+    batch: int = 4
+    lr_weight: float = 1e-2
+    lr_bitmap: float = 1e-2
+    lr_levels: float = 5e-3
+    freeze: float = 0.85
+
+    name: ClassVar[str] = "distill"
+    contract: ClassVar[Contract] = CALIBRATING
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        teacher_layers, student_layers = paired_layers(self.name, program, context)
+        chains = Chains.start(teacher_layers.prologue, context, self.batch)
+        stored: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
+        with context.progress.task("stage 2: training weights", len(layers)) as task:
+            for index, (teacher, student) in enumerate(layers):
+                lifted = lift(student)
+                chains.teach(teacher)
+                done = context.checkpoints.load(self.name, index)
+                if done is None:
+                    done = self._train(lifted, teacher, chains, context.generator(STREAM + index))
+                    context.checkpoints.save(self.name, index, *done)
+                tensors, metrics = done
+                chains.learn(
+                    lifted, {path: packed_weight(lifted, path, tensors).dequantize() for path in lifted.weights}
+                )
+                stored.update(tensors)
+                rows.append({"layer": index, **metrics})
+                task.advance(f"error {metrics['before']:.4f} -> {metrics['after']:.4f}")
+        better = sum(r["after"] <= 0.9 * r["before"] for r in rows)
+        summary = {
+            "layers": len(rows),
+            "layers_10_percent_better": better,
+            "mean_before": sum(r["before"] for r in rows) / len(rows),
+            "mean_after": sum(r["after"] for r in rows) / len(rows),
+        }
+        return PassResult(with_tensors(program, stored), rows, summary)
+
+    def _train(
+        self, lifted: Lifted, teacher: Stage, chains: Chains, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Trains one layer; returns its packed weights and figures."""
+        start = time.perf_counter()
+        packed = {path: lifted.stored(path) for path in lifted.weights}
+        originals = {path: get_attribute(teacher.module, path) for path in lifted.weights}
+        latents = {path: LatentWeight.of(packed[path], originals[path]) for path in lifted.weights}
+        scaling = (REFERENCE_STEPS / max(self.epochs * len(chains.student), 1)) ** 0.5
+        scaling = min(scaling, 2.0)
+        groups = []
+        for path, latent in latents.items():
+            deviation = float(originals[path].float().std()) * scaling
+            groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
+            groups.append(Group((latent.bitmap,), self.lr_bitmap * scaling, self.freeze, 0.0, 1.0))
+            groups.append(Group((latent.levels,), self.lr_levels * deviation))
+
+        def weights() -> dict[str, Tensor]:
+            return {path: latent.simulate() for path, latent in latents.items()}
+
+        def loss(index: int) -> Tensor:
+            return reconstruction(lifted.run(chains.student[index], weights()), chains.target(lifted.stage, index))
+
+        def validate() -> float:
+            return chains.validation_error(lifted, weights())
+
+        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator)
+        tensors: dict[str, Tensor] = {}
+        signs, bitmaps, count = 0, 0, 0
+        for path, latent in latents.items():
+            weight = latent.fold() if outcome.step else packed[path]
+            tensors.update({f"{path}.{name}": getattr(weight, name) for name in FIELDS})
+            old, new = packed[path].codes(), weight.codes()
+            signs += int(((old >= 2) != (new >= 2)).sum())
+            bitmaps += int((((old == 1) | (old == 2)) != ((new == 1) | (new == 2))).sum())
+            count += old.numel()
+        metrics = {
+            "before": outcome.before,
+            "after": outcome.after,
+            "step": outcome.step,
+            "sign_flips": signs / max(count, 1),
+            "bitmap_flips": bitmaps / max(count, 1),
+            "seconds": time.perf_counter() - start,
+        }
+        return tensors, metrics

@@ -63,6 +63,7 @@ def replace_call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...
 
 
 _KEEP_LAYOUT = (
+    torch.ops.aten.reshape.default,
     torch.ops.aten.transpose.int,
     torch.ops.aten.permute.default,
     torch.ops.aten.slice.Tensor,
@@ -76,7 +77,7 @@ def relax_views(node: fx.Node) -> None:
     for user in node.users:
         if is_call(user, torch.ops.aten.view.default):
             user.target = torch.ops.aten.reshape.default
-        elif is_call(user, *_KEEP_LAYOUT):
+        if is_call(user, *_KEEP_LAYOUT):
             relax_views(user)
 
 

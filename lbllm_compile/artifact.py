@@ -18,6 +18,7 @@ against the format, every graph against an allow-list of operators.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -187,6 +189,7 @@ def save(
             directory.rename(replaced)
         partial.rename(directory)
         shutil.rmtree(replaced, ignore_errors=True)
+        _remember(_sha256(directory / MANIFEST))
     except OSError as error:
         raise ArtifactError(f"cannot write the artifact to '{directory}': {error.strerror or error}") from error
     finally:
@@ -231,6 +234,22 @@ def load(directory: str | Path) -> Artifact:
     if any(f in files for f in ("tokenizer.json", "tokenizer_config.json")):
         program = _with_tokenizer(program, directory)
     return Artifact(directory, program, lock, _read_json(directory / "tuning.json"), digest)
+
+
+def compiled_here(loaded: Artifact) -> bool:
+    """Whether this user wrote the artifact on this machine. Then what it records about its source is the user's word."""
+    return (_own_artifacts() / loaded.digest).is_file()
+
+
+def _own_artifacts() -> Path:
+    return Path(platformdirs.user_state_dir("lbllm-compile")) / "compiled"
+
+
+def _remember(digest: str) -> None:
+    """Notes that an artifact was written here. Without a writable home it is merely not remembered."""
+    with contextlib.suppress(OSError):
+        _own_artifacts().mkdir(parents=True, exist_ok=True)
+        (_own_artifacts() / digest).touch()
 
 
 def _facts(program: Program) -> dict[str, Any]:

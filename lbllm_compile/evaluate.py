@@ -1,0 +1,217 @@
+"""How good a compiled model is: perplexity, divergence from the original model, size. All from one artifact.
+
+The text is cut into chunks of equal length from its start, without overlap; in each, every token but the first is scored
+from the tokens before it. The original model ("teacher") scores the same tokens, so that
+
+* ``ppl`` and ``ppl_teacher`` are exp of the mean negative log-likelihood,
+* ``kld_mean`` and ``kld_p99`` are the mean and the 99th percentile over positions of KL(teacher || compiled), in nats,
+* ``top1_agreement`` is the share of positions at which both find the same token most likely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_compile import artifact, frontend
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.program import Program
+from lbllm_compile.runtime.load import build_kernels
+from lbllm_compile.runtime.model import CompiledModel
+
+Logits = Callable[[Tensor], Tensor]
+"""Token ids ``[1, S]`` to logits ``[1, S, V]``."""
+
+
+class EvaluationError(LbllmError):
+    """The text or the teacher that the user named cannot be used."""
+
+
+@dataclass
+class Scores:
+    """Per-position figures of a text, gathered chunk by chunk."""
+
+    nll: list[Tensor] = field(default_factory=list)
+    teacher_nll: list[Tensor] = field(default_factory=list)
+    divergence: list[Tensor] = field(default_factory=list)
+    agreement: list[Tensor] = field(default_factory=list)
+
+    def add(self, ids: Tensor, logits: Tensor, teacher: Tensor | None) -> None:
+        """Scores one chunk: token ids ``[1, S]``, logits ``[1, S, V]`` of the compiled model and the teacher's."""
+        following = ids[0, 1:, None]
+        log_q = torch.log_softmax(logits[0, :-1].float(), -1)
+        self.nll.append(-log_q.gather(-1, following).squeeze(-1))
+        if teacher is None:
+            return
+        log_p = torch.log_softmax(teacher[0, :-1].float(), -1)
+        self.teacher_nll.append(-log_p.gather(-1, following).squeeze(-1))
+        self.divergence.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp_min(0.0))
+        self.agreement.append(log_p.argmax(-1) == log_q.argmax(-1))
+
+    def summary(self) -> dict[str, float | None]:
+        """``ppl``, ``ppl_teacher``, ``kld_mean``, ``kld_p99``, ``top1_agreement``; None without a teacher."""
+        figures: dict[str, float | None] = {"ppl": _perplexity(self.nll)}
+        if not self.divergence:
+            return {**figures, "ppl_teacher": None, "kld_mean": None, "kld_p99": None, "top1_agreement": None}
+        divergence = torch.cat(self.divergence)
+        figures["ppl_teacher"] = _perplexity(self.teacher_nll)
+        figures["kld_mean"] = float(divergence.mean())
+        figures["kld_p99"] = percentile(divergence, 0.99)
+        figures["top1_agreement"] = float(torch.cat(self.agreement).double().mean())
+        return figures
+
+
+def percentile(values: Tensor, share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    ordered = values.flatten().sort().values
+    return float(ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))])
+
+
+def compare(
+    student: Logits, teacher: Logits | None, chunks: Sequence[Tensor], progress: Progress | None = None
+) -> Scores:
+    """Scores chunks of token ids, each ``[1, S]``."""
+    scores = Scores()
+    with (progress or NoProgress()).task("scoring", len(chunks)) as task, torch.no_grad():
+        for ids in chunks:
+            scores.add(ids, student(ids), teacher(ids) if teacher is not None else None)
+            task.advance(f"ppl {_perplexity(scores.nll):.2f}")
+    return scores
+
+
+def cut(ids: Sequence[int], seq_len: int, chunks: int) -> list[Tensor]:
+    """At most ``chunks`` whole chunks ``[1, seq_len]`` from the start of ``ids``.
+
+    Raises:
+        EvaluationError: not even one chunk fits, or a number is out of range.
+    """
+    if seq_len < 2 or chunks < 1:
+        raise EvaluationError("--seq-len must be at least 2 and --chunks at least 1")
+    if len(ids) < seq_len:
+        raise EvaluationError(f"the text has {len(ids)} tokens, fewer than one chunk of {seq_len}; use a longer text")
+    count = min(chunks, len(ids) // seq_len)
+    return [torch.tensor([ids[i * seq_len : (i + 1) * seq_len]]) for i in range(count)]
+
+
+def evaluate(
+    directory: str | Path,
+    text: str | Path,
+    *,
+    seq_len: int = 512,
+    chunks: int = 32,
+    teacher: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluates an artifact on a text file.
+
+    Args:
+        directory: the artifact.
+        text: a UTF-8 text file.
+        seq_len, chunks: see the module docstring; a shorter text gives fewer chunks.
+        teacher: the original model, as a compile takes it. By default the one that the artifact was compiled from, if
+            it is still where it was; otherwise the figures that need it are None.
+        progress: told what goes on.
+
+    Returns:
+        ``ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight, bits_per_weight_file, tokens``.
+
+    Raises:
+        EvaluationError: the text is not UTF-8 or too short, the model has no tokenizer, the teacher does not fit.
+        ArtifactError, KernelError: the artifact cannot be loaded or run.
+    """
+    progress = progress or NoProgress()
+    content = read_text(Path(text))
+    loaded = artifact.load(directory)
+    if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
+        raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
+    pieces = cut(loaded.program.tokenizer(content)["input_ids"], seq_len, chunks)
+    original = find_teacher(loaded, teacher, progress)
+    model = CompiledModel(loaded.program, build_kernels(loaded, progress=progress))
+    scores = compare(model.logits, original, pieces, progress)
+    return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (seq_len - 1)}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        EvaluationError: it cannot be read, is empty or is not UTF-8.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise EvaluationError(f"cannot read the text '{path}': {error.strerror or error}") from error
+    if not content.strip():
+        raise EvaluationError(f"the text '{path}' is empty")
+    return content
+
+
+def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progress) -> Logits | None:
+    """The original model as a function from ids to logits; None where it was not named and is not to be found.
+
+    A recorded ``model.py`` is code, and an artifact must not decide which code runs: it is used only when this machine
+    compiled the artifact itself.
+
+    Raises:
+        EvaluationError: the named model is no language model over the same vocabulary.
+    """
+    source = named or loaded.lock.get("source")
+    if named is None:
+        reason = _cannot_use(loaded, source)
+        if reason:
+            progress.note(f"no comparison with the original model: {reason}; name it with --teacher")
+            return None
+    model = frontend.load(str(source))
+    if model.kind != "causal-lm":
+        raise EvaluationError(f"'{source}' is not a language model, so it cannot be the teacher")
+    same = frontend.fingerprint(frontend.capture(model)) == loaded.lock.get("model")
+    if not same and named is None:
+        progress.note(f"no comparison with the original model: '{source}' has changed; name it with --teacher")
+        return None
+    if not same:
+        progress.note(f"'{source}' is not the very model that was compiled; comparing with it all the same")
+    if model.config.get("vocab_size") != loaded.program.config.get("vocab_size"):
+        raise EvaluationError(f"'{source}' has another vocabulary than the compiled model, so it cannot be its teacher")
+    return lambda ids: model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def _cannot_use(loaded: artifact.Artifact, source: Any) -> str:
+    """Why the recorded source must not or cannot be loaded; empty if it can."""
+    if not isinstance(source, str) or not Path(source).exists():
+        return f"'{source}' is not on this machine"
+    path = Path(source)
+    is_code = not path.is_dir() and path.suffix != ".gguf"
+    if is_code and not artifact.compiled_here(loaded):
+        return f"'{source}' is code and the artifact was compiled on another machine"
+    return ""
+
+
+def bits_per_weight(program: Program) -> dict[str, float]:
+    """Bits per weight as stored: over the decoder's W(1+1) matrices, and over everything in the artifact's weights."""
+    matrices = stored_weights(program).values()
+    decoder_weights = sum(math.prod(w.sign.shape[:-1]) * w.in_features for w in matrices)
+    decoder_bits = sum(w.stored_bits for w in matrices)
+    other_weights = other_bits = 0
+    planes = {f"{path}.{part}" for path in stored_weights(program) for part in ("sign", "bitmap", "levels", "scale")}
+    for path, tensor in program.parameters():
+        if path in planes:
+            continue
+        other_bits += 8 * tensor.numel() * tensor.element_size()
+        # scales of int8 rows and clip factors describe other weights
+        other_weights += 0 if path.endswith((".row_scale", ".input_clip")) else tensor.numel()
+    whole = (decoder_bits + other_bits) / max(1, decoder_weights + other_weights)
+    return {"bits_per_weight": decoder_bits / max(1, decoder_weights), "bits_per_weight_file": whole}
+
+
+def _perplexity(nll: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(nll)).double().mean().exp())

@@ -49,15 +49,20 @@ class UsageError(LbllmError):
 class VerbGroup(TyperGroup):
     """A first word that is no verb is a model to compile; every error becomes one sentence and an exit code."""
 
+    _mistyped = ""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own, rest = _split_debug(args)
         if rest and rest[0] not in self.commands and rest[0] not in ("--help", "--version"):
+            self._mistyped = _mistyped_verb(rest[0], list(self.commands))
             rest = ["compile", *rest]
         return super().parse_args(ctx, own + rest)
 
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:
+            if self._mistyped:
+                raise UsageError(self._mistyped)
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
@@ -463,6 +468,14 @@ def _split_debug(args: Sequence[str]) -> tuple[list[str], list[str]]:
     head = list(args[: args.index("--")] if "--" in args else args)
     tail = list(args[len(head) :])
     return (["--debug"] if "--debug" in head else []), [a for a in head if a != "--debug"] + tail
+
+
+def _mistyped_verb(word: str, verbs: list[str]) -> str:
+    """What to say when a first word is neither a model nor a verb, but nearly a verb; else nothing."""
+    near = difflib.get_close_matches(word, verbs, n=1)
+    if not near or Path(word).exists():
+        return ""
+    return f"there is no verb or file '{word}' (did you mean '{near[0]}'?)"
 
 
 def _usage_text(error: Any) -> str:

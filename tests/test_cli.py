@@ -1,0 +1,354 @@
+"""The command line: verbs, where output goes, exit codes, and what people see while they wait."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes import canonicalize, pipeline
+from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
+from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes.dump import LAYER_KEY
+from lbllm_compile.passes.program import Program, set_attribute
+from rich.console import Console
+from torch import fx
+from typer.testing import CliRunner, Result
+
+from lbllm_compile import cli, frontend, plan
+from lbllm_compile.report import catalogue, graph, terminal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli.app, list(args), prog_name="lbllm-compile")
+
+
+# Verbs
+
+
+def test_the_first_word_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbllm_compile import driver
+
+    seen: list[Any] = []
+
+    def stop(options: driver.CompileOptions, **_: object) -> None:
+        seen.append(options)
+        raise LbllmError("enough")
+
+    monkeypatch.setattr(driver, "compile", stop)
+    for args in (["model.py"], ["compile", "model.py"], ["compile", "compile"], ["./run"], ["--seed", "3", "model.py"]):
+        result = invoke(*args)
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", "lbllm-compile: enough\n")
+    assert [o.model for o in seen] == ["model.py", "model.py", "compile", "./run", "model.py"]
+    assert [o.seed for o in seen] == [0, 0, 0, 0, 3]
+
+
+def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbllm_compile import driver
+
+    seen: list[driver.CompileOptions] = []
+
+    def stop(options: driver.CompileOptions, **_: object) -> None:
+        seen.append(options)
+        raise LbllmError("enough")
+
+    monkeypatch.setattr(driver, "compile", stop)
+    line = (
+        "model.py --target cuda:sm_90 --out o --recipe lbllm --preset best --pipeline annotate --calibration c.txt"
+        " --group 32 --act-bits 8 --kv-bits 16 --keep-dense a.* --keep-dense b --device cpu --work-dir w --seed 7"
+        " --dump-dir d --print-after ptq --time-passes --fresh --json"
+    )
+    invoke(*line.split())
+    assert seen == [
+        driver.CompileOptions(
+            model="model.py",
+            target="cuda:sm_90",
+            out=Path("o"),
+            recipe="lbllm",
+            preset="best",
+            pipeline="annotate",
+            calibration="c.txt",
+            group=32,
+            act_bits=8,
+            kv_bits=16,
+            keep_dense=("a.*", "b"),
+            device="cpu",
+            work_dir=Path("w"),
+            seed=7,
+            dump_dir=Path("d"),
+            print_after=("ptq",),
+            time_passes=True,
+            fresh=True,
+        )
+    ]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['lbllm-compile', '--help']\n"
+        "from lbllm_compile import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "print([m for m in ('torch', 'tvm', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[]\n")
+    for verb in ("compile", "plan", "preflight", "run", "eval", "inspect", "passes", "targets", "doctor"):
+        assert f" {verb} " in done.stdout
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lbllm_compile", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0.1.0\n", "")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["plan", "m.py", "--grup", "3"], "there is no option --grup (did you mean --group?)"),
+        (["plan", "m.py", "--group", "many"], "invalid value for '--group'"),
+        (["plan"], "missing argument 'MODEL'"),
+        (["inspect", "a", "b"], "unexpected extra argument"),
+        (["passes", "lowr"], "there is no pass 'lowr' (did you mean 'lower'?)"),
+        (["plna", "m.py"], "there is no verb or file 'plna' (did you mean 'plan'?)"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(args: list[str], expected: str) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+class Raises:
+    """Stands in for :func:`lbllm_compile.driver.compile`."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def __call__(self, options: object, *, progress: terminal.PlainProgress, **_: object) -> None:
+        with progress.task("ptq", 30) as task:
+            task.advance()
+            task.advance()
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (LbllmError("the moon is full; wait"), 2, "lbllm-compile: the moon is full; wait\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "lbllm-compile: cannot access '/x': Permission denied\n"),
+        (ValueError("secret detail\nsecond line"), 1, "a bug in lbllm-compile (ValueError: secret detail)"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume from ptq, 3 of 30\n"),
+        (MemoryError(), 1, "out of memory"),
+    ],
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str) -> None:
+    from lbllm_compile import driver
+
+    monkeypatch.setattr(driver, "compile", Raises(error))
+    result = invoke("model.py", "--json")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    traced = invoke("model.py", "--debug")
+    assert traced.exit_code == code
+    assert "Traceback" in traced.stderr
+
+
+def test_what_a_model_prints_stays_off_stdout(tmp_path: Path) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(
+        "import torch\nprint('at import')\n"
+        "def build_model():\n    print('in build_model')\n    return torch.nn.Sequential(torch.nn.Linear(40, 8))\n"
+        "def example_inputs():\n    return torch.zeros(2, 40)\n"
+    )
+    result = invoke("plan", str(model), "--json")
+    assert result.exit_code == 0, result.stderr
+    (linear,) = json.loads(result.stdout)["linears"]
+    assert (linear["shape"], linear["treatment"]) == ([8, 40], "W(1+1) g64, A4")
+    assert "in build_model" in result.stderr
+
+
+# Verbs that only look
+
+
+def test_targets_doctor_and_passes_speak_json() -> None:
+    targets = json.loads(invoke("targets", "--json").stdout)["targets"]
+    assert {"cpu", "cpu:avx2", "cpu:generic", "cuda:sm_90"} <= {row["target"] for row in targets}
+    findings = json.loads(invoke("doctor", "--json").stdout)["findings"]
+    assert {"CPU features", "C compiler", "nvcc", "TVM", "memory"} <= {f["name"] for f in findings}
+    assert all(f["cost"] for f in findings if f["status"] != "ok")
+    passes = json.loads(invoke("passes", "--json").stdout)["passes"]
+    assert [p["name"] for p in passes][:4] == ["canonicalize", "annotate", "observe", "ptq"]
+
+
+@pytest.mark.parametrize("entry", catalogue.entries(), ids=lambda entry: entry.name)
+def test_every_pass_explains_itself(entry: catalogue.Entry) -> None:
+    assert entry.summary.endswith(".")
+    assert entry.snippet.startswith("Given:")
+    assert "Result:" in entry.snippet
+    assert pipeline.parse(entry.name)
+
+
+def facts(info: LinearInfo) -> tuple[str, int | None, int, str]:
+    return info.role, info.layer, info.experts, info.reason
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_plan_says_what_annotate_does(name: str) -> None:
+    model = zoo.user_model(name)
+    program = frontend.capture(model)
+    patterns = (f"*.{'h' if name == 'gpt2' else 'layers'}.1.*",)
+    for item in (canonicalize.Canonicalize(), Annotate(keep_dense=patterns)):
+        program = item.apply(program, PassContext()).program
+    expected = {info.weight: (info.role, info.layer, info.experts, info.reason) for _, info in linears(program)}
+    planned = {
+        x.info.weight: (x.info.role, x.info.layer, x.info.experts, x.info.reason) for x in plan.survey(model, patterns)
+    }
+    if zoo.ZOO[name].tied:
+        (head,) = planned.keys() - expected.keys()
+        planned[next(iter(expected.keys() - planned.keys()))] = planned.pop(head)
+    assert planned == expected
+
+
+# Waiting
+
+
+def text_console(**options: Any) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, width=100, **options), stream
+
+
+def test_plain_progress_is_silent_for_short_work_and_speaks_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(terminal, "LINE_INTERVAL", 0.05)
+    console, stream = text_console()
+    progress = terminal.make_progress(console)
+    assert isinstance(progress, terminal.PlainProgress)
+    with progress.task("short", 1) as task:
+        task.advance()
+    assert stream.getvalue() == ""
+    with progress.task("distill", 4) as task:
+        for _ in range(4):
+            time.sleep(0.04)
+            task.advance("error 0.5")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) >= 2
+    assert lines[0].startswith("distill: 1/4 (25 %), 0.1 s so far, about ")
+    assert lines[-1].startswith("distill: 4/4 in ")
+    assert lines[-1].endswith("; error 0.5")
+
+
+def test_steps_from_a_checkpoint_do_not_spoil_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    state = terminal.TaskState("ptq", 40)
+    for _ in range(20):
+        state.advance()
+    for _ in range(10):
+        now += 3.0
+        state.advance()
+    assert state.remaining() == pytest.approx(30.0)
+
+
+def test_bars_on_a_terminal_nest() -> None:
+    console, stream = text_console(force_terminal=True)
+    progress = terminal.make_progress(console)
+    assert isinstance(progress, terminal.BarProgress)
+    with progress.task("outer", 2) as outer:
+        with progress.task("inner", 1) as inner:
+            inner.advance("fine")
+        progress.note("a line to keep")
+        outer.advance()
+    assert "a line to keep" in stream.getvalue()
+    assert progress.stopped is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "0"),
+        (1.5, "1.5"),
+        (1e-7, "1.000e-07"),
+        (None, "-"),
+        (True, "yes"),
+        ([1, 2.5], "1, 2.5"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_figures(value: object, expected: str) -> None:
+    assert terminal.figure(value) == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.04, "0.0 s"), (59.6, "1:00"), (3725, "1:02:05")])
+def test_durations(seconds: float, expected: str) -> None:
+    assert terminal.duration(seconds) == expected
+
+
+# Graphs
+
+
+def layered(count: int, negate: int | None = None) -> Program:
+    """``count`` layers ``relu(x @ w)``; in layer ``negate`` a ``neg`` stands behind."""
+    root = torch.nn.Module()
+    program_graph = fx.Graph()
+    value = program_graph.placeholder("x")
+    value = program_graph.call_function(torch.ops.aten.abs.default, (value,))
+    value.meta[LAYER_KEY] = None
+    for layer in range(count):
+        path = f"layers.{layer}.weight"
+        set_attribute(root, path, torch.eye(2))
+        weight = program_graph.get_attr(path)
+        for operator, operands in ((torch.ops.aten.mm.default, (weight,)), (torch.ops.aten.relu.default, ())):
+            value = program_graph.call_function(operator, (value, *operands))
+            value.meta[LAYER_KEY] = layer
+        if layer == negate:
+            value = program_graph.call_function(torch.ops.aten.neg.default, (value,))
+            value.meta[LAYER_KEY] = layer
+    program_graph.output(value)
+    return Program(fx.GraphModule(root, program_graph), kind="module")
+
+
+def test_like_layers_fold_and_changes_are_marked() -> None:
+    before, after = layered(5), layered(5, negate=3)
+    assert [b.layers for b in graph.blocks(before)] == [(), (0, 1, 2, 3, 4), ()]
+    blocks = graph.blocks(after, before)
+    assert [b.layers for b in blocks] == [(), (0, 1, 2), (3,), (4,), ()]
+    assert next(m.text for b in blocks for m in b.marks if m.sign == "+") == "%neg = aten.neg(%relu_3)"
+    assert graph.summary(after, before).endswith(", 2 new or changed, 0 gone")
+    assert [m.sign for b in graph.blocks(before, after) for m in b.marks].count("-") == 1
+
+
+def test_a_view_names_the_layers_it_folded() -> None:
+    console, stream = text_console()
+    console.print(graph.view(layered(4), title="After nothing"))
+    text = stream.getvalue()
+    assert "decoder layer 0  (1-3 alike)" in text
+    assert text.count("aten.mm") == 1
+    with pytest.raises(ValueError, match="no decoder layer 9"):
+        graph.view(layered(4), layer=9)
+
+
+def test_json_has_no_non_finite_numbers() -> None:
+    document: Mapping[str, Any] = {"a": float("nan"), "b": [float("inf"), 1.0], "c": Path("x")}
+    assert cli._plain(document) == {"a": None, "b": [None, 1.0], "c": "x"}

@@ -31,12 +31,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.passes import graph_json
 from lbllm_compile.passes.lower import stored_weights
@@ -237,12 +237,12 @@ def load(directory: str | Path) -> Artifact:
 
 
 def compiled_here(loaded: Artifact) -> bool:
-    """Whether this user wrote the artifact on this machine. Then what it records about its source is the user's word."""
+    """Whether this user wrote the artifact on this machine, so that its record of the source is the user's own word."""
     return (_own_artifacts() / loaded.digest).is_file()
 
 
 def _own_artifacts() -> Path:
-    return Path(platformdirs.user_state_dir("lbllm-compile")) / "compiled"
+    return cache_directory() / "compiled"
 
 
 def _remember(digest: str) -> None:

@@ -1,7 +1,7 @@
 """How good a compiled model is: perplexity, divergence from the original model, size. All from one artifact.
 
-The text is cut into chunks of equal length from its start, without overlap; in each, every token but the first is scored
-from the tokens before it. The original model ("teacher") scores the same tokens, so that
+The text is cut into chunks of equal length from its start, without overlap; in each, every token but the first is
+scored from the tokens before it. The original model ("teacher") scores the same tokens, so that
 
 * ``ppl`` and ``ppl_teacher`` are exp of the mean negative log-likelihood,
 * ``kld_mean`` and ``kld_p99`` are the mean and the 99th percentile over positions of KL(teacher || compiled), in nats,

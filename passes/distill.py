@@ -34,13 +34,10 @@ from .layers import Stage
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted, lift
-from .training import Group, reconstruction, train
+from .training import Group, reconstruction, step_scale, train
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
-
-REFERENCE_STEPS = 48
-"""Steps the learning rates are stated for; with more steps they fall in proportion to the square root."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,12 @@ class Distill(Pass):
         packed = {path: lifted.stored(path) for path in lifted.weights}
         originals = {path: get_attribute(teacher.module, path) for path in lifted.weights}
         latents = {path: LatentWeight.of(packed[path], originals[path]) for path in lifted.weights}
-        scaling = (REFERENCE_STEPS / max(self.epochs * len(chains.student), 1)) ** 0.5
-        scaling = min(scaling, 2.0)
+        scale = step_scale(self.epochs * len(chains.student))
         groups = []
         for path, latent in latents.items():
-            deviation = float(originals[path].float().std()) * scaling
+            deviation = float(originals[path].float().std()) * scale
             groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
-            groups.append(Group((latent.bitmap,), self.lr_bitmap * scaling, self.freeze, 0.0, 1.0))
+            groups.append(Group((latent.bitmap,), self.lr_bitmap * scale, self.freeze, 0.0, 1.0))
             groups.append(Group((latent.levels,), self.lr_levels * deviation))
 
         def weights() -> dict[str, Tensor]:

@@ -316,8 +316,8 @@ def _compensated_codes(block: Tensor, inverse: Tensor, levels: Tensor) -> Tensor
 def _refit(block: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares levels for given codes under the group's Hessian; a row keeps the old ones where they are better.
 
-    Solves ``min_L (w - A L)^T H (w - A L)`` per row, ``A`` the one-hot codes; a ridge towards the old levels keeps those
-    that no element uses.
+    Solves ``min_L (w - A L)^T H (w - A L)`` per row, ``A`` the one-hot codes; a ridge towards the old levels keeps
+    those that no element uses.
     """
     n = block.shape[1]
     residual = block - _pick(levels, codes)

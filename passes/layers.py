@@ -1,9 +1,9 @@
 """Decoder-layer sub-graphs, and streaming activations through them.
 
 A calibration works on one decoder layer at a time. :func:`split` cuts an annotated program into a prologue (embedding,
-masks, rotary tables, symbolic sizes), one sub-graph per decoder layer and an epilogue (last norm, lm_head); what a stage
-needs from an earlier one is an input by the name of the node that computed it. Run one after the other, the stages
-compute what the whole graph does, with the same operations.
+masks, rotary tables, symbolic sizes), one sub-graph per decoder layer and an epilogue (last norm, lm_head); what a
+stage needs from an earlier one is an input by the name of the node that computed it. Run one after the other, the
+stages compute what the whole graph does, with the same operations.
 
 Given (node: layer)::
 
@@ -38,8 +38,8 @@ class Stage:
     """A sub-graph with named inputs and outputs.
 
     Attributes:
-        module: takes ``inputs`` by position and returns a tuple of ``outputs``. Its tensors are shared with the program;
-            its graph and attribute table are its own.
+        module: takes ``inputs`` by position and returns a tuple of ``outputs``. Its tensors are shared with the
+            program; its graph and attribute table are its own.
         inputs: names of the nodes (or graph inputs) whose values it takes.
         outputs: names of the nodes whose values it computes for later stages, or for the program's result.
         live: names of all values that anything after this stage needs.
@@ -169,8 +169,8 @@ def partition(
 def segments(stage: Stage, after: Iterable[fx.Node]) -> list[Stage]:
     """Cuts a stage behind each of the given nodes of its graph.
 
-    A node's segment is the largest number of cuts on any way to it, so independent cuts fall together. Run one after the
-    other, the segments compute what the stage does; every cut node is an output of its segment.
+    A node's segment is the largest number of cuts on any way to it, so independent cuts fall together. Run one after
+    the other, the segments compute what the stage does; every cut node is an output of its segment.
     """
     cuts = set(after)
     stage_of: dict[fx.Node, int] = {}

@@ -126,8 +126,8 @@ def _decide(latent: Tensor, bitmap: Tensor, quantized: Tensor, per_unit: Tensor)
         per_unit: reciprocal of the scale, ``[r, G, 1]``.
 
     Returns:
-        ``(inner, low, width, offset)``, all ``[r, G, g]``: membership of the inner pair (0 or 1), the pair's lower level,
-        its width, and the latent's offset from the pair's middle.
+        ``(inner, low, width, offset)``, all ``[r, G, g]``: membership of the inner pair (0 or 1), the pair's lower
+        level, its width, and the latent's offset from the pair's middle.
     """
     l0, l1, l2, l3 = (v.unsqueeze(-1) for v in quantized.unbind(-1))
     inner = _step(bitmap - 0.5)
@@ -223,7 +223,7 @@ class LevelWeight:
     """A W(1+1) matrix whose planes are frozen and whose levels train.
 
     Attributes:
-        inner, upper: uint8 ``[R, G, group]``, 0 or 1: the bitmap and the sign plane, padded as in :class:`LatentWeight`.
+        inner, upper: uint8 ``[R, G, group]``, 0 or 1: bitmap and sign plane, padded as in :class:`LatentWeight`.
         levels: float32 ``[R, G, 4]``.
         shape: shape of the matrix, ``[..., N, K]``.
         group: input columns per group.
@@ -269,8 +269,8 @@ def _sorted(picked: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 class _FakeQuantize(torch.autograd.Function):
     """``lbllm.fake_quantize`` with gradients for the input and the clip factors.
 
-    Straight through inside the clipped range, zero outside. The factors see the exact derivative of the range's ends for
-    clipped values, and of the step for the others (LSQ, arXiv 1902.08153); the maximum and minimum count as constants.
+    Straight through inside the clipped range, zero outside. The factors see the exact derivative of the range's ends
+    for clipped values, and of the step for the others (LSQ, arXiv 1902.08153); maximum and minimum count as constants.
     """
 
     @staticmethod
@@ -340,11 +340,6 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*parts, rest])
 
 
-def identity(x: Tensor, *_: Any) -> Tensor:
-    """What an activation quantizer becomes where activations stay in full precision."""
-    return x
-
-
 @dataclass(frozen=True)
 class Lifted:
     """A stage of a quantized program as a function of its quantized weights and clip factors.
@@ -394,7 +389,7 @@ class Bound:
 
 
 def lift(stage: Stage) -> Lifted:
-    """Makes a stage's quantized weights and clip factors inputs, and its quantizers differentiable."""
+    """Makes inputs of a stage's quantized weights and clip factors, and its quantizers differentiable."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(stage.module.graph.nodes)
@@ -409,25 +404,20 @@ def lift(stage: Stage) -> Lifted:
         copies[node] = weights[path]
     clips: dict[str, fx.Node] = {}
     for node in nodes:
-        if node.target is _lbllm.fake_quantize.default and node.args[1].target not in clips:
-            clips[node.args[1].target] = graph.placeholder(f"clip_{len(clips)}")
+        if node.target is _lbllm.fake_quantize.default:
+            clip = node.args[1]
+            if clip.target not in clips:
+                clips[clip.target] = graph.placeholder(f"clip_{len(clips)}")
+            copies[clip] = clips[clip.target]
     for node in nodes:
         if node in copies:
             continue
         if node.target in _DIFFERENTIABLE:
-            args = list(node.args)
-            if node.target is _lbllm.fake_quantize.default:
-                args[1] = clips[args[1].target]
-                args[0] = copies[args[0]]
-            else:
-                args = [copies[a] if isinstance(a, fx.Node) else a for a in args]
-            copies[node] = graph.call_function(_DIFFERENTIABLE[node.target], tuple(args))
-            continue
-        if node.op == "get_attr" and not any(
-            u not in copies and u.target is not _lbllm.fake_quantize.default for u in node.users
-        ):
-            continue
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
+            args = fx.node.map_arg(node.args, lambda n: copies[n])
+            copies[node] = graph.call_function(_DIFFERENTIABLE[node.target], args)
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.eliminate_dead_code()
     return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), tuple(clips))
 
 

@@ -1,4 +1,4 @@
-"""The training loop of the layer-wise stages: AdamW with warm-up and cosine decay, the best state on validation kept."""
+"""The training loop of the layer-wise stages: AdamW, warm-up and cosine decay, the best state on validation kept."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ WARMUP = 0.03
 
 FINAL = 0.05
 """Learning rate at the end, relative to its peak."""
+
+REFERENCE_STEPS = 48
+"""Steps that the stages' learning rates are stated for."""
+
+LARGEST_SCALE = 2.0
+"""Most by which a short training raises its learning rates."""
 
 EPSILON = 1e-6
 """Smallest squared norm of a target token, relative to the batch's mean."""
@@ -101,6 +107,15 @@ def train(
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
+
+
+def step_scale(steps: int) -> float:
+    """Factor on learning rates that are stated for ``REFERENCE_STEPS`` steps.
+
+    The way a parameter can go grows with the number of steps; falling with their square root leaves long trainings more
+    of it than short ones, and lowers their noise.
+    """
+    return min((REFERENCE_STEPS / max(steps, 1)) ** 0.5, LARGEST_SCALE)
 
 
 def _order(batches: int, epochs: int, generator: torch.Generator) -> Iterator[int]:

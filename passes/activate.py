@@ -1,0 +1,274 @@
+"""``activate``, the third stage: 4-bit activations and KV cache, with learned clip factors.
+
+Inserts quantizers in front of the decoder linears, one per distinct input, and on keys and values before they are
+repeated for grouped queries (keys after the rotary embedding). Then, layer by layer, the factors that clip each input's
+range and the levels of the weights train together against the float layer, on the chain that is quantized in weights
+and activations; sign planes and bitmaps are frozen, because training them under quantized activations diverges (LBLLM,
+arXiv 2604.19167, stage "AAR" and table 3). Ranges are dynamic: a factor scales the range that a token's group has.
+
+Given::
+
+    %q = aten.linear(%x, %q_weight)
+    %out = aten.scaled_dot_product_attention(%query, expand(%key), expand(%value))
+
+Result::
+
+    %clip = get_attr "model.layers.0.self_attn.q_proj.input_clip"
+    %xq = lbllm.fake_quantize(%x, %clip, 4, 64)
+    %q = aten.linear(%xq, %q_weight)
+    %key4, %value4 = lbllm.fake_quantize_kv(%key, 4), lbllm.fake_quantize_kv(%value, 4)
+    %out = aten.scaled_dot_product_attention(%query, expand(%key4), expand(%value4))
+
+The state that reconstructs held-out sequences best is kept per layer, the untrained one included.
+
+Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..codegen import ops as ops
+from ..codegen.format import GROUPS
+from ..codegen.reference import ACTIVATION_BITS
+from .annotate import LINEAR
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .chains import Chains, packed_weight, paired_layers, with_tensors
+from .layers import Activations, Stage
+from .observe import decoder_linears
+from .program import Program, get_attribute, set_attribute
+from .ptq import FIELDS
+from .rewrite import is_call, make_attribute, make_call
+from .simulate import LevelWeight, Lifted, lift
+from .training import Group, reconstruction, step_scale, train
+
+STREAM = 2 << 20
+"""First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
+
+LOGIT = 2.0
+"""A clip factor is ``sigmoid(logit) / sigmoid(LOGIT)``: 1, no clipping, where training starts."""
+
+TOKENS = 512
+"""Tokens whose output distributions are compared at a time."""
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+
+@dataclass(frozen=True)
+class Activate(Pass):
+    """Quantizes activations and the KV cache and trains clip factors and levels.
+
+    Attributes:
+        bits: of the linears' inputs: 4, 8 or 16.
+        group: channels per activation scale: the weights' group, or 0 for one scale per token.
+        kv: bits of keys and values: 4, 8 or 16.
+        epochs: passes over the calibration set; 0 only inserts the quantizers.
+        batch: sequences per step.
+        lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
+        lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
+    """
+
+    bits: int = 4
+    group: int = 64
+    kv: int = 4
+    epochs: int = 1
+    batch: int = 4
+    lr_clip: float = 5e-2
+    lr_levels: float = 2e-3
+
+    name: ClassVar[str] = "activate"
+    contract: ClassVar[Contract] = CALIBRATING
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        self._check(program)
+        program = insert_quantizers(program, self.bits, self.group, self.kv)
+        teacher_layers, student_layers = paired_layers(self.name, program, context)
+        chains = Chains.start(teacher_layers.prologue, context, self.batch)
+        untrained = chains.student_validation.fork()
+        stored: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
+        with context.progress.task("stage 3: training clip factors and levels", len(layers)) as task:
+            for index, (teacher, student) in enumerate(layers):
+                lifted = lift(student)
+                chains.teach(teacher)
+                untrained.advance(lifted.bind(_parameters(lifted, {})))
+                done = context.checkpoints.load(self.name, index)
+                if done is None:
+                    done = self._train(lifted, teacher, chains, context.generator(STREAM + index))
+                    context.checkpoints.save(self.name, index, *done)
+                tensors, metrics = done
+                chains.learn(lifted, _parameters(lifted, tensors))
+                stored.update(tensors)
+                rows.append({"layer": index, **metrics})
+                task.advance(f"error {metrics['before']:.4f} -> {metrics['after']:.4f}")
+        trained = chains.student_validation
+        for chain in (chains.teacher_validation, trained, untrained):
+            chain.advance(teacher_layers.epilogue)
+        divergence = kl_divergence if program.kind == "causal-lm" else relative_difference
+        result = teacher_layers.results[0]
+        before, after = (_mean(divergence, result, chains.teacher_validation, c) for c in (untrained, trained))
+        measure = "kl" if program.kind == "causal-lm" else "error"
+        summary = {"sites": len(rows), f"{measure}_before": before, f"{measure}_after": after}
+        context.progress.note(f"stage 3: {measure} to the float model on held-out data {before:.4f} -> {after:.4f}")
+        return PassResult(with_tensors(program, stored), rows, summary)
+
+    def _check(self, program: Program) -> None:
+        for option, value in (("bits", self.bits), ("kv", self.kv)):
+            if value not in ACTIVATION_BITS:
+                raise PassError(f"activate: {option} cannot be {value}; choose one of 4, 8, 16")
+        linears = [n for users in decoder_linears(program.graph).values() for n in users]
+        if any(is_call(n.args[0], _lbllm.fake_quantize.default) for n in linears):
+            raise PassError("the activations are quantized already; use 'activate' once")
+        if not linears or not all(is_call(n.args[1], _lbllm.unpack_weight.default) for n in linears):
+            raise PassError("activate needs quantized weights; run 'ptq' before it")
+        groups = {n.args[1].args[5] for n in linears}
+        if self.group not in (0, *groups):
+            choices = " or ".join(str(g) for g in sorted(groups & set(GROUPS)))
+            raise PassError(
+                f"activate: group cannot be {self.group}; choose the weights' {choices}, or 0 for per token"
+            )
+
+    def _train(
+        self, lifted: Lifted, teacher: Stage, chains: Chains, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Trains one layer; returns its packed levels, its clip factors and figures."""
+        start = time.perf_counter()
+        packed = {path: lifted.stored(path) for path in lifted.weights}
+        levels = {path: LevelWeight.of(weight) for path, weight in packed.items()}
+        logits = {path: torch.full((2,), LOGIT) for path in lifted.clips}
+        scale = step_scale(self.epochs * len(chains.student))
+        groups = [Group(tuple(logits.values()), self.lr_clip * scale, high=LOGIT)] if logits else []
+        for path, weight in levels.items():
+            deviation = float(get_attribute(teacher.module, path).float().std())
+            groups.append(Group((weight.levels,), self.lr_levels * deviation * scale))
+
+        def parameters() -> dict[str, Tensor]:
+            clips = {path: clip_factors(logit) for path, logit in logits.items()}
+            return {path: weight.simulate() for path, weight in levels.items()} | clips
+
+        def loss(index: int) -> Tensor:
+            return reconstruction(lifted.run(chains.student[index], parameters()), chains.target(lifted.stage, index))
+
+        def validate() -> float:
+            return chains.validation_error(lifted, parameters())
+
+        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator)
+        tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
+        for path, weight in levels.items():
+            folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]
+            tensors.update({f"{path}.{name}": getattr(folded, name) for name in FIELDS})
+        metrics = {
+            "before": outcome.before,
+            "after": outcome.after,
+            "step": outcome.step,
+            "clips": {path: [round(v, 4) for v in tensors[path].tolist()] for path in lifted.clips},
+            "seconds": time.perf_counter() - start,
+        }
+        return tensors, metrics
+
+
+def clip_factors(logit: Tensor) -> Tensor:
+    """Factors in (0, 1] on a range's upper and lower end, from logits of at most ``LOGIT``."""
+    return torch.sigmoid(logit) / torch.sigmoid(torch.tensor(LOGIT))
+
+
+def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int) -> Program:
+    """Puts quantizers, without clipping, in front of the decoder linears and on a language model's keys and values."""
+    program = program.copy()
+    graph = program.graph
+    for source, linears in decoder_linears(graph).items():
+        path = f"{linears[0].meta[LINEAR].path}.input_clip"
+        set_attribute(program.module, path, torch.ones(2))
+        with graph.inserting_before(linears[0]):
+            clip = make_attribute(graph, path, linears[0])
+            quantized = make_call(graph, _lbllm.fake_quantize.default, (source, clip, bits, group), linears[0])
+        for linear in linears:
+            linear.update_arg(0, quantized)
+    if program.kind == "causal-lm":
+        _quantize_keys_and_values(graph, kv_bits)
+    program.module.recompile()
+    return program
+
+
+def _quantize_keys_and_values(graph: fx.Graph, bits: int) -> None:
+    quantized: dict[fx.Node, fx.Node] = {}
+    for attention in [n for n in graph.nodes if is_call(n, _aten.scaled_dot_product_attention.default)]:
+        for position in (1, 2):
+            user, source = before_repeat(attention, attention.args[position])
+            if source not in quantized:
+                with graph.inserting_after(source):
+                    node = make_call(graph, _lbllm.fake_quantize_kv.default, (source, bits), source)
+                quantized[source] = node
+            user.replace_input_with(source, quantized[source])
+
+
+_REPEAT = (
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.reshape.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.clone.default,
+    _aten.slice.Tensor,
+    _aten.repeat_interleave.self_int,
+)
+"""Operations that a grouped-query repeat of keys or values is made of."""
+
+
+def before_repeat(user: fx.Node, source: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The keys or values behind a grouped-query repeat: ``(their user, their node)``.
+
+    A repeat is a chain of shape operations that holds an ``expand`` of an ``unsqueeze`` (or a ``repeat_interleave``);
+    without one, ``source`` itself is what attention caches.
+    """
+    found = user, source
+    current, expanded = source, False
+    while is_call(current, *_REPEAT):
+        parent = current.args[0]
+        expanded = expanded or is_call(current, _aten.expand.default)
+        opened = is_call(current, _aten.unsqueeze.default) and expanded
+        if opened or is_call(current, _aten.repeat_interleave.self_int):
+            return current, parent
+        current = parent
+    return found
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> float:
+    """Mean over tokens of ``KL(teacher || student)`` in nats, from logits ``[..., V]``."""
+    teacher, student = teacher.flatten(0, -2), student.flatten(0, -2)
+    total = 0.0
+    for target, logits in zip(teacher.split(TOKENS), student.split(TOKENS), strict=True):
+        log_p, log_q = target.float().log_softmax(-1), logits.float().log_softmax(-1)
+        total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total / teacher.shape[0]
+
+
+def relative_difference(teacher: Tensor, student: Tensor) -> float:
+    """``||student - teacher|| / ||teacher||``."""
+    return float((student.double() - teacher.double()).norm() / teacher.double().norm().clamp_min(1e-30))
+
+
+def _mean(measure: Any, name: str, teacher: Activations, student: Activations) -> float:
+    figures = [measure(t[name], s[name]) for t, s in zip(teacher, student, strict=True)]
+    return sum(figures) / len(figures)
+
+
+def _parameters(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dequantized weights and clip factors: those in ``tensors``, else as the program stores them."""
+    parameters: dict[str, Tensor] = {}
+    for path in lifted.weights:
+        known = f"{path}.{FIELDS[0]}" in tensors
+        weight = packed_weight(lifted, path, tensors) if known else lifted.stored(path)
+        parameters[path] = weight.dequantize()
+    for path in lifted.clips:
+        parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
+    return parameters

@@ -8,6 +8,7 @@ nothing else does. A mistake of the user is answered with one sentence and exit 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import math
@@ -290,12 +291,12 @@ def preflight(
         seed=seed,
     )
     with _terminal(as_json) as ui:
-        from lbllm_compile.preflight import preflight as rehearse
-        from lbllm_compile.report import terminal
+        from lbllm_compile import driver
+        from lbllm_compile.report import summary
 
-        rows = [dict(row) for row in rehearse(options, progress=ui.progress)]
-        ui.show(terminal.rows_table("Preflight", rows))
-        ui.emit({"rows": rows})
+        result = driver.rehearse(options, progress=ui.progress)
+        ui.show(*summary.rehearsal(result))
+        ui.emit(dataclasses.asdict(result))
 
 
 @app.command()
@@ -341,6 +342,9 @@ def eval_command(
     text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
     seq_len: Annotated[int, typer.Option(help="tokens in a chunk")] = 512,
     chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the original [default: what the artifact was compiled from]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score an artifact on a text: perplexity, divergence from the original model, bits per weight."""
@@ -348,7 +352,9 @@ def eval_command(
         from lbllm_compile import evaluate
         from lbllm_compile.report import terminal
 
-        figures = evaluate.evaluate(directory, text, seq_len=seq_len, chunks=chunks, progress=ui.progress)
+        figures = evaluate.evaluate(
+            directory, text, seq_len=seq_len, chunks=chunks, teacher=teacher, progress=ui.progress
+        )
         ui.show(terminal.table(f"{directory} on {text}", ["", ""], [[k, v] for k, v in figures.items()]))
         ui.emit(figures)
 

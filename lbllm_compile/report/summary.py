@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
+from lbllm_compile.preflight import Rehearsal
 from lbllm_compile.report import terminal
 
 
@@ -30,6 +31,17 @@ def compile_report(report: Any, *, times: bool = False) -> list[RenderableType]:
 def sheet(figures: Mapping[str, Any]) -> RenderableType:
     """The speed and size sheet: one line a figure."""
     return terminal.table("Speed and size", ["", ""], [[k.replace("_", " "), v] for k, v in figures.items()])
+
+
+def rehearsal(result: Rehearsal) -> list[RenderableType]:
+    """What a preflight found."""
+    rows = [[step.name, terminal.duration(step.seconds)] for step in result.steps]
+    verdict = (
+        f"One of {result.layers} decoder layers went through every pass and its kernels."
+        if result.complete
+        else "No decoder layer can be cut out of this model; the passes up to annotate went through."
+    )
+    return [terminal.table("Preflight", ["step", "time"], rows), Text(verdict)]
 
 
 def pass_line(record: PassRecord) -> str:

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TargetError
-from . import generic, host, x86
-
-CUDA_DEFAULT = "sm_80"
-"""Architecture of a plain ``cuda``: the oldest one with the instructions our kernels use."""
-
-CUDA_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+from . import cuda, generic, host, x86
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,8 @@ class Target:
             if family == generic.FAMILY:
                 return cls("cpu", f"cpu:{family}", family, *generic.architecture())
         if kind == "cuda":
-            arch = detail or CUDA_DEFAULT
-            if arch in CUDA_ARCHITECTURES:
+            arch = detail or cuda.DEFAULT_ARCHITECTURES[0]
+            if arch in cuda.ARCHITECTURES:
                 return cls("cuda", f"cuda:{arch}", "cuda", arch)
         near = difflib.get_close_matches(text.strip(), known_targets(), 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -75,13 +70,21 @@ class Target:
 def parse_targets(text: str) -> tuple[Target, ...]:
     """Parses a comma-separated list of targets, duplicates removed.
 
+    A plain ``cuda`` stands for the usual architectures, and ``cuda:sm_80,sm_90`` names two.
+
     Raises:
         TargetError: an unknown or missing target.
     """
-    return tuple(dict.fromkeys(Target.parse(part) for part in text.split(",")))
+    targets: list[Target] = []
+    for part in (p.strip() for p in text.split(",")):
+        if part.startswith(("cuda", "sm_")):
+            targets += [Target.parse(f"cuda:{arch}") for arch in cuda.parse_architectures(part)]
+        else:
+            targets.append(Target.parse(part))
+    return tuple(dict.fromkeys(targets))
 
 
 def known_targets() -> list[str]:
     """Every text :meth:`Target.parse` accepts."""
     families = [*x86.ARCHITECTURES, generic.FAMILY]
-    return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in CUDA_ARCHITECTURES)]
+    return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in cuda.ARCHITECTURES)]

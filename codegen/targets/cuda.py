@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 
 from ..cache import cache_directory, write_atomically
 from ..errors import KernelError, TargetError
+from ..progress import NoProgress, Progress
 from ..spec import LinearSpec, QuantizeSpec
 from .cuda_compiler import Binary, CudaCompiler
 
 if TYPE_CHECKING:
-    from ..build import Progress
     from ..kernels.cuda_dp4a import GemmSchedule, GemvSchedule
     from ..kernels.cuda_quantize import QuantizeSchedule
 
@@ -107,8 +107,8 @@ class CudaKernel:
 
     @property
     def name(self) -> str:
-        """A file name stem, unique among the kernels of a model and architecture."""
-        return kernel_name(self.spec, self.form)
+        """A file name stem, unique among the kernels of a model."""
+        return f"{kernel_name(self.spec, self.form)}_{self.arch}"
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Thread blocks along x, y, z for a number of tokens.
@@ -223,27 +223,24 @@ def emit_cuda(
     for spec in dict.fromkeys(linears):
         wanted += [(spec, "gemv"), (spec, "gemm")]
     wanted += [(spec, "quantize") for spec in dict.fromkeys(quantizers)]
-    if progress is not None:
-        progress.start(len(wanted) * (2 + len(archs)), "CUDA kernels")
-    emitted: list[Emitted] = []
-    for spec, form in wanted:
-        emitted.append(emit(spec, form, archs[0]))
-        if progress is not None:
-            progress.advance(f"generated {kernel_name(spec, form)}")
-
     kernels: list[CudaKernel] = []
-    with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+    with (
+        (progress or NoProgress()).task("CUDA kernels", len(wanted) * (2 + len(archs))) as task,
+        ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool,
+    ):
+        emitted: list[Emitted] = []
+        for spec, form in wanted:
+            emitted.append(emit(spec, form, archs[0]))
+            task.advance(f"generated {kernel_name(spec, form)}")
         proofs = [pool.submit(prove_emulated, kernel, folder) for kernel in emitted]
         binaries = [[pool.submit(_cached_binary, compiler, e.source, arch, folder) for arch in archs] for e in emitted]
         try:
             for kernel, proof, compiled in zip(emitted, proofs, binaries, strict=True):
                 proven = proof.result()
-                if progress is not None:
-                    progress.advance(f"{kernel.symbol}: {proven}")
+                task.advance(f"{kernel.symbol}: {proven}")
                 for arch, binary in zip(archs, compiled, strict=True):
                     kernels.append(_finished(kernel, arch, binary.result(), proven))
-                    if progress is not None:
-                        progress.advance(f"compiled {kernel.symbol} for {arch}")
+                    task.advance(f"compiled {kernel.symbol} for {arch}")
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

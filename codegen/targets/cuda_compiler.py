@@ -123,23 +123,23 @@ class CudaCompiler:
             raise KernelError(f"NVRTC cannot start ({failed}); reinstall cuda-bindings and nvidia-cuda-nvrtc")
         try:
             options = [f"--gpu-architecture={arch}", *(f"-{flag}" for flag in FLAGS), "--ptxas-options=-v"]
-            options = [option.replace("--std", "-std").replace("-std", "--std").encode() for option in options]
-            (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-            log = _nvrtc_bytes(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
+            (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+            output = _nvrtc_output(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            log = output.rstrip(b"\0").decode(errors="replace")
             if failed:
                 raise KernelError(f"NVRTC cannot compile a generated kernel for {arch}: {log.strip()[:2000]}")
-            return Binary.from_log(_nvrtc_bytes(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log)
+            return Binary.from_log(_nvrtc_output(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log)
         finally:
             nvrtc.nvrtcDestroyProgram(program)
 
 
-def _nvrtc_bytes(program: Any, size: Any, fill: Any) -> bytes:
+def _nvrtc_output(program: Any, size: Any, fill: Any) -> bytes:
     failed, count = size(program)
     if failed:
         raise KernelError(f"NVRTC gives no result ({failed})")
     buffer = bytearray(count)
     fill(program, buffer)
-    return bytes(buffer).rstrip(b"\0") if fill.__name__.endswith("Log") else bytes(buffer)
+    return bytes(buffer)
 
 
 def _nvrtc() -> Any | None:

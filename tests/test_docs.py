@@ -1,0 +1,64 @@
+"""The documentation's code runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from lbllm_compile.passes import Pass, PassContext, pipeline, registry
+from test_cli import layered
+
+from lbllm_compile.report import catalogue
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch) -> type[Pass]:
+    """The pass of docs/writing-a-pass.md, registered under its name."""
+    text = (ROOT / "docs" / "writing-a-pass.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    module = ModuleType("documented_pass")
+    monkeypatch.setitem(sys.modules, "documented_pass", module)
+    exec(compile(code.group(1), "writing-a-pass.md", "exec"), module.__dict__)
+    monkeypatch.setitem(registry._BUILTIN, "negate-output", "documented_pass:NegateOutput")
+    found = module.NegateOutput
+    real = registry.get
+    monkeypatch.setattr(registry, "get", lambda name: found if name == "negate-output" else real(name))
+    return found
+
+
+def test_the_documented_pass_works(documented: type[Pass]) -> None:
+    x = torch.tensor([[1.0, 2.0]])
+    program, context = layered(2), PassContext(probe={"x": x})
+    once, (record,) = pipeline.run(program, pipeline.parse("negate-output"), context)
+    assert torch.equal(once.run({"x": x}), -program.run({"x": x}))
+    assert (record.contract, record.error, record.summary) == ("calibrating", pytest.approx(2.0), {"negations": 1})
+    (twice,) = pipeline.parse("negate-output{twice=true}")
+    assert torch.equal(twice.apply(program, context).program.run({"x": x}), program.run({"x": x}))
+    entry = catalogue.describe(documented)
+    assert "%neg = aten.neg(%logits)" in entry.snippet
+    assert [o.name for o in entry.options] == ["twice"]
+
+
+def test_documents_name_files_that_exist() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        for path in re.findall(r"`((?:lbllm_compile|passes|codegen|tests|examples|docs)/[\w/.-]*)`", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_the_documented_pipeline_is_the_default_one() -> None:
+    from lbllm_compile import recipe
+
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    documented = re.search(r"`(canonicalize,[^`]*)`", text)
+    assert documented is not None
+    names = [p.name for p in pipeline.parse(documented.group(1))]
+    assert names == [p.name for p in recipe.passes(recipe.Choices(), "cpu")]
+    assert names == re.findall(r"^\| `([a-z-]+)` \| ", text, re.MULTILINE)

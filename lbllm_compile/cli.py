@@ -479,7 +479,7 @@ def _split_debug(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _mistyped_verb(word: str, verbs: list[str]) -> str:
     """What to say when a first word is neither a model nor a verb, but nearly a verb; else nothing."""
     near = difflib.get_close_matches(word, verbs, n=1)
-    if not near or Path(word).exists():
+    if not near or not word.isalpha() or Path(word).exists():
         return ""
     return f"there is no verb or file '{word}' (did you mean '{near[0]}'?)"
 

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -205,13 +206,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     what = f"the directory '{source}'" if local else f"the hub model '{source}'"
-    try:
-        with _quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, local_files_only=local, trust_remote_code=False
-            )
-    except Exception as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error)}") from error
+    module = _from_pretrained(AutoModelForCausalLM, what, source, local_files_only=local, trust_remote_code=False)
     tokenizer = None
     if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         try:
@@ -234,19 +229,40 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
                 f"reading '{path.name}' needs the package {package}; install it with"
                 " `pip install 'lbllm-compile[examples]'`"
             )
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not path.is_file():
+        raise ModelError(f"there is no file '{path}'")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"'{path}' is not a GGUF file (it does not start with the letters GGUF)")
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    # transformers parses the file's header three times and the name table once a module; once each saves most of it.
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        module = _from_pretrained(AutoModelForCausalLM, f"the GGUF file '{path}'", str(path.parent), **options)
+        try:
+            with _quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+        except Exception as error:
+            raise ModelError(f"the tokenizer of the GGUF file '{path}' cannot be loaded: {_reason(error)}") from error
+    return module, tokenizer
+
+
+def _from_pretrained(loader: Any, what: str, source: str | None, **options: Any) -> nn.Module:
+    """``loader.from_pretrained`` in float32, refusing a checkpoint that lacks weights (they would be random)."""
     try:
         with _quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+            module, info = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except Exception as error:
-        raise ModelError(f"the GGUF file '{path}' cannot be loaded: {_reason(error)}") from error
-    return module, tokenizer
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{what} lacks the weight '{missing[0]}' ({len(missing)} missing in all)")
+    return module
 
 
 def _load_gguf(path: Path) -> UserModel:
@@ -270,11 +286,7 @@ def _materialize(module: nn.Module, path: Path) -> nn.Module:
             raise ModelError(f"the weights '{file}' cannot be read: {_reason(error)}") from error
     if _is_causal_lm(module):
         # Only from_pretrained computes buffers that are not stored, such as the rotary frequencies.
-        try:
-            with _quiet_transformers():
-                return type(module).from_pretrained(None, config=module.config, state_dict=state, dtype=torch.float32)  # type: ignore[attr-defined]
-        except Exception as error:
-            raise ModelError(f"the weights '{path}' do not fit the model: {_reason(error)}") from error
+        return _from_pretrained(type(module), f"'{path}'", None, config=module.config, state_dict=state)
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
@@ -317,7 +329,9 @@ def prepare(model: UserModel) -> UserModel:
             module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     except ValueError as error:
         raise ModelError(f"'{model.name}' cannot use torch's attention operator: {_reason(error)}") from error
-    return dataclasses.replace(model, module=module, config=clean_config(config.to_dict()))
+    return dataclasses.replace(
+        model, module=module, config=clean_config(config.to_dict() | {"architectures": [type(module).__name__]})
+    )
 
 
 def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,16 +377,16 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging
 
-    verbosity, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_loader.tqdm
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    gguf_loader.tqdm = functools.partial(bar, disable=True)  # the GGUF loader's bar obeys no setting
+    # The GGUF loader's bar obeys no setting.
+    silent = functools.partial(gguf_loader.tqdm, disable=True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(gguf_loader, "tqdm", silent):
             warnings.simplefilter("ignore")
             yield
     finally:
-        gguf_loader.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
@@ -590,10 +604,19 @@ def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mappin
 
 def fingerprint(program: Program) -> str:
     """SHA-256 of a program's graph and weights: two programs that agree in it compute the same."""
-    digest = hashlib.sha256(str(program.graph).encode())
-    for path, tensor in program.parameters():
-        digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return _hash(program.parameters(), str(program.graph))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's weights and their names."""
+    return _hash(module.named_parameters(), type(module).__qualname__)
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]], preamble: str) -> str:
+    digest = hashlib.sha256(preamble.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

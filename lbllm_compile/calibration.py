@@ -1,0 +1,458 @@
+"""What a model is calibrated on: its own samples, a text, a data set, or example inputs.
+
+By default a language model writes its own calibration text, so that no data is needed (LLM-QAT, arXiv 2305.17888,
+section 3.1): it samples at temperature 1, half of the sequences from its start token, half from random tokens. That
+text is cached, under a key of the weights, the seed and the sizes. ``FILE.txt``, ``FILE.jsonl``, ``FILE.parquet`` and
+``hf:NAME`` name other texts.
+
+All sequences are equally long and none is padded. Calibration and validation sequences never overlap.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor, nn
+
+from . import frontend
+from .codegen.errors import LbllmError
+from .frontend import UserModel, language_model_inputs
+from .passes.base import NoProgress, Progress, batches_of
+from .passes.program import Program
+
+_SAMPLER = 1
+"""Version of the sampling procedure, part of the cache key."""
+
+_OVERSAMPLING = 8
+"""How many times the wanted tokens are read from a text before sequences are picked from them."""
+
+_MODULE_BATCHES = (16, 2)
+"""Most random batches to calibrate and to validate a plain module with."""
+
+_MODULE_ROWS = 64
+"""Rows of such a batch."""
+
+PROBE_SHAPE = (2, 16)
+"""Sequences and tokens of the probe batch."""
+
+Batch = Mapping[str, Tensor]
+
+
+class CalibrationError(LbllmError):
+    """The calibration data the user named cannot be used."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Inputs for the passes that calibrate.
+
+    Attributes:
+        calibration: batches to fit on, each a mapping from placeholder to tensor.
+        validation: held-out batches.
+        probe: one small batch, cut from the validation batches.
+        source: where they come from, in words.
+        sha256: over the token ids (or input tensors) of calibration and validation, in order.
+    """
+
+    calibration: Sequence[Batch]
+    validation: Sequence[Batch]
+    probe: Batch
+    source: str
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens (or rows) in all."""
+        return sum(_rows(batch) for batch in self.calibration)
+
+
+def prepare(
+    model: UserModel,
+    program: Program,
+    source: str | None = None,
+    *,
+    tokens: int = 16384,
+    validation_tokens: int = 2048,
+    length: int = 256,
+    batch: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> CalibrationSet:
+    """Makes the calibration set of a model.
+
+    Args:
+        model: the loaded model; it is the one that samples.
+        program: its captured program.
+        source: ``FILE.txt``, ``FILE.jsonl`` (field ``text``), ``FILE.parquet`` (column ``text``), ``hf:NAME``, or None
+            for the model.py's own hooks and, without those, the model's samples (gaussian inputs for a plain module).
+        tokens, validation_tokens: how many to use, rounded up to whole sequences.
+        length: tokens of a sequence, cut to what the model takes.
+        batch: sequences of a batch.
+        seed: of sampling and of picking sequences.
+        device: where sampling runs.
+        cache_dir: where sampled text is kept; by default the user's cache directory.
+        progress: where to report.
+
+    Raises:
+        CalibrationError: the source is missing, unreadable, empty or too short, or the model cannot use it.
+    """
+    progress = progress or NoProgress()
+    if model.kind != "causal-lm":
+        if source is not None:
+            raise CalibrationError(
+                f"'{model.name}' is no language model, so the text '{source}' cannot calibrate it; define"
+                " calibration_inputs() in its model.py instead"
+            )
+        return _module_set(model, program, tokens, validation_tokens, seed)
+    length = min(length, _longest(model))
+    counts = (math.ceil(tokens / length), math.ceil(validation_tokens / length))
+    if source is None and model.calibration_text is None:
+        sequences = _cached_samples(model, counts, length, seed, torch.device(device), cache_dir, progress)
+        origin = "the model's own samples"
+    else:
+        texts = model.calibration_text() if source is None else read_texts(source)  # type: ignore[misc]
+        origin = source or f"calibration_text() of {model.source}"
+        sequences, counts = _sequences_of_text(model, texts, origin, counts, length, seed, progress)
+    fit, held_out = sequences[: counts[0]], sequences[counts[0] :]
+    rows, columns = PROBE_SHAPE
+    return CalibrationSet(
+        calibration=[language_model_inputs(ids) for ids in fit.split(batch)],
+        validation=[language_model_inputs(ids) for ids in held_out.split(batch)],
+        probe=language_model_inputs(held_out[:rows, :columns].clone()),
+        source=origin,
+        sha256=hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
+    )
+
+
+def _rows(batch: Batch) -> int:
+    tensor = next(iter(batch.values()))
+    return tensor.numel() if "input_ids" in batch else tensor.shape[0]
+
+
+def _vocabulary(model: UserModel) -> int:
+    return int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
+def _longest(model: UserModel) -> int:
+    return int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 1 << 30)
+
+
+# Text
+
+
+def read_texts(source: str) -> Iterator[str]:
+    """The documents of a text source.
+
+    Raises:
+        CalibrationError: it does not exist, has no such format, or holds something else than text.
+    """
+    if source.startswith("hf:"):
+        return _read_data_set(source[3:])
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CalibrationError(f"there is no calibration file '{source}'; name a .txt, .jsonl or .parquet file")
+    readers = {".txt": _read_plain, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise CalibrationError(f"the calibration file '{path}' must end in .txt, .jsonl or .parquet, or be hf:NAME")
+    return readers[path.suffix](path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"the calibration file '{path}' is not UTF-8 text (it has the byte 0x{error.object[error.start]:02x});"
+            " convert it first, e.g. with iconv"
+        ) from error
+    except OSError as error:
+        raise CalibrationError(f"the calibration file '{path}' cannot be read: {error.strerror}") from error
+
+
+def _read_plain(path: Path) -> Iterator[str]:
+    """Blocks of 64 KiB or so, cut at line ends: a plain text is one document."""
+    block: list[str] = []
+    size = 0
+    for line in _lines(path):
+        block.append(line)
+        size += len(line)
+        if size > 1 << 16:
+            yield "".join(block)
+            block, size = [], 0
+    if block:
+        yield "".join(block)
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"line {number} of '{path}' is not JSON: {error.msg}") from error
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise CalibrationError(f"line {number} of '{path}' has no string field 'text'")
+        yield text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    _require("pyarrow", f"reading '{path}'")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise CalibrationError(f"'{path}' is not a readable parquet file: {error}") from error
+    if "text" not in file.schema_arrow.names:
+        raise CalibrationError(f"'{path}' has no column 'text'; it has {', '.join(file.schema_arrow.names)}")
+    for part in file.iter_batches(columns=["text"]):
+        yield from (value for value in part.column(0).to_pylist() if value)
+
+
+def _read_data_set(name: str) -> Iterator[str]:
+    _require("datasets", f"reading the data set '{name}'")
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(name, split="train", streaming=True)
+        for row in stream:
+            if not isinstance(row.get("text"), str):
+                raise CalibrationError(f"the data set '{name}' has no column 'text'; it has {', '.join(row)}")
+            yield row["text"]
+    except LbllmError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CalibrationError(f"the data set '{name}' cannot be read: {reason}") from error
+
+
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise CalibrationError(f"{purpose} needs the package {package}; install it with `pip install {package}`")
+
+
+def _sequences_of_text(
+    model: UserModel,
+    texts: Iterable[str],
+    origin: str,
+    counts: tuple[int, int],
+    length: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Token ids ``[sequences, length]`` picked from a text, and how many of them calibrate and validate.
+
+    A text shorter than asked for is used whole, one sequence in nine for validation.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise CalibrationError(
+            f"'{model.name}' has no tokenizer to read '{origin}' with; define tokenizer() in its model.py"
+        )
+    wanted = sum(counts)
+    stream: list[int] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise CalibrationError(f"{origin} yields {type(text).__name__} instead of strings")
+        stream.extend(tokenizer(text, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        if len(stream) >= _OVERSAMPLING * wanted * length:
+            break
+    available = len(stream) // length
+    if available < 2:
+        raise CalibrationError(
+            f"the calibration text '{origin}' is empty or too short: it has {len(stream)} tokens, at least"
+            f" {2 * length} are needed"
+        )
+    if max(stream) >= _vocabulary(model):
+        raise CalibrationError(
+            f"the tokenizer of '{model.name}' makes the token {max(stream)}, but the model has only"
+            f" {_vocabulary(model)}; use the tokenizer the model was trained with"
+        )
+    if available < wanted:
+        held_out = max(1, available // 9)
+        counts = (available - held_out, held_out)
+        progress.note(f"{origin} has only {available * length} tokens, all of which are used")
+    ids = torch.tensor(stream[: available * length]).view(available, length)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return ids[order[: sum(counts)]], counts
+
+
+# Samples
+
+
+def _cached_samples(
+    model: UserModel,
+    counts: tuple[int, int],
+    length: int,
+    seed: int,
+    device: torch.device,
+    cache_dir: Path | None,
+    progress: Progress,
+) -> Tensor:
+    from safetensors.torch import load_file, save_file
+
+    sequences = sum(counts)
+    directory = cache_dir or Path(platformdirs.user_cache_dir("lbllm-compile")) / "calibration"
+    key = json.dumps([_SAMPLER, frontend.weights_hash(model.module), sequences, length, seed, device.type])
+    path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            ids = load_file(path)["input_ids"].long()
+        except Exception as error:
+            progress.note(f"the cached calibration text {path} is damaged ({error}); it is sampled again")
+        else:
+            if ids.shape == (sequences, length):
+                return ids
+    ids = sample(model, sequences, length, seed, device, progress)
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+    os.close(handle)
+    save_file({"input_ids": ids.int()}, temporary)
+    os.replace(temporary, path)
+    return ids
+
+
+@torch.inference_mode()
+def sample(
+    model: UserModel,
+    sequences: int,
+    length: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Samples token ids ``int64 [sequences, length]`` from a language model at temperature 1.
+
+    Every second sequence starts with the model's start token (where it has one), the others with a random token. The
+    weights are bfloat16 where the device multiplies that natively: the text needs to be likely, not exact.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(_vocabulary(model), (sequences, 1), generator=generator)
+    start = model.config.get("bos_token_id")
+    if isinstance(start, int) and 0 <= start < _vocabulary(model):
+        first[::2] = start
+    module = model.module
+    if device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False):
+        module = _bfloat16_copy(module, device)
+    return _generate(module, first, length, generator, progress or NoProgress())
+
+
+def _bfloat16_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy with bfloat16 parameters; buffers, such as rotary frequencies, keep their precision."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to(device, torch.bfloat16), False) for p in module.parameters()}
+    memo.update({id(b): b.to(device) for b in module.buffers()})
+    return copy.deepcopy(module, memo)
+
+
+def _generate(module: nn.Module, first: Tensor, length: int, generator: torch.Generator, progress: Progress) -> Tensor:
+    from transformers.cache_utils import Cache
+
+    device = next(module.parameters()).device
+    layers = module.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    cache = Cache(layers=[_preallocated_layer(length) for _ in range(layers)])
+    ids = first
+    with progress.task("sampling the calibration text", length - 1) as task:
+        for _ in range(length - 1):
+            logits = module(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+            ids = torch.cat([ids, _draw(logits.float().cpu(), generator)], 1)
+            task.advance()
+    return ids
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row ``[B, 1]`` from logits ``[B, V]``, by inverting the distribution function."""
+    cumulative = torch.softmax(logits, -1).cumsum(-1)
+    point = torch.rand((len(logits), 1), generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[-1] - 1)
+
+
+def _preallocated_layer(capacity: int) -> Any:
+    """A KV cache layer that writes into place, where transformers' own copies all it has at every token."""
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):
+        used = 0
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.stored = [x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in (key_states, value_states)]
+            end = self.used + key_states.shape[2]
+            for stored, new in zip(self.stored, (key_states, value_states), strict=True):
+                stored[:, :, self.used : end] = new
+            self.used = end
+            self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
+            return self.keys, self.values
+
+    return PreallocatedLayer()
+
+
+# Plain modules
+
+
+def _module_set(model: UserModel, program: Program, tokens: int, validation_tokens: int, seed: int) -> CalibrationSet:
+    """Batches for a module that is no language model: the user's, or gaussian ones like its example."""
+    if model.calibration_inputs is not None:
+        origin = f"calibration_inputs() of {model.source}"
+        batches = [frontend.bind_inputs(model.module, inputs) for inputs in model.calibration_inputs()]
+        if len(batches) < 2:
+            raise CalibrationError(f"{origin} yields {len(batches)} batches; at least 2 are needed")
+        held_out = max(1, len(batches) // 9)
+        fit, validation = batches[:-held_out], batches[-held_out:]
+    else:
+        origin = "random inputs like example_inputs()"
+        rows = _MODULE_ROWS if _batch_is_dynamic(program) else _rows(model.inputs)
+        generator = torch.Generator().manual_seed(seed)
+        wanted = zip((tokens, validation_tokens), _MODULE_BATCHES, strict=True)
+        counts = [min(most, max(1, math.ceil(count / rows))) for count, most in wanted]
+        fit, validation = ([_variation(model.inputs, rows, generator) for _ in range(count)] for count in counts)
+    digest = hashlib.sha256()
+    for batch in chain(fit, validation):
+        for name, tensor in batch.items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    probe = next(batches_of(validation[0], 4)) if _batch_is_dynamic(program) else validation[0]
+    return CalibrationSet(fit, validation, probe, origin, digest.hexdigest())
+
+
+def _batch_is_dynamic(program: Program) -> bool:
+    """Whether the first dimension of the program's inputs is free."""
+    return all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in program.placeholders())
+
+
+def _variation(inputs: Batch, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs with the mean and spread of the example: gaussian, or uniform over the range of integers."""
+    batch = {}
+    for name, example in inputs.items():
+        shape = (rows, *example.shape[1:]) if example.dim() else ()
+        if example.is_floating_point():
+            spread = float(example.std()) if example.numel() > 1 else 1.0
+            batch[name] = torch.randn(shape, generator=generator) * (spread or 1.0) + float(example.mean())
+        elif example.dtype is torch.bool:
+            batch[name] = torch.rand(shape, generator=generator) < 0.5
+        else:
+            low, high = int(example.min()), int(example.max())
+            batch[name] = torch.randint(low, high + 1, shape, generator=generator, dtype=example.dtype)
+    return batch

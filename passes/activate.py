@@ -91,7 +91,7 @@ class Activate(Pass):
         self._check(program)
         program = insert_quantizers(program, self.bits, self.group, self.kv)
         teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(teacher_layers.prologue, context, self.batch)
+        chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
         untrained = chains.student_validation.fork()
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codegen.format import QuantizedWeight
 from .base import PassContext, PassError
-from .layers import Activations, Layers, Stage, Values, rebatch, split
+from .layers import Activations, Layers, Stage, Values, calibration_batches, split
 from .program import Program, set_attribute
 from .ptq import FIELDS
 from .simulate import Lifted
@@ -51,10 +51,10 @@ class Chains:
     student_validation: Activations
 
     @classmethod
-    def start(cls, prologue: Stage, context: PassContext, batch: int) -> Chains:
+    def start(cls, program: Program, prologue: Stage, context: PassContext, batch: int) -> Chains:
         """Runs the prologue, which both models share, on batches of ``batch`` sequences."""
-        training = Activations(rebatch(context.calibration, batch))
-        validation = Activations(rebatch(context.validation, batch))
+        training = Activations(calibration_batches(program, context.calibration, batch))
+        validation = Activations(calibration_batches(program, context.validation, batch))
         training.advance(prologue)
         validation.advance(prologue)
         return cls(training, training.fork(), validation, validation.fork())

@@ -65,7 +65,7 @@ class Distill(Pass):
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(teacher_layers.prologue, context, self.batch)
+        chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))

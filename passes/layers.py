@@ -162,7 +162,7 @@ def partition(
         built = _build(module, members[index], inputs[index], outputs)
         names = tuple(n.name for n in inputs[index])
         stages.append(Stage(built, names, tuple(n.name for n in outputs), alive))
-        alive = alive | set(names)
+        alive = (alive - set(stages[-1].outputs)) | set(names)
     return stages[::-1]
 
 
@@ -184,8 +184,13 @@ def set_weight(stage: Stage, path: str, value: Tensor) -> None:
     set_attribute(stage.module, path, value)
 
 
-def rebatch(batches: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Batches of ``size`` sequences (the last of each length may be smaller) from batches of any size."""
+def calibration_batches(program: Program, batches: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+    """A language model's batches as ones of ``size`` sequences (the last of each length may be smaller).
+
+    A plain module keeps its batches: it may not take others.
+    """
+    if program.kind != "causal-lm":
+        return [dict(b) for b in batches]
     merged: list[dict[str, Any]] = []
     for batch in batches:
         last = merged[-1] if merged else None

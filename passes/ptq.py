@@ -36,7 +36,7 @@ from ..codegen.format import GROUPS, QuantizedWeight
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .fit import CalibrationError, Fit, factor, fit
-from .layers import Activations, Stage, Values, rebatch, segments, set_weight, split
+from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .observe import STAT, decoder_linears
 from .program import Program, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
@@ -72,7 +72,7 @@ class Ptq(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program, context)
         layers = split(program)
-        chain = Activations(rebatch(context.calibration, BATCH))
+        chain = Activations(calibration_batches(program, context.calibration, BATCH))
         chain.advance(layers.prologue)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
@@ -292,7 +292,8 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
         for linear in linears:
             path, weight = linear.meta[LINEAR].weight, linear.args[1]
             if path not in unpacked:
-                others = [u for u in weight.users if LINEAR not in u.meta]
+                readers = [u for n in graph.nodes if n.op == "get_attr" and n.target == path for u in n.users]
+                others = [u for u in readers if LINEAR not in u.meta or u.meta[LINEAR].role != "decoder"]
                 if others:
                     raise PassError(f"the weight '{path}' is also used by '{others[0].name}'; exclude it by keep_dense")
                 in_features = get_attribute(module, path).shape[-1]

@@ -64,7 +64,7 @@ def build_kernels(
         progress=progress,
     )
     if cpu is None:
-        progress.note(f"no CPU target was asked for: the compile's own check runs on untuned {host.target.name} kernels")
+        progress.note(f"no CPU target was asked for; the compile checks itself on untuned {host.target.name} kernels")
     sources = {f"{name}.py": text for name, text in host.sources().items()} if cpu else {}
     archs = [t.arch for t in targets if t.kind == "cuda"]
     if not archs:

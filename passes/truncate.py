@@ -29,6 +29,10 @@ def first_layer_only(program: Program) -> Program | None:
     out_of_last[0].replace_all_uses_with(
         into_second[0], delete_user_cb=lambda user: user.meta.get(LAYER_KEY) != layers[-1]
     )
+    for node in reversed(after.graph.nodes):
+        # Explicitly, because dead-code elimination keeps attention: with dropout it would draw random numbers.
+        if node.meta.get(LAYER_KEY) in layers[1:] and not node.users:
+            after.graph.erase_node(node)
     after.graph.eliminate_dead_code()
     prune_attributes(after.module)
     after.module.recompile()

@@ -1,0 +1,333 @@
+"""``compile()``: the whole job on a page. A model goes in, a directory that runs anywhere comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbllm_compile import __version__, artifact, calibration, frontend, preflight, recipe, sheet
+from lbllm_compile.calibration import CalibrationSet
+from lbllm_compile.checkpoint import WorkDir
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.targets import Target, parse_targets
+from lbllm_compile.frontend import UserModel
+from lbllm_compile.kernels import build_kernels
+from lbllm_compile.passes import dump, pipeline
+from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.pipeline import Listener, PassRecord
+from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.runtime.model import CompiledModel
+
+REHEARSAL_TOKENS = 64
+"""Calibration tokens of a preflight on its own."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the command line of a compile can say.
+
+    Attributes:
+        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id.
+        target: what to generate kernels for; several separated by commas.
+        out: the directory to write; ``<model name>-lbllm`` by default.
+        recipe, preset: see :mod:`lbllm_compile.recipe`.
+        pipeline: pipeline text instead of the recipe's.
+        calibration: calibration text; the model's own samples by default.
+        group, act_bits, kv_bits, keep_dense: override the recipe's.
+        device: where calibration runs: ``auto``, ``cpu`` or ``cuda``.
+        work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
+        seed: of every random choice.
+        dump_dir: where to write the graph after every pass, as text.
+        fresh: start over instead of resuming.
+    """
+
+    model: str
+    target: str = "cpu"
+    out: Path | None = None
+    recipe: str | None = None
+    preset: str | None = None
+    pipeline: str | None = None
+    calibration: str | None = None
+    group: int | None = None
+    act_bits: int | None = None
+    kv_bits: int | None = None
+    keep_dense: tuple[str, ...] = ()
+    device: str = "auto"
+    work_dir: Path | None = None
+    seed: int = 0
+    dump_dir: Path | None = None
+    print_after: tuple[str, ...] = ()
+    time_passes: bool = False
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compile did.
+
+    Attributes:
+        out: the artifact.
+        records: one per pass.
+        sheet: sizes, perplexities and speeds, see :func:`lbllm_compile.sheet.measure`.
+        resumed: finished pieces taken over from an interrupted compile.
+        seconds: wall time by phase.
+    """
+
+    out: Path
+    records: list[PassRecord]
+    sheet: Mapping[str, Any]
+    resumed: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "passes": [dataclasses.asdict(r) for r in self.records],
+            "sheet": dict(self.sheet),
+            "resumed": self.resumed,
+            "seconds": dict(self.seconds),
+        }
+
+
+class Clock:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compile that has been read and checked but not started.
+
+    Attributes:
+        passes: the pipeline.
+        preset: how much work.
+        targets: parsed ``options.target``.
+        program: the captured model, before the first pass.
+        out: where the artifact goes.
+    """
+
+    options: CompileOptions
+    model: UserModel
+    passes: list[Pass]
+    preset: recipe.Preset
+    targets: tuple[Target, ...]
+    program: Program
+    out: Path
+
+
+def compile(
+    options: CompileOptions, *, progress: Progress | None = None, listener: Listener | None = None
+) -> CompileReport:
+    """Compiles a model and writes the artifact.
+
+    Finished layers are kept in the work directory, so that a compile that was interrupted, even killed, goes on where
+    it was when the same command is given again.
+
+    Raises:
+        LbllmError: the user's part is wrong, or a check failed; the message is one sentence.
+    """
+    progress = progress or NoProgress()
+    clock = Clock()
+    job = prepare(options, progress)
+    clock.lap("capture")
+    data = calibration.prepare(
+        job.model,
+        job.program,
+        options.calibration,
+        tokens=job.preset.sequences * job.preset.sequence_length,
+        validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
+        length=job.preset.sequence_length,
+        seed=options.seed,
+        device=_device(options.device),
+        progress=progress,
+    )
+    clock.lap("calibration data")
+    facts = fingerprint(job, data)
+    work = WorkDir(options.work_dir or job.out.with_name(job.out.name + ".lbllm-work"), facts, fresh=options.fresh)
+    try:
+        if not work.finished():
+            preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
+            clock.lap("preflight")
+        program, records, history = _transform(job, data, work, progress, listener)
+        clock.lap("passes")
+        kernels = build_kernels(
+            program,
+            job.targets,
+            trials=job.preset.tune_trials,
+            budget_s=job.preset.tune_seconds,
+            progress=progress,
+        )
+        clock.lap("kernels")
+        check = sheet.check_outputs(CompiledModel(program, kernels.host), data.probe)
+        artifact.save(
+            program,
+            job.out,
+            lock=lock(job, facts, data, check),
+            history=history,
+            records=kernels.records,
+            sources=kernels.sources,
+            binaries=kernels.binaries,
+        )
+        clock.lap("artifact")
+        figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
+        clock.lap("speed and size sheet")
+    except BaseException:
+        work.release()
+        raise
+    work.remove()
+    return CompileReport(job.out, records, figures, work.reused, clock.seconds)
+
+
+def rehearse(options: CompileOptions, progress: Progress | None = None) -> preflight.Rehearsal:
+    """Takes one decoder layer of a model through every pass and its kernels, on a few tokens; writes nothing.
+
+    Raises:
+        LbllmError: what would stop the compile.
+    """
+    progress = progress or NoProgress()
+    job = prepare(options, progress)
+    data = calibration.prepare(
+        job.model,
+        job.program,
+        options.calibration,
+        tokens=REHEARSAL_TOKENS,
+        validation_tokens=REHEARSAL_TOKENS,
+        length=REHEARSAL_TOKENS // 2,
+        seed=options.seed,
+        device=_device(options.device),
+        progress=progress,
+    )
+    return preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
+
+
+def _transform(
+    job: Job, data: CalibrationSet, work: WorkDir, progress: Progress, listener: Listener | None
+) -> tuple[Program, list[PassRecord], list[tuple[str, Program]]]:
+    """Runs the pipeline; returns the lowered program, a record per pass, and ``(pass name, program after it)``."""
+    context = PassContext(
+        calibration=data.calibration,
+        validation=data.validation,
+        probe=data.probe,
+        target=job.options.target,
+        device=_device(job.options.device),
+        seed=job.options.seed,
+        progress=progress,
+        checkpoints=work,
+    )
+    dumps = Dumps(job.options.dump_dir)
+    history: list[tuple[str, Program]] = []
+
+    def after_pass(record: PassRecord, before: Program, after: Program) -> None:
+        history.append((record.name, after))
+        dumps.write(record, after)
+        if listener is not None:
+            listener(record, before, after)
+
+    program, records = pipeline.run(job.program, job.passes, context, after_pass)
+    return program, records, history
+
+
+def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
+    """Reads everything the user named and captures the model; nothing is written.
+
+    Raises:
+        LbllmError: something the user named is missing or wrong.
+    """
+    targets = parse_targets(options.target)
+    choices = recipe.choices(options)
+    passes = recipe.passes(choices, options.target)
+    _device(options.device)
+    if options.out is not None:
+        artifact.check_destination(options.out)
+    with (progress or NoProgress()).task("reading and capturing the model", 2) as task:
+        model = frontend.load(options.model)
+        task.advance("read")
+        if model.recipe:
+            choices = recipe.choices(options, model.recipe)
+            passes = recipe.passes(choices, options.target)
+        out = options.out or Path(f"{model.name}-lbllm")
+        artifact.check_destination(out)
+        program = frontend.capture(model)
+        task.advance("captured")
+    return Job(options, model, passes, recipe.preset(choices.preset), targets, program, out)
+
+
+def fingerprint(job: Job, data: CalibrationSet) -> dict[str, str]:
+    """Everything that decides the weights of the artifact, hashed or in words."""
+    return {
+        "model": frontend.fingerprint(job.program),
+        "calibration": data.sha256,
+        "pipeline": pipeline.render(job.passes, full=True),
+        "seed": str(job.options.seed),
+        "threads": str(torch.get_num_threads()),
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def lock(job: Job, facts: Mapping[str, str], data: CalibrationSet, check: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave."""
+    return {
+        **facts,
+        "source": str(Path(job.model.source).resolve()) if Path(job.model.source).exists() else job.model.source,
+        "calibration_source": data.source,
+        "target": job.options.target,
+        "versions": artifact.versions(),
+        "check": dict(check),
+    }
+
+
+class Dumps:
+    """Numbered text files of the graph after every pass.
+
+    Raises:
+        LbllmError: the directory holds files that are not such dumps, or cannot be written.
+    """
+
+    def __init__(self, directory: Path | None):
+        self._directory = directory
+        if directory is None:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            foreign = [p.name for p in directory.iterdir() if not (p.suffix == ".txt" and p.name[:3].isdigit())]
+        except OSError as error:
+            raise LbllmError(f"cannot write dumps to {directory}: {error.strerror}; pass another --dump-dir") from error
+        if foreign:
+            raise LbllmError(f"{directory} holds other files ('{foreign[0]}'); pass an empty --dump-dir")
+        for old in directory.iterdir():
+            old.unlink()
+
+    def write(self, record: PassRecord, program: Program) -> None:
+        if self._directory is None:
+            return
+        header = (
+            f"after {record.text} ({record.seconds:.1f} s, {record.nodes_before} -> {record.nodes_after} nodes,"
+            f" {record.contract}, probe error {record.error:.3g})"
+        )
+        (self._directory / f"{record.index:03d}_{record.name}.txt").write_text(dump.render(program, header))
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        hint = suggestion(name, ("auto", "cpu", "cuda"))
+        raise LbllmError(f"--device cannot be '{name}'{hint}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LbllmError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

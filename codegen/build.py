@@ -7,22 +7,30 @@ reference bit for bit on this machine in this process.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import prove
-from .errors import KernelError
+from .errors import KernelError, TargetError
 from .format import QuantizedWeight
+from .progress import NoProgress, Progress
 from .reference import value_dtype
 from .spec import LinearSpec, QuantizeSpec
-from .targets import Target
+from .targets import Target, runnable_targets
+from .threads import thread_count
+from .tune.database import Database, Key, Result, cache_directory
+from .tune.measure import Measurer, Outcome, Request
+from .tune.search import search
 
 if TYPE_CHECKING:
-    from .kernels.cpu import Implementation
+    from .kernels.cpu import Bucket, Implementation, Schedule
 
 __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
 
@@ -30,12 +38,8 @@ PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
 
 
-class Progress(Protocol):
-    """What a build tells while it works."""
-
-    def start(self, total: int, what: str) -> None: ...
-
-    def advance(self, note: str = "") -> None: ...
+TIMING_SECONDS = 0.02
+"""How long one candidate is timed."""
 
 
 class LinearKernel:
@@ -205,7 +209,7 @@ class KernelSet:
         trials: int = 16,
         budget_s: float | None = None,
         progress: Progress | None = None,
-        records: list[dict[str, Any]] | None = None,
+        records: Sequence[Mapping[str, Any]] | None = None,
     ) -> KernelSet:
         """Picks schedules, compiles the kernels and proves them on this machine.
 
@@ -223,44 +227,37 @@ class KernelSet:
             TargetError: this machine cannot run the target.
         """
         from .kernels import cpu
-        from .tvm_api import compile_functions
 
-        functions, chosen, sources = {}, [], {}
+        if target.kind != "cpu" or not target.runs_here:
+            raise TargetError(
+                f"this machine cannot run {target.name}; its own targets: {', '.join(runnable_targets())}"
+            )
+        progress = progress or NoProgress()
         implementations = {spec: cpu.linear(spec, target) for spec in dict.fromkeys(linears)}
-        for i, (spec, implementation) in enumerate(implementations.items()):
-            for b, bucket in enumerate(cpu.BUCKETS):
-                schedule = implementation.schedules(bucket)[0]
-                function = implementation.function(schedule)
-                functions[f"linear{i}_{b}"] = function
-                sources[f"linear{i}_{b}"] = function.script()
-                chosen.append(
-                    {"spec": dataclasses.asdict(spec), "bucket": bucket.name, "schedule": dataclasses.asdict(schedule)}
-                )
-        wanted = list(dict.fromkeys(quantizers))
-        for i, spec in enumerate(wanted):
-            for parallel in (False, True):
-                functions[f"quantize{i}_{int(parallel)}"] = cpu.quantizer(spec, target, parallel)
-        library = compile_functions(functions, target.llvm)
-        linear_kernels = {}
-        for i, (spec, implementation) in enumerate(implementations.items()):
-            by_bucket = [(bucket, library[f"linear{i}_{b}"]) for b, bucket in enumerate(cpu.BUCKETS)]
-            for case in prove.linear_cases(spec):
-                packed = implementation.pack(case.weight, case.bias)
-                for bucket, function in by_bucket:
-                    counts = prove.token_counts(bucket.lowest, bucket.highest)
-                    failure = prove.linear_failure(function, packed, case, counts)
-                    if failure:
-                        raise prove.disproved(str(spec), failure)
-            linear_kernels[spec] = LinearKernel(spec, implementation, [(b.highest, f) for b, f in by_bucket])
-        quantize_kernels = {}
-        for i, spec in enumerate(wanted):
-            pair = [library[f"quantize{i}_{int(parallel)}"] for parallel in (False, True)]
-            for function in pair:
-                failure = prove.quantizer_failure(function, spec, [1, 7, prove.TOKENS])
-                if failure:
-                    raise prove.disproved(str(spec), failure)
-            quantize_kernels[spec] = QuantizeKernel(spec, *pair)
-        return cls(target, linear_kernels, quantize_kernels, chosen, sources)
+        chosen = _choose_schedules(
+            implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
+        )
+        sources: dict[str, str] = {}
+        with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
+            linear_kernels = {}
+            for spec, implementation in implementations.items():
+                schedules = {bucket: chosen[spec, bucket.name] for bucket in cpu.BUCKETS}
+                linear_kernels[spec] = _prove_linear(implementation, target, schedules, sources)
+                task.advance()
+            quantize_kernels = {}
+            for spec in dict.fromkeys(quantizers):
+                quantize_kernels[spec] = _prove_quantizer(spec, target, sources)
+                task.advance()
+        stored = [
+            {
+                "spec": dataclasses.asdict(spec),
+                "tokens": tokens,
+                "target": target.name,
+                "schedule": dataclasses.asdict(schedule),
+            }
+            for (spec, tokens), schedule in chosen.items()
+        ]
+        return cls(target, linear_kernels, quantize_kernels, stored, sources)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         """The kernel of a linear.
@@ -289,3 +286,104 @@ class KernelSet:
     def sources(self) -> dict[str, str]:
         """Each kernel's generated TVMScript, for reading only."""
         return self._sources
+
+
+def _choose_schedules(
+    implementations: Mapping[LinearSpec, Implementation],
+    target: Target,
+    cache_dir: Path,
+    trials: int,
+    budget_s: float | None,
+    progress: Progress,
+    records: Sequence[Mapping[str, Any]],
+) -> dict[tuple[LinearSpec, str], Schedule]:
+    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess."""
+    from .kernels import cpu
+    from .tvm_api import VERSION
+
+    given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
+    database = Database(cache_dir)
+    chosen: dict[tuple[LinearSpec, str], Schedule] = {}
+    missing: list[tuple[Key, Bucket]] = []
+    for spec, implementation in implementations.items():
+        for bucket in cpu.BUCKETS:
+            key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
+            space = implementation.schedules(bucket)
+            fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
+            if fields is None and (result := database.find(key)):
+                fields = result.schedule
+            stored = None if fields is None else cpu.schedule_from(fields)
+            chosen[spec, bucket.name] = stored if stored in space else space[0]
+            if stored not in space:
+                missing.append((key, bucket))
+    if not missing or trials < 1:
+        return chosen
+    started = time.monotonic()
+    with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
+        for done, (key, bucket) in enumerate(missing):
+            deadline = math.inf
+            if budget_s is not None:  # an equal share of what is left for each search that is left
+                now = time.monotonic()
+                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
+
+            def measure(schedules: list[Schedule], key: Key = key, bucket: Bucket = bucket) -> list[Outcome]:
+                forms = [dataclasses.asdict(schedule) for schedule in schedules]
+                return measurer.measure(Request(key.spec, target.name, bucket.name, forms, TIMING_SECONDS))
+
+            found = search(implementations[key.spec].schedules(bucket), measure, trials, deadline)
+            if found is None:
+                raise KernelError(
+                    f"no candidate kernel of {key.spec} works on this machine; run 'lbllm-compile doctor'"
+                )
+            for failure in found.failures:
+                progress.note(f"a candidate kernel was discarded: {failure}")
+            chosen[key.spec, bucket.name] = found.schedule
+            database.add(key, Result(dataclasses.asdict(found.schedule), found.microseconds, found.trials))
+            task.advance(
+                f"{key.spec.out_features}x{key.spec.in_features}, {bucket.name} tokens: {found.microseconds:.0f} us"
+            )
+    return chosen
+
+
+def _prove_linear(
+    implementation: Implementation, target: Target, schedules: Mapping[Bucket, Schedule], sources: dict[str, str]
+) -> LinearKernel:
+    """Compiles a linear's kernels and holds them against the reference."""
+    from .tvm_api import compile_functions
+
+    spec = implementation.spec
+    functions = {}
+    for i, schedule in enumerate(schedules.values()):
+        functions[f"{_name(spec)}_{i}"] = implementation.function(schedule)
+    library = compile_functions(functions, target.llvm)
+    for case in prove.linear_cases(spec):
+        packed = implementation.pack(case.weight, case.bias)
+        for bucket, name in zip(schedules, functions, strict=True):
+            counts = prove.token_counts(bucket.lowest, bucket.highest)
+            if failure := prove.linear_failure(library[name], packed, case, counts):
+                raise prove.disproved(str(spec), failure)
+    sources |= {name: function.script() for name, function in functions.items()}
+    callables = [(bucket.highest, library[name]) for bucket, name in zip(schedules, functions, strict=True)]
+    return LinearKernel(spec, implementation, callables)
+
+
+def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]) -> QuantizeKernel:
+    """Compiles a quantizer's kernels and holds them against the reference."""
+    from .kernels import cpu
+    from .tvm_api import compile_functions
+
+    name = f"quantize{spec.bits}_{spec.in_features}_g{spec.group}"
+    functions = {f"{name}_{mode}": cpu.quantizer(spec, target, mode == "parallel") for mode in ("serial", "parallel")}
+    library = compile_functions(functions, target.llvm)
+    for function in functions:
+        if failure := prove.quantizer_failure(library[function], spec, [1, 7, prove.TOKENS]):
+            raise prove.disproved(str(spec), failure)
+    sources |= {name: function.script() for name, function in functions.items()}
+    return QuantizeKernel(spec, *(library[function] for function in functions))
+
+
+def _name(spec: LinearSpec) -> str:
+    """A symbol and file name for a linear."""
+    token = "t" if spec.per_token else ""
+    bias = "_bias" if spec.bias else ""
+    return f"{spec.kind}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{token}{bias}"

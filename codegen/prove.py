@@ -1,9 +1,9 @@
 """Proof that a kernel computes what the reference defines, on this very machine, bit for bit.
 
 Every case is computed once by the reference for :data:`TOKENS` tokens; as tokens are independent, its first rows are
-the expected output of a call with fewer. Rows are independent, too, so a large matrix repeats a prime number of distinct
-rows, which keeps a proof cheap and still tells misplaced rows. Weights alternate between random draws and the format's
-extremes.
+the expected output of a call with fewer. Rows are independent, too, so a large matrix repeats a prime number of
+distinct rows, which keeps a proof cheap and still tells misplaced rows. Weights alternate between random draws and the
+format's extremes.
 """
 
 from __future__ import annotations

@@ -88,3 +88,8 @@ def known_targets() -> list[str]:
     """Every text :meth:`Target.parse` accepts."""
     families = [*x86.ARCHITECTURES, generic.FAMILY]
     return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in cuda.ARCHITECTURES)]
+
+
+def runnable_targets() -> list[str]:
+    """The CPU targets whose kernels this machine runs, best first."""
+    return [f"cpu:{family}" for family in host.families()]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..cache import cache_directory, write_atomically
 from ..errors import KernelError, TargetError
@@ -46,6 +46,7 @@ WORKERS = 4
 """Most compilers and emulators at work at once."""
 
 Form = Literal["gemv", "gemm", "quantize"]
+_S = TypeVar("_S")
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
@@ -67,69 +68,6 @@ def parse_architectures(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@dataclass(frozen=True)
-class CudaKernel:
-    """One generated kernel for one architecture.
-
-    Attributes:
-        spec: what it computes.
-        form: ``"gemv"`` (one token), ``"gemm"`` (any number of tokens) or ``"quantize"``.
-        arch: e.g. ``"sm_90"``.
-        schedule: how it is cut, as text.
-        source: the CUDA text.
-        cubin: the compiled kernel.
-        symbol: its name in ``cubin``.
-        parameters: names of its parameters, in launch order; ``tokens`` is an ``int``, all others are pointers.
-        block: threads along x, y, z.
-        grid_x: thread blocks along x, 0 for one per token.
-        tokens_per_block: tokens of a thread block along y; 0 where the grid has no y.
-        registers: per thread.
-        spills: bytes of spill stores and loads per thread.
-        shared_bytes: static shared memory per block.
-        proof: how it was checked.
-    """
-
-    spec: LinearSpec | QuantizeSpec
-    form: Form
-    arch: str
-    schedule: str
-    source: str
-    cubin: bytes
-    symbol: str
-    parameters: tuple[str, ...]
-    block: tuple[int, int, int]
-    grid_x: int
-    tokens_per_block: int
-    registers: int
-    spills: int
-    shared_bytes: int
-    proof: str
-
-    @property
-    def name(self) -> str:
-        """A file name stem, unique among the kernels of a model."""
-        return f"{kernel_name(self.spec, self.form)}_{self.arch}"
-
-    def grid(self, tokens: int) -> tuple[int, int, int]:
-        """Thread blocks along x, y, z for a number of tokens.
-
-        Raises:
-            KernelError: the kernel's 32-bit indices do not reach that many.
-        """
-        columns = self.spec.out_features if isinstance(self.spec, LinearSpec) else 0
-        if tokens * max(columns, self.spec.in_features + 256) >= 2**31 or (self.form == "gemv" and tokens != 1):
-            raise KernelError(f"{self.name} cannot take {tokens} tokens at once; split the call")
-        x = self.grid_x or tokens
-        return x, -(-tokens // self.tokens_per_block) if self.tokens_per_block else 1, 1
-
-    def record(self) -> dict[str, object]:
-        """Everything but source and cubin, for JSON."""
-        fields = asdict(self)
-        cubin = fields.pop("cubin")
-        fields.pop("source")
-        return fields | {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
-
-
 def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
     """A name that says what the kernel computes, usable as a C symbol."""
     if isinstance(spec, QuantizeSpec):
@@ -140,8 +78,20 @@ def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
 
 
 @dataclass(frozen=True)
-class Emitted:
-    """A kernel's text and launch shape, before any CUDA compiler has seen it."""
+class EmittedKernel:
+    """A kernel's text and launch shape, before any CUDA compiler has seen it.
+
+    Attributes:
+        spec: what it computes.
+        form: ``"gemv"`` (one token), ``"gemm"`` (any number of tokens) or ``"quantize"``.
+        schedule: how it is cut.
+        source: the CUDA text.
+        symbol: the kernel's name in it.
+        parameters: names of its parameters, in launch order; ``tokens`` is an ``int``, all others are pointers.
+        block: threads along x, y, z.
+        rows_per_block: weight rows of a thread block; 0 for a quantizer.
+        tokens_per_block: tokens of a thread block.
+    """
 
     spec: LinearSpec | QuantizeSpec
     form: Form
@@ -150,11 +100,57 @@ class Emitted:
     symbol: str
     parameters: tuple[str, ...]
     block: tuple[int, int, int]
-    grid_x: int
+    rows_per_block: int
     tokens_per_block: int
 
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        """Thread blocks along x, y, z for a number of tokens.
 
-def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Schedule | None = None) -> Emitted:
+        Raises:
+            KernelError: the kernel's 32-bit indices do not reach that many.
+        """
+        columns = self.spec.out_features if isinstance(self.spec, LinearSpec) else 0
+        widest = max(columns, self.spec.in_features + 256)
+        if tokens < 1 or tokens * widest >= 2**31 or (self.form == "gemv" and tokens != 1):
+            raise KernelError(f"{self.symbol} cannot take {tokens} tokens at once; split the call")
+        down = -(-tokens // self.tokens_per_block)
+        return (-(-columns // self.rows_per_block), down, 1) if self.rows_per_block else (down, 1, 1)
+
+
+@dataclass(frozen=True)
+class CudaKernel(EmittedKernel):
+    """A kernel compiled for one architecture.
+
+    Attributes:
+        arch: e.g. ``"sm_90"``.
+        cubin: the ELF image.
+        registers: per thread.
+        spills: bytes of spill stores and loads per thread.
+        shared_bytes: static shared memory per block.
+        proof: how it was checked.
+    """
+
+    arch: str
+    cubin: bytes
+    registers: int
+    spills: int
+    shared_bytes: int
+    proof: str
+
+    @property
+    def name(self) -> str:
+        """A file name stem, unique among the kernels of a model."""
+        return f"{kernel_name(self.spec, self.form)}_{self.arch}"
+
+    def record(self) -> dict[str, object]:
+        """Everything but source and cubin, for JSON."""
+        fields = asdict(self)
+        cubin = fields.pop("cubin")
+        fields.pop("source")
+        return fields | {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
+
+
+def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Schedule | None = None) -> EmittedKernel:
     """Generates the CUDA text of one kernel through TVM.
 
     Args:
@@ -171,26 +167,37 @@ def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Sched
     from ..kernels.cuda_text import signature
     from ..tvm_api import cuda_source
 
-    name = kernel_name(spec, form)
-    tokens_per_block = 0
+    block: tuple[int, int, int]
     if isinstance(spec, QuantizeSpec):
-        chosen = schedule or quantizer.quantize_schedules(spec)[0]
-        function = quantizer.quantize(spec, chosen)
-        block, grid_x = (32, chosen.warps, 1), 0
+        chosen = _chosen(schedule, quantizer.quantize_schedules(spec))
+        function, block = quantizer.quantize(spec, chosen), (quantizer.LANES, chosen.warps, 1)
+        rows_per_block, tokens_per_block = 0, 1
     elif form == "gemv":
-        chosen = schedule or dp4a.gemv_schedules(spec)[0]
-        function = dp4a.gemv(spec, chosen)
-        block = (32, chosen.row_warps * chosen.slice_warps, 1)
-        grid_x = -(-spec.out_features // (dp4a.ROWS * chosen.row_warps))
+        chosen = _chosen(schedule, dp4a.gemv_schedules(spec))
+        function, block = dp4a.gemv(spec, chosen), (dp4a.ROWS, chosen.row_warps * chosen.slice_warps, 1)
+        rows_per_block, tokens_per_block = dp4a.ROWS * chosen.row_warps, 1
     else:
-        chosen = schedule or dp4a.gemm_schedules(spec)[0]
-        function = dp4a.gemm(spec, chosen)
-        block = (*chosen.threads, 1)
-        grid_x, tokens_per_block = -(-spec.out_features // chosen.rows), chosen.tokens
-    text = PREAMBLE + cuda_source(function, name, arch)
+        chosen = _chosen(schedule, dp4a.gemm_schedules(spec))
+        function, block = dp4a.gemm(spec, chosen), (chosen.threads[0], chosen.threads[1], 1)
+        rows_per_block, tokens_per_block = chosen.rows, chosen.tokens
+    text = PREAMBLE + cuda_source(function, kernel_name(spec, form), arch)
     head = signature(text)
     names = tuple(p.name for p in head.parameters)
-    return Emitted(spec, form, chosen, text, head.symbol, names, block, grid_x, tokens_per_block)
+    return EmittedKernel(spec, form, chosen, text, head.symbol, names, block, rows_per_block, tokens_per_block)
+
+
+def _chosen(schedule: Schedule | None, candidates: Sequence[_S]) -> _S:
+    """The schedule asked for, or the default.
+
+    Raises:
+        KernelError: it is not one of the kernel's.
+    """
+    if schedule is None:
+        return candidates[0]
+    for candidate in candidates:
+        if candidate == schedule:
+            return candidate
+    raise KernelError(f"{schedule} does not fit this kernel; valid are, for example, {candidates[0]}")
 
 
 def emit_cuda(
@@ -221,14 +228,16 @@ def emit_cuda(
     compiler = CudaCompiler.find()
     wanted: list[tuple[LinearSpec | QuantizeSpec, Form]] = []
     for spec in dict.fromkeys(linears):
-        wanted += [(spec, "gemv"), (spec, "gemm")]
-    wanted += [(spec, "quantize") for spec in dict.fromkeys(quantizers)]
+        wanted.append((spec, "gemv"))
+        wanted.append((spec, "gemm"))
+    for spec in dict.fromkeys(quantizers):
+        wanted.append((spec, "quantize"))
     kernels: list[CudaKernel] = []
     with (
         (progress or NoProgress()).task("CUDA kernels", len(wanted) * (2 + len(archs))) as task,
         ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool,
     ):
-        emitted: list[Emitted] = []
+        emitted: list[EmittedKernel] = []
         for spec, form in wanted:
             emitted.append(emit(spec, form, archs[0]))
             task.advance(f"generated {kernel_name(spec, form)}")
@@ -239,32 +248,12 @@ def emit_cuda(
                 proven = proof.result()
                 task.advance(f"{kernel.symbol}: {proven}")
                 for arch, binary in zip(archs, compiled, strict=True):
-                    kernels.append(_finished(kernel, arch, binary.result(), proven))
+                    kernels.append(CudaKernel(**vars(kernel), arch=arch, proof=proven, **vars(binary.result())))
                     task.advance(f"compiled {kernel.symbol} for {arch}")
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return kernels
-
-
-def _finished(kernel: Emitted, arch: str, binary: Binary, proof: str) -> CudaKernel:
-    return CudaKernel(
-        spec=kernel.spec,
-        form=kernel.form,
-        arch=arch,
-        schedule=str(kernel.schedule),
-        source=kernel.source,
-        cubin=binary.cubin,
-        symbol=kernel.symbol,
-        parameters=kernel.parameters,
-        block=kernel.block,
-        grid_x=kernel.grid_x,
-        tokens_per_block=kernel.tokens_per_block,
-        registers=binary.registers,
-        spills=binary.spills,
-        shared_bytes=binary.shared_bytes,
-        proof=proof,
-    )
 
 
 def _cached_binary(compiler: CudaCompiler, source: str, arch: str, folder: Path) -> Binary:
@@ -273,11 +262,17 @@ def _cached_binary(compiler: CudaCompiler, source: str, arch: str, folder: Path)
     cubin_file, record_file = folder / f"{digest}.cubin", folder / f"{digest}.json"
     if record_file.exists() and cubin_file.exists():
         record, cubin = json.loads(record_file.read_text()), cubin_file.read_bytes()
-        if record.pop("sha256", None) == hashlib.sha256(cubin).hexdigest():
-            return Binary(cubin=cubin, **record)
+        if record["sha256"] == hashlib.sha256(cubin).hexdigest():
+            return Binary(cubin=cubin, **record["resources"])
     binary = compiler.compile(source, arch)
-    record = {"registers": binary.registers, "spills": binary.spills, "shared_bytes": binary.shared_bytes}
-    record["sha256"] = hashlib.sha256(binary.cubin).hexdigest()
+    record = {
+        "sha256": hashlib.sha256(binary.cubin).hexdigest(),
+        "resources": {
+            "registers": binary.registers,
+            "spills": binary.spills,
+            "shared_bytes": binary.shared_bytes,
+        },
+    }
     write_atomically(cubin_file, binary.cubin)
     write_atomically(record_file, json.dumps(record).encode())
     return binary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -145,8 +146,7 @@ def _nvrtc_output(program: Any, size: Any, fill: Any) -> bytes:
 def _nvrtc() -> Any | None:
     """The module ``cuda.bindings.nvrtc`` if it and the library behind it load."""
     try:
-        from cuda.bindings import nvrtc
-
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
         nvrtc.nvrtcVersion()
     except (ImportError, OSError, RuntimeError):
         return None

@@ -1,0 +1,160 @@
+"""Measures candidates in a worker process that is started on demand and replaced when it dies or hangs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import KernelError
+from ..spec import LinearSpec
+
+START_SECONDS = 120.0
+"""Time-out of a worker's start, which imports torch and TVM."""
+
+CANDIDATE_SECONDS = 30.0
+"""Time-out of one candidate: compile, check and timing."""
+
+STARTS = 2
+"""Attempts to start a worker before the search is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Candidates to measure.
+
+    Attributes:
+        spec: the linear.
+        target: canonical target.
+        bucket: name of the token bucket.
+        schedules: JSON forms of the candidates.
+        seconds: how long to time each.
+    """
+
+    spec: LinearSpec
+    target: str
+    bucket: str
+    schedules: list[dict[str, Any]]
+    seconds: float
+
+    @classmethod
+    def from_json(cls, line: str) -> Request:
+        fields = json.loads(line)
+        return cls(**{**fields, "spec": LinearSpec(**fields["spec"])})
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One candidate's measurement: microseconds per call, or why there is none."""
+
+    microseconds: float | None
+    failure: str = ""
+
+
+class Measurer:
+    """Sends candidates to a worker process. Use as a context manager.
+
+    Args:
+        candidate_seconds: time-out of one candidate.
+        command: the worker; for tests.
+    """
+
+    def __init__(self, candidate_seconds: float = CANDIDATE_SECONDS, command: Sequence[str] | None = None):
+        self._candidate_seconds = candidate_seconds
+        self._command = command or [sys.executable, "-m", f"{__package__}.worker"]
+        self._process: subprocess.Popen[str] | None = None
+        self._replies: queue.Queue[str | None] = queue.Queue()
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
+        self._process = None
+
+    def measure(self, request: Request) -> list[Outcome]:
+        """One outcome per candidate. Where a batch kills the worker, its candidates are measured one by one.
+
+        Raises:
+            KernelError: no worker can be started.
+        """
+        reply = self._ask(request, self._candidate_seconds * len(request.schedules))
+        if reply is not None:
+            return [Outcome(**fields) for fields in reply]
+        if len(request.schedules) == 1:
+            return [Outcome(None, "it crashed or hung")]
+        singles = [
+            Request(request.spec, request.target, request.bucket, [schedule], request.seconds)
+            for schedule in request.schedules
+        ]
+        return [self.measure(single)[0] for single in singles]
+
+    def _ask(self, request: Request, seconds: float) -> list[dict[str, Any]] | None:
+        """The worker's reply, or None when it died or took too long (it is gone then)."""
+        process = self._running()
+        assert process.stdin
+        try:
+            process.stdin.write(request.to_json() + "\n")
+            process.stdin.flush()
+            line = self._replies.get(timeout=seconds)
+        except (BrokenPipeError, queue.Empty):
+            line = None
+        if line is None:
+            self.close()
+            return None
+        return json.loads(line)
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        for _ in range(STARTS):
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+            )
+            # A queue of its own for each worker: a late reply of a killed one must not answer the next request.
+            self._replies = queue.Queue()
+            threading.Thread(target=_forward, args=(self._process, self._replies), daemon=True).start()
+            try:
+                if self._replies.get(timeout=START_SECONDS) is not None:
+                    return self._process
+            except queue.Empty:
+                pass
+            self.close()
+        raise KernelError("the process that measures kernels does not start; check memory and 'lbllm-compile doctor'")
+
+
+def _forward(process: subprocess.Popen[str], replies: queue.Queue[str | None]) -> None:
+    """Moves a worker's lines into a queue; None says that it has ended."""
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            replies.put(line)
+    except ValueError:  # the stream was closed while it was read
+        pass
+    replies.put(None)

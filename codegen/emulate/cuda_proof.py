@@ -7,7 +7,7 @@ only in the rows and tokens they are given.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ from torch import Tensor
 from .. import prove, reference
 from ..cache import write_atomically
 from ..errors import KernelError
+from ..format import QuantizedWeight
 from ..kernels.cuda_dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
 from ..spec import LinearSpec, QuantizeSpec
 from . import Emulator, Launch, Sparse, compiler
 
 if TYPE_CHECKING:
-    from ..targets.cuda import Emitted
+    from ..targets.cuda import EmittedKernel
 
 EMULATED = "emulated on CPU, unverified on device"
 NOT_RUN = "not run: no g++ to emulate with, unverified on device"
@@ -35,7 +36,7 @@ QUANTIZED_TOKENS = 9
 """Tokens of each quantizer case."""
 
 
-def prove_emulated(kernel: Emitted, cache_dir: Path) -> str:
+def prove_emulated(kernel: EmittedKernel, cache_dir: Path) -> str:
     """Runs a kernel's text in emulation against the reference.
 
     Args:
@@ -57,16 +58,8 @@ def prove_emulated(kernel: Emitted, cache_dir: Path) -> str:
     if marker.exists():
         return EMULATED
     emulator = Emulator(kernel.source, cache_dir)
-    runs = _quantize_runs(kernel) if isinstance(kernel.spec, QuantizeSpec) else _linear_runs(kernel)
-    for name, launch, expected in runs:
-        actual = emulator.run(launch)
-        for output, (columns, wanted) in expected.items():
-            got = actual[output] if columns is None else actual[output][:, columns]
-            if not prove.agree(got.contiguous(), wanted):
-                wrong = int((got != wanted).sum())
-                raise KernelError(
-                    f"{kernel.symbol} is wrong: {wrong} of {got.numel()} of its {output} differ for {name}"
-                )
+    for name, launch, expected in proof_runs(kernel):
+        check_outputs(kernel.symbol, name, emulator.run(launch), expected)
     write_atomically(marker, b"")
     return EMULATED
 
@@ -75,20 +68,38 @@ Expected = dict[str, tuple[Tensor | None, Tensor]]
 """By output: the columns to compare (``None``: all) and what they must hold."""
 
 
-def _linear_runs(kernel: Emitted) -> Iterator[tuple[str, Launch, Expected]]:
-    """Launches of a linear: name, launch, and the outputs the reference defines."""
+def proof_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]]:
+    """The launches a kernel must get right: name, launch, and the outputs the reference defines."""
+    return _quantize_runs(kernel) if isinstance(kernel.spec, QuantizeSpec) else _linear_runs(kernel)
+
+
+def check_outputs(symbol: str, name: str, actual: Mapping[str, Tensor], expected: Expected) -> None:
+    """Compares the outputs of one run bit for bit.
+
+    Raises:
+        KernelError: they differ.
+    """
+    for output, (columns, wanted) in expected.items():
+        got = actual[output] if columns is None else actual[output][:, columns]
+        if not prove.agree(got.contiguous(), wanted):
+            wrong = int((got != wanted).sum())
+            raise KernelError(f"{symbol} is wrong: {wrong} of {got.numel()} of its {output} differ for {name}")
+
+
+def _linear_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]]:
     spec = kernel.spec
     assert isinstance(spec, LinearSpec)
     geometry = Geometry.of(spec)
-    tiles = sorted({0, 1, kernel.grid_x // 2, kernel.grid_x - 2, kernel.grid_x - 1} & set(range(kernel.grid_x)))
-    if kernel.grid_x <= TILES:
-        tiles = list(range(kernel.grid_x))
-    tile_rows = _tile_rows(kernel)
-    rows = torch.cat([torch.arange(t * tile_rows, min((t + 1) * tile_rows, spec.out_features)) for t in tiles])
+    width, height = kernel.grid(1)[0], kernel.rows_per_block
+    tiles = range(width) if width <= TILES else (0, 1, width // 2, width - 2, width - 1)
+    rows = torch.cat([torch.arange(t * height, min((t + 1) * height, spec.out_features)) for t in tiles])
     blocks = torch.unique(rows // ROWS)
     for case in prove.linear_cases(replace(spec, out_features=len(rows))):
         weight = case.weight
-        packed = pack_bit_weight(weight) if spec.kind == "bit" else pack_int8_weight(*weight, spec.group)
+        if isinstance(weight, QuantizedWeight):
+            packed = pack_bit_weight(weight)
+        else:
+            packed = pack_int8_weight(weight[0], weight[1], spec.group)
         inputs: dict[str, Tensor | Sparse | int] = {
             name: _scattered(part, blocks, geometry.row_blocks) for name, part in packed.items()
         }
@@ -104,21 +115,15 @@ def _linear_runs(kernel: Emitted) -> Iterator[tuple[str, Launch, Expected]]:
         inputs["values"] = torch.nn.functional.pad(values, (0, pitch(spec.in_features) - spec.in_features))
         inputs["x_scale"] = x_scale
         inputs["tokens"] = tokens
-        down = -(-tokens // kernel.tokens_per_block) if kernel.tokens_per_block else 1
+        grid = kernel.grid(tokens)
         launch = Launch(
-            grid=(kernel.grid_x, down, 1),
+            grid=grid,
             block=kernel.block,
             inputs=inputs,
             outputs={"output": torch.full((tokens, spec.out_features), float("nan"))},
-            blocks=[(x, y, 0) for y in range(down) for x in tiles],
+            blocks=[(x, y, 0) for y in range(grid[1]) for x in tiles],
         )
         yield case.name, launch, {"output": (rows, expected)}
-
-
-def _tile_rows(kernel: Emitted) -> int:
-    """Weight rows of a thread block."""
-    schedule = kernel.schedule
-    return schedule.row_warps * ROWS if kernel.form == "gemv" else schedule.rows
 
 
 def _scattered(part: Tensor, blocks: Tensor, count: int) -> Sparse:
@@ -127,8 +132,7 @@ def _scattered(part: Tensor, blocks: Tensor, count: int) -> Sparse:
     return Sparse(count * size, [(int(block) * size, part[i]) for i, block in enumerate(blocks)])
 
 
-def _quantize_runs(kernel: Emitted) -> Iterator[tuple[str, Launch, Expected]]:
-    """Launches of a quantizer, likewise."""
+def _quantize_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]]:
     spec = kernel.spec
     assert isinstance(spec, QuantizeSpec)
     width = pitch(spec.in_features)

@@ -19,6 +19,9 @@ Activation values are ``int8 [M, pitch(K)]``, zero behind column ``K``: every lo
 Kernel parameters are declared in alphabetical order, because TVM emits them so.
 """
 
+# pyright: reportInvalidTypeForm=false
+# (annotations of TVMScript functions are calls)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -335,7 +338,7 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                             _weight_scale(w_scale[row_block, g if bit else 0, lane], spec.kind),
                         )
             T.tvm_storage_sync("shared")
-            if warp < row_warps:
+            if warp < row_warps and row_block < blocks:
                 for slot in T.serial(slots):
                     if step * slots + slot < slices:
                         if grouped:

@@ -5,6 +5,9 @@ Maxima and minima are exact in any order; everything behind them is element-wise
 Values are written as ``int8 [M, pitch(K)]`` with zeros behind column ``K``, as :mod:`.cuda_dp4a` reads them.
 """
 
+# pyright: reportInvalidTypeForm=false
+# (annotations of TVMScript functions are calls)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,0 +1,343 @@
+"""Every mistake of a user gets one sentence that says what to do, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rtn
+import tokenizers
+import torch
+import transformers
+import zoo
+from lbllm_compile.passes import PassContext, pipeline
+from typer.testing import CliRunner
+
+from lbllm_compile import artifact, cli, frontend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LINEAR = """
+import torch
+def build_model():
+    return torch.nn.Sequential(torch.nn.Linear(40, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+def example_inputs():
+    return torch.ones(2, 40)
+"""
+
+LANGUAGE = """
+import tokenizers, torch, transformers
+def build_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=40, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64))
+def tokenizer():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+"""
+
+
+def fails(*args: str, exit_code: int = 2) -> str:
+    """Runs a command that must fail; returns its one sentence."""
+    result = CliRunner().invoke(cli.app, list(args), prog_name="lbllm-compile")
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("lbllm-compile: ")]
+    assert len(sentences) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == sentences[0]
+    assert "this is a bug" not in sentences[0]
+    assert 20 < len(sentences[0]) < 500
+    return sentences[0]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with its own cache, a good ``linear.py`` and a good ``language.py``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "linear.py").write_text(LINEAR)
+    (tmp_path / "language.py").write_text(LANGUAGE)
+    return tmp_path
+
+
+# The model
+
+MODELS = {
+    "a syntax error": ("def build_model(:\n", ["syntax error", "line 1"]),
+    "an import that fails": ("import no_such_package\n", ["no_such_package", "model.py:1"]),
+    "no build_model": ("def build():\n    pass\n", ["has no function build_model()"]),
+    "build_model raises": ("def build_model():\n    return 1 / 0\n", ["build_model()", "model.py:2"]),
+    "build_model returns no module": ("def build_model():\n    return {}\n", ["must return a torch.nn.Module"]),
+    "no linear": (
+        "import torch\ndef build_model():\n    return torch.nn.ReLU()\n"
+        "def example_inputs():\n    return torch.ones(2)\n",
+        ["nothing to quantize"],
+    ),
+    "no example_inputs": ("import torch\ndef build_model():\n    return torch.nn.Linear(8, 8)\n", ["example_inputs()"]),
+    "inputs that do not fit": (LINEAR.replace("ones(2, 40)", "ones(2, 41)"), ["40"]),
+    "NaN weights": (
+        LINEAR.replace("    return torch.nn.Seq", "    return nan(torch.nn.Seq").replace(
+            "Linear(8, 4))", "Linear(8, 4)))"
+        )
+        + "def nan(model):\n    model[0].weight.data[3, 5] = float('nan')\n    return model\n",
+        ["'0.weight'", "NaN"],
+    ),
+    "a recipe that is no dict": (LINEAR + "recipe = 'quick'\n", ["'recipe'", "dict"]),
+    "a recipe with an unknown option": (LINEAR + "recipe = {'grup': 64}\n", ["grup", "group"]),
+    "a forward that depends on data": (
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.linear = torch.nn.Linear(8, 8)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(x) if x.sum() > 0 else x\n"
+        "def build_model():\n    return Model()\ndef example_inputs():\n    return torch.ones(2, 8)\n",
+        ["model.py:7", "depends on the values"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(here: Path, name: str) -> None:
+    text, expected = MODELS[name]
+    (here / "model.py").write_text(text)
+    sentence = fails("model.py")
+    assert [part for part in expected if part not in sentence] == [], sentence
+
+
+def test_files_that_are_no_model(here: Path) -> None:
+    assert "there is no file or directory 'missing.py'" in fails("missing.py")
+    (here / "notes.txt").write_text("hello")
+    assert "neither a .py nor a .gguf" in fails("notes.txt")
+    (here / "broken.gguf").write_bytes(b"GGML" + bytes(64))
+    assert "not a GGUF file" in fails("broken.gguf")
+    (here / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
+    assert "cut.gguf" in fails("cut.gguf")
+    (here / "empty").mkdir()
+    assert "has no config.json" in fails("empty")
+    (here / "empty" / "config.json").write_text("{")
+    assert "'empty' cannot be loaded" in fails("empty")
+
+
+# Options
+
+OPTIONS = {
+    "unknown target": (["--target", "cpu:avx3"], "did you mean 'cpu:avx2'"),
+    "no target": (["--target", ""], "unknown target"),
+    "unknown preset": (["--preset", "quik"], "did you mean 'quick'"),
+    "unknown recipe": (["--recipe", "lblm"], "did you mean 'lbllm'"),
+    "impossible group": (["--group", "48"], "choose 32, 64, 128, 256"),
+    "group of the wrong type": (["--group", "many"], "--group"),
+    "impossible bits": (["--act-bits", "5"], "choose 4, 8, 16"),
+    "impossible cache bits": (["--kv-bits", "3"], "choose 4, 8, 16"),
+    "unknown option": (["--presett", "quick"], "did you mean --preset?"),
+    "unknown device": (["--device", "gpu"], "choose auto, cpu or cuda"),
+    "malformed pipeline": (["--pipeline", "annotate,ptq{group=64"], "pipeline text: expected ',' or '}' at column 22"),
+    "unknown pass": (["--pipeline", "anotate"], "did you mean 'annotate'"),
+    "unknown pass option": (["--pipeline", "ptq{grup=64}"], "did you mean 'group'"),
+    "pass option of the wrong type": (["--pipeline", "ptq{damp=much}"], "cannot be 'much'"),
+    "pass option out of range": (["--pipeline", "ptq{group=48}"], "48"),
+    "empty pipeline": (["--pipeline", ""], "pipeline text: expected a pass name"),
+    "contradiction": (["--pipeline", "annotate", "--group", "64"], "contradict"),
+    "print after an unknown pass": (["--print-after", "lowr"], "did you mean 'lower'"),
+    "dense pattern that matches nothing": (["--keep-dense", "layers.*"], "matches no linear"),
+    "passes in a wrong order": (["--pipeline", "canonicalize,annotate,lower"], "ptq"),
+    "output is a file": (["--out", "linear.py"], "not a directory"),
+    "output below a file": (["--out", "linear.py/out"], "cannot write"),
+    "output holds other things": (["--out", "."], "not an lbllm artifact"),
+    "dumps over other files": (["--dump-dir", "."], "pass an empty --dump-dir"),
+    "work directory is a file": (["--work-dir", "linear.py"], "linear.py"),
+    "text for a model without a vocabulary": (["--calibration", "linear.py"], "no language model"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(here: Path, name: str) -> None:
+    options, expected = OPTIONS[name]
+    sentence = fails("linear.py", "--preset", "quick", *options)
+    assert expected in sentence, sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(here: Path) -> None:
+    assert "no CUDA device" in fails("linear.py", "--device", "cuda")
+
+
+# Calibration text
+
+TEXTS: dict[str, tuple[str, bytes | None, str]] = {
+    "missing": ("text.txt", None, "text.txt"),
+    "empty": ("text.txt", b"", "text.txt"),
+    "not UTF-8": ("text.txt", b"w1 w2 \xff\xfe w3", "UTF-8"),
+    "too short": ("text.txt", b"w1 w2", "token"),
+    "broken JSON lines": ("text.jsonl", b'{"text": "w1"}\n{"text": \n', "line 2"),
+    "JSON lines without text": ("text.jsonl", b'{"words": "w1"}\n', "text"),
+    "unknown kind": ("text.docx", b"w1", "text.docx"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_calibration_texts(here: Path, name: str) -> None:
+    file, content, expected = TEXTS[name]
+    if content is not None:
+        (here / file).write_bytes(content)
+    sentence = fails("language.py", "--preset", "quick", "--calibration", file)
+    assert expected in sentence, sentence
+
+
+# Artifacts
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small artifact of a language model with a tokenizer, without calibration."""
+    model = zoo.user_model("llama")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(zoo.VOCABULARY)}, unk_token="w0")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    program = frontend.capture(model)
+    context = PassContext(probe=frontend.language_model_inputs(torch.arange(10).reshape(2, 5)))
+    history = []
+    for item in pipeline.parse("canonicalize,annotate"):
+        program = item.apply(program, context).program
+        history.append((item.name, program))
+    program = rtn.simulate(program)
+    for item in pipeline.parse("head{group=32},merge,lower,cache,cleanup"):
+        program = item.apply(program, context).program
+        history.append((item.name, program))
+    directory = tmp_path_factory.mktemp("artifact") / "good"
+    artifact.save(dataclasses.replace(program, tokenizer=tokenizer), directory, lock={}, history=history)
+    return directory
+
+
+def rewrite(directory: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Changes a file and corrects the manifest, as someone who wants to pass the checks would."""
+    content = change((directory / name).read_bytes())
+    (directory / name).write_bytes(content)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def weights(directory: Path) -> Path:
+    (file,) = directory.glob("*.safetensors")
+    return file
+
+
+def truncate(directory: Path) -> None:
+    content = weights(directory).read_bytes()
+    weights(directory).write_bytes(content[: len(content) // 2])
+
+
+def flip(directory: Path) -> None:
+    content = bytearray(weights(directory).read_bytes())
+    content[-1] ^= 1
+    weights(directory).write_bytes(content)
+
+
+def foreign_operator(directory: Path) -> None:
+    rewrite(directory, "graph.json", lambda text: text.replace(b'"aten.silu.default"', b'"aten.from_file.default"'))
+
+
+def forged_weights(directory: Path) -> None:
+    rewrite(directory, weights(directory).name, lambda content: content[: len(content) // 2])
+
+
+def other_version(directory: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated weights": (truncate, "bytes instead of"),
+    "a flipped byte": (flip, "was altered"),
+    "another version": (other_version, "format version 99"),
+    "a missing file": (lambda d: (d / "config.json").unlink(), "is missing"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "has no manifest.json"),
+    "a manifest that is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "is damaged"),
+    "an operator outside the allow-list": (foreign_operator, "from_file"),
+    "a graph that is no JSON": (lambda d: rewrite(d, "graph.json", lambda _: b"["), "not JSON"),
+    "forged weights": (forged_weights, "not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_artifacts(good: Path, here: Path, name: str) -> None:
+    damage, expected = DAMAGES[name]
+    shutil.copytree(good, here / "copy")
+    damage(here / "copy")
+    sentence = fails("run", "copy", "--prompt", "w1")
+    assert expected in sentence, sentence
+
+
+def test_what_is_no_artifact(good: Path, here: Path) -> None:
+    assert "no artifact at 'nowhere'" in fails("run", "nowhere", "--prompt", "w1")
+    assert "not an lbllm artifact" in fails("run", ".", "--prompt", "w1")
+    assert "is no artifact" in fails("inspect", ".")
+    assert "missing option '--prompt'" in fails("run", str(good))
+    assert "no graph of a pass 'lowr' (did you mean 'lower'?)" in fails("inspect", str(good), "--pass", "lowr")
+    assert "no decoder layer 7" in fails("inspect", str(good), "--layer", "7")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        (None, [], "text.txt"),
+        (b"", [], "is empty"),
+        (b"\xff\xfe", [], "not UTF-8"),
+        (b"w1 w2", [], "fewer than one chunk"),
+        (b"w1 w2", ["--seq-len", "1"], "--seq-len"),
+        (b"w1 w2 w3 w4", ["--seq-len", "4", "--teacher", "linear.py"], "linear.py"),
+    ],
+)
+def test_texts_to_score(good: Path, here: Path, content: bytes | None, options: list[str], expected: str) -> None:
+    if content is not None:
+        (here / "text.txt").write_bytes(content)
+    assert expected in fails("eval", str(good), "--text", "text.txt", *options)
+
+
+def test_a_good_artifact_can_be_looked_into(good: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", str(good), "--pass", "lower", "--layer", "1", "--json"])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["passes"] == ["canonicalize", "annotate", "head", "merge", "lower", "cache", "cleanup"]
+    assert {row["weights"] for row in document["linears"]} == {"W(1+1) g32"}
+    assert {row["input"] for row in document["linears"]} == {"A4 per token and 32"}
+    assert {line["sign"] for block in document["graph"] for line in block["lines"]} == {"+", "-", " "}
+    text = CliRunner().invoke(cli.app, ["inspect", str(good)])
+    assert text.exit_code == 0, text.stderr
+    assert "decoder layer 0  (1 alike)" in text.stdout
+
+
+# The real command
+
+
+@pytest.mark.parametrize(
+    "args", [["missing.py"], ["linear.py", "--group", "7"], ["run", "nowhere", "--prompt", "x"], ["plan", "--nonsense"]]
+)
+def test_the_process_says_the_same(here: Path, args: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from lbllm_compile.cli import main; main()", *args],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("lbllm-compile: ")
+    assert done.stderr.count("\n") == 1

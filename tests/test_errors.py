@@ -128,7 +128,7 @@ def test_files_that_are_no_model(here: Path) -> None:
     (here / "empty").mkdir()
     assert "has no config.json" in fails("empty")
     (here / "empty" / "config.json").write_text("{")
-    assert "'empty' cannot be loaded" in fails("empty")
+    assert "'empty/config.json' is not a model configuration" in fails("empty")
 
 
 # Options

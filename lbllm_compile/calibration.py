@@ -439,7 +439,8 @@ def _module_set(model: UserModel, program: Program, tokens: int, validation_toke
 
 def _batch_is_dynamic(program: Program) -> bool:
     """Whether the first dimension of the program's inputs is free."""
-    return all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in program.placeholders())
+    values = [node.meta["val"] for node in program.placeholders()]
+    return all(isinstance(value.shape[0], torch.SymInt) for value in values if value.dim())
 
 
 def _variation(inputs: Batch, rows: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import linecache
 import re
@@ -206,15 +207,30 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     what = f"the directory '{source}'" if local else f"the hub model '{source}'"
-    module = _from_pretrained(AutoModelForCausalLM, what, source, local_files_only=local, trust_remote_code=False)
+    if local:
+        _refuse_quantized(Path(source))
+    module = _from_pretrained(
+        AutoModelForCausalLM, what, source, local_files_only=local, trust_remote_code=False, use_safetensors=True
+    )
     tokenizer = None
     if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         try:
             with _quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error)}") from error
+            raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error, frame=False)}") from error
     return prepare(UserModel(module, "causal-lm", name, source, tokenizer))
+
+
+def _refuse_quantized(directory: Path) -> None:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = config.get("quantization_config", {}).get("quant_method")
+    except (ValueError, AttributeError) as error:
+        reason = _reason(error, frame=False)
+        raise ModelError(f"'{directory / 'config.json'}' is not a model configuration: {reason}") from error
+    if method:
+        raise ModelError(f"the model in '{directory}' is already quantized ({method}); give the original weights")
 
 
 def load_gguf(path: Path) -> tuple[nn.Module, Any]:
@@ -248,7 +264,9 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
             with _quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
         except Exception as error:
-            raise ModelError(f"the tokenizer of the GGUF file '{path}' cannot be loaded: {_reason(error)}") from error
+            raise ModelError(
+                f"the tokenizer of the GGUF file '{path}' cannot be loaded: {_reason(error, frame=False)}"
+            ) from error
     return module, tokenizer
 
 
@@ -256,12 +274,17 @@ def _from_pretrained(loader: Any, what: str, source: str | None, **options: Any)
     """``loader.from_pretrained`` in float32, refusing a checkpoint that lacks weights (they would be random)."""
     try:
         with _quiet_transformers():
-            module, info = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+            module, info = loader.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error)}") from error
-    missing = sorted(info["missing_keys"])
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+    missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ModelError(f"{what} lacks the weight '{missing[0]}' ({len(missing)} missing in all)")
+    if misfits:
+        name, stored, wanted = misfits[0]
+        raise ModelError(f"{what} stores '{name}' as {tuple(stored)}, but its configuration needs {tuple(wanted)}")
     return module
 
 
@@ -433,7 +456,8 @@ def capture(model: UserModel) -> Program:
         strip = "model"
     else:
         module, inputs, strip = model.module, _at_least_two(model.inputs), ""
-        shapes = {n: {0: torch.export.Dim.AUTO} if t.dim() else None for n, t in inputs.items()}
+        free = _takes_any_batch(module, inputs)
+        shapes = {n: {0: torch.export.Dim.AUTO} if free and t.dim() else None for n, t in inputs.items()}
     _run_eagerly(model, module, inputs)
     exported = _export(model, module, inputs, shapes)
     program = Program(
@@ -455,6 +479,21 @@ def _at_least_two(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Repeats a batch of one, because a traced size of 1 would stay 1."""
     single = all(t.dim() > 0 and t.shape[0] == 1 for t in inputs.values())
     return {n: torch.cat([t, t]) if single else t for n, t in inputs.items()}
+
+
+def _one_more(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.cat([t, t[:1]]) if t.dim() else t for n, t in inputs.items()}
+
+
+def _takes_any_batch(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the first dimension of every input is a batch: one row more is as welcome."""
+    if len({t.shape[0] for t in inputs.values() if t.dim()}) != 1:
+        return False
+    try:
+        module(**_one_more(inputs))
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True
 
 
 def _run_eagerly(model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -488,7 +527,10 @@ def _export(
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(f"'{model.name}' cannot be captured: {_capture_reason(error)}") from error
-    written = [*exported.graph_signature.buffers_to_mutate.values(), *exported.graph_signature.user_inputs_to_mutate]
+    written = [
+        *exported.graph_signature.buffers_to_mutate.values(),
+        *exported.graph_signature.user_inputs_to_mutate.values(),
+    ]
     if written:
         raise CaptureError(
             f"'{model.name}' cannot be captured: its forward writes to '{written[0]}'; compute a new tensor instead"
@@ -498,17 +540,11 @@ def _export(
 
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
-    import logging
-
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    """Silence around torch.export, which writes the half-traced graph to stderr before it raises."""
+    silence = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -589,6 +625,8 @@ def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mappin
         mask = torch.ones((3, 9), dtype=torch.int64)
         mask[1, :4] = 0
         inputs, attended = language_model_inputs(_token_ids((3, 9), vocabulary), mask), mask.bool()
+    elif all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in program.placeholders() if n.meta["val"].dim()):
+        inputs = _one_more(inputs)
     expected = module(**inputs)[attended]
     try:
         actual = program.run(inputs)[attended]
@@ -627,13 +665,13 @@ def _a(word: str) -> str:
     return "None" if word == "NoneType" else f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
 
 
-def _reason(error: BaseException, path: Path | None = None) -> str:
-    """The first line of an exception, and the line of ``path`` (or of the user's code) that it came from."""
+def _reason(error: BaseException, path: Path | None = None, frame: bool = True) -> str:
+    """The first line of an exception, and the line of ``path`` (or of any code but torch's) that it came from."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     name = type(error).__name__
     message = f"{name}: {text}" if text else name
-    frame = _user_frame(error, path)
-    return f"{message} ({frame})" if frame else message
+    where = _user_frame(error, path) if frame else ""
+    return f"{message} ({where})" if where else message
 
 
 def _user_frame(error: BaseException, path: Path | None = None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import transformers
+from lbllm_compile.passes.program import Program
 from transformers import PreTrainedModel
 
-from lbllm_compile.frontend import UserModel, clean_config
+from lbllm_compile import frontend
+from lbllm_compile.frontend import UserModel
 
 VOCABULARY = 101
 LAYERS = 2
@@ -122,7 +125,12 @@ ZOO: dict[str, ZooModel] = {
 
 def user_model(name: str) -> UserModel:
     """A zoo model as the frontend would load it."""
-    from lbllm_compile.frontend import prepare
-
     module = ZOO[name].build()
-    return prepare(UserModel(module, "causal-lm", name, f"zoo:{name}", config=clean_config(module.config.to_dict())))
+    return frontend.prepare(UserModel(module, "causal-lm", name, f"zoo:{name}"))
+
+
+@functools.cache
+def captured(name: str) -> tuple[PreTrainedModel, Program]:
+    """A zoo model and its captured program, made once a test run; change neither."""
+    model = user_model(name)
+    return model.module, frontend.capture(model)

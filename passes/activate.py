@@ -47,7 +47,7 @@ from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
 from .simulate import LevelWeight, Lifted, lift
-from .training import Group, reconstruction, step_scale, train
+from .training import Group, Precision, reconstruction, step_scale, train
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -74,6 +74,7 @@ class Activate(Pass):
         batch: sequences per step.
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
         lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
+        precision: of the matrix products in training: ``auto`` is bfloat16 where the processor has it.
     """
 
     bits: int = 4
@@ -83,6 +84,7 @@ class Activate(Pass):
     batch: int = 4
     lr_clip: float = 5e-2
     lr_levels: float = 2e-3
+    precision: Precision = "auto"
 
     name: ClassVar[str] = "activate"
     contract: ClassVar[Contract] = CALIBRATING
@@ -161,7 +163,7 @@ class Activate(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator)
+        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator, self.precision)
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
         for path, weight in levels.items():
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]

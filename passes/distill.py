@@ -34,7 +34,7 @@ from .layers import Stage
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted, lift
-from .training import Group, reconstruction, step_scale, train
+from .training import Group, Precision, reconstruction, step_scale, train
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -51,14 +51,16 @@ class Distill(Pass):
         lr_bitmap: of relaxed bitmaps.
         lr_levels: of levels, in standard deviations of the matrix.
         freeze: share of the steps after which planes no longer change and only levels train.
+        precision: of the matrix products in training: ``auto`` is bfloat16 where the processor has it.
     """
 
     epochs: int = 2
-    batch: int = 4
-    lr_weight: float = 1e-2
-    lr_bitmap: float = 1e-2
-    lr_levels: float = 5e-3
+    batch: int = 2
+    lr_weight: float = 5e-3
+    lr_bitmap: float = 5e-3
+    lr_levels: float = 1e-2
     freeze: float = 0.85
+    precision: Precision = "auto"
 
     name: ClassVar[str] = "distill"
     contract: ClassVar[Contract] = CALIBRATING
@@ -118,7 +120,7 @@ class Distill(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, weights())
 
-        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator)
+        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator, self.precision)
         tensors: dict[str, Tensor] = {}
         signs, bitmaps, count = 0, 0, 0
         for path, latent in latents.items():

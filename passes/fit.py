@@ -212,7 +212,7 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     """Four sorted levels per row that minimize ``sum_i importance_i (w_i - nearest level)^2``.
 
     Weighted k-means in one dimension: on sorted values a cluster is a range, and its sums are differences of prefix
-    sums, so a round costs a few numbers per row. Three starting points per row; the best end is kept.
+    sums, so a round costs a few numbers per row. Four starting points per row; the best end is kept.
 
     Args:
         weight: ``[N, g]``.
@@ -224,7 +224,7 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     values, order = weight.contiguous().sort(-1)
     share = (importance / importance.sum())[order]
     prefix = [torch.nn.functional.pad((share * values**p).double().cumsum(-1), (1, 0)) for p in range(2)]
-    found = _starts(values, prefix[0].float())
+    found = _starts(values, share)
     found, gain = _lloyd(values, prefix, found, SCOUT_ITERATIONS)
     best = gain.argmax(1)[:, None, None].expand(-1, 1, LEVELS)
     found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS)
@@ -255,16 +255,25 @@ def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> 
     return found, gain
 
 
-def _starts(values: Tensor, mass: Tensor) -> Tensor:
-    """Starting levels ``[N, 3, 4]``: weighted quantiles, mean and deviation, and an even grid over the range."""
+def _starts(values: Tensor, share: Tensor) -> Tensor:
+    """Starting levels ``[N, 4, 4]`` from sorted values and their importance, ``[N, g]`` each.
+
+    Weighted quantiles; the best levels of a normal distribution (Lloyd, Max); an even grid over the range; and the
+    ends of the range with the two values that are farthest from what is there already.
+    """
     n, g = values.shape
     quantiles = torch.tensor([0.08, 0.33, 0.67, 0.92]).expand(n, LEVELS).contiguous()
-    at = torch.searchsorted(mass[:, 1:].contiguous(), quantiles).clamp_max(g - 1)
+    at = torch.searchsorted(share.cumsum(-1), quantiles).clamp_max(g - 1)
     mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, unbiased=False)
     low, high = values[:, :1], values[:, -1:]
     normal = mean + deviation * torch.tensor([-1.51, -0.453, 0.453, 1.51])
     even = low + (high - low) * torch.tensor([0.125, 0.375, 0.625, 0.875])
-    return torch.stack([values.gather(1, at), normal, even], 1)
+    distance = torch.minimum(values - low, high - values)
+    third = values.gather(1, (distance.square() * share).argmax(-1, keepdim=True))
+    distance = torch.minimum(distance, (values - third).abs_())
+    fourth = values.gather(1, (distance.square() * share).argmax(-1, keepdim=True))
+    spread = torch.cat([low, third, fourth, high], 1).sort(-1).values
+    return torch.stack([values.gather(1, at), normal, even, spread], 1)
 
 
 def _representable(levels: Tensor) -> Tensor:

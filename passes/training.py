@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .layers import Values
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of the matrix products of a training step."""
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
@@ -62,6 +65,7 @@ def train(
     loss: Callable[[int], Tensor],
     validate: Callable[[], float],
     generator: torch.Generator,
+    precision: Precision = "auto",
 ) -> Outcome:
     """Trains tensors in place and leaves them in the state that validated best, the starting state included.
 
@@ -72,6 +76,7 @@ def train(
         loss: training loss of a batch, by index.
         validate: loss on held-out data with the present values; called at the start and after every epoch.
         generator: decides the order of the batches.
+        precision: of the matrix products in ``loss``; parameters and validation are float32 in any case.
     """
     with torch.no_grad():
         before = validate()
@@ -90,7 +95,9 @@ def train(
         share = step / steps
         for group, options in zip(groups, optimizer.param_groups, strict=True):
             options["lr"] = group.rate * _rate(step, steps) * (share < group.until)
-        loss(batch).backward()
+        with torch.autocast(tensors[0].device.type, torch.bfloat16, enabled=uses_bfloat16(precision)):
+            value = loss(batch)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -107,6 +114,13 @@ def train(
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Whether training multiplies matrices in bfloat16: where the processor does that natively, unless told."""
+    if precision == "auto":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+    return precision == "bfloat16"
 
 
 def step_scale(steps: int) -> float:

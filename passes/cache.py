@@ -426,7 +426,11 @@ def _free_of_length(program: Program, inputs: dict[str, fx.Node]) -> None:
             )
     mask.meta.pop("val", None)  # its length is the past's and the new tokens' now, no longer input_ids'
     for node in calls(graph, _aten.arange.default, _aten.arange.start, _aten.arange.start_step):
-        if "val" in ids.meta and "val" in node.meta and str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0]):
+        end = node.args[0] if node.target is _aten.arange.default else node.args[1]
+        counts = is_call(end, _aten.sym_size.int) and end.args == (ids, 1)
+        if "val" in ids.meta and "val" in node.meta:
+            counts = counts or str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0])
+        if counts:
             raise PassError(
                 f"{describe(node)} counts positions from the sequence's length; the model must take them from"
                 " position_ids"

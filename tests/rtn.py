@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lbllm_compile.codegen import format as w11
 from lbllm_compile.codegen import ops as ops
 from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
 from lbllm_compile.passes.program import Program, get_attribute, prune_attributes, set_attribute
 from lbllm_compile.passes.rewrite import calls, is_call, make_attribute, make_call
+from torch import Tensor
 
 _lbllm, _aten = torch.ops.lbllm, torch.ops.aten
 

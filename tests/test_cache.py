@@ -1,0 +1,309 @@
+"""The pass ``cache``: which attentions may get a KV state, and that decoding with it is the whole sequence again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from graphs import context, expected, lines, normal, program, token_inputs
+from lbllm_compile.codegen.reference import attention_mask
+from lbllm_compile.passes.base import PassError
+from lbllm_compile.passes.cache import Cache
+from lbllm_compile.passes.program import STATE, Program, StateSpec
+from lbllm_compile.passes.rewrite import calls
+from torch import Tensor
+
+aten, lbllm = torch.ops.aten, torch.ops.lbllm
+HEADS, KV_HEADS, WIDTH = 4, 2, 6
+
+Mask = Callable[[Tensor, object], object]
+
+
+def grid(length):
+    """Query and key slots, ``[S, 1]`` and ``[1, S]``."""
+    slots = aten.arange.default(length)
+    return aten.unsqueeze.default(slots, 1), aten.unsqueeze.default(slots, 0)
+
+
+def padding(mask):
+    return aten.unsqueeze.default(aten.unsqueeze.default(aten.to.dtype(mask, torch.bool), 1), 1)
+
+
+def causal(mask, length):
+    query, key = grid(length)
+    return aten.__and__.Tensor(aten.le.Tensor(key, query), padding(mask))
+
+
+def causal_without_padding(mask, length):
+    query, key = grid(length)
+    return aten.le.Tensor(key, query)
+
+
+def window(size: int) -> Mask:
+    def build(mask, length):
+        query, key = grid(length)
+        near = aten.gt.Tensor(key, aten.sub.Tensor(query, size))
+        return aten.__and__.Tensor(causal(mask, length), near)
+
+    return build
+
+
+def additive(lowest: float) -> Mask:
+    def build(mask, length):
+        hidden = aten.bitwise_not.default(causal(mask, length))
+        return aten.mul.Tensor(aten.to.dtype(hidden, torch.float32), lowest)
+
+    return build
+
+
+def bidirectional(mask, length):
+    query, key = grid(length)
+    return aten.__and__.Tensor(aten.ge.Scalar(aten.add.Tensor(query, key), 0), padding(mask))
+
+
+def slope(mask, length):
+    """ALiBi: a bias that grows with the distance."""
+    query, key = grid(length)
+    distance = aten.to.dtype(aten.sub.Tensor(key, query), torch.float32)
+    return aten.add.Tensor(aten.mul.Tensor(distance, 0.5), additive(-1e9)(mask, length))
+
+
+def blocks(size: int) -> Mask:
+    """Chunked attention: a query sees its own block only."""
+
+    def build(mask, length):
+        query, key = grid(length)
+        same = aten.eq.Tensor(aten.floor_divide.default(query, size), aten.floor_divide.default(key, size))
+        return aten.__and__.Tensor(causal(mask, length), same)
+
+    return build
+
+
+def repeat(x, batch, length):
+    """The grouped-query repeat as transformers writes it."""
+    x = aten.expand.default(aten.unsqueeze.default(x, 2), [batch, KV_HEADS, HEADS // KV_HEADS, length, WIDTH])
+    return aten.reshape.default(x, [batch, HEADS, length, WIDTH])
+
+
+def interleave(x, batch, length):
+    """Not that repeat: heads in another order."""
+    x = aten.expand.default(aten.unsqueeze.default(x, 1), [batch, HEADS // KV_HEADS, KV_HEADS, length, WIDTH])
+    return aten.reshape.default(x, [batch, HEADS, length, WIDTH])
+
+
+def attention(
+    mask: Mask | None = causal,
+    *,
+    expand=repeat,
+    bits: tuple[int, int] = (4, 4),
+    layers: int = 1,
+    mangle=None,
+    **options,
+) -> Program:
+    """``layers`` attentions over embeddings; sizes are read from the attention mask, as exported graphs do."""
+
+    def forward(root, input_ids, attention_mask, position_ids):
+        batch, length = aten.sym_size.int(attention_mask, 0), aten.sym_size.int(attention_mask, 1)
+        visible = mask(attention_mask, length) if mask else None
+        x = aten.add.Tensor(
+            aten.embedding.default(root.embed, input_ids), aten.embedding.default(root.positions, position_ids)
+        )
+        if mangle:
+            x = mangle(x, attention_mask, length)
+        for _ in range(layers):
+
+            def heads(weight, count, x=x):
+                y = aten.view.default(aten.linear.default(x, weight), [batch, length, count, WIDTH])
+                return aten.transpose.int(y, 1, 2)
+
+            q, k, v = heads(root.q, HEADS), heads(root.k, KV_HEADS), heads(root.v, KV_HEADS)
+            if bits[0]:
+                k = lbllm.fake_quantize_kv.default(k, bits[0])
+            if bits[1]:
+                v = lbllm.fake_quantize_kv.default(v, bits[1])
+            if expand:
+                k, v = expand(k, batch, length), expand(v, batch, length)
+            y = aten.scaled_dot_product_attention.default(q, k, v, visible, **options)
+            y = aten.reshape.default(aten.transpose.int(y, 1, 2), [batch, length, HEADS * WIDTH])
+            x = aten.add.Tensor(x, y)
+        return x
+
+    weights = {"embed": normal(11, 24), "positions": normal(64, 24, seed=1), "q": 0.2 * normal(24, 24, seed=2)}
+    return program({**weights, "k": 0.2 * normal(12, 24, seed=3), "v": 0.2 * normal(12, 24, seed=4)}, forward)
+
+
+def cached(before: Program, **options) -> Program:
+    return Cache(**options).apply(before, context()).program
+
+
+def the_attention(item: Program) -> list[object]:
+    (node,) = calls(item.graph, lbllm.cached_attention.default)
+    return list(node.args)
+
+
+def decode(item: Program, inputs: dict[str, Tensor], prefill: int) -> Tensor:
+    """Prefill, then token by token."""
+    batch, length = inputs["input_ids"].shape
+    state = {n.target: n.meta[STATE].allocate(batch, length + 3) for n in item.state_placeholders()}
+    outputs = []
+    for start, end in itertools.pairwise([0, *range(prefill, length + 1)]):
+        step = {
+            "input_ids": inputs["input_ids"][:, start:end],
+            "attention_mask": inputs["attention_mask"][:, :end],
+            "position_ids": inputs["position_ids"][:, start:end],
+        }
+        outputs.append(item.run({**step, **state, "past": start}))
+    return torch.cat(outputs, 1)
+
+
+def test_attention_gets_a_state_and_the_mask_goes_away():
+    after = cached(attention(scale=0.5))
+    assert lines(after) == expected("""
+        %0 = aten.sym_size.int(input_ids, 0)
+        %1 = aten.sym_size.int(input_ids, 1)
+        %2 = aten.embedding(embed, input_ids)
+        %3 = aten.embedding(positions, position_ids)
+        %4 = aten.add.Tensor(%2, %3)
+        %5 = aten.linear(%4, q)
+        %6 = aten.view(%5, [%0, %1, 4, 6])
+        %7 = aten.transpose.int(%6, 1, 2)
+        %8 = aten.linear(%4, k)
+        %9 = aten.view(%8, [%0, %1, 2, 6])
+        %10 = aten.transpose.int(%9, 1, 2)
+        %11 = aten.linear(%4, v)
+        %12 = aten.view(%11, [%0, %1, 2, 6])
+        %13 = aten.transpose.int(%12, 1, 2)
+        %14 = lbllm.cached_attention(%7, %10, %13, kv_0_key_codes, kv_0_key_params, kv_0_value_codes, kv_0_value_params, attention_mask, past, 0.5, 0, 4)
+        %15 = aten.transpose.int(%14, 1, 2)
+        %16 = aten.reshape(%15, [%0, %1, 24])
+        %17 = aten.add.Tensor(%4, %16)
+        return %17
+    """)  # noqa: E501
+    assert [n.meta[STATE] for n in after.state_placeholders()] == [
+        StateSpec(2, (3,), torch.uint8),
+        StateSpec(2, (2,), torch.float16),
+        StateSpec(2, (3,), torch.uint8),
+        StateSpec(2, (2,), torch.float16),
+    ]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mask", [causal, window(5)])
+@pytest.mark.parametrize("prefill", [1, 6])
+def test_decoding_gives_the_whole_sequence_again(bits, mask, prefill):
+    before = attention(mask, bits=(bits, bits), layers=2)
+    after = cached(before)
+    inputs = token_inputs(batch=3, length=11, padding=4)
+    seen = inputs["attention_mask"].bool()
+    whole = before.run(inputs)[seen]
+    torch.testing.assert_close(after.run(inputs)[seen], whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decode(after, inputs, prefill)[seen], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "meaning"),
+    [
+        (causal, 0),
+        (window(2), 2),
+        (window(7), 7),
+        (window(100), 100),
+        (window(100_000), 100_000),
+        (additive(-1e9), 0),
+        (additive(torch.finfo(torch.float32).min), 0),
+    ],
+)
+def test_the_meaning_of_a_mask_is_found(mask, meaning):
+    assert the_attention(cached(attention(mask)))[10] == meaning
+
+
+def test_a_mask_without_padding_gets_an_all_ones_key_mask():
+    for before in (attention(causal_without_padding), attention(None, is_causal=True)):
+        after = cached(before)
+        assert the_attention(after)[7].target is aten.ones_like.default
+        inputs = token_inputs(length=7)
+        torch.testing.assert_close(decode(after, inputs, 3), before.run(inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [bidirectional, blocks(4), blocks(9)])
+def test_other_masks_are_refused(mask):
+    with pytest.raises(PassError, match=r"mask of 'scaled_dot_product_attention.*neither causal nor"):
+        cached(attention(mask))
+
+
+def test_a_large_number_that_is_no_window_is_refused():
+    with pytest.raises(PassError, match="depends on the number 70000 in a way that is not a sliding window"):
+        cached(attention(blocks(70_000)))
+
+
+def test_a_bias_in_the_mask_is_refused():
+    with pytest.raises(PassError, match="adds a bias to the scores"):
+        cached(attention(slope))
+
+
+def test_attention_without_mask_is_refused():
+    with pytest.raises(PassError, match="not causal, so it cannot decode"):
+        cached(attention(None))
+
+
+def test_a_mask_that_is_one_layers_alone_is_proved_alone():
+    assert {n.args[10] for n in calls(cached(attention(layers=3)).graph, lbllm.cached_attention.default)} == {0}
+
+
+def test_repeated_heads_are_recognized_and_other_orders_refused():
+    key, value = the_attention(cached(attention()))[1:3]
+    assert key.target is aten.transpose.int and value.target is aten.transpose.int
+    grouped = attention(expand=None, enable_gqa=True)
+    inputs = token_inputs()
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(cached(grouped).run(inputs)[seen], attention().run(inputs)[seen], rtol=1e-4, atol=1e-4)
+    with pytest.raises(PassError, match="is not a repeat of heads"):
+        cached(attention(expand=interleave))
+
+
+def test_bits_come_from_the_simulation():
+    assert the_attention(cached(attention(bits=(8, 8))))[11] == 8
+    assert the_attention(cached(attention(bits=(0, 0))))[11] == 16
+    assert the_attention(cached(attention(bits=(0, 0)), bits=8))[11] == 8
+    with pytest.raises(PassError, match=r"simulates 4-bit keys .*cache\{bits=4\} or activate\{kv=8\}"):
+        cached(attention(), bits=8)
+    with pytest.raises(PassError, match="keys of 4 bits and values of 8"):
+        cached(attention(bits=(4, 8)))
+
+
+def test_the_softmax_scale_defaults_to_the_head_size():
+    assert the_attention(cached(attention()))[9] == pytest.approx(WIDTH**-0.5)
+
+
+def test_what_else_reads_mask_or_length_is_refused():
+    def masks_hidden(x, mask, length):
+        return aten.mul.Tensor(x, aten.unsqueeze.default(mask, 2))
+
+    with pytest.raises(PassError, match="uses the attention mask outside attention"):
+        cached(attention(mangle=masks_hidden))
+
+    def counts(x, mask, length):
+        return aten.add.Tensor(x, aten.unsqueeze.default(aten.arange.default(length), 1))
+
+    with pytest.raises(PassError, match=r"counts positions from the sequence's length.*position_ids"):
+        cached(attention(mangle=counts))
+
+
+def test_dropout_a_second_run_and_missing_attention_are_refused():
+    with pytest.raises(PassError, match="dropout"):
+        cached(attention(dropout_p=0.1))
+    with pytest.raises(PassError, match="run 'cache' once"):
+        cached(cached(attention()))
+    with pytest.raises(PassError, match="attn_implementation='sdpa'"):
+        cached(program({"w": normal(11, 8)}, lambda root, input_ids: aten.embedding.default(root.w, input_ids)))
+
+
+def test_a_plain_module_stays_as_it_is():
+    before = program({"a": normal(8, 40)}, lambda root, x: aten.linear.default(x, root.a), kind="module")
+    assert Cache().apply(before, context()).program is before
+
+
+def test_the_reference_mask_is_what_the_proof_compares_with():
+    mask = attention_mask(torch.tensor([[0, 1, 1, 1]]), 2, 2, 2)
+    assert mask[0, 0].tolist() == [[False, True, True, False], [False, False, True, True]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from lbllm_compile.codegen.targets.cuda_device import device_count
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,5 +16,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(slow)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+    on_device = [item for item in items if "gpu" in item.keywords]
+    if on_device and not device_count():
+        for item in on_device:
             item.add_marker(gpu)

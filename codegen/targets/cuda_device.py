@@ -6,6 +6,7 @@ It needs the driver's library alone, no CUDA toolkit and no CUDA build of torch.
 from __future__ import annotations
 
 import ctypes
+import statistics
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 _LIBRARY = "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_CAPTURE_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuInit": (c_uint,),
@@ -43,6 +47,14 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (ctypes.POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_void_p)),
+    "cuStreamCreate": (ctypes.POINTER(c_void_p), c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, ctypes.POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (ctypes.POINTER(c_void_p), c_void_p, c_uint64),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuGraphDestroy": (c_void_p,),
     "cuEventCreate": (ctypes.POINTER(c_void_p), c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
     "cuEventSynchronize": (c_void_p,),
@@ -93,6 +105,7 @@ class Device:
         self._call("cuDevicePrimaryCtxRetain", byref(context), device.value)
         self._call("cuCtxSetCurrent", context)
         self._ordinal = device.value
+        self._stream: c_void_p | None = None
         self._modules: list[c_void_p] = []
         self._memory: list[int] = []
 
@@ -157,27 +170,46 @@ class Device:
         block: tuple[int, int, int],
         arguments: Sequence[c_uint64 | c_int],
     ) -> None:
-        """Starts a kernel on the default stream; buffers are ``c_uint64``, numbers ``c_int``."""
+        """Starts a kernel; buffers are ``c_uint64``, numbers ``c_int``."""
         slots = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        self._call("cuLaunchKernel", function, *grid, *block, 0, None, slots, None)
+        self._call("cuLaunchKernel", function, *grid, *block, 0, self._stream, slots, None)
 
     def synchronize(self) -> None:
         """Waits for all work of the device."""
         self._call("cuCtxSynchronize")
 
-    def milliseconds(self, work: Callable[[], None]) -> float:
-        """Device time that ``work`` enqueues, by events around it."""
-        start, end, elapsed = c_void_p(), c_void_p(), c_float()
+    def microseconds(self, work: Callable[[], None], repeats: int = 15) -> float:
+        """Median device time of the launches in ``work``.
+
+        They are captured as a graph and replayed between two events, so the host's launch overhead does not count.
+        """
+        stream, graph, executable, start, end = (c_void_p() for _ in range(5))
+        elapsed, times = c_float(), []
+        self._call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+        self._call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD)
+        self._stream = stream
+        try:
+            work()
+        finally:
+            self._stream = None
+            self._call("cuStreamEndCapture", stream, byref(graph))
+        self._call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
         for event in (start, end):
             self._call("cuEventCreate", byref(event), 0)
-        self._call("cuEventRecord", start, None)
-        work()
-        self._call("cuEventRecord", end, None)
-        self._call("cuEventSynchronize", end)
-        self._call("cuEventElapsedTime", byref(elapsed), start, end)
+        for repeat in range(repeats + 1):
+            self._call("cuEventRecord", start, stream)
+            self._call("cuGraphLaunch", executable, stream)
+            self._call("cuEventRecord", end, stream)
+            self._call("cuEventSynchronize", end)
+            self._call("cuEventElapsedTime", byref(elapsed), start, end)
+            if repeat:  # the first replay warms up
+                times.append(1e3 * elapsed.value)
         for event in (start, end):
             self._call("cuEventDestroy_v2", event)
-        return elapsed.value
+        self._call("cuGraphExecDestroy", executable)
+        self._call("cuGraphDestroy", graph)
+        self._call("cuStreamDestroy_v2", stream)
+        return statistics.median(times)
 
     def run(self, kernel: CudaKernel, launch: Launch) -> dict[str, Tensor]:
         """Runs a whole launch (its ``blocks`` are ignored) and returns the outputs by name.

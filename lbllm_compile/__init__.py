@@ -1,10 +1,33 @@
 """lbllm-compile: turn a causal language model into W(1+1)A4 and run it on generated kernels."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from lbllm_compile.driver import CompileOptions, CompileReport, compile
+    from lbllm_compile.runtime import CompiledModel, load
+
+__all__ = ["CompileOptions", "CompileReport", "CompiledModel", "__version__", "compile", "load"]
 __version__ = "0.1.0"
 
 # In a checkout passes/ and codegen/ lie beside this folder; an installed package has them inside it.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "passes" / "program.py").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
+
+_HOMES = {
+    "CompileOptions": "driver",
+    "CompileReport": "driver",
+    "CompiledModel": "runtime",
+    "compile": "driver",
+    "load": "runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what the package offers when it is asked for: torch and TVM take seconds to load."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lbllm_compile' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"lbllm_compile.{_HOMES[name]}"), name)

@@ -144,6 +144,7 @@ def compile(
     """
     progress = progress or NoProgress()
     clock = Clock()
+    dumps = Dumps(options.dump_dir)
     job = prepare(options, progress)
     clock.lap("capture")
     data = calibration.prepare(
@@ -164,7 +165,7 @@ def compile(
         if not work.finished():
             preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
             clock.lap("preflight")
-        program, records, history = _transform(job, data, work, progress, listener)
+        program, records, history = _transform(job, data, work, dumps, progress, listener)
         clock.lap("passes")
         kernels = build_kernels(
             program,
@@ -217,7 +218,7 @@ def rehearse(options: CompileOptions, progress: Progress | None = None) -> prefl
 
 
 def _transform(
-    job: Job, data: CalibrationSet, work: WorkDir, progress: Progress, listener: Listener | None
+    job: Job, data: CalibrationSet, work: WorkDir, dumps: Dumps, progress: Progress, listener: Listener | None
 ) -> tuple[Program, list[PassRecord], list[tuple[str, Program]]]:
     """Runs the pipeline; returns the lowered program, a record per pass, and ``(pass name, program after it)``."""
     context = PassContext(
@@ -230,7 +231,6 @@ def _transform(
         progress=progress,
         checkpoints=work,
     )
-    dumps = Dumps(job.options.dump_dir)
     history: list[tuple[str, Program]] = []
 
     def after_pass(record: PassRecord, before: Program, after: Program) -> None:

@@ -66,8 +66,8 @@ def measure(
     Returns:
         JSON-able figures: ``bytes_original`` (its weights in 16 bit), ``bytes_compiled`` (all weights of the artifact),
         ``bits_per_weight`` (decoder linears as stored) and ``bits_per_weight_file``; for a language model also
-        ``text``, ``ppl_teacher``, ``ppl``, ``kld_mean``, ``top1_agreement`` and the tokens per second of greedy decoding with a
-        KV cache, ``decode_original`` (eager torch, float32) and ``decode_compiled``; for another module
+        ``text``, ``ppl_teacher``, ``ppl``, ``kld_mean``, ``top1_agreement`` and the tokens per second of greedy
+        decoding with a KV cache, ``decode_original`` (eager torch, float32) and ``decode_compiled``; for another module
         ``relative_error`` on the validation inputs.
 
     Raises:

@@ -19,11 +19,13 @@ class CompiledModel:
 
     Attributes:
         program: the lowered graph and its canonical weights.
+        kernels: the proven kernels it runs on.
         tokenizer: a transformers tokenizer, or None.
     """
 
     def __init__(self, program: Program, kernels: Kernels):
         self.program = program
+        self.kernels = kernels
         self.tokenizer = program.tokenizer
         self._executor = Executor(program, kernels)
         self._inputs = [n.target for n in program.placeholders() if STATE not in n.meta and n.target != "past"]

@@ -212,14 +212,13 @@ def _regions(program: Program, found: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """Cuts the graph at its trunk: the nodes that every path from the trunk's root to the output goes through.
 
     Only what depends on the trunk's root counts, so that masks and rotary tables, which every layer reads, do not
-    bypass the trunk. The root is the last node that dominates all linears.
+    bypass the trunk.
     """
     order = {node: position for position, node in enumerate(program.graph.nodes)}
     output = next(n for n in program.graph.nodes if n.op == "output")
     graph = nx.DiGraph()
     for node in program.graph.nodes:
-        if node.op in ("call_function", "output"):
-            graph.add_edges_from((source, node) for source in node.all_input_nodes if source.op == "call_function")
+        graph.add_edges_from((source, node) for source in node.all_input_nodes if source.op != "get_attr")
     root = _root(graph, found, order)
     if root is None or output not in graph:
         return []
@@ -237,28 +236,29 @@ def _regions(program: Program, found: Sequence[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _root(graph: nx.DiGraph, found: Sequence[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:
-    """The node closest to the linears that all of them depend on."""
-    common: set[fx.Node] | None = None
-    for node in found:
-        ancestors = nx.ancestors(graph, node)
-        common = ancestors if common is None else common & ancestors
-    return max(common, key=order.__getitem__) if common else None
+    """The first value that all linears depend on: the embedded tokens, or a float input."""
+    common = set.intersection(*(nx.ancestors(graph, node) for node in found))
+    values = [node for node in common if _is_float(node)]
+    return min(values, key=order.__getitem__) if values else None
 
 
-def _label(region: Sequence[fx.Node]) -> str:
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _label(region: Sequence[fx.Node]) -> int:
     """A hash that isomorphic regions share: operators, weight shapes, and how they are wired."""
-    inside = set(region)
-    graph = nx.DiGraph()
+    labels: dict[fx.Node, int] = {}
     for node in region:
-        shapes = [_static_shape(source) for source in node.all_input_nodes if source.op == "get_attr"]
-        graph.add_node(node, label=f"{node.target}{shapes}")
-        graph.add_edges_from((source, node) for source in node.all_input_nodes if source in inside)
-    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+        sources = [labels.get(source, _static_shape(source)) for source in node.all_input_nodes]
+        labels[node] = hash((str(node.target), tuple(sources)))
+    return hash(tuple(sorted(labels.values())))
 
 
 def _static_shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    """The shape of a weight; what comes from elsewhere does not tell regions apart."""
+    return tuple(node.meta["val"].shape) if node.op == "get_attr" else ()
 
 
 def _place_weights(program: Program) -> None:

@@ -176,6 +176,9 @@ def _rewrite_product(module: fx.GraphModule, node: fx.Node) -> None:
             result = _call(module, node, aten.linear.default, left, _rows(module, weight))
         _replace(module, node, result)
         return
+    if weight is not None and _rank(weight.node) == 3 and _rank(left) == 3:
+        _rewrite_batched(module, node, left, weight)
+        return
     weight = _operand(left)
     if weight is not None and _rank(weight.node) == 2 and _rank(right) == 2:
         # W @ x is (x^T @ W^T)^T, a linear over the columns of x with the weight as it lies.
@@ -185,6 +188,23 @@ def _rewrite_product(module: fx.GraphModule, node: fx.Node) -> None:
             result = _call(module, node, aten.t.default, product)
         columns.meta["val"], product.meta["val"] = right.meta["val"].t(), node.meta["val"].t()
         _replace(module, node, result)
+
+
+def _rewrite_batched(module: fx.GraphModule, node: fx.Node, x: fx.Node, weight: _Operand) -> None:
+    """``[E, M, K] @ [E, K, N]`` as stacked experts, each of which has ``M`` tokens."""
+    value, product = x.meta["val"], node.meta["val"]
+    experts, width = product.shape[0], product.shape[2]
+    with module.graph.inserting_before(node):
+        matrices = _rows(module, weight)
+        tokens = _call(module, node, aten.sym_size.int, x, 1)
+        flat = _call(module, node, aten.flatten.using_ints, x, 0, 1)
+        ends = _call(module, node, aten.arange.start, 1, experts + 1)
+        offsets = _call(module, node, aten.mul.Tensor, ends, tokens)
+        rows = _call(module, node, lbllm.grouped_linear.default, flat, matrices, offsets)
+        result = _call(module, node, aten.view.default, rows, [experts, tokens, width])
+    tokens.meta["val"], flat.meta["val"], rows.meta["val"] = value.shape[1], value.flatten(0, 1), product.flatten(0, 1)
+    ends.meta["val"] = offsets.meta["val"] = value.new_empty((experts,), dtype=torch.int64)
+    _replace(module, node, result)
 
 
 def _rewrite_grouped(module: fx.GraphModule, node: fx.Node) -> None:

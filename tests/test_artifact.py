@@ -1,0 +1,308 @@
+"""Artifacts: what is saved comes back, and nothing altered, foreign or half-written is read or overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from graphs import context, normal, program, token_inputs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.lower import Lower
+from lbllm_compile.passes.program import set_attribute
+from rtn import simulate
+from safetensors.torch import load_file, save_file
+
+from lbllm_compile import artifact
+from lbllm_compile.artifact import ArtifactError
+
+aten = torch.ops.aten
+
+
+def lowered(seed: int = 0):
+    def forward(root, input_ids):
+        x = aten.embedding.default(root.embed.weight, input_ids)
+        return aten.linear.default(aten.linear.default(x, root.a.weight), root.embed.weight)
+
+    weights = {"embed.weight": normal(11, 40, seed=seed), "a.weight": normal(40, 40, seed=1)}
+    item = simulate(program(weights, forward, head="embed"))
+    for step in (Head(), Lower(target="cpu")):
+        item = step.apply(item, context()).program
+    return item
+
+
+LOCK = {"model": "0" * 64, "source": "/nowhere/model.py", "seed": "0"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    item = lowered()
+    out = tmp_path / "model-lbllm"
+    artifact.save(
+        item, out, lock=LOCK, history=[("lower", item)], records=[{"tile": 4}], sources={"linear0": "# text"},
+        binaries={"k.cubin": b"\x7fELF"},
+    )  # fmt: skip
+    return item, out
+
+
+def test_what_is_saved_comes_back(saved):
+    item, out = saved
+    loaded = artifact.load(out)
+    inputs = token_inputs()
+    assert torch.equal(loaded.program.run(inputs), item.run(inputs))
+    assert (loaded.program.kind, loaded.program.name) == (item.kind, item.name)
+    assert loaded.program.metadata == {"target": "cpu"}
+    assert (dict(loaded.lock), loaded.records) == (LOCK, [{"tile": 4}])
+    assert loaded.digest == hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_the_directory_is_what_it_says(saved):
+    _, out = saved
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
+        "config.json",
+        "graph.json",
+        "kernels/k.cubin",
+        "kernels/linear0.py",
+        "lbllm.lock",
+        "manifest.json",
+        "model.safetensors",
+        "passes/001_lower.json",
+        "program.json",
+        "tuning.json",
+    ]
+    weights = load_file(out / "model.safetensors")
+    assert {"a.weight.sign", "a.weight.bitmap", "a.weight.levels", "a.weight.scale"} < set(weights)
+    listed = json.loads((out / "manifest.json").read_text())["files"]
+    for name, entry in listed.items():
+        content = (out / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
+    item, out = saved
+    artifact.save(item, tmp_path / "other", lock=LOCK, history=[("lower", item)])
+    for name in ("model.safetensors", "graph.json", "passes/001_lower.json", "program.json"):
+        assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_large_weights_are_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "SHARD_BYTES", 500)
+    item = lowered()
+    artifact.save(item, tmp_path / "out", lock=LOCK)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert torch.equal(artifact.load(tmp_path / "out").program.run(token_inputs()), item.run(token_inputs()))
+
+
+def test_an_older_artifact_is_replaced_whole(saved):
+    _, out = saved
+    artifact.save(lowered(seed=5), out, lock=LOCK)
+    assert not (out / "passes").exists()
+    assert torch.equal(artifact.load(out).program.run(token_inputs()), lowered(seed=5).run(token_inputs()))
+    assert [p.name for p in out.parent.iterdir()] == [out.name], "nothing temporary may stay behind"
+
+
+def test_a_failing_save_leaves_the_older_artifact(saved, monkeypatch):
+    item, out = saved
+    before = (out / "manifest.json").read_bytes()
+    monkeypatch.setattr(artifact, "_write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(ArtifactError, match=r"cannot write the artifact .*No space left"):
+        artifact.save(item, out, lock=LOCK)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_foreign_directories_are_not_overwritten(tmp_path, saved):
+    item, out = saved
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="holds files that are not an lbllm artifact"):
+        artifact.save(item, foreign, lock=LOCK)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds 'notes\.txt' beside the artifact"):
+        artifact.save(item, out, lock=LOCK)
+    assert (foreign / "thesis.tex").read_text() == "years of work" and (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="it is not a directory"):
+        artifact.check_destination(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_destination_is_told_first(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ArtifactError, match="not writable"):
+        artifact.check_destination(tmp_path / "locked" / "out")
+
+
+def edit_manifest(out: Path, change):
+    manifest = json.loads((out / "manifest.json").read_text())
+    change(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def sign_again(out: Path, name: str):
+    """An attacker who alters a file can alter its hash too."""
+    content = (out / name).read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit_manifest(out, lambda m: m["files"].update({name: entry}))
+
+
+def edit_graph(out: Path, change):
+    graph = json.loads((out / "graph.json").read_text())
+    change(graph)
+    (out / "graph.json").write_text(json.dumps(graph))
+    sign_again(out, "graph.json")
+
+
+def edit_weights(out: Path, change):
+    weights = load_file(out / "model.safetensors")
+    change(weights)
+    save_file(weights, out / "model.safetensors")
+    sign_again(out, "model.safetensors")
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def relink(path: Path):
+    moved = path.with_suffix(".moved")
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+def call(target: str):
+    def change(graph):
+        next(n for n in graph["nodes"] if n["op"] == "call_function")["target"] = target
+
+    return change
+
+
+DAMAGES = {
+    "truncated weights": (lambda d: truncate(d / "model.safetensors"), "bytes instead of"),
+    "flipped bit in weights": (lambda d: flip(d / "model.safetensors"), "was altered"),
+    "flipped bit in the graph": (lambda d: flip(d / "graph.json"), "was altered"),
+    "flipped bit in a stored pass": (lambda d: flip(d / "passes/001_lower.json"), "was altered"),
+    "missing file": (lambda d: (d / "lbllm.lock").unlink(), "is missing"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "has no manifest.json"),
+    "truncated manifest": (lambda d: truncate(d / "manifest.json"), "damaged"),
+    "foreign manifest": (lambda d: (d / "manifest.json").write_text('{"files": {}}'), "is not an lbllm artifact"),
+    "another version": (lambda d: edit_manifest(d, lambda m: m.update(version=99)), "version 99, this build reads"),
+    "a version that is text": (lambda d: edit_manifest(d, lambda m: m.update(version="1")), "this build reads"),
+    "no files": (lambda d: edit_manifest(d, lambda m: m.update(files={})), "lists no files"),
+    "a path outside": (
+        lambda d: edit_manifest(d, lambda m: m["files"].update({"../secret": m["files"]["graph.json"]})),
+        "not a plain name inside",
+    ),
+    "an absolute path": (
+        lambda d: edit_manifest(d, lambda m: m["files"].update({"/etc/passwd": m["files"]["graph.json"]})),
+        "not a plain name inside",
+    ),
+    "a link": (lambda d: relink(d / "graph.json"), "is a link"),
+    "a linked manifest": (lambda d: relink(d / "manifest.json"), "is not an lbllm artifact"),
+    "a malformed hash": (
+        lambda d: edit_manifest(d, lambda m: m["files"].update({"graph.json": {"bytes": 1, "sha256": "0"}})),
+        "damaged at 'graph.json'",
+    ),
+    "an operator outside the list": (lambda d: edit_graph(d, call("aten.from_file.default")), "outside the operators"),
+    "an unlisted tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "is not part of the artifact"),
+    "an unused weight": (lambda d: edit_weights(d, lambda w: w.update(extra=torch.ones(1))), "does not use"),
+    "a weight less": (lambda d: edit_weights(d, lambda w: w.pop("a.weight.sign")), "not stored"),
+    "unsorted levels": (
+        lambda d: edit_weights(d, lambda w: w.update({"a.weight.levels": w["a.weight.levels"].flip(-1).contiguous()})),
+        "not sorted",
+    ),
+    "a NaN scale": (
+        lambda d: edit_weights(d, lambda w: w["a.weight.scale"].fill_(float("nan"))),
+        "negative, NaN or infinite",
+    ),
+    "a wrong shape": (
+        lambda d: edit_weights(d, lambda w: w.update({"a.weight.sign": w["a.weight.sign"][:, :-1].contiguous()})),
+        "the format needs",
+    ),
+    "rows of another type": (
+        lambda d: edit_weights(d, lambda w: w.update({"embed.weight.rows": w["embed.weight.rows"].float()})),
+        "not int8 rows",
+    ),
+    "a file that is no safetensors": (
+        lambda d: ((d / "model.safetensors").write_bytes(b"\xff" * 64), sign_again(d, "model.safetensors")),
+        "not a safetensors file",
+    ),
+    "a program of no kind": (
+        lambda d: ((d / "program.json").write_text("{}"), sign_again(d, "program.json")),
+        "does not describe a program",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_artifacts_are_refused_with_one_sentence(saved, name):
+    _, out = saved
+    damage, message = DAMAGES[name]
+    damage(out)
+    with pytest.raises(ArtifactError, match=message) as raised:
+        artifact.load(out)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(ArtifactError, match="no artifact at"):
+        artifact.load(tmp_path / "nothing")
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_is_found(saved, tmp_path, data):
+    _, out = saved
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(out, copy)
+    name = data.draw(st.sampled_from(sorted(json.loads((out / "manifest.json").read_text())["files"])))
+    content = bytearray((copy / name).read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    (copy / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match="was altered"):
+        artifact.load(copy)
+
+
+def test_a_graph_that_cannot_be_loaded_is_not_saved(tmp_path):
+    item = lowered()
+    graph = item.module.graph
+    with graph.inserting_before(graph.output_node()):
+        noise = graph.call_function(aten.rand_like.default, (graph.output_node().args[0],))
+    graph.output_node().args = (noise,)
+    item.module.recompile()
+    with pytest.raises(Exception, match=r"aten\.rand_like.*outside the operators"):
+        artifact.save(item, tmp_path / "out", lock=LOCK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_artifacts_written_here_are_remembered(saved, tmp_path):
+    _, out = saved
+    assert artifact.compiled_here(artifact.load(out))
+    edit_manifest(out, lambda m: m.update(note="from elsewhere"))
+    assert not artifact.compiled_here(artifact.load(out))
+
+
+def test_a_tied_pair_is_stored_once(saved):
+    item, out = saved
+    set_attribute(item.module, "unrelated", torch.ones(1))
+    assert sum(p.endswith(".rows") for p in load_file(out / "model.safetensors")) == 1

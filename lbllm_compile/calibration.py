@@ -27,11 +27,11 @@ import platformdirs
 import torch
 from torch import Tensor, nn
 
-from . import frontend
-from .codegen.errors import LbllmError
-from .frontend import UserModel, language_model_inputs
-from .passes.base import NoProgress, Progress, batches_of
-from .passes.program import Program
+from lbllm_compile import frontend
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.frontend import UserModel, language_model_inputs
+from lbllm_compile.passes.base import NoProgress, Progress, batches_of
+from lbllm_compile.passes.program import Program
 
 _SAMPLER = 1
 """Version of the sampling procedure, part of the cache key."""

@@ -40,7 +40,7 @@ EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 
 # What typer raises for a wrong command line: the class behind all of its specific ones.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class UsageError(LbllmError):

@@ -41,8 +41,8 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from .codegen.errors import LbllmError
-from .passes.program import Program, set_attribute
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes.program import Program, set_attribute
 
 LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Placeholders of a captured language model, in order."""

@@ -201,9 +201,8 @@ def _survey_modules(module: nn.Module) -> list[_Linear]:
     for path, owner in module.named_modules():
         layer = _layer_of(path, layers)
         if owner is head:
-            weight = owner.weight
             info = LinearInfo(path, f"{path}.weight", None, "head", 0, "computes the output")
-            result.append(_Linear(info, tuple(weight.shape)))
+            result.append(_Linear(info, tuple(head.weight.shape)))
             continue
         for name, weight in owner.named_parameters(recurse=False):
             full = f"{path}.{name}"
@@ -343,11 +342,11 @@ def matmul_speed(seconds: float = 0.3) -> float:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
     best = float("inf")
-    a @ b
+    torch.mm(a, b)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         once = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         best = min(best, time.perf_counter() - once)
     return 2 * size**3 / best
 

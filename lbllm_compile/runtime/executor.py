@@ -163,7 +163,7 @@ class _Quantize:
         leading = x.shape[:-1]
         flat = x.reshape(-1, self._in_features).contiguous()
         values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip)
-        return values.view(*leading, self._in_features), scale.view(*leading, -1)
+        return values.view(*leading, self._in_features), scale.view(*leading, scale.shape[-1])
 
 
 class _Linear:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.runtime.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
 
 
 def load(
-    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Any = None
+    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Progress | None = None
 ) -> CompiledModel:
     """Loads an artifact: checks it, builds and proves its kernels on this machine, packs its weights.
 
@@ -31,15 +30,16 @@ def load(
     return CompiledModel(loaded.program, kernels or build_kernels(loaded, target, progress))
 
 
-def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Any = None) -> Kernels:
-    """Builds the kernels of an artifact from its tuning records."""
-    try:
-        from lbllm_compile.codegen.build import KernelSet, Target
-    except ImportError as error:
-        raise KernelError(
-            f"kernels cannot be generated because TVM does not load ({error}); reinstall apache-tvm,"
-            " there is no slow path"
-        ) from error
+def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Progress | None = None) -> Kernels:
+    """Builds the kernels of an artifact from its tuning records; what they do not cover takes the first guess.
+
+    Raises:
+        KernelError, TargetError: as :func:`load`.
+    """
+    # TVM takes seconds to import, and reading an artifact does not need it
+    from lbllm_compile.codegen.build import KernelSet
+    from lbllm_compile.codegen.targets import Target
+
     needed = requirements(loaded.program)
     records = loaded.records if isinstance(loaded.records, list) else None
     return KernelSet.build(

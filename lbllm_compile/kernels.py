@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,5 +74,6 @@ def build_kernels(
 
     cuda = emit_cuda(needed.linears, needed.quantizers, archs, progress=progress)
     sources |= {f"{k.name}.cu": k.source for k in cuda}
+    sources["cuda.json"] = json.dumps([k.record() for k in cuda], indent=1)
     binaries = {f"{k.name}.cubin": k.cubin for k in cuda}
     return BuiltKernels(host, host.records() if cpu else [], sources, binaries, cuda)

@@ -240,7 +240,7 @@ LINEARS = [
     (LinearSpec("bit", 33, 4200, 32, act_bits=8), "gemv", GemvSchedule(1, 16)),
     (LinearSpec("bit", 290, 1000, 256, bias=True), "gemv", GemvSchedule(4, 2)),
     (LinearSpec("int8", 70, 259, 0, act_bits=8, bias=True), "gemv", None),
-    (LinearSpec("bit", 70, 259, 32, act_bits=8, bias=True), "gemm", GemmSchedule(16, 32, 4, 4, 64)),
+    (LinearSpec("bit", 70, 259, 32, act_bits=8, bias=True), "gemm", GemmSchedule(16, 32, 4, 4, 32)),
     (LinearSpec("bit", 97, 700, 256, per_token=True), "gemm", GemmSchedule(32, 64, 8, 4, 128)),
     (LinearSpec("int8", 40, 259, 64, act_bits=8), "gemm", GemmSchedule(16, 32, 4, 4, 64)),
     (LinearSpec("int8", 33, 100, 0, act_bits=4), "gemm", None),

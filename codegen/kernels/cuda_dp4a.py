@@ -132,7 +132,7 @@ class GemmSchedule:
         rows: weight rows of the tile, a multiple of 32.
         thread_tokens: tokens of a thread, a multiple of 4.
         thread_rows: weight rows of a thread, a multiple of 4.
-        depth: most inputs per shared-memory tile.
+        depth: inputs per shared-memory tile, a divisor of the slice.
     """
 
     tokens: int = 64
@@ -148,17 +148,16 @@ class GemmSchedule:
 
     def valid(self, spec: LinearSpec) -> bool:
         """Whether the cut divides evenly and fits a thread block and 48 KiB of shared memory."""
-        width = Geometry.of(spec).slice
-        depth = min(self.depth, width)
         x, y = self.threads
-        shared = depth * (self.tokens + self.rows + 8)
-        even = self.rows % ROWS == 0 and self.tokens % self.thread_tokens == 0 and self.rows % self.thread_rows == 0
+        shared = self.depth * (self.tokens + self.rows + 8)
         return (
-            even
+            self.rows % ROWS == 0
+            and self.tokens % self.thread_tokens == 0
+            and self.rows % self.thread_rows == 0
             and self.thread_tokens % 4 == 0
             and self.thread_rows % 4 == 0
-            and width % depth == 0
-            and depth % 32 == 0
+            and Geometry.of(spec).slice % self.depth == 0
+            and self.depth % 32 == 0
             and 32 <= x * y <= 1024
             and shared <= 48 * 1024
         )
@@ -177,19 +176,17 @@ def gemv_schedules(spec: LinearSpec) -> list[GemvSchedule]:
 
 def gemm_schedules(spec: LinearSpec) -> list[GemmSchedule]:
     """Every valid GEMM schedule, the default first."""
+    width = Geometry.of(spec).slice
     space = [
         GemmSchedule(tokens, rows, tt, tr, depth)
         for tokens in (16, 32, 64, 128)
         for rows in (32, 64, 128)
         for tt in (4, 8)
         for tr in (4, 8)
-        for depth in (64, 128)
+        for depth in dict.fromkeys((min(128, width), min(64, width)))
     ]
-    width = min(128, Geometry.of(spec).slice)
-    valid = [s for s in space if s.valid(spec) and s.depth >= min(64, width)]
-    wanted = GemmSchedule() if spec.out_features > 32 else GemmSchedule(rows=32)
-    valid.sort(key=lambda s: (s.rows != wanted.rows, s.tokens != wanted.tokens, s.depth != min(128, width)))
-    return valid
+    rows = 64 if spec.out_features > ROWS else ROWS
+    return sorted((s for s in space if s.valid(spec)), key=lambda s: (s.rows != rows, s.tokens != 64))
 
 
 def pack_bit_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -366,7 +363,7 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
     thread_tokens, thread_rows = schedule.thread_tokens, schedule.thread_rows
     threads_x, threads_y = schedule.threads
     threads = threads_x * threads_y
-    depth = min(schedule.depth, shape.slice)
+    depth = schedule.depth
     steps, step_chunks = shape.slice // depth, chunks * depth // shape.slice
     x_units, w_units = tile_tokens * depth // 16, tile_rows * step_chunks
     tile_blocks = tile_rows // ROWS

@@ -233,8 +233,11 @@ def emit_cuda(
     for spec in dict.fromkeys(quantizers):
         wanted.append((spec, "quantize"))
     kernels: list[CudaKernel] = []
+    if not wanted:
+        return []
+    progress = progress or NoProgress()
     with (
-        (progress or NoProgress()).task("CUDA kernels", len(wanted) * (2 + len(archs))) as task,
+        progress.task("CUDA kernels", len(wanted) * (2 + len(archs))) as task,
         ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool,
     ):
         emitted: list[EmittedKernel] = []
@@ -253,6 +256,10 @@ def emit_cuda(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    spilling = sorted({k.name for k in kernels if k.spills})
+    spills = f"registers spill in {', '.join(spilling)}" if spilling else "no register spills"
+    proven = "; ".join(dict.fromkeys(kernel.proof for kernel in kernels))
+    progress.note(f"{len(kernels)} CUDA kernels for {', '.join(archs)}: {proven}; {spills}")
     return kernels
 
 

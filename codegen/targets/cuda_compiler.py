@@ -110,7 +110,10 @@ class CudaCompiler:
             text.write_text(source)
             command = [self.path, "--cubin", f"-arch={arch}", *FLAGS, "-diag-suppress", _UNUSED_VARIABLE]
             command += ["-Xptxas", "-v", "-o", str(cubin), str(text)]
-            process = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            try:
+                process = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            except subprocess.TimeoutExpired:
+                raise KernelError(f"nvcc did not finish a kernel for {arch} in {_TIMEOUT_S:.0f} s") from None
             log = process.stdout + process.stderr
             if process.returncode:
                 raise KernelError(f"nvcc cannot compile a generated kernel for {arch}: {log.strip()[:2000]}")

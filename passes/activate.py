@@ -178,6 +178,12 @@ class Activate(Pass):
         return tensors, metrics
 
 
+def improved(summary: Mapping[str, Any]) -> bool:
+    """Whether training brought the whole model closer to the float model on held-out data."""
+    measure = "kl" if "kl_before" in summary else "error"
+    return summary[f"{measure}_after"] < summary[f"{measure}_before"]
+
+
 def clip_factors(logit: Tensor) -> Tensor:
     """Factors in (0, 1] on a range's upper and lower end, from logits of at most ``LOGIT``."""
     return torch.sigmoid(logit) / torch.sigmoid(torch.tensor(LOGIT))

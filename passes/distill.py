@@ -22,13 +22,14 @@ Needs ``ptq`` before it, the float program as ``context.teacher``, calibration a
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import CALIBRATING, Contract, Pass, PassContext, PassResult
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .chains import Chains, packed_weight, paired_layers, with_tensors
 from .layers import Stage
 from .program import Program, get_attribute
@@ -56,8 +57,8 @@ class Distill(Pass):
 
     epochs: int = 2
     batch: int = 2
-    lr_weight: float = 5e-3
-    lr_bitmap: float = 5e-3
+    lr_weight: float = 1e-2
+    lr_bitmap: float = 3e-3
     lr_levels: float = 1e-2
     freeze: float = 0.85
     precision: Precision = "auto"
@@ -66,6 +67,8 @@ class Distill(Pass):
     contract: ClassVar[Contract] = CALIBRATING
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
+            raise PassError("distill needs quantized weights; run 'ptq' before it")
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
         stored: dict[str, Tensor] = {}
@@ -86,10 +89,9 @@ class Distill(Pass):
                 stored.update(tensors)
                 rows.append({"layer": index, **metrics})
                 task.advance(f"error {metrics['before']:.4f} -> {metrics['after']:.4f}")
-        better = sum(r["after"] <= 0.9 * r["before"] for r in rows)
         summary = {
             "layers": len(rows),
-            "layers_10_percent_better": better,
+            "layers_10_percent_better": layers_better(rows, 0.1),
             "mean_before": sum(r["before"] for r in rows) / len(rows),
             "mean_after": sum(r["after"] for r in rows) / len(rows),
         }
@@ -139,3 +141,10 @@ class Distill(Pass):
             "seconds": time.perf_counter() - start,
         }
         return tensors, metrics
+
+
+def layers_better(rows: Sequence[Mapping[str, Any]], share: float) -> int:
+    """Number of layers whose planes changed and whose held-out error fell by at least ``share``."""
+    return sum(
+        row["after"] <= (1 - share) * row["before"] and row["sign_flips"] + row["bitmap_flips"] > 0 for row in rows
+    )

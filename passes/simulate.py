@@ -275,10 +275,12 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
-        values, scale = reference.quantize_activation(x, clip, bits, group)
+        with torch.autocast(x.device.type, enabled=False):
+            values, scale = reference.quantize_activation(x, clip, bits, group)
+            out = reference.dequantize_activation(values, scale, group).to(x.dtype)
         ctx.save_for_backward(x, clip, values, scale)
         ctx.bits, ctx.group = bits, group
-        return reference.dequantize_activation(values, scale, group).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -320,7 +322,8 @@ def fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
 class _FakeQuantizeKv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        return _lbllm.fake_quantize_kv(x, bits)
+        with torch.autocast(x.device.type, enabled=False):
+            return _lbllm.fake_quantize_kv(x.float(), bits).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

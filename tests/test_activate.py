@@ -1,0 +1,189 @@
+"""Stage 3: quantizers in the graph, their gradients, and training under quantized activations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from lbllm_compile.passes import simulate
+from lbllm_compile.passes.activate import improved, insert_quantizers, kl_divergence
+from lbllm_compile.passes.annotate import LAYER, LINEAR
+from lbllm_compile.passes.base import PassContext, PassError, PassResult
+from lbllm_compile.passes.program import Program, get_attribute
+from stages import Memory, annotated, apply, batches, context, quantized, same_tensors
+from torch import fx
+
+_aten, _lbllm = torch.ops.aten, torch.ops.lbllm
+_TEXT = "activate{epochs=2,group=32,precision=float32}"
+
+
+def _calls(program: Program, target) -> list[fx.Node]:
+    return [n for n in program.graph.nodes if n.target is target]
+
+
+def test_linears_that_share_an_input_share_a_quantizer():
+    before = quantized()
+    after = insert_quantizers(before, 4, 32, 4)
+    quantizers = _calls(after, _lbllm.fake_quantize.default)
+    assert [len(n.users) for n in quantizers] == [3, 1, 2, 1] * 2
+    first = quantizers[0]
+    assert first.args[1].target == "model.layers.0.self_attn.q_proj.input_clip" and first.args[2:] == (4, 32)
+    assert torch.equal(get_attribute(after.module, first.args[1].target), torch.ones(2))
+    assert first.meta[LAYER] == 0 and all(LINEAR in user.meta for user in first.users)
+    assert not _calls(before, _lbllm.fake_quantize.default)
+
+
+@pytest.mark.parametrize("name, heads", [("llama", 2), ("gpt2", 4), ("phi3", 2)])
+def test_keys_and_values_are_quantized_before_they_are_repeated(name, heads):
+    program = insert_quantizers(quantized(name), 16, 0, 4)
+    attentions = _calls(program, _aten.scaled_dot_product_attention.default)
+    quantizers = _calls(program, _lbllm.fake_quantize_kv.default)
+    assert len(quantizers) == 2 * len(attentions) == 4
+    interpreter = _Shapes(program.module)
+    interpreter.run(*program.arguments(batches(1)[0]))
+    for node in quantizers:
+        batch, seen, length, _ = interpreter.shapes[node.name]
+        assert (batch, seen, length) == (2, heads, 24)
+    for attention in attentions:
+        for operand in attention.args[1:3]:
+            assert set(_behind(operand)) & set(quantizers)
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node):
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n.name] = value.shape
+        return value
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    found = [node]
+    while found[-1].target is not _lbllm.fake_quantize_kv.default and found[-1].all_input_nodes:
+        found.append(found[-1].all_input_nodes[0])
+    return found
+
+
+@pytest.mark.parametrize("bits, group", [(4, 32), (4, 0), (8, 32), (16, 0)])
+def test_the_differentiable_quantizer_has_the_operators_values(bits, group):
+    x = torch.randn((5, 7, 72), generator=torch.Generator().manual_seed(0))
+    clip = torch.tensor([0.9, 0.8])
+    expected = _lbllm.fake_quantize(x, clip, bits, group)
+    assert torch.equal(simulate.fake_quantize(x, clip, bits, group), expected)
+    assert torch.equal(simulate.fake_quantize_kv(x, 4), _lbllm.fake_quantize_kv(x, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(simulate.fake_quantize(x, clip, bits, group), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_gradient_of_a_clip_factor_is_the_slope_of_the_error(bits, end):
+    """On many samples the rounding averages out, so a finite difference shows the true slope."""
+    x = torch.randn((8192, 64), generator=torch.Generator().manual_seed(0))
+    x[:, 0] += 4.0
+
+    def error(clip: torch.Tensor) -> torch.Tensor:
+        return (simulate.fake_quantize(x, clip, bits, 32) - x).square().mean()
+
+    clip = torch.tensor([0.8, 0.7], requires_grad=True)
+    error(clip).backward()
+    step = torch.zeros(2)
+    step[end] = 0.01
+    slope = float(error(clip.detach() + step) - error(clip.detach() - step)) / 0.02
+    assert float(clip.grad[end]) == pytest.approx(slope, rel=0.15)
+
+
+def test_the_gradient_of_the_input_passes_inside_the_range():
+    x = torch.tensor([[-4.0, -1.0, 0.0, 1.0, 2.0, 8.0]], requires_grad=True)
+    simulate.fake_quantize(x, torch.tensor([0.5, 1.0]), 4, 0).sum().backward()
+    assert x.grad.tolist() == [[1, 1, 1, 1, 1, 0]]
+    x.grad = None
+    simulate.fake_quantize_kv(x, 4).sum().backward()
+    assert bool((x.grad == 1).all())
+
+
+def test_divergence_of_equal_logits_is_zero_and_grows():
+    logits = torch.randn((2, 300, 11), generator=torch.Generator().manual_seed(0))
+    assert kl_divergence(logits, logits) == pytest.approx(0, abs=1e-6)
+    expected = (logits.softmax(-1) * (logits.log_softmax(-1) - (2 * logits).log_softmax(-1))).sum(-1).mean()
+    assert kl_divergence(logits, 2 * logits) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def data() -> PassContext:
+    return context(count=32)
+
+
+@pytest.fixture(scope="module")
+def trained(data: PassContext) -> PassResult:
+    return apply(quantized(), _TEXT, data)
+
+
+def test_training_lowers_the_divergence_from_the_float_model(trained):
+    assert improved(trained.summary)
+    assert all(row["after"] < row["before"] for row in trained.rows)
+    clips = [c for row in trained.rows for pair in row["clips"].values() for c in pair]
+    assert len(clips) == 16 and all(0.3 < c <= 1 for c in clips) and min(clips) < 0.999
+
+
+def test_the_reported_divergence_is_that_of_the_program(trained, data):
+    pairs = [(annotated().run(b), trained.program.run(b)) for b in data.validation]
+    measured = sum(kl_divergence(*pair) for pair in pairs) / len(pairs)
+    assert trained.summary["kl_after"] == pytest.approx(measured, rel=1e-4)
+
+
+def test_planes_are_frozen(trained):
+    before, after = dict(quantized().parameters()), dict(trained.program.parameters())
+    for path, tensor in before.items():
+        if path.endswith((".sign", ".bitmap")):
+            assert torch.equal(tensor, after[path])
+    assert any(not torch.equal(t, after[p]) for p, t in before.items() if p.endswith(".levels"))
+
+
+@pytest.mark.parametrize("options", ["epochs=1,lr_clip=0,lr_levels=0", "epochs=0"])
+def test_without_learning_rate_nothing_improves(options, data):
+    result = apply(quantized(), f"activate{{group=32,{options}}}", data)
+    assert not improved(result.summary)
+    assert result.summary["kl_after"] == result.summary["kl_before"] > 0
+    assert same_tensors(result.program, insert_quantizers(quantized(), 4, 32, 4))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_more_bits_cost_less(bits, trained, data):
+    result = apply(quantized(), f"activate{{bits={bits},kv={bits},group=0,epochs=0}}", data)
+    assert result.summary["kl_before"] < trained.summary["kl_after"]
+
+
+def test_a_resumed_run_gives_the_same_bytes(trained, data):
+    memory = Memory(saves=1)
+    with pytest.raises(Memory.KilledError):
+        apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+    memory.left = None
+    resumed = apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+    assert memory.loaded == 1
+    assert same_tensors(resumed.program, trained.program)
+    assert resumed.summary == trained.summary
+
+
+def test_preconditions_are_named(trained, data):
+    with pytest.raises(PassError, match="ptq"):
+        apply(annotated(), "activate", data)
+    with pytest.raises(PassError, match="quantized already"):
+        apply(trained.program, "activate{group=32}", data)
+    with pytest.raises(PassError, match="the weights' 32, or 0"):
+        apply(quantized(), "activate{group=64}", data)
+    with pytest.raises(PassError, match="kv cannot be 5"):
+        apply(quantized(), "activate{group=32,kv=5}", data)
+
+
+def test_a_plain_module_reports_its_error_and_has_no_cache(data):
+    program = dataclasses.replace(quantized(), kind="module")
+    teacher = dataclasses.replace(annotated(), kind="module")
+    result = apply(program, "activate{group=32,epochs=0}", dataclasses.replace(data, teacher=teacher))
+    assert not _calls(result.program, _lbllm.fake_quantize_kv.default)
+    assert 0 < result.summary["error_after"] < 1

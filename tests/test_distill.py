@@ -1,0 +1,195 @@
+"""Stage 2: the trainable weight, its gradients, and training layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.passes import layers, simulate, training
+from lbllm_compile.passes.base import PassContext, PassError, PassResult
+from lbllm_compile.passes.distill import layers_better
+from stages import Memory, annotated, apply, context, quantized, same_tensors
+
+_TEXT = "distill{epochs=2,precision=float32}"
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _weight(n: int, k: int, group: int = 32, stack: tuple[int, ...] = ()) -> tuple[QuantizedWeight, torch.Tensor]:
+    """A quantized weight with random codes, and a float weight near it."""
+    random = _generator(n + k)
+    groups = -(-k // group)
+    codes = torch.randint(0, 4, (*stack, n, k), generator=random, dtype=torch.uint8)
+    levels = torch.randn((*stack, n, groups, 4), generator=random).sort(-1).values
+    weight = QuantizedWeight.from_codes(codes, levels, group)
+    exact = weight.dequantize()
+    return weight, exact + 0.2 * torch.randn(exact.shape, generator=random)
+
+
+def _tensors(latent: simulate.LatentWeight) -> tuple[torch.Tensor, ...]:
+    return latent.latent, latent.bitmap, latent.levels
+
+
+@pytest.mark.parametrize("n, k, group, stack", [(3, 64, 32, ()), (5, 100, 64, ()), (2, 31, 32, (3,))])
+def test_the_simulation_starts_and_ends_as_the_packed_weight(n, k, group, stack):
+    weight, exact = _weight(n, k, group, stack)
+    latent = simulate.LatentWeight.of(weight, exact)
+    assert torch.equal(latent.simulate(), weight.dequantize())
+    random = _generator(1)
+    for tensor, size in zip(_tensors(latent), (0.5, 0.3, 0.5), strict=True):
+        tensor.add_(size * torch.randn(tensor.shape, generator=random))
+    folded = latent.fold()
+    folded.validate()
+    assert torch.equal(folded.dequantize(), latent.simulate())
+    assert not torch.equal(folded.codes(), weight.codes())
+    frozen = simulate.LevelWeight.of(folded)
+    frozen.levels.add_(0.5 * torch.randn(frozen.levels.shape, generator=random))
+    assert torch.equal(frozen.fold().dequantize(), frozen.simulate())
+
+
+def test_gradients_of_the_simulated_weight():
+    weight, exact = _weight(4, 40)
+    latent = simulate.LatentWeight.of(weight, exact)
+    latent.latent.add_(torch.randn(latent.latent.shape, generator=_generator(2)))
+    for tensor in _tensors(latent):
+        tensor.requires_grad_(True)
+    grad = torch.randn((4, 40), generator=_generator(3))
+    latent.simulate().backward(grad)
+
+    padded = torch.nn.functional.pad(grad, (0, 24)).view(4, 2, 32)
+    rounded = simulate._integers(latent.levels.detach())
+    levels = rounded[0] * rounded[1]
+    expected_levels = torch.zeros_like(levels)
+    for index in torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(32)).tolist():
+        row, group, column = index
+        l0, l1, l2, l3 = levels[row, group].tolist()
+        w, inner = latent.latent[row, group, column].item(), latent.bitmap[row, group, column].item() > 0.5
+        high_inner, high_outer = w > (l1 + l2) / 2, w > (l0 + l3) / 2
+        g = padded[row, group, column].item()
+        middle, width = ((l1 + l2) / 2, l2 - l1) if inner else ((l0 + l3) / 2, l3 - l0)
+        if abs(abs(w - middle) - width) > 1e-5:
+            expected = g if abs(w - middle) < width else 0.0
+            assert latent.latent.grad[row, group, column].item() == pytest.approx(expected, abs=1e-6)
+        pull = (l2 if high_inner else l1) - (l3 if high_outer else l0)
+        assert latent.bitmap.grad[row, group, column].item() == pytest.approx(g * pull, abs=1e-4)
+        code = (2 if high_inner else 1) if inner else (3 if high_outer else 0)
+        expected_levels[row, group, code] += g
+    assert torch.allclose(latent.levels.grad, expected_levels, atol=1e-4)
+
+
+def test_gradients_of_levels_with_frozen_planes():
+    weight, _ = _weight(4, 40)
+    frozen = simulate.LevelWeight.of(weight)
+    frozen.levels.requires_grad_(True)
+    grad = torch.randn((4, 40), generator=_generator(3))
+    frozen.simulate().backward(grad)
+    codes = torch.nn.functional.pad(weight.codes(), (0, 24), value=9).view(4, 2, 32)
+    padded = torch.nn.functional.pad(grad, (0, 24)).view(4, 2, 32)
+    expected = torch.stack([(padded * (codes == c)).sum(-1) for c in range(4)], -1)
+    assert torch.allclose(frozen.levels.grad, expected, atol=1e-5)
+
+
+def test_a_token_with_a_massive_activation_counts_as_one():
+    target = torch.randn((1, 8, 16), generator=_generator())
+    target[0, 0] *= 1e4
+    off = target.clone()
+    off[0, 0] *= 1.1
+    loss = training.reconstruction({"y": off}, {"y": target})
+    assert float(loss) == pytest.approx(0.01 / 8, rel=1e-3)
+
+
+def test_training_keeps_the_best_state():
+    value = torch.zeros(3)
+    batches = [torch.full((3,), 1.0), torch.full((3,), 3.0)]
+
+    def run(rate: float) -> training.Outcome:
+        group = training.Group((value,), rate)
+        losses = lambda i: (value - batches[i]).square().mean()  # noqa: E731
+        return training.train([group], 2, 5, losses, lambda: float(abs(value[0] - 0.5)), _generator(), "float32")
+
+    outcome = run(0.1)
+    assert outcome.step > 0 and outcome.after == pytest.approx(abs(float(value[0]) - 0.5))
+    assert outcome.after < outcome.before == 0.5
+    kept = value.clone()
+    outcome = run(10.0)
+    assert outcome.step == 0 and torch.equal(value, kept)
+
+
+@pytest.fixture(scope="module")
+def data() -> PassContext:
+    return context(count=48)
+
+
+@pytest.fixture(scope="module")
+def student(data: PassContext):
+    return apply(annotated(), "observe,ptq{group=32}", data).program
+
+
+@pytest.fixture(scope="module")
+def trained(student, data: PassContext) -> PassResult:
+    return apply(student, _TEXT, data)
+
+
+def test_distill_lowers_the_held_out_error_of_the_layers(trained):
+    assert layers_better(trained.rows, 0.05) == len(trained.rows) == 2
+    for row in trained.rows:
+        assert row["after"] < row["before"] and row["step"] > 0
+        assert 0 < row["sign_flips"] < 0.2 and 0 < row["bitmap_flips"] < 0.2
+
+
+def test_without_learning_rate_nothing_improves(student, data):
+    rates = "lr_weight=0,lr_bitmap=0,lr_levels=0"
+    for text in (f"distill{{epochs=1,{rates}}}", "distill{epochs=0}"):
+        result = apply(student, text, data)
+        assert layers_better(result.rows, 0.05) == 0
+        assert all(row["sign_flips"] == row["bitmap_flips"] == 0 for row in result.rows)
+        assert same_tensors(result.program, student)
+
+
+def test_the_graph_stays_and_the_model_comes_closer(student, trained, data):
+    names = [[(n.name, n.target) for n in p.graph.nodes] for p in (student, trained.program)]
+    assert names[0] == names[1]
+    errors = []
+    for program in (student, trained.program):
+        total = sum(float((program.run(b) - annotated().run(b)).norm()) for b in data.validation)
+        errors.append(total)
+    assert errors[1] < errors[0]
+
+
+def test_a_layer_is_fed_by_the_quantized_layers_before_it(student, trained, data):
+    """The error reported for the last layer is that of the whole chain of trained layers."""
+    teacher, parts = layers.split(annotated()), layers.split(trained.program)
+    total = 0.0
+    for batch in layers.calibration_batches(student, data.validation, 2):
+        chains = [layers.Activations([batch]), layers.Activations([batch])]
+        for chain, stages in zip(chains, (teacher, parts), strict=True):
+            for stage in (stages.prologue, *stages.layers):
+                chain.advance(stage)
+        name = parts.layers[-1].outputs[0]
+        total += float(training.reconstruction(chains[1][0], {name: chains[0][0][name]}))
+    assert trained.rows[-1]["after"] == pytest.approx(total / len(data.validation), rel=1e-4)
+
+
+def test_a_resumed_run_gives_the_same_bytes(student, trained, data):
+    memory = Memory(saves=1)
+    with pytest.raises(Memory.KilledError):
+        apply(student, _TEXT, dataclasses.replace(data, checkpoints=memory))
+    memory.left = None
+    before = torch.get_rng_state()
+    resumed = apply(student, _TEXT, dataclasses.replace(data, checkpoints=memory))
+    assert memory.loaded == 1
+    assert same_tensors(resumed.program, trained.program)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_preconditions_are_named(data):
+    with pytest.raises(PassError, match="float program"):
+        apply(quantized(), "distill", PassContext())
+    with pytest.raises(PassError, match="validation"):
+        apply(quantized(), "distill", dataclasses.replace(data, validation=()))
+    with pytest.raises(PassError, match="ptq"):
+        apply(annotated(), "distill", data)

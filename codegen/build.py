@@ -356,15 +356,15 @@ def _prove_linear(
     for i, schedule in enumerate(schedules.values()):
         functions[f"{_name(spec)}_{i}"] = implementation.function(schedule)
     library = compile_functions(functions, target.llvm)
+    callables = [(bucket, library[name]) for bucket, name in zip(schedules, functions, strict=True)]
     for case in prove.linear_cases(spec):
         packed = implementation.pack(case.weight, case.bias)
-        for bucket, name in zip(schedules, functions, strict=True):
+        for bucket, function in callables:
             counts = prove.token_counts(bucket.lowest, bucket.highest)
-            if failure := prove.linear_failure(library[name], packed, case, counts):
+            if failure := prove.linear_failure(function, packed, case, counts):
                 raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    callables = [(bucket.highest, library[name]) for bucket, name in zip(schedules, functions, strict=True)]
-    return LinearKernel(spec, implementation, callables)
+    return LinearKernel(spec, implementation, [(bucket.highest, function) for bucket, function in callables])
 
 
 def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]) -> QuantizeKernel:
@@ -375,11 +375,12 @@ def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]
     name = f"quantize{spec.bits}_{spec.in_features}_g{spec.group}"
     functions = {f"{name}_{mode}": cpu.quantizer(spec, target, mode == "parallel") for mode in ("serial", "parallel")}
     library = compile_functions(functions, target.llvm)
-    for function in functions:
-        if failure := prove.quantizer_failure(library[function], spec, [1, 7, prove.TOKENS]):
+    callables = [library[name] for name in functions]
+    for function in callables:
+        if failure := prove.quantizer_failure(function, spec, [1, 7, prove.TOKENS]):
             raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    return QuantizeKernel(spec, *(library[function] for function in functions))
+    return QuantizeKernel(spec, *callables)
 
 
 def _name(spec: LinearSpec) -> str:

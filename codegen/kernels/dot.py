@@ -133,17 +133,62 @@ def _prefetch(packed: Any, address: Any) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(packed[address]), 0, 3, 1))
 
 
-@T.inline
-def _stage_group(values, staged, correction, source, width, target, padded, index, row, offset):
+def _stage_group(
+    values: Any,
+    staged: Any,
+    correction: Any,
+    *,
+    token: Any,
+    source: Any,
+    width: int,
+    target: Any,
+    padded: int,
+    index: Any,
+    offset: int,
+) -> None:
     """Copies ``width`` values of one token and group to ``staged``, pads with zeros, and forms the correction."""
     total = T.alloc_buffer((1,), "int32", scope="local")
-    total[0] = 0
-    for i in T.serial(width):
-        staged[target + i] = values[row, source + i]
-        total[0] = total[0] + T.cast(values[row, source + i], "int32")
-    for i in T.serial(padded - width):
-        staged[target + width + i] = T.int8(0)
-    correction[index] = total[0] * (-offset)
+    T.buffer_store(total, 0, [0])
+    with T.serial(width) as i:
+        T.buffer_store(staged, values[token, source + i], [target + i])
+        T.buffer_store(total, total[0] + T.cast(values[token, source + i], "int32"), [0])
+    with T.serial(padded - width) as i:
+        T.buffer_store(staged, T.int8(0), [target + width + i])
+    T.buffer_store(correction, total[0] * (-offset), [index])
+
+
+def _stage_token(
+    p: Problem, isa: InstructionSet, values: Any, staged: Any, correction: Any, token: Any, slot: Any, slots: Any
+) -> None:
+    """Stages one token: groups are outermost in ``staged`` and ``correction``, then come the ``slots`` tokens."""
+    width, tail = p.group_slabs * SLAB, p.columns % p.group
+    with T.serial(p.full_groups) as g:
+        _stage_group(
+            values,
+            staged,
+            correction,
+            token=token,
+            source=g * p.group,
+            width=p.group,
+            target=g * width * slots + slot * width,
+            padded=width,
+            index=g * slots + slot,
+            offset=isa.offset,
+        )
+    if tail:
+        padded = p.tail_slabs * SLAB
+        _stage_group(
+            values,
+            staged,
+            correction,
+            token=token,
+            source=p.full_groups * p.group,
+            width=tail,
+            target=p.full_groups * width * slots + slot * padded,
+            padded=padded,
+            index=p.full_groups * slots + slot,
+            offset=isa.offset,
+        )
 
 
 def _row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
@@ -222,23 +267,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         T.func_attr({"tirx.noalias": True})
         staged = T.alloc_buffer((p.slabs * SLAB,), "int8")
         correction = T.alloc_buffer((p.groups,), "int32")
-        for g in T.serial(p.full_groups):
-            _stage_group(
-                values, staged, correction, g * p.group, p.group, g * group_width, group_width, g, 0, isa.offset
-            )
-        if tail > 0:
-            _stage_group(
-                values,
-                staged,
-                correction,
-                p.full_groups * p.group,
-                tail,
-                p.full_groups * group_width,
-                p.tail_slabs * SLAB,
-                p.full_groups,
-                0,
-                isa.offset,
-            )
+        _stage_token(p, isa, values, staged, correction, 0, 0, 1)
         for step in loop(steps):
             total = T.alloc_buffer((rows,), "float32", scope="local")
             partial = T.alloc_buffer((rows * chains,), "int32", scope="local")
@@ -376,32 +405,7 @@ def gemm(
             row: T.let = T.min(m, m_count - 1)
             for s in T.serial(scales):
                 scale_stage[s * padded + m] = x_scale[row, s]
-            for g in T.serial(p.full_groups):
-                _stage_group(
-                    values,
-                    staged,
-                    correction,
-                    g * p.group,
-                    p.group,
-                    g * group_width * padded + m * group_width,
-                    group_width,
-                    g * padded + m,
-                    row,
-                    isa.offset,
-                )
-            if tail > 0:
-                _stage_group(
-                    values,
-                    staged,
-                    correction,
-                    p.full_groups * p.group,
-                    tail,
-                    p.full_groups * group_width * padded + m * (p.tail_slabs * SLAB),
-                    p.tail_slabs * SLAB,
-                    p.full_groups * padded + m,
-                    row,
-                    isa.offset,
-                )
+            _stage_token(p, isa, values, staged, correction, row, m, padded)
         for step in loop(steps):
             sums = T.alloc_buffer((chunk * rows,), "float32")
             decoded = T.alloc_buffer((decoded_bytes,), "uint8")

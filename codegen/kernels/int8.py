@@ -58,7 +58,7 @@ class Int8Operand:
         padded_rows = p.row_blocks * SLAB - p.rows
         rows = F.pad(weight.view(torch.uint8) ^ 0x80, (0, 0, 0, padded_rows), value=0x80)
         split = p.full_groups * p.group
-        full = rows[:, :split].reshape(-1, p.full_groups, p.group)
+        full = rows[:, :split].reshape(rows.shape[0], p.full_groups, p.group)
         tail = rows[:, split:]
         padded = [
             F.pad(full, (0, p.group_slabs * SLAB - p.group), value=0x80).flatten(1),

@@ -47,6 +47,9 @@ FIELDS = ("sign", "bitmap", "levels", "scale")
 BATCH = 8
 """Sequences run at a time."""
 
+OUTER_BLOCKS = 4
+"""Blocks of columns in which outer products are added up; the blocks below the diagonal, 6 of 16, are not computed."""
+
 _lbllm = torch.ops.lbllm
 
 
@@ -234,10 +237,10 @@ class Statistic:
         if self.kind == "absmax":
             peak = x.abs().amax(0)
             self.sums[expert] = peak if total is None else torch.maximum(total, peak)
-        elif total is None:
-            self.sums[expert] = x.t() @ x
         else:
-            total.addmm_(x.t(), x)
+            if total is None:
+                total = self.sums[expert] = x.new_zeros((x.shape[1], x.shape[1]))
+            _add_outer_products(total, x)
         self.counts[expert] += len(x)
 
     def count(self, expert: int) -> int:
@@ -249,7 +252,7 @@ class Statistic:
         total = self.sums[expert]
         if total is None:
             raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
-        return torch.diag(total.square()) if self.kind == "absmax" else total / self.counts[expert]
+        return torch.diag(total.square()) if self.kind == "absmax" else _symmetric(total) / self.counts[expert]
 
     def shared(self) -> Tensor:
         """The Hessian of all experts' inputs together."""
@@ -258,7 +261,20 @@ class Statistic:
             raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
         if self.kind == "absmax":
             return torch.diag(torch.stack(seen).amax(0).square())
-        return torch.stack(seen).sum(0) / sum(self.counts)
+        return _symmetric(torch.stack(seen).sum(0)) / sum(self.counts)
+
+
+def _add_outer_products(total: Tensor, x: Tensor) -> None:
+    """Adds ``x^T x`` to ``total``, in the blocks on and above the diagonal only: it is symmetric."""
+    k = x.shape[1]
+    step = -(-k // OUTER_BLOCKS)
+    for start in range(0, k, step):
+        total[start : start + step, start:].addmm_(x[:, start : start + step].t(), x[:, start:])
+
+
+def _symmetric(total: Tensor) -> Tensor:
+    """The whole matrix from its upper triangle."""
+    return total.triu() + total.triu(1).t()
 
 
 def _collect(statistics: Mapping[str, Statistic], values: Values) -> None:

@@ -99,8 +99,8 @@ def _int8_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) ->
 
 def _take_rows(weight: Weight, rows: Tensor) -> Weight:
     if isinstance(weight, QuantizedWeight):
-        planes = (t[rows] for t in (weight.sign, weight.bitmap, weight.levels, weight.scale))
-        return QuantizedWeight(*planes, weight.in_features, weight.group)
+        sign, bitmap = weight.sign[rows], weight.bitmap[rows]
+        return QuantizedWeight(sign, bitmap, weight.levels[rows], weight.scale[rows], weight.in_features, weight.group)
     return weight[0][rows], weight[1][rows]
 
 

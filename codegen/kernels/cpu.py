@@ -101,7 +101,10 @@ Schedule = GemvSchedule | GemmSchedule | PortableSchedule
 class Implementation(Protocol):
     """One family's kernels of one linear."""
 
-    spec: LinearSpec
+    @property
+    def spec(self) -> LinearSpec:
+        """What is computed."""
+        ...
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         """Every valid schedule of a bucket, a good guess first."""
@@ -167,6 +170,7 @@ class X86Linear:
         isa = instruction_set(self.family, self.spec.act_bits)
         if isinstance(schedule, GemvSchedule):
             return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
+        assert isinstance(schedule, GemmSchedule)
         stage = schedule.parallel and schedule.chunk > 16
         return dot.gemm(self.operand, isa, **dataclasses.asdict(schedule), parallel_stage=stage)
 

@@ -79,7 +79,10 @@ class Problem:
 class Operand(Protocol):
     """Where a family's packed weights lie and how they become offset bytes."""
 
-    problem: Problem
+    @property
+    def problem(self) -> Problem:
+        """What the weights are of."""
+        ...
 
     @property
     def packed_bytes(self) -> int:
@@ -258,13 +261,12 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
             _store_row_vector(isa, p.rows, out, 0, row, y)
 
     @T.prim_func(s_tir=True)
-    def kernel(
-        values: T.Buffer((1, p.columns), "int8", align=1),
-        x_scale: T.Buffer((1, scales), "float32", align=4),
-        packed: T.Buffer((packed_bytes,), "uint8", align=64),
-        out: T.Buffer((1, p.rows), "float32", align=4),
-    ):
+    def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):
         T.func_attr({"tirx.noalias": True})
+        values = T.match_buffer(values_, (1, p.columns), "int8", align=1)
+        x_scale = T.match_buffer(x_scale_, (1, scales), "float32", align=4)
+        packed = T.match_buffer(packed_, (packed_bytes,), "uint8", align=64)
+        out = T.match_buffer(out_, (1, p.rows), "float32", align=4)
         staged = T.alloc_buffer((p.slabs * SLAB,), "int8")
         correction = T.alloc_buffer((p.groups,), "int32")
         _stage_token(p, isa, values, staged, correction, 0, 0, 1)

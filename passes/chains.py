@@ -12,7 +12,7 @@ from ..codegen.format import QuantizedWeight
 from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
 from .program import Program, set_attribute
-from .ptq import FIELDS
+from .ptq import stored_weight
 from .simulate import Lifted
 from .training import reconstruction, targets_of
 
@@ -95,4 +95,4 @@ def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
 def packed_weight(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """A weight from stored tensors ``<path>.sign`` and so on."""
     old = lifted.stored(path)
-    return QuantizedWeight(*(tensors[f"{path}.{name}"] for name in FIELDS), old.in_features, old.group)
+    return stored_weight(tensors, path, old.group, old.in_features)

@@ -292,7 +292,8 @@ def _in_features(module: torch.nn.Module, path: str) -> int:
 
 def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_features: int) -> QuantizedWeight:
     """The quantized weight kept under ``<path>.sign`` and so on."""
-    return QuantizedWeight(*(tensors[f"{path}.{name}"] for name in FIELDS), in_features, group)
+    sign, bitmap, levels, scale = (tensors[f"{path}.{name}"] for name in FIELDS)
+    return QuantizedWeight(sign, bitmap, levels, scale, in_features, group)
 
 
 def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Program:

@@ -100,7 +100,17 @@ class Database:
         return self._known.get(key.text())
 
     def add(self, key: Key, result: Result) -> None:
-        """Stores a result."""
+        """Stores a result. A folder that cannot be written costs a warning, not the result: it is kept in memory."""
+        self._known[key.text()] = result
+        try:
+            self._append(key, result)
+        except OSError as error:
+            warnings.warn(
+                f"tuning results cannot be stored in {self.path} ({error}); set LBLLM_CACHE_DIR to a writable folder",
+                stacklevel=2,
+            )
+
+    def _append(self, key: Key, result: Result) -> None:
         line = json.dumps({"key": dataclasses.asdict(key), **dataclasses.asdict(result)}, sort_keys=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self.path.open("ab+") as file:

@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -73,12 +74,14 @@ class Measurer:
         self._command = command or [sys.executable, "-m", f"{__package__}.worker"]
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the measurer
 
     def __enter__(self) -> Measurer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._complaints.close()
 
     def close(self) -> None:
         """Ends the worker."""
@@ -133,7 +136,7 @@ class Measurer:
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self._complaints,
                 text=True,
                 env=environment,
             )
@@ -146,7 +149,12 @@ class Measurer:
             except queue.Empty:
                 pass
             self.close()
-        raise KernelError("the process that measures kernels does not start; check memory and 'lbllm-compile doctor'")
+        self._complaints.seek(0)
+        last = self._complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+        raise KernelError(
+            f"the process that measures kernels does not start ({last or 'it says nothing'});"
+            " check free memory and 'lbllm-compile doctor'"
+        )
 
 
 def _forward(process: subprocess.Popen[str], replies: queue.Queue[str | None]) -> None:

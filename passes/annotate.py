@@ -26,7 +26,7 @@ import difflib
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -299,32 +299,33 @@ def _describe(program: Program, node: fx.Node) -> LinearInfo:
     return LinearInfo(module_path(node), str(weight.target), layer, role, experts, reason)
 
 
+_CHOICES = (aten.topk.default, aten.argmax.default, aten.sort.default)
+
+
 def _routes(node: fx.Node) -> bool:
-    """Whether the output goes, by way of no other linear, into a choice of the best few: an expert router."""
-    return _reaches(node, lambda n: n.target in (aten.topk.default, aten.argmax.default, aten.sort.default))
+    """Whether the output decides, by a choice of the best few, what a later linear computes: an expert router."""
+    return any(
+        user.target in _CHOICES and any(later.target in LINEAR_TARGETS for later in _downstream(user))
+        for user in _downstream(node)
+    )
 
 
 def _feeds_output(node: fx.Node) -> bool:
-    return _reaches(node, lambda n: n.op == "output")
+    """Whether the output reaches the graph's by way of no other linear and no layer."""
+    return any(user.op == "output" for user in _downstream(node, outside_layers=True))
 
 
-def _reaches(node: fx.Node, goal) -> bool:
-    pending, seen = list(node.users), set()
+def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node]:
+    """What depends on a node, up to and including the next linears and attentions."""
+    pending, seen = [*node.users], set()
     while pending:
         user = pending.pop()
-        if user in seen or user.target in LINEAR_TARGETS:
+        if user in seen or (outside_layers and user.meta[LAYER] is not None):
             continue
         seen.add(user)
-        if goal(user):
-            return True
-        if not _is_mixing(user):
+        yield user
+        if user.target not in (*LINEAR_TARGETS, aten.scaled_dot_product_attention.default):
             pending.extend(user.users)
-    return False
-
-
-def _is_mixing(node: fx.Node) -> bool:
-    """Operators behind which a linear's output is no longer what goes on."""
-    return node.target is aten.scaled_dot_product_attention.default
 
 
 def match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict[str, LinearInfo]:

@@ -289,6 +289,29 @@ def test_routers_stay_dense() -> None:
     assert {info.experts for _, info in linears(result)} == {0, 4}
 
 
+def test_a_classifier_is_no_router() -> None:
+    class Classifier(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1).float()
+
+    x = normal(4, 5)
+    result = run("canonicalize,annotate", program_of(Classifier(Block(5), nn.Linear(5, 3)), x=x), x=x)
+    assert {info.role for _, info in linears(result)} == {"decoder"}
+
+
+def test_an_entrance_is_no_head() -> None:
+    class Open(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            for block in self.blocks:
+                x = block(x)
+            return x.tanh()
+
+    x = normal(4, 5)
+    result = run("canonicalize,annotate", program_of(Open(), x=x), x=x)
+    assert treatment(result)["enter"] == (None, "dense")
+
+
 # keep_dense
 
 

@@ -562,7 +562,9 @@ def _graph_module(model: UserModel, exported: torch.export.ExportedProgram, stri
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    arguments = iter(exported.call_spec.in_spec.child(1).context)  # the keyword arguments' names, in order
+    call = exported.call_spec.in_spec
+    assert call is not None
+    arguments = iter(call.child(1).context)  # the keyword arguments' names, in order
     for node in exported.graph.nodes:
         if node.op == "output":
             graph.output(values[node.args[0][0]])
@@ -572,7 +574,7 @@ def _graph_module(model: UserModel, exported: torch.export.ExportedProgram, stri
         elif specs[node.name].kind is InputKind.USER_INPUT:
             values[node] = graph.placeholder(next(arguments))
         else:
-            target = specs[node.name].target
+            target = str(specs[node.name].target)
             tensor = exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
             path = first_path.get(id(tensor), target.removeprefix(prefix))
             set_attribute(root, path, tensor)

@@ -1,0 +1,113 @@
+"""Perplexity, divergence and size of a compiled model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from graphs import normal
+from test_artifact import lowered
+from test_runtime import model
+
+from lbllm_compile import artifact, evaluate
+from lbllm_compile.evaluate import EvaluationError
+
+
+def test_scores_are_what_the_definitions_say():
+    ids = torch.tensor([[0, 2, 1]])
+    student, teacher = normal(1, 3, 4, seed=1), normal(1, 3, 4, seed=2)
+    scores = evaluate.Scores()
+    scores.add(ids, student, teacher)
+    q, p = torch.softmax(student[0, :2].double(), -1), torch.softmax(teacher[0, :2].double(), -1)
+    figures = scores.summary()
+    assert figures["ppl"] == pytest.approx(math.exp(-(q[0, 2].log() + q[1, 1].log()) / 2), rel=1e-5)
+    assert figures["ppl_teacher"] == pytest.approx(math.exp(-(p[0, 2].log() + p[1, 1].log()) / 2), rel=1e-5)
+    divergence = (p * (p / q).log()).sum(-1)
+    assert figures["kld_mean"] == pytest.approx(float(divergence.mean()), rel=1e-5)
+    assert figures["kld_p99"] == pytest.approx(float(divergence.max()), rel=1e-5)
+    assert figures["top1_agreement"] == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+
+
+def test_a_model_against_itself_does_not_diverge():
+    chunks = evaluate.cut(list(range(3, 27)), 8, 3)
+    figures = evaluate.compare(model().logits, model().logits, chunks).summary()
+    assert (figures["kld_mean"], figures["kld_p99"], figures["top1_agreement"]) == (0.0, 0.0, 1.0)
+    assert figures["ppl"] == figures["ppl_teacher"]
+
+
+def test_without_teacher_its_figures_are_none():
+    figures = evaluate.compare(model().logits, None, evaluate.cut(list(range(3, 27)), 8, 3)).summary()
+    assert figures.pop("ppl") > 1 and set(figures.values()) == {None}
+
+
+def test_chunks_come_from_the_start_without_overlap():
+    assert [c.tolist() for c in evaluate.cut(range(11), 4, 9)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert len(evaluate.cut(range(100), 4, 3)) == 3
+    with pytest.raises(EvaluationError, match="has 3 tokens, fewer than one chunk of 4"):
+        evaluate.cut(range(3), 4, 1)
+    with pytest.raises(EvaluationError, match="--seq-len"):
+        evaluate.cut(range(3), 1, 1)
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.99, 99.0), (0.5, 50.0), (1.0, 100.0), (0.0, 1.0)])
+def test_percentiles(share, value):
+    assert evaluate.percentile(torch.arange(1.0, 101.0).flip(0), share) == value
+
+
+def test_bits_per_weight_are_as_stored():
+    # a.weight: 40x40 in groups of 32: two planes of 5 bytes, two groups of 4 int8 levels and an fp16 scale a row
+    bits = 40 * 8 * (2 * 5 + 2 * (4 + 2))
+    figures = evaluate.bits_per_weight(lowered())
+    assert figures["bits_per_weight"] == pytest.approx(bits / 1600)
+    # embed.weight: 11x40 int8 and an fp32 scale a row; two fp32 clip factors for each of two quantizers
+    whole = bits + 11 * (40 * 8 + 32) + 2 * 2 * 32
+    assert figures["bits_per_weight_file"] == pytest.approx(whole / (1600 + 440))
+
+
+def test_texts_that_cannot_be_used_are_told(tmp_path):
+    (tmp_path / "latin").write_bytes("é".encode("latin-1") * 5)
+    with pytest.raises(EvaluationError, match="not UTF-8 text"):
+        evaluate.read_text(tmp_path / "latin")
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(EvaluationError, match="is empty"):
+        evaluate.read_text(tmp_path / "empty")
+    with pytest.raises(EvaluationError, match="cannot read"):
+        evaluate.read_text(tmp_path / "missing")
+
+
+class Notes:
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_code_that_a_foreign_artifact_names_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    bait = tmp_path / "model.py"
+    bait.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    artifact.save(lowered(), tmp_path / "out", lock={"source": str(bait), "model": "0" * 64})
+    shutil.rmtree(tmp_path / "cache")
+    notes = Notes()
+    assert evaluate.find_teacher(artifact.load(tmp_path / "out"), None, notes) is None
+    assert "is code and the artifact was compiled on another machine" in notes.notes[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_source_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    artifact.save(lowered(), tmp_path / "out", lock={"source": "/nowhere/model"})
+    notes = Notes()
+    assert evaluate.find_teacher(artifact.load(tmp_path / "out"), None, notes) is None
+    assert "is not on this machine; name it with --teacher" in notes.notes[0]
+
+
+def test_a_plain_module_or_one_without_tokenizer_is_not_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    artifact.save(lowered(), tmp_path / "out", lock={})
+    (tmp_path / "text").write_text("words")
+    with pytest.raises(EvaluationError, match="not a language model with a tokenizer"):
+        evaluate.evaluate(tmp_path / "out", tmp_path / "text")

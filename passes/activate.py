@@ -19,7 +19,8 @@ Result::
     %key4, %value4 = lbllm.fake_quantize_kv(%key, 4), lbllm.fake_quantize_kv(%value, 4)
     %out = aten.scaled_dot_product_attention(%query, expand(%key4), expand(%value4))
 
-The state that reconstructs held-out sequences best is kept per layer, the untrained one included.
+The state that reconstructs held-out sequences best is kept per layer, the untrained one included. Errors are reported
+as by ``distill``, and the divergence of the whole model's output, with untrained quantizers and with trained ones.
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
 """
@@ -40,7 +41,7 @@ from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, packed_weight, paired_layers, with_tensors
+from .chains import Chains, paired_layers, parameters_of, with_tensors
 from .layers import Activations, Stage
 from .observe import decoder_linears
 from .program import Program, get_attribute, set_attribute
@@ -94,7 +95,6 @@ class Activate(Pass):
         program = insert_quantizers(program, self.bits, self.group, self.kv)
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
-        untrained = chains.student_validation.fork()
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
@@ -102,24 +102,24 @@ class Activate(Pass):
             for index, (teacher, student) in enumerate(layers):
                 lifted = lift(student)
                 chains.teach(teacher)
-                untrained.advance(lifted.bind(_parameters(lifted, {})))
+                before = chains.pass_untrained(lifted)
                 done = context.checkpoints.load(self.name, index)
                 if done is None:
                     done = self._train(lifted, teacher, chains, context.generator(STREAM + index))
                     context.checkpoints.save(self.name, index, *done)
                 tensors, metrics = done
-                chains.learn(lifted, _parameters(lifted, tensors))
+                chains.learn(lifted, parameters_of(lifted, tensors))
                 stored.update(tensors)
-                rows.append({"layer": index, **metrics})
-                task.advance(f"error {metrics['before']:.4f} -> {metrics['after']:.4f}")
-        trained = chains.student_validation
+                rows.append({"layer": index, "before": before, **metrics})
+                task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
+        trained, untrained = chains.student_validation, chains.untrained_validation
         for chain in (chains.teacher_validation, trained, untrained):
             chain.advance(teacher_layers.epilogue)
         divergence = kl_divergence if program.kind == "causal-lm" else relative_difference
         result = teacher_layers.results[0]
         before, after = (_mean(divergence, result, chains.teacher_validation, c) for c in (untrained, trained))
         measure = "kl" if program.kind == "causal-lm" else "error"
-        summary = {"sites": len(rows), f"{measure}_before": before, f"{measure}_after": after}
+        summary = {"layers": len(rows), f"{measure}_before": before, f"{measure}_after": after}
         context.progress.note(f"stage 3: {measure} to the float model on held-out data {before:.4f} -> {after:.4f}")
         return PassResult(with_tensors(program, stored), rows, summary)
 
@@ -169,7 +169,7 @@ class Activate(Pass):
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]
             tensors.update({f"{path}.{name}": getattr(folded, name) for name in FIELDS})
         metrics = {
-            "before": outcome.before,
+            "start": outcome.before,
             "after": outcome.after,
             "step": outcome.step,
             "clips": {path: [round(v, 4) for v in tensors[path].tolist()] for path in lifted.clips},
@@ -268,15 +268,3 @@ def relative_difference(teacher: Tensor, student: Tensor) -> float:
 def _mean(measure: Any, name: str, teacher: Activations, student: Activations) -> float:
     figures = [measure(t[name], s[name]) for t, s in zip(teacher, student, strict=True)]
     return sum(figures) / len(figures)
-
-
-def _parameters(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantized weights and clip factors: those in ``tensors``, else as the program stores them."""
-    parameters: dict[str, Tensor] = {}
-    for path in lifted.weights:
-        known = f"{path}.{FIELDS[0]}" in tensors
-        weight = packed_weight(lifted, path, tensors) if known else lifted.stored(path)
-        parameters[path] = weight.dequantize()
-    for path in lifted.clips:
-        parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
-    return parameters

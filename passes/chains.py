@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..codegen.format import QuantizedWeight
 from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
-from .program import Program, set_attribute
-from .ptq import stored_weight
+from .program import Program, get_attribute, set_attribute
+from .ptq import FIELDS, stored_weight
 from .simulate import Lifted
 from .training import reconstruction, targets_of
 
@@ -43,12 +42,14 @@ class Chains:
     Attributes:
         teacher, student: on the calibration set.
         teacher_validation, student_validation: on the validation set.
+        untrained_validation: the program as it came, on the validation set.
     """
 
     teacher: Activations
     student: Activations
     teacher_validation: Activations
     student_validation: Activations
+    untrained_validation: Activations
 
     @classmethod
     def start(cls, program: Program, prologue: Stage, context: PassContext, batch: int) -> Chains:
@@ -57,12 +58,17 @@ class Chains:
         validation = Activations(calibration_batches(program, context.validation, batch))
         training.advance(prologue)
         validation.advance(prologue)
-        return cls(training, training.fork(), validation, validation.fork())
+        return cls(training, training.fork(), validation, validation.fork(), validation.fork())
 
     def teach(self, teacher: Stage) -> None:
         """Moves the teacher past a layer; its outputs are the targets from now on."""
         self.teacher.advance(teacher)
         self.teacher_validation.advance(teacher)
+
+    def pass_untrained(self, lifted: Lifted) -> float:
+        """Moves the program as it came past a layer; returns its reconstruction error there, on held-out sequences."""
+        self.untrained_validation.advance(lifted.bind(parameters_of(lifted, {})))
+        return _mean_error(lifted, self.untrained_validation, self.teacher_validation)
 
     def learn(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> None:
         """Moves the student past a layer with its final parameters."""
@@ -76,12 +82,15 @@ class Chains:
 
     @torch.no_grad()
     def validation_error(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> float:
-        """Mean reconstruction error of a layer on held-out sequences."""
-        total = 0.0
-        for values, target in zip(self.student_validation, self.teacher_validation, strict=True):
-            outputs = lifted.run(values, parameters)
-            total += float(reconstruction(outputs, targets_of(target, lifted.stage.outputs)))
-        return total / len(self.student_validation)
+        """Mean reconstruction error of a layer that has not been passed yet, on held-out sequences."""
+        outputs = (lifted.run(values, parameters) for values in self.student_validation)
+        return _mean_error(lifted, outputs, self.teacher_validation)
+
+
+def _mean_error(lifted: Lifted, outputs: Iterable[Values], teacher: Activations) -> float:
+    names = lifted.stage.outputs
+    errors = [float(reconstruction(o, targets_of(t, names))) for o, t in zip(outputs, teacher, strict=True)]
+    return sum(errors) / len(errors)
 
 
 def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
@@ -92,7 +101,14 @@ def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
     return program
 
 
-def packed_weight(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """A weight from stored tensors ``<path>.sign`` and so on."""
-    old = lifted.stored(path)
-    return stored_weight(tensors, path, old.group, old.in_features)
+def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's dequantized weights and clip factors: those in ``tensors``, else as the program stores them."""
+    parameters: dict[str, Tensor] = {}
+    for path in lifted.weights:
+        weight = lifted.stored(path)
+        if f"{path}.{FIELDS[0]}" in tensors:
+            weight = stored_weight(tensors, path, weight.group, weight.in_features)
+        parameters[path] = weight.dequantize()
+    for path in lifted.clips:
+        parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
+    return parameters

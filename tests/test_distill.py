@@ -137,7 +137,7 @@ def trained(student, data: PassContext) -> PassResult:
 def test_distill_lowers_the_held_out_error_of_the_layers(trained):
     assert layers_better(trained.rows, 0.05) == len(trained.rows) == 2
     for row in trained.rows:
-        assert row["after"] < row["before"] and row["step"] > 0
+        assert row["after"] < row["start"] <= row["before"] and row["step"] > 0
         assert 0 < row["sign_flips"] < 0.2 and 0 < row["bitmap_flips"] < 0.2
 
 

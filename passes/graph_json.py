@@ -68,7 +68,7 @@ _ATEN_NAMES = """
     round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_add_ scatter_ select
     select_scatter selu sigmoid sign silu sin slice slice_scatter softmax softplus sort split split_with_sizes sqrt
     square squeeze stack std sub sum swapaxes t take_along_dim tanh tensor_split threshold to topk transpose tril
-    triu trunc type_as unbind unflatten unsqueeze unsqueeze_ upsample_nearest2d var var_mean view view_as where xor
+    triu trunc type_as unbind unflatten unsqueeze unsqueeze_ upsample_nearest2d var var_mean view view_as where
     zero_ zeros zeros_like _safe_softmax _softmax _to_copy _unsafe_view conv1d conv2d sym_size sym_numel
 """
 """Operators of the ``aten`` namespace that a stored graph may call, every overload without an ``out`` argument."""

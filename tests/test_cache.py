@@ -135,7 +135,7 @@ def attention(
 
 
 def cached(before: Program, **options) -> Program:
-    return Cache(**options).apply(before, context()).program
+    return Cache(**options).apply(before, context(token_inputs())).program
 
 
 def the_attention(item: Program) -> list[object]:
@@ -301,7 +301,7 @@ def test_dropout_a_second_run_and_missing_attention_are_refused():
 
 def test_a_plain_module_stays_as_it_is():
     before = program({"a": normal(8, 40)}, lambda root, x: aten.linear.default(x, root.a), kind="module")
-    assert Cache().apply(before, context()).program is before
+    assert Cache().apply(before, context(token_inputs())).program is before
 
 
 def test_the_reference_mask_is_what_the_proof_compares_with():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import context, expected, lines, normal, program
 from lbllm_compile.codegen import reference
+from lbllm_compile.passes import lower
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.lower import IN_FEATURES, Lower, stored_weights
@@ -122,3 +123,20 @@ def test_a_leftover_observer_is_refused():
 
     with pytest.raises(PassError, match=r"observer .*put 'ptq' between"):
         Lower().apply(program({"a.weight": normal(8, 40)}, forward, kind="module"), context())
+
+
+def test_a_lowered_linear_that_differs_from_its_simulation_is_found(monkeypatch):
+    before = simulate(two_linears())
+    probe = {"x": normal(5, 100, seed=7)}
+    result = Lower().apply(before, context(probe))
+    assert 0 < result.summary["worst_linear_error"] < 1e-5
+
+    right = lower._integer_form
+
+    def wrong(linear, quantizer, group):
+        target, arguments = right(linear, quantizer, group)
+        return target, (*arguments[:4], None, arguments[-1])
+
+    monkeypatch.setattr(lower, "_integer_form", wrong)
+    with pytest.raises(PassError, match=r"integer form of 'linear.* differs from its simulation"):
+        Lower().apply(before, context(probe))

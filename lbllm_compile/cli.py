@@ -426,11 +426,9 @@ class Terminal:
         """The verb's result, for people."""
         if self.json:
             return
-        from rich.console import Console
+        from lbllm_compile.report.terminal import make_console
 
-        out = Console(file=self.stdout)
-        if not out.is_terminal:
-            out = Console(file=self.stdout, width=160)
+        out = make_console(file=self.stdout)
         for part in parts:
             out.print(part)
 
@@ -450,11 +448,9 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
     """A verb's output. Whatever libraries or a model.py print meanwhile goes to stderr."""
     import warnings
 
-    from rich.console import Console
+    from lbllm_compile.report.terminal import make_console, make_progress
 
-    from lbllm_compile.report.terminal import make_progress
-
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     ui = Terminal(console, make_progress(console), as_json, sys.stdout)
     _active[:] = [ui]
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

@@ -125,8 +125,7 @@ def look(
         "linears": rows,
         "graph": [
             {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]}
-            for b in graph.blocks(after, before)
-            if layer is None or layer in b.layers
+            for b in graph.blocks(after, before, layer=layer)
         ],
     }
     return [view, Text(), terminal.rows_table("Linears", rows)], document

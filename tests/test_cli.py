@@ -25,7 +25,7 @@ from torch import fx
 from typer.testing import CliRunner, Result
 
 from lbllm_compile import cli, frontend, plan
-from lbllm_compile.report import catalogue, graph, terminal
+from lbllm_compile.report import catalogue, graph, summary, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -345,6 +345,7 @@ def test_a_view_names_the_layers_it_folded() -> None:
     text = stream.getvalue()
     assert "decoder layer 0  (1-3 alike)" in text
     assert text.count("aten.mm") == 1
+    assert [b.layers for b in graph.blocks(layered(4), layer=2)] == [(2,)]
     with pytest.raises(ValueError, match="no decoder layer 9"):
         graph.view(layered(4), layer=9)
 
@@ -352,3 +353,31 @@ def test_a_view_names_the_layers_it_folded() -> None:
 def test_json_has_no_non_finite_numbers() -> None:
     document: Mapping[str, Any] = {"a": float("nan"), "b": [float("inf"), 1.0], "c": Path("x")}
     assert cli._plain(document) == {"a": None, "b": [None, 1.0], "c": "x"}
+
+
+def test_the_sheet_is_honest() -> None:
+    console, stream = text_console()
+    figures = {
+        "bytes_original": 4_000_000,
+        "bytes_compiled": 1_000_000,
+        "bits_per_weight": 2.75,
+        "ppl_teacher": 10.0,
+        "ppl": 12.5,
+        "decode_original": 20.0,
+        "decode_compiled": 5.0,
+        "something_new": 3,
+    }
+    console.print(summary.sheet(figures))
+    text = stream.getvalue()
+    assert "4.0 times smaller" in text
+    assert "SLOWER: 0.25 times as fast" in text
+    assert "something new" in text
+
+
+def test_rows_of_linears_become_rows_of_layers() -> None:
+    rows = [
+        {"layer": 0, "linear": "q", "after": 1.0, "before": 3.0, "seconds": 1.0},
+        {"layer": 0, "linear": "k", "after": 2.0, "before": 5.0, "seconds": 1.0},
+        {"layer": None, "linear": "head", "after": 9.0, "before": 9.0, "seconds": 1.0},
+    ]
+    assert [list(row.items()) for row in summary.by_layer(rows)] == [[("layer", 0), ("before", 4.0), ("after", 1.5)]]

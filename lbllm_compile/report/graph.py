@@ -50,14 +50,16 @@ class Block:
         return sum(m.sign != " " for m in self.marks)
 
 
-def blocks(after: Program, before: Program | None = None) -> list[Block]:
-    """The graph cut into blocks, like decoder layers folded into the first of them."""
+def blocks(after: Program, before: Program | None = None, *, layer: int | None = None) -> list[Block]:
+    """The graph cut into blocks, like decoder layers folded into the first of them; or ``layer`` alone."""
     old = _lines(before) if before is not None else None
     gone = _removed(before, after) if before is not None else {}
     first: dict[str, int] = {}
     result: list[Block] = []
     shown: set[int | None] = set()
     for section in dump.sections(after):
+        if layer is not None and section.layer != layer:
+            continue
         marks = [Mark(_sign(line, old), line.text) for line in section.lines]
         if section.layer not in shown:
             shown.add(section.layer)
@@ -80,17 +82,15 @@ def view(after: Program, before: Program | None = None, *, title: str = "", laye
     Args:
         before: the program to mark changes against; None marks nothing.
         title: printed first.
-        layer: show this decoder layer alone, unfolded.
+        layer: show this decoder layer alone.
 
     Raises:
         ValueError: there is no decoder layer of that number.
     """
     parts: list[Text] = [Text(title, style="bold")] if title else []
-    found = blocks(after, before)
-    if layer is not None:
-        found = [b for b in found if layer in b.layers]
-        if not found:
-            raise ValueError(f"there is no decoder layer {layer}")
+    found = blocks(after, before, layer=layer)
+    if not found:
+        raise ValueError(f"there is no decoder layer {layer}")
     for block in found:
         parts.append(_heading(block))
         parts += [_styled(mark, indent="  " if block.layers else "") for mark in block.marks]

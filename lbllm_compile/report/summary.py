@@ -2,35 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
-from lbllm_compile.preflight import Rehearsal
 from lbllm_compile.report import terminal
 
+if TYPE_CHECKING:
+    from lbllm_compile.driver import CompileReport
+    from lbllm_compile.preflight import Rehearsal
 
-def compile_report(report: Any, *, times: bool = False) -> list[RenderableType]:
-    """The end of a compile for people; ``report`` is a :class:`lbllm_compile.driver.CompileReport`."""
+
+def compile_report(report: CompileReport, *, times: bool = False) -> list[RenderableType]:
+    """The end of a compile for people."""
     parts: list[RenderableType] = [terminal.pass_table(report.records, times=times)]
     for record in report.records:
-        if record.contract == "calibrating" and record.rows:
-            parts += [Text(), terminal.rows_table(f"{record.text}, layer by layer", record.rows)]
-    if times and report.seconds:
-        rows = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
-        parts += [Text(), terminal.table("Time", ["phase", "time"], rows)]
-    parts += [Text(), sheet(report.sheet)]
+        rows = by_layer(record.rows) if record.contract == "calibrating" else []
+        if rows:
+            parts += [Text(), terminal.rows_table(f"{record.text}, by decoder layer", rows)]
+    if times:
+        phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
+        parts += [Text(), terminal.table("Time", ["phase", "time"], phases)]
     if report.resumed:
-        parts.append(Text(f"{report.resumed} finished pieces were taken over from an interrupted compile"))
-    return parts
+        parts += [Text(), Text(f"Taken over from an interrupted compile: {report.resumed} finished pieces of work.")]
+    return [*parts, Text(), sheet(report.sheet)]
 
 
-def sheet(figures: Mapping[str, Any]) -> RenderableType:
-    """The speed and size sheet: one line a figure."""
-    return terminal.table("Speed and size", ["", ""], [[k.replace("_", " "), v] for k, v in figures.items()])
+def by_layer(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a decoder layer from rows per linear or per layer: figures averaged, ``before`` in front of ``after``.
+
+    Rows that name no layer, and what is no figure, are left out; times go with ``--time-passes``, not here.
+    """
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("layer") is not None:
+            groups.setdefault(row["layer"], []).append(row)
+    result = []
+    for layer, group in sorted(groups.items()):
+        names = [k for k in group[0] if k not in ("layer", "seconds") and all(_is_figure(r.get(k)) for r in group)]
+        names.sort(key=lambda name: {"before": 0, "after": 1}.get(name, 2))
+        means = {name: sum(row[name] for row in group) / len(group) for name in names}
+        result.append({"layer": layer, **means})
+    return result
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def sheet(figures: Mapping[str, Any]) -> Table:
+    """The speed and size sheet of :func:`lbllm_compile.sheet.measure`: before, after, and what to know about it."""
+    rest = dict(figures)
+
+    def take(name: str) -> Any:
+        return rest.pop(name, None)
+
+    rows: list[Sequence[Any]] = []
+    before, after = take("bytes_original"), take("bytes_compiled")
+    if before and after:
+        note = f"{before / after:.1f} times smaller; the original in 16 bit"
+        rows.append(["weights", terminal.size(before), terminal.size(after), note])
+    rows.append(["bits per weight", None, _text(take("bits_per_weight")), "decoder linears, as stored"])
+    rows.append(["", None, _text(take("bits_per_weight_file")), "all weights, as stored"])
+    text = take("text")
+    if "ppl" in rest:
+        rows.append(["perplexity", _text(take("ppl_teacher")), _text(take("ppl")), f"{text}"])
+        rows.append(["KL divergence", None, _text(take("kld_mean")), "mean, compiled from original"])
+        agreement = take("top1_agreement")
+        rows.append(["same top token", None, f"{100 * agreement:.1f} %" if agreement is not None else None, ""])
+    if "relative_error" in rest:
+        rows.append(["relative error", None, _text(take("relative_error")), "of the output, on held-out inputs"])
+    before, after = take("decode_original"), take("decode_compiled")
+    if before and after:
+        faster = after / before
+        verdict = f"{faster:.2f} times as fast" if faster >= 1 else f"SLOWER: {faster:.2f} times as fast"
+        rows.append(["tokens/s", _text(before), _text(after), f"{verdict}; greedy decoding, original in eager torch"])
+    rows += [[name.replace("_", " "), None, _text(value), ""] for name, value in rest.items()]
+    return terminal.table("Speed and size", ["", "original", "compiled", ""], rows)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else terminal.figure(value)
 
 
 def rehearsal(result: Rehearsal) -> list[RenderableType]:

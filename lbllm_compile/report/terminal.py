@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TaskID, TextColumn
@@ -26,6 +26,9 @@ FIRST_LINE = 2.0
 
 LINE_INTERVAL = 10.0
 """Seconds between plain lines."""
+
+PLAIN_WIDTH = 160
+"""Columns of output that is not a terminal."""
 
 _RECENT = 8
 
@@ -61,7 +64,8 @@ class TaskState:
         if not self._recent:
             return None
         step = sum(self._recent) / len(self._recent)
-        return max(0.0, step * (self.total - self.done) - (time.monotonic() - self._last))
+        # A step that takes longer than the ones before still has some of its time to go.
+        return max(0.0, step * (self.total - self.done) - min(time.monotonic() - self._last, 0.9 * step))
 
     def line(self) -> str:
         """One plain line, e.g. ``distill: 12/30 (40 %), 1:04 so far, about 1:36 left; error 0.031``."""
@@ -188,6 +192,12 @@ class BarProgress:
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def make_console(*, stderr: bool = False, file: IO[str] | None = None) -> Console:
+    """A console that is as wide as the terminal, or wide enough for every table where there is none."""
+    console = Console(stderr=stderr, file=file)
+    return console if console.is_terminal else Console(stderr=stderr, file=file, width=PLAIN_WIDTH)
 
 
 def make_progress(console: Console) -> PlainProgress | BarProgress:

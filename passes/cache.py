@@ -25,9 +25,9 @@ make, at every query that is not padding. The repeat is proved the same way. Any
 Sizes and positions: what the graph reads from ``attention_mask``'s length outside masks becomes ``input_ids``' length;
 rotary and learned positions must come from ``position_ids``. A plain module (``kind="module"``) stays as it is.
 
-Runs on lowered and simulated graphs alike; the probe batch of the context gives head sizes. Outputs stay bit-equal where
-torch computes attention the same way; where it rounds otherwise, low-bit activations spread that through a deep model
-(see ``lower``), so the contract's bound only catches wreckage.
+Runs on lowered and simulated graphs alike; the probe batch of the context gives head sizes. Outputs stay bit-equal
+where torch computes attention the same way; where it rounds otherwise, low-bit activations spread that through a deep
+model (see ``lower``), so the contract's bound only catches wreckage.
 """
 
 from __future__ import annotations

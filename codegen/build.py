@@ -217,7 +217,8 @@ class KernelSet:
             linears, quantizers: what is needed; duplicates are fine.
             target: a CPU target this machine can run.
             cache_dir: where tuning results live; the user's cache folder by default.
-            trials: schedules measured per shape and token bucket where no result is stored; 0 takes the first guess.
+            trials: schedules measured per shape and token bucket where no result of such a search is stored; 0 takes
+                what is stored, else the first guess.
             budget_s: seconds the search may take in all.
             progress: told about each shape.
             records: results of an earlier build (see :meth:`records`); they spare the search, never the proof.
@@ -304,23 +305,26 @@ def _choose_schedules(
     given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
     database = Database(cache_dir)
     chosen: dict[tuple[LinearSpec, str], Schedule] = {}
-    missing: list[tuple[Key, Bucket]] = []
+    missing: list[tuple[Key, Bucket, list[Schedule]]] = []
     for spec, implementation in implementations.items():
         for bucket in cpu.BUCKETS:
             key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
             space = implementation.schedules(bucket)
             fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
+            settled = fields is not None
             if fields is None and (result := database.find(key)):
-                fields = result.schedule
+                fields, settled = result.schedule, result.sought >= trials
             stored = None if fields is None else cpu.schedule_from(fields)
-            chosen[spec, bucket.name] = stored if stored in space else space[0]
-            if stored not in space:
-                missing.append((key, bucket))
+            if stored is None or stored not in space:
+                stored, settled = space[0], False
+            chosen[spec, bucket.name] = stored
+            if not settled:
+                missing.append((key, bucket, [stored, *(s for s in space if s != stored)]))
     if not missing or trials < 1:
         return chosen
     started = time.monotonic()
     with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
-        for done, (key, bucket) in enumerate(missing):
+        for done, (key, bucket, space) in enumerate(missing):
             deadline = math.inf
             if budget_s is not None:  # an equal share of what is left for each search that is left
                 now = time.monotonic()
@@ -330,7 +334,7 @@ def _choose_schedules(
                 forms = [dataclasses.asdict(schedule) for schedule in schedules]
                 return measurer.measure(Request(key.spec, target.name, bucket.name, forms, TIMING_SECONDS))
 
-            found = search(implementations[key.spec].schedules(bucket), measure, trials, deadline)
+            found = search(space, measure, trials, deadline)
             if found is None:
                 raise KernelError(
                     f"no candidate kernel of {key.spec} works on this machine; run 'lbllm-compile doctor'"
@@ -338,7 +342,8 @@ def _choose_schedules(
             for failure in found.failures:
                 progress.note(f"a candidate kernel was discarded: {failure}")
             chosen[key.spec, bucket.name] = found.schedule
-            database.add(key, Result(dataclasses.asdict(found.schedule), found.microseconds, found.trials))
+            fields = dataclasses.asdict(found.schedule)
+            database.add(key, Result(fields, found.microseconds, found.trials, trials))
             task.advance(
                 f"{key.spec.out_features}x{key.spec.in_features}, {bucket.name} tokens: {found.microseconds:.0f} us"
             )

@@ -295,8 +295,9 @@ def test_a_search_is_stored_and_not_repeated(tmp_path, monkeypatch):
     assert again.records() == first.records()
     elsewhere = KernelSet.build([spec], [], target, cache_dir=tmp_path / "new", trials=3, records=first.records())
     assert elsewhere.records() == first.records()
-    with pytest.raises(AssertionError, match="measured again"):
-        KernelSet.build([LinearSpec("bit", 64, 96, 32)], [], target, cache_dir=tmp_path, trials=3)
+    for other, trials in ((LinearSpec("bit", 64, 96, 32), 3), (spec, 4)):
+        with pytest.raises(AssertionError, match="measured again"):
+            KernelSet.build([other], [], target, cache_dir=tmp_path, trials=trials)
 
 
 def test_records_spare_the_search_but_never_the_proof(tmp_path, monkeypatch):

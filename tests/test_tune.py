@@ -51,8 +51,8 @@ def differing_keys() -> list[Key]:
 
 def test_a_result_is_found_under_its_own_key_only(tmp_path):
     database = Database(tmp_path)
-    database.add(KEY, Result({"rows": 16}, 12.5, 16))
-    assert Database(tmp_path).find(KEY) == Result({"rows": 16}, 12.5, 16)
+    database.add(KEY, Result({"rows": 16}, 12.5, 16, 16))
+    assert Database(tmp_path).find(KEY) == Result({"rows": 16}, 12.5, 16, 16)
     for other in differing_keys():
         assert database.find(other) is None, other
 
@@ -78,35 +78,35 @@ def test_the_target_features_are_part_of_the_key():
 def test_the_later_result_of_a_key_counts(tmp_path):
     database = Database(tmp_path)
     for microseconds in (3.0, 2.0):
-        database.add(KEY, Result({}, microseconds, 1))
+        database.add(KEY, Result({}, microseconds, 1, 16))
     assert Database(tmp_path).find(KEY).microseconds == 2.0
 
 
 def test_results_of_other_processes_are_seen(tmp_path):
     reader, writer = Database(tmp_path), Database(tmp_path)
     assert reader.find(KEY) is None
-    writer.add(KEY, Result({}, 1.0, 1))
-    assert reader.find(KEY) == Result({}, 1.0, 1)
+    writer.add(KEY, Result({}, 1.0, 1, 16))
+    assert reader.find(KEY) == Result({}, 1.0, 1, 16)
 
 
 @pytest.mark.parametrize("damage", [b"not json\n", b'{"key": 1}\n', b"[]\n", b"\xff\xfe\n", b'{"key": {"a": 1}, "sch'])
 def test_a_damaged_line_is_skipped_with_a_warning(tmp_path, damage):
     database = Database(tmp_path)
-    database.add(KEY, Result({}, 1.0, 1))
+    database.add(KEY, Result({}, 1.0, 1, 16))
     with database.path.open("ab") as file:
         file.write(damage)
     other = dataclasses.replace(KEY, threads=7)
-    database.add(other, Result({}, 2.0, 1))
+    database.add(other, Result({}, 2.0, 1, 16))
     fresh = Database(tmp_path)
     with pytest.warns(UserWarning, match="damaged line"):
-        assert fresh.find(KEY) == Result({}, 1.0, 1)
-    assert fresh.find(other) == Result({}, 2.0, 1)
+        assert fresh.find(KEY) == Result({}, 1.0, 1, 16)
+    assert fresh.find(other) == Result({}, 2.0, 1, 16)
 
 
 def _write_many(directory, start):
     database = Database(directory)
     for i in range(start, start + 25):
-        database.add(dataclasses.replace(KEY, threads=i), Result({"i": i}, float(i), 1))
+        database.add(dataclasses.replace(KEY, threads=i), Result({"i": i}, float(i), 1, 16))
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
@@ -120,19 +120,19 @@ def test_concurrent_writers_lose_nothing(tmp_path):
     database = Database(tmp_path)
     for w in range(4):
         for i in range(1000 * w, 1000 * w + 25):
-            assert database.find(dataclasses.replace(KEY, threads=i)) == Result({"i": i}, float(i), 1)
+            assert database.find(dataclasses.replace(KEY, threads=i)) == Result({"i": i}, float(i), 1, 16)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     database = Database(tmp_path / "file")
     with pytest.warns(UserWarning, match="set LBLLM_CACHE_DIR"):
-        database.add(KEY, Result({}, 1.0, 1))
-    assert database.find(KEY) == Result({}, 1.0, 1)
+        database.add(KEY, Result({}, 1.0, 1, 16))
+    assert database.find(KEY) == Result({}, 1.0, 1, 16)
 
 
 def test_lines_are_readable_json(tmp_path):
-    Database(tmp_path).add(KEY, Result({"rows": 16}, 12.5, 16))
+    Database(tmp_path).add(KEY, Result({"rows": 16}, 12.5, 16, 16))
     record = json.loads(Database(tmp_path).path.read_text())
     assert record["key"]["spec"]["out_features"] == 96 and record["schedule"] == {"rows": 16}
 

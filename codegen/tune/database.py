@@ -1,8 +1,8 @@
 """Tuning results on disk: JSON lines that people can read, safe under concurrent writers.
 
-Every line is ``{"key": {...}, "schedule": {...}, "microseconds": ..., "trials": ...}``. Writers append under a lock; of
-two lines with one key the later counts. A line that is no record (a crash cut it, a disk garbled it) is skipped with a
-warning.
+Every line is ``{"key": {...}, "schedule": {...}, "microseconds": ..., "trials": ..., "sought": ...}``. Writers append
+under a lock; of two lines with one key the later counts. A line that is no record (a crash cut it, a disk garbled it)
+is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ class Result:
         schedule: the fields of the best schedule.
         microseconds: its time per call, in the search's measurement.
         trials: candidates measured.
+        sought: candidates the search was allowed to measure; one that may measure more does not take this result.
     """
 
     schedule: dict[str, Any]
     microseconds: float
     trials: int
+    sought: int
 
 
 class Database:
@@ -137,7 +139,12 @@ class Database:
             try:
                 record = json.loads(line)
                 key = json.dumps(record["key"], sort_keys=True)
-                result = Result(dict(record["schedule"]), float(record["microseconds"]), int(record["trials"]))
+                result = Result(
+                    dict(record["schedule"]),
+                    float(record["microseconds"]),
+                    int(record["trials"]),
+                    int(record["sought"]),
+                )
             except (ValueError, KeyError, TypeError):
                 warnings.warn(f"skipped a damaged line of the tuning database {self.path}", stacklevel=3)
                 continue

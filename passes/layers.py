@@ -191,13 +191,15 @@ def calibration_batches(program: Program, batches: Sequence[Mapping[str, Any]], 
     """
     if program.kind != "causal-lm":
         return [dict(b) for b in batches]
-    merged: list[dict[str, Any]] = []
+    runs: list[list[Mapping[str, Any]]] = []
     for batch in batches:
-        last = merged[-1] if merged else None
-        if last is not None and _shapes(last) == _shapes(batch):
-            merged[-1] = {k: torch.cat([last[k], v]) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if runs and _shapes(runs[-1][0]) == _shapes(batch):
+            runs[-1].append(batch)
         else:
-            merged.append(dict(batch))
+            runs.append([batch])
+    merged = [
+        {k: torch.cat([b[k] for b in run]) if isinstance(v, Tensor) else v for k, v in run[0].items()} for run in runs
+    ]
     return [piece for batch in merged for piece in batches_of(batch, size)]
 
 

@@ -90,7 +90,7 @@ class Cache(Pass):
     """
 
     name: ClassVar[str] = "cache"
-    contract: ClassVar[Contract] = bounded(1.0)
+    contract: ClassVar[Contract] = bounded(0.5)
 
     bits: Literal[0, 4, 8, 16] = 0
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import ops as ops
 from ..codegen.errors import LbllmError
-from . import dump
+from . import dump, exact
 from .base import Pass
 from .program import Program
 
@@ -74,8 +74,8 @@ class _Propagation(fx.Interpreter):
 
 
 def probe_outputs(program: Program, probe: Mapping[str, Any]) -> Tensor:
-    """The program's output on the probe batch, as float32."""
-    output = program.run(probe)
+    """The program's output on the probe batch, as float32, in the integer arithmetic it stands for."""
+    output = exact.run(program, probe)
     return (output[0] if isinstance(output, (tuple, list)) else output).float()
 
 

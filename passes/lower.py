@@ -21,11 +21,9 @@ Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_
 Needs ``ptq`` and ``activate``: a decoder linear that is not quantized, or whose input is not, is an error, as is a
 leftover observer.
 
-What is checked: every lowered linear gets the very input that its simulated one got on the probe, and must give the
-same output up to fp32 rounding (1e-4). The outputs of the whole model cannot be held to that. Float matrix products and
-integer sums round differently by about 1e-7; where that moves one 4-bit code, the change spreads through all later
-quantizers, and a deep model ends with another sample of its quantization noise. The contract's bound only catches
-wreckage; an eager model whose linears do the integer arithmetic agrees with the lowered one (``tests/oracle.py``).
+What is checked: the whole program, run in integer arithmetic before and after (:mod:`.exact`), must not change by a
+bit. And every lowered linear, on the input that its simulated one got on the probe, must give the float result up to
+fp32 rounding (1e-4), so that what the stages trained is what runs.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ from ..codegen import ops as ops
 from ..codegen import reference
 from ..codegen.format import QuantizedWeight
 from .annotate import LINEAR
-from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
+from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .program import Program, get_attribute
 from .rewrite import argument, calls, constant, is_call, is_constant, make_call, replace_call
@@ -78,7 +76,7 @@ class Lower(Pass):
     """
 
     name: ClassVar[str] = "lower"
-    contract: ClassVar[Contract] = bounded(1.0)
+    contract: ClassVar[Contract] = EXACT
 
     target: str = ""
 

@@ -1,0 +1,82 @@
+"""Runs a simulated program in the integer arithmetic it stands for.
+
+A simulated linear is a float matrix product of dequantized activations and weights. Its rounding differs from that of
+the kernels, which sum integers exactly, by about 1e-7: enough to move one 4-bit activation in a million to the next
+code, and through thirty layers one moved code becomes another answer. So wherever a simulated program is compared with
+what it is lowered to, it is run like this: activations and weights stay integers and scales, and every linear between
+them is evaluated by :mod:`..codegen.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..codegen import reference
+from ..codegen.format import QuantizedWeight
+from .program import Program
+from .rewrite import argument, is_call
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+
+@torch.no_grad()
+def run(program: Program, inputs: Mapping[str, Any]) -> Tensor:
+    """The program's output on a mapping from placeholder to value, like :meth:`Program.run`."""
+    return _Exact(program.module).run(*program.arguments(inputs))
+
+
+class _Exact(fx.Interpreter):
+    """Evaluates linears between ``fake_quantize`` and ``unpack_weight`` or ``unpack_rows`` by the reference."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self._activations: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[fx.Node, QuantizedWeight | tuple[Tensor, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if is_call(n, _lbllm.fake_quantize.default):
+            x, clip, bits, group = self._values(n)
+            values, scale = self._activations[n] = reference.quantize_activation(x, clip, bits, group)
+            return reference.dequantize_activation(values, scale, group).to(x.dtype)
+        if is_call(n, _lbllm.unpack_weight.default):
+            weight = self._weights[n] = QuantizedWeight(*self._values(n))
+            return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
+        if is_call(n, _lbllm.unpack_rows.default):
+            rows, scale = self._weights[n] = self._values(n)
+            return _lbllm.unpack_rows(rows, scale)
+        if _is_quantized_linear(n):
+            return self._linear(n)
+        return super().run_node(n)
+
+    def _values(self, node: fx.Node) -> Any:
+        return self.fetch_args_kwargs_from_env(node)[0]
+
+    def _linear(self, n: fx.Node) -> Tensor:
+        values, scale = self._activations[n.args[0]]
+        weight = self._weights[n.args[1]]
+        if n.target is _lbllm.grouped_linear.default:
+            planes = (weight.sign, weight.bitmap, weight.levels, weight.scale)
+            offsets = self.env[n.args[2]]
+            out = _lbllm.grouped_bit_linear(values, scale, *planes, offsets, weight.group)
+        else:
+            bias = argument(n, 2, "bias")
+            bias = self.env[bias] if isinstance(bias, fx.Node) else None
+            if isinstance(weight, QuantizedWeight):
+                out = reference.bit_linear(values, scale, weight, bias)
+            else:
+                out = reference.int8_linear(values, scale, *weight, bias, n.args[0].args[3])
+        return out.to(n.meta["val"].dtype) if "val" in n.meta else out
+
+
+def _is_quantized_linear(node: fx.Node) -> bool:
+    """Whether both operands of a linear are simulated integers."""
+    return (
+        is_call(node, _aten.linear.default, _lbllm.grouped_linear.default)
+        and is_call(node.args[0], _lbllm.fake_quantize.default)
+        and is_call(node.args[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+    )

@@ -1,0 +1,286 @@
+"""The whole compile, on a model small enough to do it often: what it writes, what survives, what is refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lbllm_compile.codegen.errors import KernelError, LbllmError
+from lbllm_compile.passes import exact, graph_json
+from lbllm_compile.passes.program import Program
+
+import lbllm_compile
+from lbllm_compile import driver, recipe
+from lbllm_compile.checkpoint import WorkDirError
+from lbllm_compile.runtime.model import CompiledModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = recipe.Preset(
+    sequences=16,
+    sequence_length=32,
+    validation_sequences=4,
+    distill_epochs=1,
+    activate_epochs=1,
+    tune_trials=2,
+    tune_seconds=5,
+)
+
+MODEL = f"""
+import runpy
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+example = runpy.run_path({str(ROOT / "examples" / "tiny_llama.py")!r})
+tokenizer = example["tokenizer"]
+
+def build_model():
+    config = LlamaConfig(vocab_size=259, hidden_size=72, intermediate_size=100, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return LlamaForCausalLM(config)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Calibration text and tuning results of these tests stay out of the user's caches."""
+    old = os.environ.get("LBLLM_CACHE_DIR")
+    os.environ["LBLLM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if old is None:
+        del os.environ["LBLLM_CACHE_DIR"]
+    else:
+        os.environ["LBLLM_CACHE_DIR"] = old
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    monkeypatch.setitem(recipe.PRESETS, "quick", SMALL)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.py"
+    path.write_text(MODEL)
+    return path
+
+
+def options(model_file, out, **changes):
+    return driver.CompileOptions(model=str(model_file), out=out, preset="quick", **changes)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, model_file, caches):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipe.PRESETS, "quick", SMALL)
+        directory = tmp_path_factory.mktemp("compiled")
+        return driver.compile(options(model_file, directory / "out", dump_dir=directory / "dumps"))
+
+
+def test_the_report_tells_what_was_done(compiled):
+    names = [r.name for r in compiled.records]
+    assert names == [
+        "canonicalize",
+        "annotate",
+        "observe",
+        "ptq",
+        "distill",
+        "activate",
+        "head",
+        "merge",
+        "lower",
+        "cache",
+        "cleanup",
+    ]
+    ptq = compiled.records[names.index("ptq")]
+    assert len(ptq.rows) == 3 * 7 or len(ptq.rows) == 3
+    sheet = compiled.sheet
+    assert sheet["bytes_compiled"] < sheet["bytes_original"]
+    assert 2 < sheet["bits_per_weight"] < 4
+    assert sheet["kld_mean"] > 0 and sheet["decode_compiled"] > 0
+    json.dumps(compiled.to_json(), allow_nan=False)
+
+
+def test_every_pass_is_dumped_as_text_and_as_a_graph(compiled):
+    dumps = sorted(p.name for p in (compiled.out.parent / "dumps").iterdir())
+    assert dumps[3] == "004_ptq.txt" and len(dumps) == len(compiled.records)
+    text = (compiled.out.parent / "dumps" / "009_lower.txt").read_text()
+    assert "lbllm.bit_linear" in text and "decoder layer 2" in text
+    assert len(list((compiled.out / "passes").iterdir())) == len(compiled.records)
+
+
+def test_the_work_directory_is_gone_and_the_lock_tells_all(compiled):
+    assert not compiled.out.with_name("out.lbllm-work").exists()
+    lock = json.loads((compiled.out / "lbllm.lock").read_text())
+    assert {"model", "calibration", "pipeline", "seed", "versions", "check"} <= lock.keys()
+    assert "ptq{group=64" in lock["pipeline"]
+
+
+def test_a_fresh_process_gives_the_recorded_tokens(compiled):
+    script = textwrap.dedent(
+        f"""
+        import json, lbllm_compile
+        from lbllm_compile.sheet import check_outputs
+        model = lbllm_compile.load({str(compiled.out)!r})
+        check = json.load(open({str(compiled.out / "lbllm.lock")!r}))["check"]
+        import torch
+        print(check_outputs(model, {{"input_ids": torch.tensor([check["prompt"]])}}) == check)
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+class TestWhatRuns:
+    """It is the lowered graph that runs, on generated kernels, and nothing else."""
+
+    def test_negating_the_head_changes_the_text(self, compiled):
+        model = lbllm_compile.load(compiled.out)
+        prompt = model.encode("Hello")
+        before = [t[0] for t in model.generate_ids([prompt], stop=(), sampling=sampling())]
+        program = model.program.copy()
+        output = program.graph.output_node()
+        with program.graph.inserting_before(output):
+            negated = program.graph.call_function(torch.ops.aten.neg.default, (output.args[0],))
+        output.args = (negated,)
+        program.module.recompile()
+        changed = CompiledModel(program, model.kernels)
+        after = [t[0] for t in changed.generate_ids([prompt], stop=(), sampling=sampling())]
+        assert after != before
+        lowest = model.logits(torch.tensor([prompt]))[0, -1].argmin()
+        assert after[0] == int(lowest)
+
+    def test_without_the_kernel_library_there_is_no_slow_path(self, compiled):
+        script = textwrap.dedent(
+            f"""
+            import sys
+            sys.modules["tvm"] = None
+            import lbllm_compile
+            from lbllm_compile.codegen.errors import KernelError
+            try:
+                lbllm_compile.load({str(compiled.out)!r})
+            except KernelError as error:
+                print(error)
+            """
+        )
+        result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        assert "TVM" in result.stdout and "\n" not in result.stdout.strip(), result.stderr
+
+    def test_a_kernel_that_was_not_built_is_an_error(self, compiled):
+        from lbllm_compile.codegen.build import KernelSet
+        from lbllm_compile.codegen.targets import Target
+
+        nothing = KernelSet.build([], [], Target.parse("cpu"), trials=0)
+        model = lbllm_compile.load(compiled.out)
+        with pytest.raises(KernelError, match="no kernel was built"):
+            CompiledModel(model.program, nothing)
+
+
+def sampling():
+    from lbllm_compile.runtime import Sampling
+
+    return Sampling(max_new_tokens=6)
+
+
+def test_lowered_and_simulated_agree(compiled):
+    """Simulated is the stored graph after ``merge``; lowered is what runs."""
+    model = lbllm_compile.load(compiled.out)
+    stored = next((compiled.out / "passes").glob("*_merge.json"))
+    state = dict(model.program.parameters())
+    simulated = Program(graph_json.loads(stored.read_bytes(), state), kind="causal-lm")
+    ids = torch.randint(0, 259, (8, 48), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)}
+    expected, actual = exact.run(simulated, inputs).log_softmax(-1), model.logits(ids).log_softmax(-1)
+    kld = (expected.exp() * (expected - actual)).sum(-1)
+    assert float(kld.mean()) <= 1e-3
+    assert float((expected.argmax(-1) == actual.argmax(-1)).float().mean()) >= 0.99
+
+
+def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file, tmp_path):
+    out = tmp_path / "out"
+    script = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from lbllm_compile import driver, recipe
+        recipe.PRESETS["quick"] = recipe.Preset(**{SMALL.model_dump()!r})
+        driver.compile(driver.CompileOptions(model={str(model_file)!r}, out=Path({str(out)!r}), preset="quick"))
+        """
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    stages = tmp_path / "out.lbllm-work" / "stages" / "distill"
+    deadline = time.monotonic() + 300
+    while not stages.is_dir() or len(list(stages.glob("*.safetensors"))) < 2:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not out.exists()
+    report = driver.compile(options(model_file, out))
+    assert report.resumed >= 3 + 2
+    for name in ("model.safetensors", "graph.json"):
+        assert (out / name).read_bytes() == (compiled.out / name).read_bytes(), name
+
+
+def test_an_unfinished_compile_of_something_else_is_refused(model_file, tmp_path):
+    from lbllm_compile.checkpoint import WorkDir
+
+    WorkDir(tmp_path / "out.lbllm-work", {"model": "another"}).release()
+    with pytest.raises(WorkDirError, match=r"another.*model.*--fresh"):
+        driver.compile(options(model_file, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_global_seed_is_touched(model_file):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    driver.prepare(options(model_file, None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 48}, "--group cannot be 48; choose 32, 64, 128, 256"),
+        ({"act_bits": 3}, "--act-bits cannot be 3"),
+        ({"kv_bits": 5}, "--kv-bits cannot be 5"),
+        ({"preset": "qick"}, "no preset 'qick'.*did you mean 'quick'"),
+        ({"recipe": "lblm"}, "no recipe 'lblm'.*did you mean 'lbllm'"),
+        ({"device": "gpu"}, "--device cannot be 'gpu'"),
+        ({"pipeline": "ptq", "group": 64}, "--group and --pipeline contradict"),
+        ({"target": "cpu:avx9"}, "unknown target 'cpu:avx9'"),
+        ({"keep_dense": ("*.q_prj",)}, "matches no linear.*did you mean"),
+    ],
+)
+def test_wrong_options_are_one_sentence(model_file, tmp_path, changes, message):
+    wrong = dataclasses.replace(options(model_file, tmp_path / "out"), **changes)
+    with pytest.raises(LbllmError, match=message) as caught:
+        driver.compile(wrong)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_models_own_recipe_is_used_and_options_win(tmp_path):
+    path = tmp_path / "with_recipe.py"
+    path.write_text(MODEL + "\nrecipe = {'group': 128, 'act_bits': 8, 'preset': 'quick'}\n")
+    job = driver.prepare(driver.CompileOptions(model=str(path), out=tmp_path / "out", act_bits=16))
+    text = driver.pipeline.render(job.passes, full=True)
+    assert "ptq{group=128" in text and "activate{bits=16" in text
+    path.write_text(MODEL + "\nrecipe = {'gruop': 128}\n")
+    with pytest.raises(LbllmError, match=r"no option 'gruop'.*did you mean 'group'"):
+        driver.prepare(driver.CompileOptions(model=str(path), out=tmp_path / "out"))
+
+
+def test_a_plain_module_compiles_and_loads(tmp_path):
+    report = driver.compile(options(ROOT / "examples" / "mlp.py", tmp_path / "mlp"))
+    model = lbllm_compile.load(tmp_path / "mlp")
+    assert model(torch.randn(3, 259)).shape == (3, 33)
+    assert 0 < report.sheet["relative_error"] < 1

@@ -31,6 +31,9 @@ INT32_COLUMNS = 65536
 INT32_COLUMNS_A16 = 512
 """The same for 16-bit values and weights of at most 128."""
 
+PARALLEL_PRODUCTS = 1 << 20
+"""Multiplications from which a parallel launch, some 8 microseconds, is likely to pay."""
+
 SCHEDULE_VERSION = 1
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
@@ -119,6 +122,12 @@ class Implementation(Protocol):
         ...
 
 
+def _parallel_or_not(spec: LinearSpec, bucket: Bucket) -> tuple[bool, bool]:
+    """Both choices, the likely better one first."""
+    worth = spec.out_features * spec.in_features * bucket.probe >= PARALLEL_PRODUCTS
+    return worth, not worth
+
+
 @dataclass(frozen=True)
 class X86Linear:
     """A linear on x86: look-up or int8 weights with 8-bit dot products.
@@ -142,7 +151,7 @@ class X86Linear:
         padded_rows = self.operand.problem.row_blocks * SLAB
         isa = instruction_set(self.family, self.spec.act_bits)
         found: list[Schedule] = []
-        for parallel in (True, False):
+        for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
                 for prefetch in (3072, 0, 1024, 6144):
                     for rows in (16, 32, 64):
@@ -152,7 +161,7 @@ class X86Linear:
             for rows in (32, 16, 64):
                 # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
                 registers = (32 if isa.lanes == 16 else 16) - 2
-                fits = [t for t in (6, 8, 4, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
+                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
@@ -200,7 +209,7 @@ class Portable:
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         counts = [r for r in (16, 8, 4, 32, 64, 2, 1, 128) if r == 1 or r <= self.spec.out_features]
-        return [PortableSchedule(rows, parallel) for parallel in (True, False) for rows in counts]
+        return [PortableSchedule(rows, parallel) for parallel in _parallel_or_not(self.spec, bucket) for rows in counts]
 
     def function(self, schedule: Schedule) -> PrimFunc:
         return PortableLinear(self.spec).function(**dataclasses.asdict(schedule))

@@ -1,8 +1,8 @@
 """The canonical W(1+1) weight format: two bit-planes and four int8 levels per group.
 
 A matrix ``W`` of shape ``[N, K]`` (``N = out_features``, ``K = in_features``) is cut, per output row, into groups of
-``group`` input columns; the last group is short where ``K % group != 0``. Each group has four *levels*, sorted, stored as
-int8 times one fp16 *scale*. An element picks one of the four by two bits (LBLLM, arXiv 2604.19167, equation 3)::
+``group`` input columns; the last group is short where ``K % group != 0``. Each group has four *levels*, sorted, stored
+as int8 times one fp16 *scale*. An element picks one of the four by two bits (LBLLM, arXiv 2604.19167, equation 3)::
 
     bitmap = 1 (inner pair):  sign ? level[2] : level[1]
     bitmap = 0 (outer pair):  sign ? level[3] : level[0]

@@ -112,7 +112,7 @@ def cuda_source(function: PrimFunc, name: str, arch: str) -> str:
     try:
         module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
         module = tvm.tirx.transform.BindTarget(target)(module)
-        pipeline, _, finalize = tvm.tirx.get_default_tir_pipeline(target)
+        pipeline, _, finalize = tvm.tirx.get_default_tir_pipeline(target)  # pyright: ignore[reportGeneralTypeIssues]
         _, devices = split_host_device_mods(pipeline(module))
         ((device, kernels),) = devices.items()
         tvm_ffi.register_global_func(_CUDA_COMPILER, lambda code: b"", override=True)

@@ -413,10 +413,11 @@ def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
         raise ArtifactError(f"the graph does not use the stored weight '{unused[0]}'")
     for path, weight in stored_weights(program).items():
         weight.validate(path)
-    for node in calls(program.graph, torch.ops.lbllm.int8_linear.default):
-        _check_rows(node.args[2].target, state[node.args[2].target], state[node.args[3].target])
-    for node in calls(program.graph, torch.ops.lbllm.int8_embedding.default):
-        _check_rows(node.args[0].target, state[node.args[0].target], state[node.args[1].target])
+    operands: list[Any] = []
+    operands += [n.args[2:4] for n in calls(program.graph, torch.ops.lbllm.int8_linear.default)]
+    operands += [n.args[0:2] for n in calls(program.graph, torch.ops.lbllm.int8_embedding.default)]
+    for rows, scale in operands:
+        _check_rows(rows.target, state[rows.target], state[scale.target])
 
 
 def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:

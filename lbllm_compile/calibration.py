@@ -230,7 +230,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 def _read_data_set(name: str) -> Iterator[str]:
     _require("datasets", f"reading the data set '{name}'")
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)

@@ -577,7 +577,7 @@ def _graph_module(model: UserModel, exported: torch.export.ExportedProgram, stri
             target = str(specs[node.name].target)
             tensor = exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
             path = first_path.get(id(tensor), target.removeprefix(prefix))
-            set_attribute(root, path, tensor)
+            set_attribute(root, path, tensor)  # pyright: ignore[reportArgumentType]
             values[node] = graph.get_attr(path)
         values[node].meta = _clean_meta(node.meta, strip)
     return fx.GraphModule(root, graph)

@@ -34,6 +34,9 @@ INT32_COLUMNS_A16 = 512
 PARALLEL_PRODUCTS = 1 << 20
 """Multiplications from which a parallel launch, some 8 microseconds, is likely to pay."""
 
+PARALLEL_STAGE_CHUNK = 64
+"""Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
+
 SCHEDULE_VERSION = 1
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
@@ -167,12 +170,9 @@ class X86Linear:
                 for tokens in fits:
                     if tokens > bucket.highest:
                         continue
-                    chunks = (
-                        [16 // tokens * tokens]
-                        if bucket.highest <= 16
-                        else [120 // tokens * tokens, 480 // tokens * tokens]
-                    )
-                    found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks if chunk)
+                    # Whole tiles: all tokens of a small bucket at once, some or many of a large one.
+                    chunks = [-(-chunk // tokens) * tokens for chunk in ((16,) if bucket.highest <= 16 else (120, 480))]
+                    found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
@@ -180,7 +180,7 @@ class X86Linear:
         if isinstance(schedule, GemvSchedule):
             return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
         assert isinstance(schedule, GemmSchedule)
-        stage = schedule.parallel and schedule.chunk > 16
+        stage = schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK
         return dot.gemm(self.operand, isa, **dataclasses.asdict(schedule), parallel_stage=stage)
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:

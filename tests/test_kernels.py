@@ -12,8 +12,7 @@ from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import GROUPS, quantize_rows
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, host, parse_targets, runnable_targets
-
-from tests.test_format import random_weight
+from test_format import random_weight
 
 FAMILIES = [
     pytest.param(f"cpu:{name}", marks=[] if name in host.families() else pytest.mark.skip(reason=f"no {name} here"))

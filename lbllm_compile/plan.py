@@ -3,9 +3,9 @@
 A Hugging Face directory, a ``.gguf`` file and a hub id are read as configuration alone and built on the meta device,
 without their weights. A ``model.py`` is run, because only it knows what it builds.
 
-The times are estimates: operation counts of every stage, divided by the speed of this machine's matrix products as
-measured on the spot, times factors that say how much of that speed each stage reaches. The factors were fitted on
-small models; expect a factor of two either way.
+The times are estimates: weights times tokens times what a stage costs for each, divided by the speed of this machine's
+matrix products as measured on the spot. The costs were fitted on a model of 135 million weights; expect a factor of two
+either way, and more on a busy machine.
 """
 
 from __future__ import annotations
@@ -43,14 +43,8 @@ _TRAINING_BYTES = 44
 """Per weight of the one layer in training: master weight, bitmap logits, their gradients and two optimizer moments
 each, the quantized weight and what autograd keeps of it."""
 
-_STAGE_EFFICIENCY = {"text": 0.08, "ptq": 0.7, "distill": 0.3, "activate": 0.3}
-"""Share of this machine's matrix-product speed that a stage reaches."""
-
-_FIT_OPERATIONS = 6000
-"""Cost of fitting levels and compensating errors in stage 1, in matrix-product operations per weight."""
-
-_QUANTIZE_OPERATIONS = 400
-"""Cost of quantizing one weight in one training step, forward and backward, likewise."""
+_OPERATIONS = {"text": 2.5, "ptq": 4.0, "distill": 10.0, "activate": 15.0}
+"""What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
 
 _CAPTURE_SECONDS = 0.6
 """Tracing and checking, per decoder layer."""
@@ -307,28 +301,21 @@ def _seconds(
     writes_text: bool,
 ) -> dict[str, float]:
     decoder = [x for x in found if x.info.role == "decoder"]
-    weights = sum(x.weights for x in decoder)
     layers = max(1, len({x.info.layer for x in decoder}))
-    forward = 2 * weights * tokens
-    hessians = sum(2 * tokens * x.shape[-1] ** 2 for x in decoder)
-    steps = tokens / max(1, 4 * preset.sequence_length)
-    quantize = _QUANTIZE_OPERATIONS * weights * steps
-    operations = {"text": 2 * weights * tokens} if writes_text and model.kind == "causal-lm" else {}
-    if _option(passes, "ptq", "group", None):
-        operations["ptq"] = 4 * forward + hessians + _FIT_OPERATIONS * weights
+    weights = sum(x.weights for x in decoder)
+    work = {"text": sum(x.weights for x in found)} if writes_text and model.kind == "causal-lm" else {}
+    work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
     for stage in ("distill", "activate"):
-        epochs = _option(passes, stage, "epochs", 0)
-        if epochs:
-            operations[stage] = epochs * (3 * forward + quantize) + 2 * forward
+        work[stage] = weights * _option(passes, stage, "epochs", 0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
-    result.update({_STAGE_TITLES[k]: v / (speed * _STAGE_EFFICIENCY[k]) for k, v in operations.items()})
+    result.update({_TITLES[k]: _OPERATIONS[k] * v * tokens / speed for k, v in work.items() if v})
     shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
     result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
     result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed
     return result
 
 
-_STAGE_TITLES = {
+_TITLES = {
     "text": "calibration text by the model itself",
     "ptq": "stage 1, ptq",
     "distill": "stage 2, distill",

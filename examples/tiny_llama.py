@@ -20,8 +20,8 @@ def build_model():
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(BYTES),
         hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

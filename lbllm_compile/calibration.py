@@ -15,19 +15,17 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 
 from lbllm_compile import frontend
+from lbllm_compile.codegen.cache import cache_directory, write_atomically
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.passes.base import NoProgress, Progress, batches_of
@@ -105,7 +103,7 @@ def prepare(
         batch: sequences of a batch.
         seed: of sampling and of picking sequences.
         device: where sampling runs.
-        cache_dir: where sampled text is kept; by default the user's cache directory.
+        cache_dir: where sampled text is kept; by default ``calibration`` in the cache directory.
         progress: where to report.
 
     Raises:
@@ -310,10 +308,10 @@ def _cached_samples(
     cache_dir: Path | None,
     progress: Progress,
 ) -> Tensor:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     sequences = sum(counts)
-    directory = cache_dir or Path(platformdirs.user_cache_dir("lbllm-compile")) / "calibration"
+    directory = cache_dir or cache_directory() / "calibration"
     key = json.dumps([_SAMPLER, frontend.weights_hash(model.module), sequences, length, seed, device.type])
     path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
@@ -325,11 +323,10 @@ def _cached_samples(
             if ids.shape == (sequences, length):
                 return ids
     ids = sample(model, sequences, length, seed, device, progress)
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
-    os.close(handle)
-    save_file({"input_ids": ids.int()}, temporary)
-    os.replace(temporary, path)
+    try:
+        write_atomically(path, save({"input_ids": ids.int()}))
+    except OSError as error:
+        progress.note(f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR")
     return ids
 
 

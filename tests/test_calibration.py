@@ -96,6 +96,16 @@ def test_a_damaged_cache_is_replaced(model: UserModel, program: SimpleNamespace,
     assert "is damaged" in log.notes[0] and len(log.tasks) == 1
 
 
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    model: UserModel, program: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "file"))
+    log = Log()
+    data = calibration.prepare(model, program, tokens=20, validation_tokens=10, length=10, progress=log)
+    assert data.tokens == 20 and "set LBLLM_CACHE_DIR" in log.notes[0]
+
+
 def test_samples_depend_on_the_weights(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
     options = {"tokens": 20, "validation_tokens": 10, "length": 10, "cache_dir": tmp_path}
     calibration.prepare(model, program, **options)

@@ -44,11 +44,12 @@ from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResul
 from .chains import Chains, paired_layers, parameters_of, with_tensors
 from .layers import Activations, Stage
 from .observe import decoder_linears
+from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
 from .simulate import LevelWeight, Lifted, lift
-from .training import Group, Precision, reconstruction, step_scale, train
+from .training import Group, reconstruction, step_scale, train
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -75,7 +76,7 @@ class Activate(Pass):
         batch: sequences per step.
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
         lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
-        precision: of the matrix products in training: ``auto`` is bfloat16 where the processor has it.
+        precision: of the matrix products on the calibration set.
     """
 
     bits: int = 4
@@ -94,7 +95,7 @@ class Activate(Pass):
         self._check(program)
         program = insert_quantizers(program, self.bits, self.group, self.kv)
         teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
+        chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
+from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
 from .simulate import Lifted
@@ -43,6 +44,7 @@ class Chains:
         teacher, student: on the calibration set.
         teacher_validation, student_validation: on the validation set.
         untrained_validation: the program as it came, on the validation set.
+        precision: of the layers' matrix products on the calibration set.
     """
 
     teacher: Activations
@@ -50,19 +52,20 @@ class Chains:
     teacher_validation: Activations
     student_validation: Activations
     untrained_validation: Activations
+    precision: Precision
 
     @classmethod
-    def start(cls, program: Program, prologue: Stage, context: PassContext, batch: int) -> Chains:
+    def start(cls, program: Program, prologue: Stage, context: PassContext, batch: int, precision: Precision) -> Chains:
         """Runs the prologue, which both models share, on batches of ``batch`` sequences."""
         training = Activations(calibration_batches(program, context.calibration, batch))
         validation = Activations(calibration_batches(program, context.validation, batch))
         training.advance(prologue)
         validation.advance(prologue)
-        return cls(training, training.fork(), validation, validation.fork(), validation.fork())
+        return cls(training, training.fork(), validation, validation.fork(), validation.fork(), precision)
 
     def teach(self, teacher: Stage) -> None:
         """Moves the teacher past a layer; its outputs are the targets from now on."""
-        self.teacher.advance(teacher)
+        self.teacher.advance(teacher, precision=self.precision)
         self.teacher_validation.advance(teacher)
 
     def pass_untrained(self, lifted: Lifted) -> float:
@@ -73,7 +76,7 @@ class Chains:
     def learn(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> None:
         """Moves the student past a layer with its final parameters."""
         bound = lifted.bind(parameters)
-        self.student.advance(bound)
+        self.student.advance(bound, precision=self.precision)
         self.student_validation.advance(bound)
 
     def target(self, stage: Stage, index: int) -> Values:

@@ -33,10 +33,11 @@ from torch import Tensor
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .chains import Chains, paired_layers, parameters_of, with_tensors
 from .layers import Stage
+from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted, lift
-from .training import Group, Precision, reconstruction, step_scale, train
+from .training import Group, reconstruction, step_scale, train
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -53,7 +54,7 @@ class Distill(Pass):
         lr_bitmap: of relaxed bitmaps.
         lr_levels: of levels, in standard deviations of the matrix.
         freeze: share of the steps after which planes no longer change and only levels train.
-        precision: of the matrix products in training: ``auto`` is bfloat16 where the processor has it.
+        precision: of the matrix products on the calibration set.
     """
 
     epochs: int = 2
@@ -71,7 +72,7 @@ class Distill(Pass):
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher_layers.prologue, context, self.batch)
+        chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))

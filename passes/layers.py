@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from .annotate import LAYER
 from .base import batches_of
+from .precision import Precision, matrix_products, restored
 from .program import Program, get_attribute, set_attribute
 
 Values = dict[str, Any]
@@ -101,15 +102,20 @@ class Activations:
         return Activations(self._batches)
 
     @torch.no_grad()
-    def advance(self, stage: Runnable, visit: Callable[[Values], None] | None = None) -> None:
+    def advance(
+        self, stage: Runnable, visit: Callable[[Values], None] | None = None, precision: Precision = "float32"
+    ) -> None:
         """Runs a stage on every batch and drops what nothing needs any more.
 
         Args:
             stage: the next stage of the chain.
             visit: called with each batch's live values after the stage.
+            precision: of the stage's matrix products.
         """
         for index, values in enumerate(self._batches):
-            values = {**values, **stage.run(values)}
+            with matrix_products(precision):
+                outputs = stage.run(values)
+            values = {**values, **{name: restored(value, precision) for name, value in outputs.items()}}
             values = {name: value for name, value in values.items() if name in stage.live}
             if visit is not None:
                 visit(values)

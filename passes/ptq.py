@@ -38,6 +38,7 @@ from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResul
 from .fit import CalibrationError, Fit, factor, fit
 from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .observe import STAT, decoder_linears
+from .precision import Precision
 from .program import Program, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
 
@@ -62,12 +63,14 @@ class Ptq(Pass):
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per group.
+        precision: of the layers' matrix products; statistics and fits are float32.
     """
 
     group: int = 64
     damp: float = 0.01
     compensate: bool = True
     rounds: int = 1
+    precision: Precision = "auto"
 
     name: ClassVar[str] = "ptq"
     contract: ClassVar[Contract] = CALIBRATING
@@ -123,7 +126,8 @@ class Ptq(Pass):
         parts = segments(layer, observers)
         for position, part in enumerate(parts):
             statistics = {o.name: Statistic.of(o, observed[o.name]) for o in observers if o.name in part.outputs}
-            chain.advance(part, None if done is not None else lambda values, s=statistics: _collect(s, values))
+            visit = None if done is not None else lambda values, s=statistics: _collect(s, values)
+            chain.advance(part, visit, self.precision)
             for statistic in statistics.values():
                 if done is None:
                     found, figures = self._fit(layer.module, statistic)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layers import Values
-
-Precision = Literal["auto", "float32", "bfloat16"]
-"""Of the matrix products of a training step."""
+from .precision import Precision, matrix_products
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
@@ -95,7 +93,7 @@ def train(
         share = step / steps
         for group, options in zip(groups, optimizer.param_groups, strict=True):
             options["lr"] = group.rate * _rate(step, steps) * (share < group.until)
-        with torch.autocast(tensors[0].device.type, torch.bfloat16, enabled=uses_bfloat16(precision)):
+        with matrix_products(precision):
             value = loss(batch)
         value.backward()
         optimizer.step()
@@ -114,13 +112,6 @@ def train(
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
-
-
-def uses_bfloat16(precision: Precision) -> bool:
-    """Whether training multiplies matrices in bfloat16: where the processor does that natively, unless told."""
-    if precision == "auto":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
-    return precision == "bfloat16"
 
 
 def step_scale(steps: int) -> float:

@@ -1,0 +1,35 @@
+"""How precisely calibration multiplies matrices.
+
+Parameters, normalizations and sums stay float32; only matrix products are taken in bfloat16, and only inside decoder
+layers, never for masks and rotary tables. Held-out errors are always measured in float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""``auto`` is bfloat16 where the processor multiplies it natively, else float32."""
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Whether products are taken in bfloat16."""
+    if precision == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return precision == "bfloat16"
+
+
+def matrix_products(precision: Precision) -> AbstractContextManager[object]:
+    """A context in which matrix products have the given precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(precision))
+
+
+def restored(value: Any, precision: Precision) -> Any:
+    """A stage's output as float32 where its last operation was a bfloat16 product."""
+    lowered = isinstance(value, Tensor) and value.dtype is torch.bfloat16 and uses_bfloat16(precision)
+    return value.float() if lowered else value

@@ -41,8 +41,8 @@ class WorkDir:
         fresh: start over, dropping what an earlier compile left here.
 
     Raises:
-        WorkDirError: the directory holds something else, is locked by a running compile, or was made for a different
-            compile (the message names what changed).
+        WorkDirError: the directory holds something else, is locked by a running compile, or has finished pieces of a
+            different compile (the message names what changed).
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False):
@@ -71,12 +71,13 @@ class WorkDir:
             except ValueError:
                 raise WorkDirError(f"{record} is damaged; pass --fresh to start over") from None
             changed = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
-            if changed:
+            if changed and self.finished():
                 raise WorkDirError(
                     f"{self.path} holds an unfinished compile with another {', '.join(changed)};"
                     " pass --fresh to start over, or another --work-dir"
                 )
-            return
+            if not changed:
+                return
         write_atomically(record, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
 
     def _file(self, stage: str, index: int) -> Path:

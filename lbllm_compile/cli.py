@@ -68,7 +68,7 @@ class VerbGroup(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            _fail(f"interrupted; {_resume_hint()}", EXIT_INTERRUPTED, debug)
+            _fail(f"interrupted{_where()}; run the same command again to resume", EXIT_INTERRUPTED, debug)
         except _UsageError as error:
             _fail(_usage_text(error), EXIT_USER, debug)
         except LbllmError as error:
@@ -491,11 +491,12 @@ def _usage_text(error: Any) -> str:
     return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
 
 
-def _resume_hint() -> str:
+def _where() -> str:
+    """Where an interrupt hit, e.g. `` in stage 2, layer 3 of 30 (what is finished is kept)``."""
     stopped = _active[0].progress.stopped if _active else None
     if stopped is None:
-        return "run the same command again to start over"
-    return f"run the same command again to resume from {stopped.title}, {stopped.done + 1} of {stopped.total}"
+        return ""
+    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total} (finished layers are kept)"
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

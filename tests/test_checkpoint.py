@@ -26,10 +26,21 @@ def test_a_saved_piece_comes_back_bit_for_bit(tmp_path):
 
 
 def test_another_compile_is_refused_and_told_what_changed(tmp_path):
-    WorkDir(tmp_path / "w", FACTS).release()
+    first = WorkDir(tmp_path / "w", FACTS)
+    first.save("ptq", 0, {"x": torch.ones(1)}, {})
+    first.release()
     with pytest.raises(WorkDirError, match=r"another model.*--fresh"):
         WorkDir(tmp_path / "w", {**FACTS, "model": "b"})
     WorkDir(tmp_path / "w", FACTS).release()
+
+
+def test_a_directory_without_finished_work_is_taken_over(tmp_path):
+    WorkDir(tmp_path / "w", FACTS).release()
+    other = WorkDir(tmp_path / "w", {**FACTS, "model": "b"})
+    other.save("ptq", 0, {"x": torch.ones(1)}, {})
+    other.release()
+    with pytest.raises(WorkDirError, match="another model"):
+        WorkDir(tmp_path / "w", FACTS)
 
 
 def test_fresh_starts_over(tmp_path):

@@ -157,7 +157,11 @@ class Raises:
         (LbllmError("the moon is full; wait"), 2, "lbllm-compile: the moon is full; wait\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "lbllm-compile: cannot access '/x': Permission denied\n"),
         (ValueError("secret detail\nsecond line"), 1, "a bug in lbllm-compile (ValueError: secret detail)"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume from ptq, 3 of 30\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted in ptq, 3 of 30 (finished layers are kept); run the same command again to resume\n",
+        ),
         (MemoryError(), 1, "out of memory"),
     ],
 )

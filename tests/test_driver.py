@@ -234,7 +234,9 @@ def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file,
 def test_an_unfinished_compile_of_something_else_is_refused(model_file, tmp_path):
     from lbllm_compile.checkpoint import WorkDir
 
-    WorkDir(tmp_path / "out.lbllm-work", {"model": "another"}).release()
+    work = WorkDir(tmp_path / "out.lbllm-work", {"model": "another"})
+    work.save("ptq", 0, {"x": torch.ones(1)}, {})
+    work.release()
     with pytest.raises(WorkDirError, match=r"another.*model.*--fresh"):
         driver.compile(options(model_file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

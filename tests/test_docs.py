@@ -62,3 +62,25 @@ def test_the_documented_pipeline_is_the_default_one() -> None:
     names = [p.name for p in pipeline.parse(documented.group(1))]
     assert names == [p.name for p in recipe.passes(recipe.Choices(), "cpu")]
     assert names == re.findall(r"^\| `([a-z-]+)` \| ", text, re.MULTILINE)
+
+
+def test_the_readmes_model_compiles_in_principle(tmp_path: Path) -> None:
+    from lbllm_compile import frontend
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (model,) = (b for b in blocks if "def build_model" in b)
+    (tmp_path / "model.py").write_text(model)
+    program = frontend.capture(frontend.load(tmp_path / "model.py"))
+    assert [tuple(t.shape) for _, t in program.parameters() if t.dim() == 2] == [(100, 259), (10, 100)]
+
+
+def test_the_readme_names_what_exists() -> None:
+    import lbllm_compile
+    from lbllm_compile import cli
+
+    text = (ROOT / "README.md").read_text()
+    offered = set(re.findall(r"lbllm_compile\.([a-zA-Z]+)\(", text))
+    assert offered == {"compile", "CompileOptions", "load"}
+    assert all(callable(getattr(lbllm_compile, name)) for name in offered)
+    commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} - {"compile"}
+    assert commands == set(re.findall(r"^\| `([a-z]+)[` ]", text, re.MULTILINE))

@@ -66,27 +66,27 @@ def sheet(figures: Mapping[str, Any]) -> Table:
     if before and after:
         note = f"{before / after:.1f} times smaller; the original in 16 bit"
         rows.append(["weights", terminal.size(before), terminal.size(after), note])
-    rows.append(["bits per weight", None, _text(take("bits_per_weight")), "decoder linears, as stored"])
-    rows.append(["", None, _text(take("bits_per_weight_file")), "all weights, as stored"])
+    rows.append(["bits per weight", "", _text(take("bits_per_weight")), "decoder linears, as stored"])
+    rows.append(["", "", _text(take("bits_per_weight_file")), "all weights, as stored"])
     text = take("text")
     if "ppl" in rest:
         rows.append(["perplexity", _text(take("ppl_teacher")), _text(take("ppl")), f"{text}"])
-        rows.append(["KL divergence", None, _text(take("kld_mean")), "mean, compiled from original"])
+        rows.append(["KL divergence", "", _text(take("kld_mean")), "mean, compiled from original"])
         agreement = take("top1_agreement")
-        rows.append(["same top token", None, f"{100 * agreement:.1f} %" if agreement is not None else None, ""])
+        rows.append(["same top token", "", "" if agreement is None else f"{100 * agreement:.1f} %", ""])
     if "relative_error" in rest:
-        rows.append(["relative error", None, _text(take("relative_error")), "of the output, on held-out inputs"])
+        rows.append(["relative error", "", _text(take("relative_error")), "of the output, on held-out inputs"])
     before, after = take("decode_original"), take("decode_compiled")
     if before and after:
         faster = after / before
         verdict = f"{faster:.2f} times as fast" if faster >= 1 else f"SLOWER: {faster:.2f} times as fast"
         rows.append(["tokens/s", _text(before), _text(after), f"{verdict}; greedy decoding, original in eager torch"])
-    rows += [[name.replace("_", " "), None, _text(value), ""] for name, value in rest.items()]
+    rows += [[name.replace("_", " "), "", _text(value), ""] for name, value in rest.items()]
     return terminal.table("Speed and size", ["", "original", "compiled", ""], rows)
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else terminal.figure(value)
+def _text(value: Any) -> str:
+    return "" if value is None else terminal.figure(value)
 
 
 def rehearsal(result: Rehearsal) -> list[RenderableType]:

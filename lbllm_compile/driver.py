@@ -115,8 +115,8 @@ class Job:
     """A compile that has been read and checked but not started.
 
     Attributes:
+        choices: recipe, preset and options, the model's own recipe included.
         passes: the pipeline.
-        preset: how much work.
         targets: parsed ``options.target``.
         program: the captured model, before the first pass.
         out: where the artifact goes.
@@ -124,11 +124,16 @@ class Job:
 
     options: CompileOptions
     model: UserModel
+    choices: recipe.Choices
     passes: list[Pass]
-    preset: recipe.Preset
     targets: tuple[Target, ...]
     program: Program
     out: Path
+
+    @property
+    def preset(self) -> recipe.Preset:
+        """How much work."""
+        return recipe.preset(self.choices.preset)
 
 
 def compile(
@@ -265,7 +270,7 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
         artifact.check_destination(out)
         program = frontend.capture(model)
         task.advance("captured")
-    return Job(options, model, passes, recipe.preset(choices.preset), targets, program, out)
+    return Job(options, model, choices, passes, targets, program, out)
 
 
 def fingerprint(job: Job, data: CalibrationSet) -> dict[str, str]:
@@ -287,6 +292,8 @@ def lock(job: Job, facts: Mapping[str, str], data: CalibrationSet, check: Mappin
         **facts,
         "source": str(Path(job.model.source).resolve()) if Path(job.model.source).exists() else job.model.source,
         "calibration_source": data.source,
+        "recipe": job.choices.recipe,
+        "preset": job.choices.preset,
         "target": job.options.target,
         "versions": artifact.versions(),
         "check": dict(check),

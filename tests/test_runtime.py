@@ -142,6 +142,8 @@ def test_a_plain_module_takes_its_inputs_by_position_or_name():
     x = normal(2, 3, 43, seed=2)
     assert torch.equal(compiled(x), compiled(x=x)) and compiled(x).shape == (2, 3, 8)
     assert compiled(x[:0]).shape == (0, 3, 8)
+    with pytest.raises(KernelError, match="an input has 40 channels where the model needs 43"):
+        compiled(x[..., :40])
     for arguments, named in (((), {}), ((x, x), {}), ((x,), {"x": x}), ((), {"y": x})):
         with pytest.raises(GenerationError, match=r"the model takes (the inputs )?x"):
             compiled(*arguments, **named)

@@ -161,6 +161,8 @@ class _Quantize:
 
     def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
         leading = x.shape[:-1]
+        if x.shape[-1] != self._in_features:
+            raise KernelError(f"an input has {x.shape[-1]} channels where the model needs {self._in_features}")
         flat = x.reshape(-1, self._in_features).contiguous()
         values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip)
         return values.view(*leading, self._in_features), scale.view(*leading, scale.shape[-1])

@@ -134,8 +134,8 @@ class _TimeLeft(ProgressColumn):
     def render(self, task: Bar) -> Text:
         state: TaskState = task.fields["state"]
         left = state.remaining()
-        text = f"{duration(state.elapsed)} so far" + (f", about {duration(left)} left" if left is not None else "")
-        return Text(text, style="progress.remaining")
+        text = f"{duration(state.elapsed)} so far" if left is None else f"about {duration(left)} left"
+        return Text(text, style="progress.remaining", no_wrap=True)
 
 
 class _BarTask:
@@ -166,7 +166,7 @@ class BarProgress:
             self._bars = Bars(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 _TimeLeft(),
                 TextColumn("[dim]{task.fields[note]}"),

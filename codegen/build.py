@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import prove
+from .cache import cache_directory
 from .errors import KernelError, TargetError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
@@ -25,7 +26,7 @@ from .reference import value_dtype
 from .spec import LinearSpec, QuantizeSpec
 from .targets import Target, runnable_targets
 from .threads import thread_count
-from .tune.database import Database, Key, Result, cache_directory
+from .tune.database import Database, Key, Result
 from .tune.measure import Measurer, Outcome, Request
 from .tune.search import search
 

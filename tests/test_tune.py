@@ -11,10 +11,11 @@ import time
 from dataclasses import dataclass
 
 import pytest
+from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target
-from lbllm_compile.codegen.tune.database import Database, Key, Result, cache_directory
+from lbllm_compile.codegen.tune.database import Database, Key, Result
 from lbllm_compile.codegen.tune.measure import Measurer, Outcome, Request
 from lbllm_compile.codegen.tune.search import search
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
 from ..spec import LinearSpec
@@ -24,11 +23,6 @@ from ..targets import Target, host
 FILE_NAME = "tuning.jsonl"
 LOCK_SECONDS = 60.0
 """How long a writer waits for another."""
-
-
-def cache_directory() -> Path:
-    """``LBLLM_CACHE_DIR`` where set, else the user's cache folder."""
-    return Path(os.environ.get("LBLLM_CACHE_DIR") or platformdirs.user_cache_dir("lbllm-compile"))
 
 
 @dataclass(frozen=True)

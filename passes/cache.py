@@ -47,7 +47,7 @@ from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe
 from .program import STATE, Program, StateSpec, get_attribute
-from .rewrite import ancestors, argument, calls, is_call, make_call, relax_views, replace_call
+from .rewrite import Node, ancestors, argument, calls, is_call, is_node, make_call, relax_views, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -106,9 +106,9 @@ class Cache(Pass):
             raise PassError(
                 "the graph has no scaled_dot_product_attention; load the model with attn_implementation='sdpa'"
             )
-        inputs = {n.target: n for n in program.placeholders()}
+        inputs = {str(n.target): n for n in program.placeholders()}
         shapes = _shapes(program, context)
-        proofs: dict[fx.Node | None, _Mask] = {}
+        proofs: dict[Node | None, _Mask] = {}
         rows = []
         past, ones = _add_placeholder(graph, "past"), None
         for index, node in enumerate(attentions):
@@ -134,11 +134,11 @@ class Cache(Pass):
         self,
         graph: fx.Graph,
         index: int,
-        node: fx.Node,
-        shapes: dict[fx.Node, torch.Size],
+        node: Node,
+        shapes: dict[Node, torch.Size],
         mask: _Mask,
-        key_mask: fx.Node,
-        past: fx.Node,
+        key_mask: Node,
+        past: Node,
     ) -> int:
         """Puts the cached operator in the place of attention number ``index``; returns its KV bits."""
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
@@ -177,13 +177,13 @@ def _state_specs(heads: int, width: int, bits: int) -> tuple[StateSpec, StateSpe
     )
 
 
-def _add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+def _add_placeholder(graph: fx.Graph, name: str) -> Node:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         return graph.placeholder(name)
 
 
-def _ones_like(graph: fx.Graph, key_mask: fx.Node, past: fx.Node) -> fx.Node:
+def _ones_like(graph: fx.Graph, key_mask: Node, past: Node) -> Node:
     """A key mask that hides nothing, for attentions that ignore padding."""
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
@@ -195,16 +195,16 @@ class _ShapeRecorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.shapes: dict[Node, torch.Size] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = value.shape
         return value
 
 
-def _shapes(program: Program, context: PassContext) -> dict[fx.Node, torch.Size]:
+def _shapes(program: Program, context: PassContext) -> dict[Node, torch.Size]:
     """The shape of every tensor at the probe's batch size and length."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     arguments = [
@@ -217,9 +217,7 @@ def _shapes(program: Program, context: PassContext) -> dict[fx.Node, torch.Size]
     return recorder.shapes
 
 
-def _source(
-    attention: fx.Node, operand: fx.Node, shapes: dict[fx.Node, torch.Size], heads: int, gqa: bool
-) -> tuple[fx.Node, int]:
+def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], heads: int, gqa: bool) -> tuple[Node, int]:
     """Keys or values before the grouped-query repeat and the simulated quantization.
 
     Returns:
@@ -228,7 +226,7 @@ def _source(
     Raises:
         PassError: what lies between is not a repeat of heads.
     """
-    chain: list[fx.Node] = []
+    chain: list[Node] = []
     node = operand
     while is_call(node, *_REPEAT) and len(shapes[node.args[0]]) >= 4:
         chain.append(node)
@@ -241,11 +239,11 @@ def _source(
 
 
 def _prove_repeat(
-    attention: fx.Node,
-    base: fx.Node,
-    operand: fx.Node,
-    chain: list[fx.Node],
-    shapes: dict[fx.Node, torch.Size],
+    attention: Node,
+    base: Node,
+    operand: Node,
+    chain: list[Node],
+    shapes: dict[Node, torch.Size],
     heads: int,
     gqa: bool,
 ) -> None:
@@ -255,12 +253,12 @@ def _prove_repeat(
     """
     shape = shapes[base]
     probe = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-    values: dict[fx.Node, Any] = {base: probe}
+    values: dict[Node, Any] = {base: probe}
 
     def evaluate(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [evaluate(v) for v in value]
-        if not isinstance(value, fx.Node):
+        if not is_node(value):
             return value
         if value not in values:
             if value in shapes and value not in chain:
@@ -277,7 +275,7 @@ def _prove_repeat(
         raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
 
 
-def _prove_mask(program: Program, attention: fx.Node, mask: fx.Node | None) -> _Mask:
+def _prove_mask(program: Program, attention: Node, mask: Node | None) -> _Mask:
     """Finds out what a mask means by evaluating it; see the module docstring.
 
     Raises:
@@ -314,9 +312,7 @@ def _prove_mask(program: Program, attention: fx.Node, mask: fx.Node | None) -> _
     return found
 
 
-def _is_window(
-    program: Program, attention: fx.Node, mask: fx.Node, nodes: list[fx.Node], constant: int, padding: bool
-) -> bool:
+def _is_window(program: Program, attention: Node, mask: Node, nodes: list[Node], constant: int, padding: bool) -> bool:
     """Whether a large integer of the mask is its window: with 5 and 9 in its place, the mask has windows 5 and 9."""
     plain, windows = True, True
     for small in (5, 9):
@@ -331,7 +327,7 @@ def _is_window(
     return windows
 
 
-def _integers(node: fx.Node) -> Iterator[int]:
+def _integers(node: Node) -> Iterator[int]:
     """Integer constants among a node's arguments."""
     pending: list[Any] = [*node.args, *node.kwargs.values()]
     while pending:
@@ -361,14 +357,14 @@ def _probes(*sizes: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
 
 def _visible(
     program: Program,
-    attention: fx.Node,
-    mask: fx.Node,
-    nodes: list[fx.Node],
+    attention: Node,
+    mask: Node,
+    nodes: list[Node],
     probe: dict[str, Tensor],
     substitute: dict[int, int] | None = None,
 ) -> Tensor:
     """Which keys each query sees, ``bool [B, H or 1, S, S]``, by evaluating the mask's sub-graph."""
-    values: dict[fx.Node, Any] = {}
+    values: dict[Node, Any] = {}
 
     def load(value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -411,7 +407,7 @@ def _agrees(mask: _Mask, probe: dict[str, Tensor], seen: Tensor) -> bool:
     return torch.equal((seen & queries).expand(-1, seen.shape[1], -1, -1), (expected & queries).expand_as(seen))
 
 
-def _free_of_length(program: Program, inputs: dict[str, fx.Node]) -> None:
+def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
     """Makes what is left of the graph independent of the past: sizes from ``input_ids``, positions given.
 
     Raises:

@@ -31,6 +31,7 @@ from . import dump
 from .annotate import LAYER, LINEAR, LinearInfo
 from .lower import IN_FEATURES
 from .program import STATE, StateSpec, get_attribute, set_attribute
+from .rewrite import Node
 
 FORMAT = "lbllm-graph"
 VERSION = 1
@@ -183,7 +184,7 @@ def _symbols(graph: fx.Graph) -> dict[str, str]:
     return {str(d): name for d, name in zip(value.shape, ("B", "S"), strict=True) if isinstance(d, torch.SymInt)}
 
 
-def _encode_node(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
+def _encode_node(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     target = operator_name(node.target) if node.op == "call_function" else node.target
     if node.op not in ("placeholder", "get_attr", "call_function", "output"):
         raise GraphFormatError(f"the node '{node.name}' ({node.op}) cannot be stored")
@@ -198,7 +199,7 @@ def _encode_node(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     return result
 
 
-def _encode_value(value: Any, node: fx.Node) -> Any:
+def _encode_value(value: Any, node: Node) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -224,7 +225,7 @@ def _encode_value(value: Any, node: fx.Node) -> Any:
     )
 
 
-def _encode_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
+def _encode_meta(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     shape = _shape_text(node, symbols)
     if shape:
@@ -252,7 +253,7 @@ def _encode_meta(node: fx.Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     return meta
 
 
-def _shape_text(node: fx.Node, symbols: Mapping[str, str]) -> str:
+def _shape_text(node: Node, symbols: Mapping[str, str]) -> str:
     """Dtype and shape with symbolic sizes where capture knew them, else as last propagated."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
@@ -301,7 +302,7 @@ class _Decoder:
     def __init__(self, state: Mapping[str, Tensor]):
         self.state = state
         self.graph = fx.Graph()
-        self.nodes: dict[str, fx.Node] = {}
+        self.nodes: dict[str, Node] = {}
 
     def build(self, nodes: list[Any]) -> fx.GraphModule:
         for index, item in enumerate(nodes):
@@ -317,7 +318,7 @@ class _Decoder:
         self.graph.lint()
         return fx.GraphModule(root, self.graph)
 
-    def _node(self, item: Any, what: str) -> fx.Node:
+    def _node(self, item: Any, what: str) -> Node:
         fields = _object(item, what, required=("name", "op", "target"), optional=("args", "kwargs", "meta"))
         name, op = _text(fields["name"], f"{what}'s name"), fields["op"]
         if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name in self.nodes:
@@ -362,7 +363,7 @@ class _Decoder:
         return text
 
     @staticmethod
-    def _check_arguments(node: fx.Node, what: str) -> None:
+    def _check_arguments(node: Node, what: str) -> None:
         """Argument counts and names fit the operator's schema; other nodes have none (the output: one)."""
         if isinstance(node.target, torch._ops.OpOverload):
             schema = node.target._schema.arguments
@@ -410,7 +411,7 @@ class _Decoder:
         raise GraphFormatError(f"{what} has an argument of the unknown kind {kind[:100]!r}")
 
     @staticmethod
-    def _meta(node: fx.Node, value: Any, what: str) -> None:
+    def _meta(node: Node, value: Any, what: str) -> None:
         meta = _object(value, f"{what}'s meta", optional=_META)
         if "shape" in meta:
             node.meta["shape"] = _text(meta["shape"], f"{what}'s shape")

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..codegen import ops as ops
 from ..codegen.format import quantize_rows
@@ -37,7 +37,7 @@ from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .program import Program, get_attribute, prune_attributes, set_attribute
-from .rewrite import calls, make_attribute, make_call, same_storage
+from .rewrite import Node, calls, is_node, make_attribute, make_call, same_storage
 
 _LOOK_THROUGH = (
     torch.ops.aten.view.default,
@@ -68,7 +68,7 @@ class Head(Pass):
         program = program.copy()
         sites = [*_token_embeddings(program), *_head_linears(program)]
         names = _canonical_names(program, [weight for _, weight in sites])
-        unpacked: dict[str, fx.Node] = {}
+        unpacked: dict[str, Node] = {}
         for node, weight in sites:
             path = names[weight.target]
             if path not in unpacked:
@@ -83,7 +83,7 @@ class Head(Pass):
         rows = [{"path": path, "shape": list(get_attribute(program.module, f"{path}.rows").shape)} for path in unpacked]
         return PassResult(program, rows=rows, summary={"bits": 8, "matrices": len(rows)})
 
-    def _quantize_input(self, program: Program, node: fx.Node) -> None:
+    def _quantize_input(self, program: Program, node: Node) -> None:
         path = f"{node.meta[LINEAR].path}.input_clip"
         set_attribute(program.module, path, torch.ones(2))
         with program.graph.inserting_before(node):
@@ -95,19 +95,19 @@ class Head(Pass):
         node.update_arg(0, quantized)
 
 
-def _token_embeddings(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+def _token_embeddings(program: Program) -> list[tuple[Node, Node]]:
     """Look-ups of the placeholder ``input_ids`` in a weight: ``(call, weight)``."""
     found = []
     for node in calls(program.graph, torch.ops.aten.embedding.default):
         weight, ids = node.args[:2]
-        while isinstance(ids, fx.Node) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
+        while is_node(ids) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
             ids = ids.args[0]
         if ids.op == "placeholder" and ids.target == "input_ids" and weight.op == "get_attr":
             found.append((node, weight))
     return found
 
 
-def _head_linears(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+def _head_linears(program: Program) -> list[tuple[Node, Node]]:
     """Linears that ``annotate`` called the output head: ``(call, weight)``."""
     found = []
     for node in calls(program.graph, torch.ops.aten.linear.default):
@@ -120,7 +120,7 @@ def _head_linears(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _canonical_names(program: Program, weights: list[fx.Node]) -> dict[str, str]:
+def _canonical_names(program: Program, weights: list[Node]) -> dict[str, str]:
     """One path for every set of weights that share their memory: the one that is used first."""
     chosen: list[tuple[Tensor, str]] = []
     names: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _canonical_names(program: Program, weights: list[fx.Node]) -> dict[str, str]
     return names
 
 
-def _quantize(program: Program, path: str, weight: fx.Node, like: fx.Node) -> fx.Node:
+def _quantize(program: Program, path: str, weight: Node, like: Node) -> Node:
     """Replaces the tensor at ``path`` by rows and scales; returns the node that unpacks them, in front of all users."""
     graph = program.graph
     matrix = get_attribute(program.module, weight.target)
@@ -156,7 +156,7 @@ def _quantize(program: Program, path: str, weight: fx.Node, like: fx.Node) -> fx
     return unpacked
 
 
-def _int8_users(weight: fx.Node) -> set[fx.Node]:
+def _int8_users(weight: Node) -> set[Node]:
     """Users of a weight that can take it unpacked from int8 rows: look-ups and linears' second argument."""
     return {
         n

@@ -43,7 +43,7 @@ from .annotate import LINEAR
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .program import Program, get_attribute
-from .rewrite import argument, calls, constant, is_call, is_constant, make_call, replace_call
+from .rewrite import Node, argument, calls, constant, is_call, is_constant, make_call, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -85,7 +85,7 @@ class Lower(Pass):
         graph = program.graph
         _check_quantized(graph)
         counts: dict[str, int] = {}
-        lowered: dict[str, fx.Node] = {}
+        lowered: dict[str, Node] = {}
         for node in calls(graph, _aten.embedding.default):
             if is_call(node.args[0], _lbllm.unpack_rows.default):
                 replace_call(node, _lbllm.int8_embedding.default, (*node.args[0].args, node.args[1]))
@@ -116,7 +116,7 @@ def _check_quantized(graph: fx.Graph) -> None:
             raise PassError(f"the input of {describe(node)} is not quantized; put 'activate' before 'lower'")
 
 
-def _lower_input(program: Program, quantizer: fx.Node, counts: dict[str, int], lowered: dict[str, fx.Node]) -> None:
+def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowered: dict[str, Node]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it; notes the new node by the old name."""
     graph = program.graph
     _, _, _, group = quantizer.args
@@ -139,14 +139,14 @@ def _lower_input(program: Program, quantizer: fx.Node, counts: dict[str, int], l
             new.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
 
-def _in_features(program: Program, weight: fx.Node) -> int:
+def _in_features(program: Program, weight: Node) -> int:
     """``K`` of an unpacked weight."""
     if is_call(weight, _lbllm.unpack_weight.default):
         return weight.args[4]
     return get_attribute(program.module, weight.args[0].target).shape[1]
 
 
-def _integer_form(linear: fx.Node, quantizer: fx.Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
+def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
     """The integer operator for one user of a quantizer, and its arguments behind values and scale.
 
     Raises:
@@ -173,13 +173,13 @@ def _integer_form(linear: fx.Node, quantizer: fx.Node, group: int) -> tuple[torc
 class _Comparison(fx.Interpreter):
     """Runs a simulated program and gives each lowered linear the same input as its simulated one."""
 
-    def __init__(self, simulated: Program, program: Program, lowered: Mapping[str, fx.Node]):
+    def __init__(self, simulated: Program, program: Program, lowered: Mapping[str, Node]):
         super().__init__(simulated.module)
         self.program, self.lowered = program, lowered
         self.worst = 0.0
-        self.inputs: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self.inputs: dict[Node, tuple[Tensor, Tensor]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if is_call(n, _lbllm.fake_quantize.default):
             x, clip, bits, group = self.fetch_args_kwargs_from_env(n)[0]
@@ -189,7 +189,7 @@ class _Comparison(fx.Interpreter):
             self._compare(n, result)
         return result
 
-    def _compare(self, n: fx.Node, simulated: Tensor) -> None:
+    def _compare(self, n: Node, simulated: Tensor) -> None:
         new = self.lowered[n.name]
         values, scale = self.inputs[n.args[0]]
         arguments = [constant(self.program.module, a) for a in new.args[2:] if is_constant(a)]
@@ -208,7 +208,7 @@ class _Comparison(fx.Interpreter):
 
 
 def _check_linears(
-    simulated: Program, program: Program, lowered: Mapping[str, fx.Node], probe: Mapping[str, Any]
+    simulated: Program, program: Program, lowered: Mapping[str, Node], probe: Mapping[str, Any]
 ) -> float:
     """Compares every lowered linear with its simulated one on the probe; returns the largest relative error."""
     if not probe or not lowered:
@@ -226,6 +226,6 @@ def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
         in_features, group = node.meta[IN_FEATURES], node.args[7]
         planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
         for sign, *rest in zip(*planes, strict=True):
-            tensors = [get_attribute(program.module, n.target) for n in (sign, *rest)]
-            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features, group)
+            tensors: list[Any] = [get_attribute(program.module, n.target) for n in (sign, *rest)]
+            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features=in_features, group=group)
     return found

@@ -38,7 +38,7 @@ from ..codegen import ops as ops
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .program import Program, get_attribute
-from .rewrite import argument, calls, is_call, make_attribute, make_call, relax_views
+from .rewrite import Node, argument, calls, is_call, make_attribute, make_call, relax_views
 
 _aten = torch.ops.aten
 
@@ -63,9 +63,9 @@ class Merge(Pass):
         return PassResult(program, rows=rows, summary={"linears": merged, "into": len(rows)})
 
 
-def _mergeable(graph: fx.Graph) -> list[list[fx.Node]]:
+def _mergeable(graph: fx.Graph) -> list[list[Node]]:
     """Sets of two or more linears that can become one, each in graph order."""
-    sets: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+    sets: dict[tuple[object, ...], list[Node]] = defaultdict(list)
     for node in calls(graph, _aten.linear.default):
         weight = node.args[1]
         if is_call(node.args[0], torch.ops.lbllm.fake_quantize.default) and is_call(
@@ -76,12 +76,12 @@ def _mergeable(graph: fx.Graph) -> list[list[fx.Node]]:
     return [s for s in sets.values() if len(s) > 1]
 
 
-def _merge(program: Program, linears: Sequence[fx.Node]) -> None:
+def _merge(program: Program, linears: Sequence[Node]) -> None:
     graph, first = program.graph, linears[0]
     weights = [n.args[1] for n in linears]
     sizes = [get_attribute(program.module, w.args[0].target).shape[0] for w in weights]
 
-    def stack(attributes: Sequence[fx.Node]) -> fx.Node:
+    def stack(attributes: Sequence[Node]) -> Node:
         parts = [make_attribute(graph, a.target, first) for a in attributes]
         return make_call(graph, _aten.cat.default, (parts,), first)
 
@@ -100,7 +100,7 @@ def _merge(program: Program, linears: Sequence[fx.Node]) -> None:
         relax_views(part)
 
 
-def _merged_meta(linears: Sequence[fx.Node]) -> dict[str, object]:
+def _merged_meta(linears: Sequence[Node]) -> dict[str, object]:
     """The first linear's facts under a path that names all of them: ``layers.0.self_attn.q_proj+k_proj+v_proj``."""
     infos = [n.meta.get(LINEAR) for n in linears]
     if any(i is None for i in infos):
@@ -109,10 +109,10 @@ def _merged_meta(linears: Sequence[fx.Node]) -> dict[str, object]:
     return {LINEAR: replace(infos[0], path="+".join(names))}
 
 
-def _bias(linear: fx.Node) -> fx.Node | None:
+def _bias(linear: Node) -> Node | None:
     return argument(linear, 2, "bias")
 
 
-def _label(linear: fx.Node) -> str:
+def _label(linear: Node) -> str:
     info = linear.meta.get(LINEAR)
     return info.path if info is not None else linear.name

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from .program import get_attribute
 
+Node: TypeAlias = Any
+"""An ``fx.Node``. torch types its arguments as a union of twenty types, which knowing the operator does not narrow."""
+
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "lbllm_layer")
 """Meta keys that a node made for another one inherits: where in the user's model it belongs."""
 
 
-def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[fx.Node]:
+def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[Node]:
     """The calls of any of ``targets``, in graph order."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def is_node(value: Any) -> bool:
+    """Whether an argument is a node rather than a number, a list or None."""
+    return isinstance(value, fx.Node)
 
 
 def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
@@ -24,7 +32,7 @@ def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     """A call's argument, given by position or by name."""
     if index < len(node.args):
         return node.args[index]
@@ -35,9 +43,9 @@ def make_call(
     graph: fx.Graph,
     target: Callable[..., Any],
     args: tuple[Any, ...],
-    like: fx.Node,
+    like: Node,
     meta: Mapping[str, Any] | None = None,
-) -> fx.Node:
+) -> Node:
     """A new call at the graph's insertion point, with the provenance of ``like`` and ``meta`` on top."""
     node = graph.call_function(target, args)
     node.meta = {k: like.meta[k] for k in PROVENANCE if k in like.meta}
@@ -45,14 +53,14 @@ def make_call(
     return node
 
 
-def make_attribute(graph: fx.Graph, path: str, like: fx.Node) -> fx.Node:
+def make_attribute(graph: fx.Graph, path: str, like: Node) -> Node:
     """A new ``get_attr`` at the graph's insertion point; its tensor must already be set on the module."""
     node = graph.create_node("get_attr", path)
     node.meta = {k: like.meta[k] for k in PROVENANCE if k in like.meta}
     return node
 
 
-def replace_call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+def replace_call(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
     """Puts a call of ``target`` in the place of ``node``, with all of its meta; ``node`` is erased."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
@@ -72,7 +80,7 @@ _KEEP_LAYOUT = (
 )
 
 
-def relax_views(node: fx.Node) -> None:
+def relax_views(node: Node) -> None:
     """Turns views of a value, whose memory layout a rewrite has changed, into reshapes, which copy where they must."""
     for user in node.users:
         if is_call(user, torch.ops.aten.view.default):
@@ -81,9 +89,9 @@ def relax_views(node: fx.Node) -> None:
             relax_views(user)
 
 
-def ancestors(node: fx.Node) -> list[fx.Node]:
+def ancestors(node: Node) -> list[Node]:
     """``node`` and everything it is computed from, in graph order."""
-    found: set[fx.Node] = set()
+    found: set[Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
@@ -99,7 +107,7 @@ def constant(module: torch.nn.Module, value: Any) -> Any:
     Raises:
         ValueError: the expression depends on an input; the message names the node.
     """
-    if not isinstance(value, fx.Node):
+    if not is_node(value):
         return value
     if value.op == "get_attr":
         return get_attribute(module, value.target)
@@ -111,7 +119,7 @@ def constant(module: torch.nn.Module, value: Any) -> Any:
 
 def is_constant(value: Any) -> bool:
     """Whether :func:`constant` can tell the value."""
-    if not isinstance(value, fx.Node):
+    if not is_node(value):
         return True
     if is_call(value, torch.ops.aten.cat.default):
         return all(is_constant(v) for v in value.args[0])

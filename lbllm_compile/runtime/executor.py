@@ -23,7 +23,7 @@ from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.lower import IN_FEATURES
 from lbllm_compile.passes.program import Program, copy_module, get_attribute
-from lbllm_compile.passes.rewrite import calls, constant, is_call, is_constant
+from lbllm_compile.passes.rewrite import Node, calls, constant, is_call, is_constant, is_node
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -112,18 +112,18 @@ def requirements(program: Program) -> Requirements:
     return Requirements(tuple(linears), tuple(quantizers))
 
 
-def _in_features(node: fx.Node) -> int:
+def _in_features(node: Node) -> int:
     if IN_FEATURES not in node.meta:
         raise KernelError(f"{describe(node)} does not say its in_features; make integer operators with 'lower' only")
     return node.meta[IN_FEATURES]
 
 
-def _quantize_spec(node: fx.Node) -> QuantizeSpec:
+def _quantize_spec(node: Node) -> QuantizeSpec:
     _, _, bits, group = node.args
     return QuantizeSpec(_in_features(node), group, bits)
 
 
-def _quantizer_of(node: fx.Node) -> fx.Node:
+def _quantizer_of(node: Node) -> Node:
     """The ``quantize_activation`` that a linear reads."""
     values = node.args[0]
     pair = values.args[0] if isinstance(values, fx.Node) and values.args else None
@@ -132,7 +132,7 @@ def _quantizer_of(node: fx.Node) -> fx.Node:
     return pair
 
 
-def _linear_spec(program: Program, node: fx.Node) -> LinearSpec:
+def _linear_spec(program: Program, node: Node) -> LinearSpec:
     quantizer = _quantize_spec(_quantizer_of(node))
     grouped = node.target is _lbllm.grouped_bit_linear.default
     weights = node.args[2:6] if grouped else node.args[2:-1]
@@ -244,14 +244,18 @@ def _bind(program: Program, kernels: Kernels) -> None:
         if node.target is _lbllm.grouped_bit_linear.default:
             planes = [constant(program.module, a) for a in node.args[2:6]]
             packed = [
-                kernel.pack(QuantizedWeight(*(p[e] for p in planes), spec.in_features, spec.group), None)
+                kernel.pack(
+                    QuantizedWeight(*(p[e] for p in planes), in_features=spec.in_features, group=spec.group), None
+                )
                 for e in range(planes[0].shape[0])
             ]
             bound: Any = _GroupedLinear(kernel, packed, spec)
             arguments = (node.args[0], node.args[1], node.args[6])
         else:
             weights = [constant(program.module, a) for a in node.args[2:-2]]
-            weight = QuantizedWeight(*weights, spec.in_features, spec.group) if spec.kind == "bit" else tuple(weights)
+            weight: Any = tuple(weights)
+            if spec.kind == "bit":
+                weight = QuantizedWeight(*weights, in_features=spec.in_features, group=spec.group)
             bound = _Linear(kernel, kernel.pack(weight, constant(program.module, node.args[-2])), spec)
             arguments = node.args[:2]
         node.target, node.args = bound, arguments
@@ -287,8 +291,8 @@ class _Lifted:
 def _last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
     """The same graph with the output head on the last position only; None where the head is not last."""
     module = copy_module(module)
-    node = module.graph.output_node().args[0]
-    while isinstance(node, fx.Node) and LINEAR not in node.meta:
+    node: Node = module.graph.output_node().args[0]
+    while is_node(node) and LINEAR not in node.meta:
         target = node.target
         pointwise = (
             isinstance(target, torch._ops.OpOverload) and target._schema.name.removeprefix("aten::") in _POINTWISE
@@ -296,7 +300,7 @@ def _last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
         if not pointwise or len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]
-    if not isinstance(node, fx.Node) or node.meta[LINEAR].role != "head":
+    if not is_node(node) or node.meta[LINEAR].role != "head":
         return None
     hidden_user = node
     if isinstance(node.target, _Linear):

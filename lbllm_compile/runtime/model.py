@@ -28,7 +28,7 @@ class CompiledModel:
         self.kernels = kernels
         self.tokenizer = program.tokenizer
         self._executor = Executor(program, kernels)
-        self._inputs = [n.target for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
+        self._inputs = [str(n.target) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
 
     @property
     def is_language_model(self) -> bool:

@@ -85,7 +85,7 @@ class Activate(Pass):
     epochs: int = 1
     batch: int = 4
     lr_clip: float = 5e-2
-    lr_levels: float = 2e-3
+    lr_levels: float = 5e-3
     precision: Precision = "auto"
 
     name: ClassVar[str] = "activate"

@@ -39,10 +39,11 @@ from torch import Tensor, fx
 from ..codegen import ops as ops
 from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
+from .alignment import Whole, best_start, kl_loss, parameters, relative_loss, train_clips
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .chains import Chains, paired_layers, parameters_of, with_tensors
-from .layers import Activations, Stage
+from .layers import Stage
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
@@ -76,6 +77,7 @@ class Activate(Pass):
         batch: sequences per step.
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
         lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
+        align_steps: batches on which all clip factors train on the whole model's output at the end.
         precision: of the matrix products on the calibration set.
     """
 
@@ -86,6 +88,7 @@ class Activate(Pass):
     batch: int = 4
     lr_clip: float = 5e-2
     lr_levels: float = 5e-3
+    align_steps: int = 8
     precision: Precision = "auto"
 
     name: ClassVar[str] = "activate"
@@ -96,12 +99,15 @@ class Activate(Pass):
         program = insert_quantizers(program, self.bits, self.group, self.kv)
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
+        behind_prologue = chains.student.fork(), chains.student_validation.fork()
+        whole: list[Lifted] = []
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
         with context.progress.task("stage 3: training clip factors and levels", len(layers)) as task:
             for index, (teacher, student) in enumerate(layers):
                 lifted = lift(student)
+                whole.append(lifted)
                 chains.teach(teacher)
                 before = chains.pass_untrained(lifted)
                 done = context.checkpoints.load(self.name, index)
@@ -113,16 +119,56 @@ class Activate(Pass):
                 stored.update(tensors)
                 rows.append({"layer": index, "before": before, **metrics})
                 task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
-        trained, untrained = chains.student_validation, chains.untrained_validation
-        for chain in (chains.teacher_validation, trained, untrained):
-            chain.advance(teacher_layers.epilogue)
-        divergence = kl_divergence if program.kind == "causal-lm" else relative_difference
-        result = teacher_layers.results[0]
-        before, after = (_mean(divergence, result, chains.teacher_validation, c) for c in (untrained, trained))
-        measure = "kl" if program.kind == "causal-lm" else "error"
-        summary = {"layers": len(rows), f"{measure}_before": before, f"{measure}_after": after}
+        is_lm = program.kind == "causal-lm"
+        end_to_end = Whole(
+            whole,
+            teacher_layers.epilogue,
+            teacher_layers.results[0],
+            *behind_prologue,
+            chains.teacher,
+            chains.teacher_validation,
+            kl_loss if is_lm else relative_loss,
+            self.precision,
+        )
+        done = context.checkpoints.load(f"{self.name}-align", 0)
+        if done is None:
+            done = self._align(end_to_end, stored, context)
+            context.checkpoints.save(f"{self.name}-align", 0, *done)
+        stored, summary = done
+        measure = "kl" if is_lm else "error"
+        before, after = summary.pop("before"), summary.pop("after")
         context.progress.note(f"stage 3: {measure} to the float model on held-out data {before:.4f} -> {after:.4f}")
-        return PassResult(with_tensors(program, stored), rows, summary)
+        figures = {"layers": len(rows), f"{measure}_before": before, f"{measure}_after": after, **summary}
+        return PassResult(with_tensors(program, stored), rows, figures)
+
+    def _align(
+        self, whole: Whole, trained: Mapping[str, Tensor], context: PassContext
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Picks the best of the layers' results for the whole model and trains all clip factors from there."""
+        paths = [path for lifted in whole.layers for path in lifted.clips]
+        untrained = {path: torch.ones(2) for path in paths}
+        with context.progress.task("stage 3: training clip factors on the whole model's output", 2) as task:
+            before = whole.validate(parameters(whole, untrained))
+            stored, start = best_start(whole, trained)
+            task.advance(start)
+            logits = {path: clip_logits(stored.get(path, untrained[path])) for path in paths}
+            outcome = train_clips(
+                whole,
+                stored,
+                logits,
+                clip_factors,
+                rate=self.lr_clip * step_scale(self.align_steps),
+                highest=LOGIT,
+                steps=self.align_steps if self.epochs else 0,
+                generator=context.generator(STREAM - 1),
+            )
+            task.advance()
+        clips = {path: stored.get(path, untrained[path]) for path in paths}
+        if outcome.step:
+            clips = {path: clip_factors(logit) for path, logit in logits.items()}
+        tensors = {**stored, **clips}
+        after = whole.validate(parameters(whole, tensors))
+        return tensors, {"before": before, "after": after, "start": start, "align_step": outcome.step}
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):
@@ -188,6 +234,11 @@ def improved(summary: Mapping[str, Any]) -> bool:
 def clip_factors(logit: Tensor) -> Tensor:
     """Factors in (0, 1] on a range's upper and lower end, from logits of at most ``LOGIT``."""
     return torch.sigmoid(logit) / torch.sigmoid(torch.tensor(LOGIT))
+
+
+def clip_logits(factors: Tensor) -> Tensor:
+    """Inverse of :func:`clip_factors`."""
+    return torch.logit(factors * torch.sigmoid(torch.tensor(LOGIT)))
 
 
 def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int) -> Program:
@@ -259,13 +310,3 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> float:
         log_p, log_q = target.float().log_softmax(-1), logits.float().log_softmax(-1)
         total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total / teacher.shape[0]
-
-
-def relative_difference(teacher: Tensor, student: Tensor) -> float:
-    """``||student - teacher|| / ||teacher||``."""
-    return float((student.double() - teacher.double()).norm() / teacher.double().norm().clamp_min(1e-30))
-
-
-def _mean(measure: Any, name: str, teacher: Activations, student: Activations) -> float:
-    figures = [measure(t[name], s[name]) for t, s in zip(teacher, student, strict=True)]
-    return sum(figures) / len(figures)

@@ -1,0 +1,149 @@
+"""The end of stage 3: clip factors tuned on the whole model's output.
+
+Layer by layer, every layer comes closer to the float one, and the output can still drift from it, because a layer does
+not know which of its errors matter behind it. So the layers' results are taken as proposals: of levels and clip
+factors, each trained or as they came, the pair whose output is closest to the float model's on held-out sequences is
+kept, and from there all clip factors train together against the float model's output. There are two per quantizer, so a
+handful of steps is enough, and no weight needs a gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .chains import parameters_of
+from .layers import Activations, Stage, Values
+from .precision import Precision, restored
+from .simulate import Lifted
+from .training import Group, Outcome, train
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""Scalar distance of a student's output from the teacher's, differentiable in the second."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A quantized program as layers, to be run end to end.
+
+    Attributes:
+        layers: the lifted decoder layers.
+        epilogue: what follows them.
+        result: name of the program's output.
+        training, validation: values behind the prologue.
+        teacher_training, teacher_validation: the float model's values behind its last layer.
+        divergence: what to lower.
+        precision: of matrix products on the training set.
+    """
+
+    layers: Sequence[Lifted]
+    epilogue: Stage
+    result: str
+    training: Activations
+    validation: Activations
+    teacher_training: Activations
+    teacher_validation: Activations
+    divergence: Divergence
+    precision: Precision
+
+    def output(self, values: Values, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The program's output; decoder layers are recomputed in the backward pass, so that one at a time is held."""
+        for lifted in self.layers:
+            run = checkpoint(lifted.run, values, parameters, use_reentrant=False, preserve_rng_state=False)
+            values = {**values, **run}
+            values = {name: value for name, value in values.items() if name in lifted.stage.live}
+        return self.epilogue.run({name: restored(v, self.precision) for name, v in values.items()})[self.result]
+
+    def loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Divergence on one training batch."""
+        with torch.no_grad():
+            target = self.epilogue.run(self.teacher_training[index])[self.result]
+        return self.divergence(target.float(), self.output(self.training[index], parameters).float())
+
+    @torch.no_grad()
+    def validate(self, parameters: Mapping[str, Tensor]) -> float:
+        """Mean divergence on held-out sequences, in float32."""
+        total = 0.0
+        for values, teacher in zip(self.validation, self.teacher_validation, strict=True):
+            target = self.epilogue.run(teacher)[self.result]
+            total += float(self.divergence(target, self.output(values, parameters)))
+        return total / len(self.validation)
+
+
+def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Of levels and clip factors, each trained or as they came: the stored tensors that validate best, and which.
+
+    Args:
+        trained: stored tensors of all layers, ``<path>.sign`` and so on, and clip factors by path.
+
+    Returns:
+        A subset of ``trained`` (what is left out stays as the program has it), and its description.
+    """
+    clips = {path for lifted in whole.layers for path in lifted.clips}
+    best: tuple[float, dict[str, Tensor], str] | None = None
+    for with_levels, with_clips in itertools.product((True, False), repeat=2):
+        kept = {path: t for path, t in trained.items() if (with_clips if path in clips else with_levels)}
+        reached = whole.validate(parameters(whole, kept))
+        if best is None or reached < best[0]:
+            name = f"levels {'trained' if with_levels else 'as before'}, clips {'trained' if with_clips else 'at 1'}"
+            best = (reached, kept, name)
+    assert best is not None
+    return best[1], best[2]
+
+
+def train_clips(
+    whole: Whole,
+    stored: Mapping[str, Tensor],
+    logits: Mapping[str, Tensor],
+    factors: Callable[[Tensor], Tensor],
+    *,
+    rate: float,
+    highest: float,
+    steps: int,
+    generator: torch.Generator,
+) -> Outcome:
+    """Trains the logits of all clip factors together, in place; the state that validates best is kept.
+
+    Args:
+        stored: tensors that differ from the program's.
+        logits: by clip path, where training starts.
+        factors: clip factors of logits.
+        rate: peak learning rate.
+        highest: bound of the logits.
+        steps: batches to train on.
+    """
+    fixed = parameters(whole, stored)
+
+    def current() -> dict[str, Tensor]:
+        return {**fixed, **{path: factors(logit) for path, logit in logits.items()}}
+
+    return train(
+        [Group(tuple(logits.values()), rate, high=highest)],
+        min(steps, len(whole.training)),
+        1,
+        lambda index: whole.loss(index, current()),
+        lambda: whole.validate(current()),
+        generator,
+        whole.precision,
+    )
+
+
+def parameters(whole: Whole, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dequantized weights and clip factors of all layers: those in ``stored``, else as the program has them."""
+    return {path: value for lifted in whole.layers for path, value in parameters_of(lifted, stored).items()}
+
+
+def kl_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean over tokens of ``KL(teacher || student)`` in nats, from logits ``[..., V]``."""
+    log_p, log_q = teacher.flatten(0, -2).log_softmax(-1), student.flatten(0, -2).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def relative_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """``||student - teacher|| / ||teacher||``."""
+    return (student - teacher).norm() / teacher.norm().clamp_min(1e-30)

@@ -343,7 +343,8 @@ def match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict
     for pattern in patterns:
         matched = [path for name, paths in names.items() if fnmatch.fnmatchcase(name, pattern) for path in paths]
         if not matched:
-            near = difflib.get_close_matches(pattern, list(names), n=1, cutoff=0.4)
+            known = [*names, *dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in names)]
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise PassError(f"keep_dense: the pattern '{pattern}' matches no linear{hint}")
         reasons.update({path: f"kept by the pattern '{pattern}'" for path in matched})

@@ -39,10 +39,10 @@ from torch import Tensor, fx
 from ..codegen import ops as ops
 from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
-from .alignment import Whole, best_start, kl_loss, parameters, relative_loss, train_clips
+from .alignment import Whole, best_start, kl_loss, parameters, relative_loss, train_together
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, paired_layers, parameters_of, with_tensors
+from .chains import Chains, paired_layers, parameters_of, weight_of, with_tensors
 from .layers import Stage
 from .observe import decoder_linears
 from .precision import Precision
@@ -144,31 +144,39 @@ class Activate(Pass):
     def _align(
         self, whole: Whole, trained: Mapping[str, Tensor], context: PassContext
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Picks the best of the layers' results for the whole model and trains all clip factors from there."""
+        """Picks the best of the layers' results for the whole model and trains all layers together from there."""
         paths = [path for lifted in whole.layers for path in lifted.clips]
-        untrained = {path: torch.ones(2) for path in paths}
-        with context.progress.task("stage 3: training clip factors on the whole model's output", 2) as task:
-            before = whole.validate(parameters(whole, untrained))
-            stored, start = best_start(whole, trained)
+        stored = {path: torch.ones(2) for path in paths}
+        with context.progress.task("stage 3: training on the whole model's output", 2) as task:
+            before = whole.validate(parameters(whole, stored))
+            chosen, start = best_start(whole, trained)
+            stored.update(chosen)
             task.advance(start)
-            logits = {path: clip_logits(stored.get(path, untrained[path])) for path in paths}
-            outcome = train_clips(
+            logits = {path: clip_logits(stored[path]) for path in paths}
+            levels = {
+                path: LevelWeight.of(weight_of(lifted, path, stored))
+                for lifted in whole.layers
+                for path in lifted.weights
+            }
+            outcome = train_together(
                 whole,
-                stored,
+                levels,
                 logits,
                 clip_factors,
-                rate=self.lr_clip * step_scale(self.align_steps),
+                level_rate=self.lr_levels,
+                clip_rate=self.lr_clip,
                 highest=LOGIT,
                 steps=self.align_steps if self.epochs else 0,
                 generator=context.generator(STREAM - 1),
             )
             task.advance()
-        clips = {path: stored.get(path, untrained[path]) for path in paths}
         if outcome.step:
-            clips = {path: clip_factors(logit) for path, logit in logits.items()}
-        tensors = {**stored, **clips}
-        after = whole.validate(parameters(whole, tensors))
-        return tensors, {"before": before, "after": after, "start": start, "align_step": outcome.step}
+            stored.update({path: clip_factors(logit) for path, logit in logits.items()})
+        if outcome.step and self.lr_levels > 0:
+            folded = {path: weight.fold() for path, weight in levels.items()}
+            stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
+        after = whole.validate(parameters(whole, stored))
+        return stored, {"before": before, "after": after, "start": start, "align_step": outcome.step}
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):

@@ -1,10 +1,10 @@
-"""The end of stage 3: clip factors tuned on the whole model's output.
+"""The end of stage 3: levels and clip factors tuned on the whole model's output.
 
 Layer by layer, every layer comes closer to the float one, and the output can still drift from it, because a layer does
 not know which of its errors matter behind it. So the layers' results are taken as proposals: of levels and clip
 factors, each trained or as they came, the pair whose output is closest to the float model's on held-out sequences is
-kept, and from there all clip factors train together against the float model's output. There are two per quantizer, so a
-handful of steps is enough, and no weight needs a gradient.
+kept. From there the levels and clip factors of all layers train together, for a few steps, against the float model's
+output; planes stay frozen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .chains import parameters_of
 from .layers import Activations, Stage, Values
 from .precision import Precision, restored
-from .simulate import Lifted
+from .simulate import LevelWeight, Lifted
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -96,34 +96,40 @@ def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> tuple[dict[str, T
     return best[1], best[2]
 
 
-def train_clips(
+def train_together(
     whole: Whole,
-    stored: Mapping[str, Tensor],
+    levels: Mapping[str, LevelWeight],
     logits: Mapping[str, Tensor],
     factors: Callable[[Tensor], Tensor],
     *,
-    rate: float,
+    level_rate: float,
+    clip_rate: float,
     highest: float,
     steps: int,
     generator: torch.Generator,
 ) -> Outcome:
-    """Trains the logits of all clip factors together, in place; the state that validates best is kept.
+    """Trains the levels and clip factors of all layers on the model's output, in place; the state that validates best
+    is kept.
 
     Args:
-        stored: tensors that differ from the program's.
-        logits: by clip path, where training starts.
+        levels: every weight by path, where training starts.
+        logits: of the clip factors, by path.
         factors: clip factors of logits.
-        rate: peak learning rate.
+        level_rate: peak learning rate of levels, in standard deviations of the matrix.
+        clip_rate: of logits.
         highest: bound of the logits.
         steps: batches to train on.
     """
-    fixed = parameters(whole, stored)
+    groups = [Group(tuple(logits.values()), clip_rate, high=highest)] if logits else []
+    for weight in levels.values():
+        groups.append(Group((weight.levels,), level_rate * float(weight.simulate().std())))
 
     def current() -> dict[str, Tensor]:
-        return {**fixed, **{path: factors(logit) for path, logit in logits.items()}}
+        clips = {path: factors(logit) for path, logit in logits.items()}
+        return {path: weight.simulate() for path, weight in levels.items()} | clips
 
     return train(
-        [Group(tuple(logits.values()), rate, high=highest)],
+        groups,
         min(steps, len(whole.training)),
         1,
         lambda index: whole.loss(index, current()),

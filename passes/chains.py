@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codegen.format import QuantizedWeight
 from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
 from .precision import Precision
@@ -104,14 +105,17 @@ def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
     return program
 
 
+def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """A layer's weight: from ``tensors`` where they have it, else as the program stores it."""
+    weight = lifted.stored(path)
+    if f"{path}.{FIELDS[0]}" not in tensors:
+        return weight
+    return stored_weight(tensors, path, weight.group, weight.in_features)
+
+
 def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's dequantized weights and clip factors: those in ``tensors``, else as the program stores them."""
-    parameters: dict[str, Tensor] = {}
-    for path in lifted.weights:
-        weight = lifted.stored(path)
-        if f"{path}.{FIELDS[0]}" in tensors:
-            weight = stored_weight(tensors, path, weight.group, weight.in_features)
-        parameters[path] = weight.dequantize()
+    parameters = {path: weight_of(lifted, path, tensors).dequantize() for path in lifted.weights}
     for path in lifted.clips:
         parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

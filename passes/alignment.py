@@ -57,12 +57,16 @@ class Whole:
             run = checkpoint(lifted.run, values, parameters, use_reentrant=False, preserve_rng_state=False)
             values = {**values, **run}
             values = {name: value for name, value in values.items() if name in lifted.stage.live}
-        return self.epilogue.run({name: restored(v, self.precision) for name, v in values.items()})[self.result]
+        return self._finish({name: restored(v, self.precision) for name, v in values.items()})
+
+    def _finish(self, values: Values) -> Tensor:
+        """The program's output from the values behind its last layer, which may already hold it."""
+        return {**values, **self.epilogue.run(values)}[self.result]
 
     def loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """Divergence on one training batch."""
         with torch.no_grad():
-            target = self.epilogue.run(self.teacher_training[index])[self.result]
+            target = self._finish(self.teacher_training[index])
         return self.divergence(target.float(), self.output(self.training[index], parameters).float())
 
     @torch.no_grad()
@@ -70,7 +74,7 @@ class Whole:
         """Mean divergence on held-out sequences, in float32."""
         total = 0.0
         for values, teacher in zip(self.validation, self.teacher_validation, strict=True):
-            target = self.epilogue.run(teacher)[self.result]
+            target = self._finish(teacher)
             total += float(self.divergence(target, self.output(values, parameters)))
         return total / len(self.validation)
 

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..codegen import ops as ops
@@ -42,14 +41,14 @@ from ..codegen.reference import ACTIVATION_BITS
 from .alignment import Whole, best_start, kl_loss, parameters, relative_loss, train_together
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, paired_layers, parameters_of, weight_of, with_tensors
+from .chains import Chains, paired_layers, train_layers, weight_of, with_tensors
 from .layers import Stage
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
-from .simulate import LevelWeight, Lifted, lift
+from .simulate import LevelWeight, Lifted
 from .training import Group, reconstruction, step_scale, train
 
 STREAM = 2 << 20
@@ -57,9 +56,6 @@ STREAM = 2 << 20
 
 LOGIT = 2.0
 """A clip factor is ``sigmoid(logit) / sigmoid(LOGIT)``: 1, no clipping, where training starts."""
-
-TOKENS = 512
-"""Tokens whose output distributions are compared at a time."""
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -100,25 +96,14 @@ class Activate(Pass):
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
         behind_prologue = chains.student.fork(), chains.student_validation.fork()
-        whole: list[Lifted] = []
-        stored: dict[str, Tensor] = {}
-        rows: list[dict[str, Any]] = []
-        layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
-        with context.progress.task("stage 3: training clip factors and levels", len(layers)) as task:
-            for index, (teacher, student) in enumerate(layers):
-                lifted = lift(student)
-                whole.append(lifted)
-                chains.teach(teacher)
-                before = chains.pass_untrained(lifted)
-                done = context.checkpoints.load(self.name, index)
-                if done is None:
-                    done = self._train(lifted, teacher, chains, context.generator(STREAM + index))
-                    context.checkpoints.save(self.name, index, *done)
-                tensors, metrics = done
-                chains.learn(lifted, parameters_of(lifted, tensors))
-                stored.update(tensors)
-                rows.append({"layer": index, "before": before, **metrics})
-                task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
+        whole, stored, rows = train_layers(
+            self.name,
+            "stage 3: training clip factors and levels",
+            list(zip(teacher_layers.layers, student_layers.layers, strict=True)),
+            chains,
+            context,
+            lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
+        )
         is_lm = program.kind == "causal-lm"
         end_to_end = Whole(
             whole,
@@ -308,13 +293,3 @@ def before_repeat(user: fx.Node, source: fx.Node) -> tuple[fx.Node, fx.Node]:
             return current, parent
         current = parent
     return found
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> float:
-    """Mean over tokens of ``KL(teacher || student)`` in nats, from logits ``[..., V]``."""
-    teacher, student = teacher.flatten(0, -2), student.flatten(0, -2)
-    total = 0.0
-    for target, logits in zip(teacher.split(TOKENS), student.split(TOKENS), strict=True):
-        log_p, log_q = target.float().log_softmax(-1), logits.float().log_softmax(-1)
-        total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    return total / teacher.shape[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .layers import Activations, Layers, Stage, Values, calibration_batches, spl
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
-from .simulate import Lifted
+from .simulate import Lifted, lift
 from .training import reconstruction, targets_of
 
 
@@ -89,6 +90,47 @@ class Chains:
         """Mean reconstruction error of a layer that has not been passed yet, on held-out sequences."""
         outputs = (lifted.run(values, parameters) for values in self.student_validation)
         return _mean_error(lifted, outputs, self.teacher_validation)
+
+
+def train_layers(
+    name: str,
+    title: str,
+    layers: Sequence[tuple[Stage, Stage]],
+    chains: Chains,
+    context: PassContext,
+    train: Callable[[Lifted, Stage, int], tuple[dict[str, Tensor], dict[str, Any]]],
+) -> tuple[list[Lifted], dict[str, Tensor], list[dict[str, Any]]]:
+    """Walks teacher and student layers in order, trains those that no checkpoint holds, and moves the chains on.
+
+    Args:
+        name: stage name of the checkpoints.
+        title: of the progress bar.
+        layers: ``(teacher, student)`` pairs.
+        train: gives a layer's stored tensors and figures (``after`` among them) for the lifted student, the teacher and
+            the layer's index.
+
+    Returns:
+        The lifted layers, the tensors of all of them by path, and one row of figures a layer.
+    """
+    walked: list[Lifted] = []
+    stored: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    with context.progress.task(title, len(layers)) as task:
+        for index, (teacher, student) in enumerate(layers):
+            lifted = lift(student)
+            walked.append(lifted)
+            chains.teach(teacher)
+            before = chains.pass_untrained(lifted)
+            done = context.checkpoints.load(name, index)
+            if done is None:
+                done = train(lifted, teacher, index)
+                context.checkpoints.save(name, index, *done)
+            tensors, metrics = done
+            chains.learn(lifted, parameters_of(lifted, tensors))
+            stored.update(tensors)
+            rows.append({"layer": index, "before": before, **metrics})
+            task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
+    return walked, stored, rows
 
 
 def _mean_error(lifted: Lifted, outputs: Iterable[Values], teacher: Activations) -> float:

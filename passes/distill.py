@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, paired_layers, parameters_of, with_tensors
+from .chains import Chains, paired_layers, train_layers, with_tensors
 from .layers import Stage
 from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
-from .simulate import LatentWeight, Lifted, lift
+from .simulate import LatentWeight, Lifted
 from .training import Group, reconstruction, step_scale, train
 
 STREAM = 1 << 20
@@ -73,23 +73,14 @@ class Distill(Pass):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
-        stored: dict[str, Tensor] = {}
-        rows: list[dict[str, Any]] = []
-        layers = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
-        with context.progress.task("stage 2: training weights", len(layers)) as task:
-            for index, (teacher, student) in enumerate(layers):
-                lifted = lift(student)
-                chains.teach(teacher)
-                before = chains.pass_untrained(lifted)
-                done = context.checkpoints.load(self.name, index)
-                if done is None:
-                    done = self._train(lifted, teacher, chains, context.generator(STREAM + index))
-                    context.checkpoints.save(self.name, index, *done)
-                tensors, metrics = done
-                chains.learn(lifted, parameters_of(lifted, tensors))
-                stored.update(tensors)
-                rows.append({"layer": index, "before": before, **metrics})
-                task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
+        _, stored, rows = train_layers(
+            self.name,
+            "stage 2: training weights",
+            list(zip(teacher_layers.layers, student_layers.layers, strict=True)),
+            chains,
+            context,
+            lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
+        )
         summary = {
             "layers": len(rows),
             "layers_10_percent_better": layers_better(rows, 0.1),

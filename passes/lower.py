@@ -57,13 +57,14 @@ _LINEAR_BOUND = 1e-4
 IN_FEATURES = "lbllm_in_features"
 """Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
 
-_SIMULATED = (
+SIMULATED = (
     _lbllm.observe.default,
     _lbllm.fake_quantize.default,
     _lbllm.unpack_weight.default,
     _lbllm.unpack_rows.default,
     _lbllm.grouped_linear.default,
 )
+"""Operators that only simulate; none is left in a lowered graph."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Lower(Pass):
         for quantizer in calls(graph, _lbllm.fake_quantize.default):
             _lower_input(program, quantizer, counts, lowered)
         graph.eliminate_dead_code()
-        leftover = calls(graph, *_SIMULATED)
+        leftover = calls(graph, *SIMULATED)
         if leftover:
             raise PassError(f"{describe(leftover[0])} has no integer form; remove the pass that made it")
         graph.lint()

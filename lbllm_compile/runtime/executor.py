@@ -21,7 +21,7 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
-from lbllm_compile.passes.lower import IN_FEATURES
+from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
 from lbllm_compile.passes.program import Program, copy_module, get_attribute
 from lbllm_compile.passes.rewrite import Node, calls, constant, is_call, is_constant, is_node
 
@@ -35,14 +35,6 @@ KERNEL_TARGETS = (
     _lbllm.int8_linear.default,
 )
 """Operators that only ever run as kernels."""
-
-_SIMULATED = (
-    _lbllm.fake_quantize.default,
-    _lbllm.unpack_weight.default,
-    _lbllm.unpack_rows.default,
-    _lbllm.grouped_linear.default,
-    _lbllm.observe.default,
-)
 
 _POINTWISE = frozenset(
     (
@@ -213,7 +205,7 @@ class Executor:
     """
 
     def __init__(self, program: Program, kernels: Kernels):
-        simulated = calls(program.graph, *_SIMULATED)
+        simulated = calls(program.graph, *SIMULATED)
         if simulated:
             raise KernelError(f"{describe(simulated[0])} is simulated quantization; only lowered graphs run ('lower')")
         self.inputs = [n.target for n in program.placeholders()]

@@ -36,7 +36,7 @@ class Preset(BaseModel):
         sequences: calibration sequences.
         sequence_length: tokens in each.
         validation_sequences: held-out sequences, never trained on.
-        distill_epochs, activate_epochs: passes over the calibration set in stages 2 and 3.
+        distill_epochs, activate_epochs: passes over the calibration set, layer by layer, in stages 2 and 3.
         tune_trials: schedule candidates measured per shape and M bucket.
         tune_seconds: time limit of the whole schedule search.
     """
@@ -58,7 +58,7 @@ PRESETS = {
         sequence_length=256,
         validation_sequences=8,
         distill_epochs=2,
-        activate_epochs=1,
+        activate_epochs=0,
         tune_trials=16,
         tune_seconds=60,
     ),

@@ -38,7 +38,7 @@ from torch import Tensor, fx
 from ..codegen import ops as ops
 from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
-from .alignment import Whole, best_start, kl_loss, parameters, relative_loss, train_together
+from .alignment import Whole, best_start, kl_loss, relative_loss, train_together
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .chains import Chains, paired_layers, train_layers, weight_of, with_tensors
@@ -48,7 +48,7 @@ from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
-from .simulate import LevelWeight, Lifted
+from .simulate import LevelWeight, Lifted, lift
 from .training import Group, reconstruction, step_scale, train
 
 STREAM = 2 << 20
@@ -69,11 +69,11 @@ class Activate(Pass):
         bits: of the linears' inputs: 4, 8 or 16.
         group: channels per activation scale: the weights' group, or 0 for one scale per token.
         kv: bits of keys and values: 4, 8 or 16.
-        epochs: passes over the calibration set; 0 only inserts the quantizers.
+        epochs: passes over the calibration set, layer by layer; 0 leaves the training to ``steps``.
+        steps: batches on which all layers then train together on the whole model's output.
         batch: sequences per step.
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
         lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
-        align_steps: batches on which all clip factors train on the whole model's output at the end.
         precision: of the matrix products on the calibration set.
     """
 
@@ -81,10 +81,10 @@ class Activate(Pass):
     group: int = 64
     kv: int = 4
     epochs: int = 1
+    steps: int = 8
     batch: int = 4
     lr_clip: float = 5e-2
     lr_levels: float = 5e-3
-    align_steps: int = 8
     precision: Precision = "auto"
 
     name: ClassVar[str] = "activate"
@@ -96,14 +96,20 @@ class Activate(Pass):
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
         behind_prologue = chains.student.fork(), chains.student_validation.fork()
-        whole, stored, rows = train_layers(
-            self.name,
-            "stage 3: training clip factors and levels",
-            list(zip(teacher_layers.layers, student_layers.layers, strict=True)),
-            chains,
-            context,
-            lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
-        )
+        pairs = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
+        if self.epochs:
+            whole, stored, rows = train_layers(
+                self.name,
+                "stage 3: training clip factors and levels",
+                pairs,
+                chains,
+                context,
+                lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
+            )
+        else:
+            whole, stored, rows = [lift(student) for _, student in pairs], {}, []
+            for teacher, _ in pairs:
+                chains.teach(teacher)
         is_lm = program.kind == "causal-lm"
         end_to_end = Whole(
             whole,
@@ -123,21 +129,19 @@ class Activate(Pass):
         measure = "kl" if is_lm else "error"
         before, after = summary.pop("before"), summary.pop("after")
         context.progress.note(f"stage 3: {measure} to the float model on held-out data {before:.4f} -> {after:.4f}")
-        figures = {"layers": len(rows), f"{measure}_before": before, f"{measure}_after": after, **summary}
+        figures = {"layers": len(whole), f"{measure}_before": before, f"{measure}_after": after, **summary}
         return PassResult(with_tensors(program, stored), rows, figures)
 
     def _align(
         self, whole: Whole, trained: Mapping[str, Tensor], context: PassContext
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Picks the best of the layers' results for the whole model and trains all layers together from there."""
-        paths = [path for lifted in whole.layers for path in lifted.clips]
-        stored = {path: torch.ones(2) for path in paths}
         with context.progress.task("stage 3: training on the whole model's output", 2) as task:
-            before = whole.validate(parameters(whole, stored))
-            chosen, start = best_start(whole, trained)
-            stored.update(chosen)
-            task.advance(start)
-            logits = {path: clip_logits(stored[path]) for path in paths}
+            start = best_start(whole, trained)
+            clips = {path: torch.ones(2) for lifted in whole.layers for path in lifted.clips}
+            stored = {**clips, **start.tensors}
+            task.advance(start.name)
+            logits = {path: clip_logits(stored[path]) for path in clips}
             levels = {
                 path: LevelWeight.of(weight_of(lifted, path, stored))
                 for lifted in whole.layers
@@ -151,7 +155,8 @@ class Activate(Pass):
                 level_rate=self.lr_levels,
                 clip_rate=self.lr_clip,
                 highest=LOGIT,
-                steps=self.align_steps if self.epochs else 0,
+                steps=self.steps,
+                before=start.divergence,
                 generator=context.generator(STREAM - 1),
             )
             task.advance()
@@ -160,8 +165,8 @@ class Activate(Pass):
         if outcome.step and self.lr_levels > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
-        after = whole.validate(parameters(whole, stored))
-        return stored, {"before": before, "after": after, "start": start, "align_step": outcome.step}
+        figures = {"before": start.before, "after": outcome.after, "start": start.name, "align_step": outcome.step}
+        return stored, figures
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):

@@ -9,7 +9,6 @@ output; planes stay frozen.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,25 +78,42 @@ class Whole:
         return total / len(self.validation)
 
 
-def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Of levels and clip factors, each trained or as they came: the stored tensors that validate best, and which.
+@dataclass(frozen=True)
+class Start:
+    """Where training on the whole model's output begins.
+
+    Attributes:
+        tensors: stored tensors by path; what is left out stays as the program has it.
+        name: what they are, in words.
+        before: divergence of the program as it came.
+        divergence: of the program with ``tensors``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    name: str
+    before: float
+    divergence: float
+
+
+def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> Start:
+    """Of levels and clip factors, each as they came or as the layers trained them, the pair that validates best.
 
     Args:
-        trained: stored tensors of all layers, ``<path>.sign`` and so on, and clip factors by path.
-
-    Returns:
-        A subset of ``trained`` (what is left out stays as the program has it), and its description.
+        trained: stored tensors of all layers, ``<path>.sign`` and so on, and clip factors by path; none if the layers
+            have not trained.
     """
     clips = {path for lifted in whole.layers for path in lifted.clips}
-    best: tuple[float, dict[str, Tensor], str] | None = None
-    for with_levels, with_clips in itertools.product((True, False), repeat=2):
+    before = whole.validate(parameters(whole, {}))
+    best = Start({}, "levels as before, clips at 1", before, before)
+    if not trained:
+        return best
+    for with_levels, with_clips in ((True, False), (False, True), (True, True)):
         kept = {path: t for path, t in trained.items() if (with_clips if path in clips else with_levels)}
         reached = whole.validate(parameters(whole, kept))
-        if best is None or reached < best[0]:
+        if reached < best.divergence:
             name = f"levels {'trained' if with_levels else 'as before'}, clips {'trained' if with_clips else 'at 1'}"
-            best = (reached, kept, name)
-    assert best is not None
-    return best[1], best[2]
+            best = Start(kept, name, before, reached)
+    return best
 
 
 def train_together(
@@ -110,6 +126,7 @@ def train_together(
     clip_rate: float,
     highest: float,
     steps: int,
+    before: float,
     generator: torch.Generator,
 ) -> Outcome:
     """Trains the levels and clip factors of all layers on the model's output, in place; the state that validates best
@@ -123,6 +140,7 @@ def train_together(
         clip_rate: of logits.
         highest: bound of the logits.
         steps: batches to train on.
+        before: divergence where training starts.
     """
     groups = [Group(tuple(logits.values()), clip_rate, high=highest)] if logits else []
     for weight in levels.values():
@@ -140,6 +158,7 @@ def train_together(
         lambda: whole.validate(current()),
         generator,
         whole.precision,
+        before,
     )
 
 

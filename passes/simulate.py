@@ -30,14 +30,8 @@ from ..codegen.format import LEVELS, QuantizedWeight, group_count, quantize_leve
 from .layers import Stage, Values
 from .program import get_attribute
 
-CHUNK = 1 << 16
-"""Elements of a weight handled at a time, so that what a chunk needs stays in the processor's cache."""
-
 LATENT_MARGIN = 0.05
 """Smallest distance of a starting latent from its threshold, in widths of its pair."""
-
-STEEP = 3e38
-"""Slope of the clamped line that stands in for a step function."""
 
 BITMAP_MARGIN = 0.02
 """Smallest distance of a starting bitmap from 0.5."""
@@ -97,11 +91,8 @@ class LatentWeight:
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes ``uint8 [R, G, group]`` into sorted levels ``float32 [R, G, 4]``."""
-        quantized, _, per_unit = _integers(self.levels)
-        inner, _, _, offset = _decide(self.latent, self.bitmap, quantized, per_unit)
-        upper = _step(offset)
-        picked = torch.where(inner > 0.5, 1 + upper, 3 * upper).long()
-        return _sorted(picked, self.levels)
+        inner, inner_upper, outer_upper = _decide(self.latent, self.bitmap, *_integers(self.levels))
+        return _sorted(torch.where(inner, 1 + inner_upper.long(), 3 * outer_upper.long()), self.levels)
 
     @torch.no_grad()
     def fold(self) -> QuantizedWeight:
@@ -112,36 +103,62 @@ class LatentWeight:
         return QuantizedWeight.from_codes(codes, levels.reshape(*self.shape[:-1], groups, LEVELS), self.group)
 
 
-def _step(x: Tensor) -> Tensor:
-    """1.0 where ``x > 0``, else 0.0, in place: several times faster on a CPU than comparing and selecting."""
-    return x.mul_(STEEP).clamp_(0.0, 1.0)
-
-
-def _decide(latent: Tensor, bitmap: Tensor, quantized: Tensor, per_unit: Tensor) -> tuple[Tensor, ...]:
-    """What a chunk's elements pick, in units of the group's scale, where all levels are integers and sums exact.
-
-    Args:
-        latent, bitmap: ``[r, G, g]``.
-        quantized: integer levels as floats, ``[r, G, 4]``.
-        per_unit: reciprocal of the scale, ``[r, G, 1]``.
-
-    Returns:
-        ``(inner, low, width, offset)``, all ``[r, G, g]``: membership of the inner pair (0 or 1), the pair's lower
-        level, its width, and the latent's offset from the pair's middle.
-    """
-    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in quantized.unbind(-1))
-    inner = _step(bitmap - 0.5)
-    low = torch.addcmul(l0, inner, l1 - l0)
-    width = torch.addcmul(l3 - l0, inner, (l2 - l1) - (l3 - l0))
-    offset = torch.sub(latent * per_unit, low).add_(width, alpha=-0.5)
-    return inner, low, width, offset
-
-
-def _integers(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels ``[R, G, 4]`` as stored: integers as floats, their scale ``[R, G, 1]`` and its reciprocal."""
+def _integers(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels ``[R, G, 4]`` as stored: integers as floats, and their scale ``[R, G]``."""
     quantized, scale = quantize_levels(levels)
-    scale = scale.float().unsqueeze(-1)
-    return quantized.float(), scale, torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return quantized.float(), scale.float()
+
+
+def _decide(latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What elements ``[R, G, g]`` pick: whether the inner pair, and of the inner and of the outer pair the upper level.
+
+    ``levels`` and ``scale`` are those of :func:`_integers`; half the sum of two of them is exact.
+    """
+    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
+    units = latent * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(-1)
+    return bitmap > 0.5, units > (l1 + l2) * 0.5, units > (l0 + l3) * 0.5
+
+
+def latent_matrix(latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """The matrix ``[R, G, g]`` of latents and bitmaps, with integer levels ``[R, G, 4]`` and their scale ``[R, G]``."""
+    inner, inner_upper, outer_upper = _decide(latent, bitmap, levels, scale)
+    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
+    picked = torch.where(inner, torch.where(inner_upper, l2, l1), torch.where(outer_upper, l3, l0))
+    return picked * scale.unsqueeze(-1)
+
+
+def latent_gradients(
+    grad: Tensor, latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of latent, bitmap and levels from that of the matrix; see the module's text."""
+    inner, inner_upper, outer_upper = _decide(latent, bitmap, levels, scale)
+    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
+    pull = torch.where(inner_upper, l2, l1) - torch.where(outer_upper, l3, l0)
+    middle = torch.where(inner, (l1 + l2) * 0.5, (l0 + l3) * 0.5)
+    # A pair whose levels changed places during training has a negative width.
+    width = torch.where(inner, (l2 - l1).abs(), (l3 - l0).abs())
+    units = latent * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(-1)
+    grad_latent = torch.where((units > middle - width) & (units < middle + width), grad, 0.0)
+    codes = torch.where(inner, 1 + inner_upper.to(torch.uint8), 3 * outer_upper.to(torch.uint8))
+    return grad_latent, pull * scale.unsqueeze(-1) * grad, level_gradients(grad, codes)
+
+
+def level_gradients(grad: Tensor, codes: Tensor) -> Tensor:
+    """``[R, G, 4]``: the sum of ``grad [R, G, g]`` over the elements of each code."""
+    return torch.stack([(grad * (codes == level)).sum(-1) for level in range(LEVELS)], -1)
+
+
+def _kernel(name: str, like: Tensor) -> Any:
+    """A fused kernel for units of ``like [R, G, group]``."""
+    # Loads TVM: seconds that a look at the catalogue of passes need not spend.
+    from ..codegen.kernels.latent import latent_kernels
+
+    return latent_kernels(like.shape[-1])[name]
+
+
+def _units(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with rows and groups in one dimension, as the kernels take them."""
+    return [t.flatten(0, 1) for t in tensors]
 
 
 class _Simulate(torch.autograd.Function):
@@ -149,73 +166,47 @@ class _Simulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, bitmap: Tensor, levels: Tensor) -> Tensor:
-        quantized, scale, per_unit = _integers(levels)
-        ctx.save_for_backward(latent, bitmap, quantized, scale, per_unit)
+        operands = (latent, bitmap, *_integers(levels))
+        ctx.save_for_backward(*operands)
+        if latent.device.type != "cpu":
+            return latent_matrix(*operands)
         out = torch.empty_like(latent)
-        for rows in _chunks(latent):
-            _, low, width, offset = _decide(latent[rows], bitmap[rows], quantized[rows], per_unit[rows])
-            torch.mul(torch.addcmul(low, _step(offset), width), scale[rows], out=out[rows])
+        _kernel("latent_forward", latent)(*_units(*operands, out))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        latent, bitmap, quantized, scale, per_unit = ctx.saved_tensors
-        grad_latent, grad_bitmap, grad_levels = (torch.empty_like(t) for t in (latent, bitmap, quantized))
-        for rows in _chunks(latent):
-            g, units = grad[rows], latent[rows] * per_unit[rows]
-            inner, _, width, offset = _decide(latent[rows], bitmap[rows], quantized[rows], per_unit[rows])
-            l0, l1, l2, l3 = (v.unsqueeze(-1) for v in quantized[rows].unbind(-1))
-            inner_upper = _step(units - (l1 + l2) * 0.5)
-            outer_upper = _step(units - (l0 + l3) * 0.5)
-            pull = torch.addcmul(l1 - l0, inner_upper, l2 - l1).sub_(outer_upper * (l3 - l0))
-            torch.mul(pull.mul_(scale[rows]), g, out=grad_bitmap[rows])
-            # A pair whose levels changed places during training has a negative width.
-            inside = _step(width.abs_().sub_(offset.abs()))
-            torch.mul(g, inside, out=grad_latent[rows])
-            of_inner = g * inner
-            of_outer = g - of_inner
-            low_inner, low_outer = of_inner.sum(-1), of_outer.sum(-1)
-            high_inner, high_outer = of_inner.mul_(inner_upper).sum(-1), of_outer.mul_(outer_upper).sum(-1)
-            parts = (low_outer - high_outer, low_inner - high_inner, high_inner, high_outer)
-            torch.stack(parts, -1, out=grad_levels[rows])
-        return grad_latent, grad_bitmap, grad_levels
-
-
-def _chunks(latent: Tensor) -> list[slice]:
-    rows, per_row = latent.shape[0], latent[0].numel()
-    step = max(CHUNK // per_row, 1)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+        operands = ctx.saved_tensors
+        if grad.device.type != "cpu":
+            return latent_gradients(grad, *operands)
+        latent, bitmap, levels, _ = operands
+        grads = torch.empty_like(latent), torch.empty_like(bitmap), torch.empty_like(levels)
+        _kernel("latent_backward", latent)(*_units(grad.contiguous(), *operands, *grads))
+        return grads
 
 
 class _LevelsOnly(torch.autograd.Function):
-    """Planes ``uint8 [R, G, g]`` and levels ``[R, G, 4]`` to the matrix ``[R, G, g]``; only levels have a gradient."""
+    """Codes ``uint8 [R, G, g]`` and levels ``[R, G, 4]`` to the matrix ``[R, G, g]``; only levels have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inner: Tensor, upper: Tensor, levels: Tensor) -> Tensor:
-        ctx.save_for_backward(inner, upper)
-        quantized, scale, _ = _integers(levels)
-        out = torch.empty(inner.shape)
-        for rows in _chunks(inner):
-            l0, l1, l2, l3 = (v.unsqueeze(-1) for v in quantized[rows].unbind(-1))
-            of_inner, high = inner[rows].float(), upper[rows].float()
-            low = torch.addcmul(l0, of_inner, l1 - l0)
-            width = torch.addcmul(l3 - l0, of_inner, (l2 - l1) - (l3 - l0))
-            torch.mul(torch.addcmul(low, high, width), scale[rows], out=out[rows])
+    def forward(ctx: Any, codes: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        quantized, scale = _integers(levels)
+        values = quantized * scale.unsqueeze(-1)
+        if codes.device.type != "cpu":
+            return values.gather(-1, codes.long())
+        out = torch.empty(codes.shape)
+        _kernel("codes_forward", codes)(*_units(codes, values, out))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        inner, upper = ctx.saved_tensors
-        grad_levels = grad.new_empty((*inner.shape[:2], LEVELS))
-        for rows in _chunks(inner):
-            g, high = grad[rows], upper[rows].float()
-            of_inner = g * inner[rows].float()
-            of_outer = g - of_inner
-            low_inner, low_outer = of_inner.sum(-1), of_outer.sum(-1)
-            high_inner, high_outer = of_inner.mul_(high).sum(-1), of_outer.mul_(high).sum(-1)
-            parts = (low_outer - high_outer, low_inner - high_inner, high_inner, high_outer)
-            torch.stack(parts, -1, out=grad_levels[rows])
-        return None, None, grad_levels
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (codes,) = ctx.saved_tensors
+        if grad.device.type != "cpu":
+            return None, level_gradients(grad, codes)
+        grad_levels = torch.empty(*codes.shape[:2], LEVELS)
+        _kernel("codes_backward", codes)(*_units(grad.contiguous(), codes, grad_levels))
+        return None, grad_levels
 
 
 @dataclass
@@ -223,14 +214,13 @@ class LevelWeight:
     """A W(1+1) matrix whose planes are frozen and whose levels train.
 
     Attributes:
-        inner, upper: uint8 ``[R, G, group]``, 0 or 1: bitmap and sign plane, padded as in :class:`LatentWeight`.
+        picked: uint8 ``[R, G, group]``, 0 to 3: the level of every element, padded as in :class:`LatentWeight`.
         levels: float32 ``[R, G, 4]``.
         shape: shape of the matrix, ``[..., N, K]``.
         group: input columns per group.
     """
 
-    inner: Tensor
-    upper: Tensor
+    picked: Tensor
     levels: Tensor
     shape: tuple[int, ...]
     group: int
@@ -242,19 +232,17 @@ class LevelWeight:
         codes = codes.reshape(-1, groups, weight.group)
         levels = weight.levels.float() * weight.scale.float().unsqueeze(-1)
         shape = (*weight.sign.shape[:-1], weight.in_features)
-        inner, upper = ((codes == 1) | (codes == 2)).to(torch.uint8), (codes >= 2).to(torch.uint8)
-        return cls(inner, upper, levels.reshape(-1, groups, LEVELS), shape, weight.group)
+        return cls(codes, levels.reshape(-1, groups, LEVELS), shape, weight.group)
 
     def simulate(self) -> Tensor:
         """The matrix, float32 of ``shape``; differentiable in the levels."""
-        padded = _LevelsOnly.apply(self.inner, self.upper, self.levels)
+        padded = _LevelsOnly.apply(self.picked, self.levels)
         return padded.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
 
     @torch.no_grad()
     def fold(self) -> QuantizedWeight:
         """The packed weight; its dequantized form equals :meth:`simulate` bit for bit."""
-        picked = torch.where(self.inner > 0, 1 + self.upper, 3 * self.upper).long()
-        codes, levels = _sorted(picked, self.levels)
+        codes, levels = _sorted(self.picked.long(), self.levels)
         codes = codes.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
         levels = levels.reshape(*self.shape[:-1], -1, LEVELS)
         return QuantizedWeight.from_codes(codes, levels, self.group)

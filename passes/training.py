@@ -64,6 +64,7 @@ def train(
     validate: Callable[[], float],
     generator: torch.Generator,
     precision: Precision = "auto",
+    before: float | None = None,
 ) -> Outcome:
     """Trains tensors in place and leaves them in the state that validated best, the starting state included.
 
@@ -75,9 +76,11 @@ def train(
         validate: loss on held-out data with the present values; called at the start and after every epoch.
         generator: decides the order of the batches.
         precision: of the matrix products in ``loss``; parameters and validation are float32 in any case.
+        before: what ``validate`` gives at the start, where it is known.
     """
-    with torch.no_grad():
-        before = validate()
+    if before is None:
+        with torch.no_grad():
+            before = validate()
     groups = [g for g in groups if g.rate > 0]
     steps = batches * epochs
     if not groups or not steps:

@@ -132,6 +132,11 @@ def test_training_lowers_the_divergence_from_the_float_model(trained):
     assert len(clips) == 16 and all(0.3 < c <= 1 for c in clips) and min(clips) < 0.999
 
 
+def test_training_on_the_whole_output_alone_lowers_the_divergence(data):
+    result = apply(quantized(), "activate{group=32,epochs=0}", data)
+    assert improved(result.summary) and not result.rows and result.summary["layers"] == 2
+
+
 def test_the_reported_divergence_is_that_of_the_program(trained, data):
     pairs = [(annotated().run(b), trained.program.run(b)) for b in data.validation]
     measured = sum(float(kl_loss(*pair)) for pair in pairs) / len(pairs)
@@ -146,7 +151,7 @@ def test_planes_are_frozen(trained):
     assert any(not torch.equal(t, after[p]) for p, t in before.items() if p.endswith(".levels"))
 
 
-@pytest.mark.parametrize("options", ["epochs=1,lr_clip=0,lr_levels=0", "epochs=0"])
+@pytest.mark.parametrize("options", ["epochs=1,lr_clip=0,lr_levels=0", "epochs=0,steps=0"])
 def test_without_learning_rate_nothing_improves(options, data):
     result = apply(quantized(), f"activate{{group=32,{options}}}", data)
     assert not improved(result.summary)
@@ -156,7 +161,7 @@ def test_without_learning_rate_nothing_improves(options, data):
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_more_bits_cost_less(bits, trained, data):
-    result = apply(quantized(), f"activate{{bits={bits},kv={bits},group=0,epochs=0}}", data)
+    result = apply(quantized(), f"activate{{bits={bits},kv={bits},group=0,epochs=0,steps=0}}", data)
     assert result.summary["kl_before"] < trained.summary["kl_after"]
 
 
@@ -185,6 +190,6 @@ def test_preconditions_are_named(trained, data):
 def test_a_plain_module_reports_its_error_and_has_no_cache(data):
     program = dataclasses.replace(quantized(), kind="module")
     teacher = dataclasses.replace(annotated(), kind="module")
-    result = apply(program, "activate{group=32,epochs=0}", dataclasses.replace(data, teacher=teacher))
+    result = apply(program, "activate{group=32,epochs=0,steps=0}", dataclasses.replace(data, teacher=teacher))
     assert not _calls(result.program, _lbllm.fake_quantize_kv.default)
     assert 0 < result.summary["error_after"] < 1

@@ -62,7 +62,7 @@ def test_gradients_of_the_simulated_weight():
 
     padded = torch.nn.functional.pad(grad, (0, 24)).view(4, 2, 32)
     rounded = simulate._integers(latent.levels.detach())
-    levels = rounded[0] * rounded[1]
+    levels = rounded[0] * rounded[1].unsqueeze(-1)
     expected_levels = torch.zeros_like(levels)
     for index in torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(32)).tolist():
         row, group, column = index

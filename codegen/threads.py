@@ -1,8 +1,12 @@
-"""How many threads kernels use."""
+"""How many threads kernels use, and how many they leave to torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 def thread_count() -> int:
@@ -11,3 +15,18 @@ def thread_count() -> int:
     if configured.isdigit() and int(configured) > 0:
         return int(configured)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's operators on the calling thread alone, in this block.
+
+    The threads of two pools, torch's and the kernels', spin on the same cores while they wait, and every change from
+    one pool to the other costs as much as a whole small operator. Worth it where torch's share is small.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -28,7 +28,6 @@ Needs ``ptq`` before it, the float program as ``context.teacher``, calibration a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,24 +37,21 @@ from torch import Tensor, fx
 from ..codegen import ops as ops
 from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
-from .alignment import Whole, best_start, kl_loss, relative_loss, train_together
+from .alignment import Together, Whole, best_start, figures
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, paired_layers, train_layers, weight_of, with_tensors
+from .chains import Chains, paired_layers, train_layers, with_tensors
 from .layers import Stage
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
-from .simulate import LevelWeight, Lifted, lift
+from .simulate import LOGIT, LevelWeight, Lifted, clip_factors, lift
 from .training import Group, reconstruction, step_scale, train
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
-
-LOGIT = 2.0
-"""A clip factor is ``sigmoid(logit) / sigmoid(LOGIT)``: 1, no clipping, where training starts."""
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -110,63 +106,24 @@ class Activate(Pass):
             whole, stored, rows = [lift(student) for _, student in pairs], {}, []
             for teacher, _ in pairs:
                 chains.teach(teacher)
-        is_lm = program.kind == "causal-lm"
-        end_to_end = Whole(
-            whole,
-            teacher_layers.epilogue,
-            teacher_layers.results[0],
-            *behind_prologue,
-            chains.teacher,
-            chains.teacher_validation,
-            kl_loss if is_lm else relative_loss,
-            self.precision,
-        )
-        done = context.checkpoints.load(f"{self.name}-align", 0)
+        end_to_end = Whole.of(whole, teacher_layers, behind_prologue, chains, program.kind)
+        stage = f"{self.name}-together"
+        done = context.checkpoints.load(stage, 1)
         if done is None:
-            done = self._align(end_to_end, stored, context)
-            context.checkpoints.save(f"{self.name}-align", 0, *done)
-        stored, summary = done
-        measure = "kl" if is_lm else "error"
-        before, after = summary.pop("before"), summary.pop("after")
-        context.progress.note(f"stage 3: {measure} to the float model on held-out data {before:.4f} -> {after:.4f}")
-        figures = {"layers": len(whole), f"{measure}_before": before, f"{measure}_after": after, **summary}
-        return PassResult(with_tensors(program, stored), rows, figures)
-
-    def _align(
-        self, whole: Whole, trained: Mapping[str, Tensor], context: PassContext
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Picks the best of the layers' results for the whole model and trains all layers together from there."""
-        with context.progress.task("stage 3: training on the whole model's output", 2) as task:
-            start = best_start(whole, trained)
-            clips = {path: torch.ones(2) for lifted in whole.layers for path in lifted.clips}
-            stored = {**clips, **start.tensors}
-            task.advance(start.name)
-            logits = {path: clip_logits(stored[path]) for path in clips}
-            levels = {
-                path: LevelWeight.of(weight_of(lifted, path, stored))
-                for lifted in whole.layers
-                for path in lifted.weights
-            }
-            outcome = train_together(
-                whole,
-                levels,
-                logits,
-                clip_factors,
-                level_rate=self.lr_levels,
-                clip_rate=self.lr_clip,
-                highest=LOGIT,
+            start = best_start(end_to_end, stored)
+            together = Together(
                 steps=self.steps,
-                before=start.divergence,
-                generator=context.generator(STREAM - 1),
+                every=self.steps,
+                lr_levels=self.lr_levels,
+                lr_clip=self.lr_clip,
+                stage=stage,
+                title="stage 3: training on the whole model's output",
             )
-            task.advance()
-        if outcome.step:
-            stored.update({path: clip_factors(logit) for path, logit in logits.items()})
-        if outcome.step and self.lr_levels > 0:
-            folded = {path: weight.fold() for path, weight in levels.items()}
-            stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
-        figures = {"before": start.before, "after": outcome.after, "start": start.name, "align_step": outcome.step}
-        return stored, figures
+            tensors, outcome = together.train(end_to_end, start, context, context.generator(STREAM - 1))
+            done = tensors, {"layers": len(whole), "start": start.name, **figures(program.kind, start, outcome)}
+            context.checkpoints.save(stage, 1, *done)
+        tensors, summary = done
+        return PassResult(with_tensors(program, tensors), rows, summary)
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):
@@ -208,7 +165,17 @@ class Activate(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator, self.precision)
+        count = len(chains.student)
+        outcome = train(
+            groups,
+            loss,
+            validate,
+            generator,
+            batches=count,
+            steps=self.epochs * count,
+            every=count,
+            precision=self.precision,
+        )
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
         for path, weight in levels.items():
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]
@@ -221,22 +188,6 @@ class Activate(Pass):
             "seconds": time.perf_counter() - start,
         }
         return tensors, metrics
-
-
-def improved(summary: Mapping[str, Any]) -> bool:
-    """Whether training brought the whole model closer to the float model on held-out data."""
-    measure = "kl" if "kl_before" in summary else "error"
-    return summary[f"{measure}_after"] < summary[f"{measure}_before"]
-
-
-def clip_factors(logit: Tensor) -> Tensor:
-    """Factors in (0, 1] on a range's upper and lower end, from logits of at most ``LOGIT``."""
-    return torch.sigmoid(logit) / torch.sigmoid(torch.tensor(LOGIT))
-
-
-def clip_logits(factors: Tensor) -> Tensor:
-    """Inverse of :func:`clip_factors`."""
-    return torch.logit(factors * torch.sigmoid(torch.tensor(LOGIT)))
 
 
 def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int) -> Program:

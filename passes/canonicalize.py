@@ -20,14 +20,15 @@ Result::
     %e = get_attr[target=model.layers.0.mlp.experts.down_proj]
     %z = lbllm.grouped_linear.default(%h, %e, %offsets)
 
-Bodies of ``no_grad`` and disabled ``autocast`` blocks move into the graph, and everything ``cleanup`` removes goes.
+A weight computed from parameters alone, by weight normalization or a merged adapter, is computed once. Bodies of
+``no_grad`` and disabled ``autocast`` blocks move into the graph, and everything ``cleanup`` removes goes.
 Sums may be taken in another order, hence the bound. No preconditions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -36,6 +37,7 @@ from ..codegen import ops as ops
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .cleanup import clean
 from .program import Program, copy_module, get_attribute, set_attribute
+from .rewrite import ancestors, calls, is_node, make_attribute
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
@@ -56,6 +58,7 @@ class Canonicalize(Pass):
         before = len(program.graph.nodes)
         module = _inline_blocks(program.module)
         clean(module)
+        _compute_weights(module)
         rewritten = _rewrite_products(module)
         clean(module)
         module.graph.lint()
@@ -104,6 +107,51 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, argumen
         user.replace_all_uses_with(results[user.args[1]])
         module.graph.erase_node(user)
     module.graph.erase_node(call)
+
+
+_WEIGHT_OPERAND = {
+    aten.linear.default: 1,
+    aten.addmm.default: 2,
+    aten.mm.default: 1,
+    aten.matmul.default: 1,
+    aten.bmm.default: 1,
+}
+"""Which operand of a product is its weight, where it has one."""
+
+
+@torch.no_grad()
+def _compute_weights(module: fx.GraphModule) -> None:
+    """Stores weights that are functions of parameters alone as ``<module path>.weight``."""
+    for node in calls(module.graph, *_WEIGHT_OPERAND):
+        weight = node.args[_WEIGHT_OPERAND[node.target]]
+        if not is_node(weight) or _operand(weight) is not None:
+            continue
+        needed = ancestors(weight)
+        if any(n.op == "placeholder" for n in needed):
+            continue
+        values: dict[fx.Node, Any] = {}
+        for step in needed:
+            arguments, options = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
+            is_weight = step.op == "get_attr"
+            values[step] = get_attribute(module, step.target) if is_weight else step.target(*arguments, **options)
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = f"{stack[-1][0]}.weight" if stack and stack[-1][0] else f"{node.name}_weight"
+        if _exists(module, path):
+            path += "_computed"
+        set_attribute(module, path, values[weight].contiguous())
+        with module.graph.inserting_before(node):
+            stored = make_attribute(module.graph, path, weight)
+        stored.meta["val"] = weight.meta["val"]
+        node.replace_input_with(weight, stored)
+    module.graph.eliminate_dead_code()
+
+
+def _exists(module: fx.GraphModule, path: str) -> bool:
+    try:
+        get_attribute(module, path)
+    except AttributeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,17 @@ class Distill(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, weights())
 
-        outcome = train(groups, len(chains.student), self.epochs, loss, validate, generator, self.precision)
+        count = len(chains.student)
+        outcome = train(
+            groups,
+            loss,
+            validate,
+            generator,
+            batches=count,
+            steps=self.epochs * count,
+            every=count,
+            precision=self.precision,
+        )
         tensors: dict[str, Tensor] = {}
         signs, bitmaps, count = 0, 0, 0
         for path, latent in latents.items():

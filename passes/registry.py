@@ -20,6 +20,7 @@ _BUILTIN = {
     "ptq": "ptq:Ptq",
     "distill": "distill:Distill",
     "activate": "activate:Activate",
+    "finetune": "finetune:Finetune",
     "head": "head:Head",
     "merge": "merge:Merge",
     "lower": "lower:Lower",

@@ -36,6 +36,9 @@ LATENT_MARGIN = 0.05
 BITMAP_MARGIN = 0.02
 """Smallest distance of a starting bitmap from 0.5."""
 
+LOGIT = 2.0
+"""A clip factor is ``sigmoid(logit) / sigmoid(LOGIT)``: 1, no clipping, where training starts."""
+
 _lbllm = torch.ops.lbllm
 
 
@@ -329,6 +332,16 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends[:-1]], ends, weight, strict=True)]
     rest = x.new_zeros((x.shape[0] - ends[-1], weight.shape[1]))
     return torch.cat([*parts, rest])
+
+
+def clip_factors(logit: Tensor) -> Tensor:
+    """Factors in (0, 1] on a range's upper and lower end, from logits of at most ``LOGIT``."""
+    return torch.sigmoid(logit) / torch.sigmoid(torch.tensor(LOGIT))
+
+
+def clip_logits(factors: Tensor) -> Tensor:
+    """Inverse of :func:`clip_factors`."""
+    return torch.logit(factors * torch.sigmoid(torch.tensor(LOGIT)))
 
 
 @dataclass(frozen=True)

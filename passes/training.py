@@ -1,15 +1,17 @@
-"""The training loop of the layer-wise stages: AdamW, warm-up and cosine decay, the best state on validation kept."""
+"""The training loop of the calibrating stages: AdamW, warm-up and cosine decay, the best state on validation kept."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import Checkpoints
 from .layers import Values
 from .precision import Precision, matrix_products
 
@@ -58,31 +60,38 @@ class Outcome:
 
 def train(
     groups: Sequence[Group],
-    batches: int,
-    epochs: int,
     loss: Callable[[int], Tensor],
     validate: Callable[[], float],
     generator: torch.Generator,
+    *,
+    batches: int,
+    steps: int,
+    every: int,
     precision: Precision = "auto",
     before: float | None = None,
+    checkpoints: Checkpoints | None = None,
+    name: str = "",
+    report: Callable[[int, float], None] | None = None,
 ) -> Outcome:
     """Trains tensors in place and leaves them in the state that validated best, the starting state included.
 
     Args:
         groups: what trains, and how fast.
-        batches: number of training batches; each is one step, in a new random order every epoch.
-        epochs: passes over the batches.
         loss: training loss of a batch, by index.
-        validate: loss on held-out data with the present values; called at the start and after every epoch.
+        validate: loss on held-out data with the present values.
         generator: decides the order of the batches.
+        batches: number of training batches; each is one step, in a new random order every time they are through.
+        steps: of training.
+        every: steps between validations; the first and the last state are validated in any case.
         precision: of the matrix products in ``loss``; parameters and validation are float32 in any case.
         before: what ``validate`` gives at the start, where it is known.
+        checkpoints: where the state of the training is kept at every validation, as piece 0 of ``name``.
+        report: called with the number of steps done and the loss of the latest validation, after every step.
     """
     if before is None:
         with torch.no_grad():
             before = validate()
     groups = [g for g in groups if g.rate > 0]
-    steps = batches * epochs
     if not groups or not steps:
         return Outcome(before, before, 0)
     tensors = [t for g in groups for t in g.tensors]
@@ -91,8 +100,12 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": list(g.tensors), "lr": g.rate} for g in groups], betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    best, kept, at = before, [t.detach().clone() for t in tensors], 0
-    for step, batch in enumerate(_order(batches, epochs, generator)):
+    best, kept, at, first = before, [t.detach().clone() for t in tensors], 0, 0
+    latest = before
+    state = checkpoints.load(name, 0) if checkpoints is not None else None
+    if state is not None:
+        first, best, at, latest = _restore(optimizer, tensors, kept, *state)
+    for step, batch in itertools.islice(enumerate(_order(batches, steps, generator)), first, None):
         share = step / steps
         for group, options in zip(groups, optimizer.param_groups, strict=True):
             options["lr"] = group.rate * _rate(step, steps) * (share < group.until)
@@ -106,15 +119,49 @@ def train(
                 if group.low is not None or group.high is not None:
                     for tensor in group.tensors:
                         tensor.clamp_(group.low, group.high)
-            if (step + 1) % batches == 0:
-                reached = validate()
-                if reached < best:
-                    best, at = reached, step + 1
+            if (step + 1) % every == 0 or step + 1 == steps:
+                latest = validate()
+                if latest < best:
+                    best, at = latest, step + 1
                     for copy, tensor in zip(kept, tensors, strict=True):
                         copy.copy_(tensor)
+                if checkpoints is not None and step + 1 < steps:
+                    figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
+                    checkpoints.save(name, 0, _state(optimizer, tensors, kept), figures)
+        if report is not None:
+            report(step + 1, latest)
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW remembers of a tensor."""
+
+
+def _state(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Everything a training needs to go on where it was."""
+    state = {f"tensor.{i}": t.detach() for i, t in enumerate(tensors)}
+    state.update({f"kept.{i}": t for i, t in enumerate(kept)})
+    for i, tensor in enumerate(tensors):
+        state.update({f"{moment}.{i}": optimizer.state[tensor][moment] for moment in _MOMENTS})
+    return state
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    figures: Mapping[str, Any],
+) -> tuple[int, float, int, float]:
+    """Undoes :func:`_state`; returns the next step, the best loss, its step and the latest loss."""
+    with torch.no_grad():
+        for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+            tensor.copy_(state[f"tensor.{i}"])
+            copy.copy_(state[f"kept.{i}"])
+            optimizer.state[tensor] = {moment: state[f"{moment}.{i}"].clone() for moment in _MOMENTS}
+    return figures["step"], figures["best"], figures["at"], figures["latest"]
 
 
 def step_scale(steps: int) -> float:
@@ -126,9 +173,12 @@ def step_scale(steps: int) -> float:
     return min((REFERENCE_STEPS / max(steps, 1)) ** 0.5, LARGEST_SCALE)
 
 
-def _order(batches: int, epochs: int, generator: torch.Generator) -> Iterator[int]:
-    for _ in range(epochs):
-        yield from torch.randperm(batches, generator=generator).tolist()
+def _order(batches: int, steps: int, generator: torch.Generator) -> list[int]:
+    """The batch of every step."""
+    order: list[int] = []
+    while len(order) < steps:
+        order += torch.randperm(batches, generator=generator).tolist()
+    return order[:steps]
 
 
 def _rate(step: int, steps: int) -> float:

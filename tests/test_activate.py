@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.passes import simulate
-from lbllm_compile.passes.activate import improved, insert_quantizers
-from lbllm_compile.passes.alignment import kl_loss
+from lbllm_compile.passes.activate import insert_quantizers
+from lbllm_compile.passes.alignment import improved, kl_loss
 from lbllm_compile.passes.annotate import LAYER, LINEAR
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.program import Program, get_attribute

@@ -117,6 +117,34 @@ def test_a_weight_with_other_readers_is_not_turned_under_them() -> None:
     assert torch.equal(get_attribute(result.module, "w"), module.w)
 
 
+class Adapted(nn.Module):
+    """A linear with a low-rank adapter that is added to its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.a, self.b = (nn.Parameter(normal(*shape)) for shape in ((5, 6), (5, 2), (2, 6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + self.a @ self.b)
+
+
+COMPUTED = {
+    "weight normalization": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+    "adapter": Adapted,
+}
+
+
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_computed_from_parameters_is_computed_once(make: Callable[[], nn.Module]) -> None:
+    module, x = nn.Sequential(make(), nn.ReLU()), normal(4, 6)
+    before = program_of(module, input=x)
+    result = run("canonicalize,annotate", before, input=x)
+    ((_, info),) = linears(result)
+    assert info.path == "0" and calls(result) == ["aten.linear.default", "aten.relu.default"]
+    assert get_attribute(result.module, info.weight).shape == (5, 6)
+    assert torch.equal(result.run({"input": x}), before.run({"input": x}))
+
+
 def test_blocks_are_inlined_and_no_ops_removed() -> None:
     class Blocks(nn.Module):
         def __init__(self) -> None:

@@ -109,7 +109,9 @@ def test_training_keeps_the_best_state():
     def run(rate: float) -> training.Outcome:
         group = training.Group((value,), rate)
         losses = lambda i: (value - batches[i]).square().mean()  # noqa: E731
-        return training.train([group], 2, 5, losses, lambda: float(abs(value[0] - 0.5)), _generator(), "float32")
+        return training.train(
+            [group], losses, lambda: float(abs(value[0] - 0.5)), _generator(), batches=2, steps=10, every=2
+        )
 
     outcome = run(0.1)
     assert outcome.step > 0 and outcome.after == pytest.approx(abs(float(value[0]) - 0.5))

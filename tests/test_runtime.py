@@ -21,7 +21,7 @@ from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 from lbllm_compile import artifact, runtime
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
 from lbllm_compile.runtime.executor import Executor, requirements
-from lbllm_compile.runtime.generate import TextStream, choose
+from lbllm_compile.runtime.generate import FEW_TOKENS, TextStream, choose, tokens
 from lbllm_compile.runtime.state import MIN_CAPACITY, left_pad
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
@@ -210,6 +210,23 @@ def test_negating_the_head_changes_the_text():
     assert list(negated.generate_ids([[5, 3]], sampling)) != list(model().generate_ids([[5, 3]], sampling))
     ids = torch.tensor([[5, 3]])
     assert torch.equal(negated.logits(ids), -model().logits(ids))
+
+
+def test_small_steps_take_one_torch_thread_and_give_it_back():
+    seen = []
+
+    def step(ids):
+        seen.append((ids.numel(), torch.get_num_threads()))
+        return torch.zeros((ids.shape[0], 5))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in tokens(step, torch.zeros((1, FEW_TOKENS + 1), dtype=torch.int64), Sampling(max_new_tokens=3), ()):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(FEW_TOKENS + 1, 2), (1, 1), (1, 1)]
 
 
 def test_a_stop_token_ends_its_sequence_only():

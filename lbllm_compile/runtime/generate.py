@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import one_torch_thread
+
+
+FEW_TOKENS = 16
+"""Up to this many tokens a step, torch's operators between the kernels are too small to share among threads."""
 
 
 class GenerationError(LbllmError):
@@ -78,7 +84,8 @@ def tokens(step: Step, prompt: Tensor, sampling: Sampling, stop: Sequence[int]) 
     running = [True] * prompt.shape[0]
     ids = prompt
     for _ in range(sampling.max_new_tokens):
-        chosen = choose(step(ids), sampling, generator).tolist()
+        with one_torch_thread() if ids.numel() <= FEW_TOKENS else nullcontext():
+            chosen = choose(step(ids), sampling, generator).tolist()
         running = [r and token not in stop_ids for r, token in zip(running, chosen, strict=True)]
         if not any(running):
             return

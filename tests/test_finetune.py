@@ -1,0 +1,78 @@
+"""Levels and clip factors of all layers tuned together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from lbllm_compile.passes.alignment import improved, kl_loss
+from lbllm_compile.passes.base import PassContext, PassError, PassResult
+from stages import Memory, annotated, apply, context, quantized, same_tensors
+
+_TEXT = "finetune{steps=12,every=4,precision=float32}"
+_ACTIVATE = "activate{group=32,epochs=0,steps=0}"
+
+
+@pytest.fixture(scope="module")
+def data() -> PassContext:
+    return context(count=32)
+
+
+@pytest.fixture(scope="module")
+def tuned(data: PassContext) -> PassResult:
+    return apply(quantized(), _TEXT, data)
+
+
+def test_tuning_lowers_the_divergence_that_the_program_has(tuned, data):
+    assert improved(tuned.summary)
+    pairs = [(annotated().run(b), tuned.program.run(b)) for b in data.validation]
+    measured = sum(float(kl_loss(*pair)) for pair in pairs) / len(pairs)
+    assert tuned.summary["kl_after"] == pytest.approx(measured, rel=1e-4)
+
+
+def test_only_levels_change_without_quantized_activations(tuned):
+    before, after = dict(quantized().parameters()), dict(tuned.program.parameters())
+    changed = {path.rpartition(".")[2] for path in before if not torch.equal(before[path], after[path])}
+    assert changed == {"levels", "scale"}
+
+
+def test_clip_factors_change_with_quantized_activations(data):
+    before = apply(quantized(), _ACTIVATE, data).program
+    result = apply(before, "finetune{steps=12,lr_clip=0.2,every=4}", data)
+    assert improved(result.summary)
+    clips = [t for path, t in result.program.parameters() if path.endswith("input_clip")]
+    assert clips and all(float(t.max()) <= 1 for t in clips) and min(float(t.min()) for t in clips) < 0.999
+
+
+@pytest.mark.parametrize("options", ["steps=0", "steps=4,lr_levels=0,lr_clip=0"])
+def test_without_learning_rate_nothing_changes(options, data):
+    before = apply(quantized(), _ACTIVATE, data).program
+    result = apply(before, f"finetune{{{options}}}", data)
+    assert not improved(result.summary) and same_tensors(result.program, before)
+
+
+def test_uncertain_tokens_can_weigh_more(data):
+    plain, weighted = (apply(quantized(), f"finetune{{steps=4,deviation={d}}}", data) for d in (0, 1))
+    assert improved(weighted.summary) and not same_tensors(plain.program, weighted.program)
+    teacher = torch.tensor([[9.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    student = torch.zeros(2, 3)
+    each = [float(kl_loss(teacher[i : i + 1], student[i : i + 1])) for i in range(2)]
+    assert float(kl_loss(teacher, student)) == pytest.approx(sum(each) / 2)
+    assert each[1] < float(kl_loss(teacher, student, 1.0)) < sum(each) / 2
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_resumed_run_gives_the_same_bytes(saves, tuned, data):
+    memory = Memory(saves=saves)
+    with pytest.raises(Memory.KilledError):
+        apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+    memory.left = None
+    resumed = apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+    assert memory.loaded == 1
+    assert same_tensors(resumed.program, tuned.program) and resumed.summary == tuned.summary
+
+
+def test_it_needs_quantized_weights(data):
+    with pytest.raises(PassError, match="ptq"):
+        apply(annotated(), "finetune", data)

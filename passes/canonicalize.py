@@ -27,6 +27,7 @@ Sums may be taken in another order, hence the bound. No preconditions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,16 +130,11 @@ def _compute_weights(module: fx.GraphModule) -> None:
         needed = ancestors(weight)
         if any(n.op == "placeholder" for n in needed):
             continue
-        values: dict[fx.Node, Any] = {}
-        for step in needed:
-            arguments, options = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
-            is_weight = step.op == "get_attr"
-            values[step] = get_attribute(module, step.target) if is_weight else step.target(*arguments, **options)
         stack = list(node.meta.get("nn_module_stack", {}).values())
         path = f"{stack[-1][0]}.weight" if stack and stack[-1][0] else f"{node.name}_weight"
-        if _exists(module, path):
+        if any(n.op == "get_attr" and n.target == path and set(n.users) - set(needed) for n in module.graph.nodes):
             path += "_computed"
-        set_attribute(module, path, values[weight].contiguous())
+        set_attribute(module, path, _evaluate(module, needed).contiguous())
         with module.graph.inserting_before(node):
             stored = make_attribute(module.graph, path, weight)
         stored.meta["val"] = weight.meta["val"]
@@ -146,12 +142,14 @@ def _compute_weights(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
 
 
-def _exists(module: fx.GraphModule, path: str) -> bool:
-    try:
-        get_attribute(module, path)
-    except AttributeError:
-        return False
-    return True
+def _evaluate(module: fx.GraphModule, steps: Sequence[fx.Node]) -> torch.Tensor:
+    """The value of the last of some nodes, which depend on parameters and each other only."""
+    values: dict[fx.Node, Any] = {}
+    for step in steps:
+        arguments, options = fx.node.map_arg((step.args, step.kwargs), values.__getitem__)
+        is_weight = step.op == "get_attr"
+        values[step] = get_attribute(module, step.target) if is_weight else step.target(*arguments, **options)
+    return values[steps[-1]]
 
 
 @dataclass(frozen=True)

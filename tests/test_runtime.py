@@ -19,9 +19,9 @@ from rtn import simulate
 from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 
 from lbllm_compile import artifact, runtime
-from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
+from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, generate
 from lbllm_compile.runtime.executor import Executor, requirements
-from lbllm_compile.runtime.generate import FEW_TOKENS, TextStream, choose, tokens
+from lbllm_compile.runtime.generate import FEW_TOKENS, TextStream, choose
 from lbllm_compile.runtime.state import MIN_CAPACITY, left_pad
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
@@ -219,10 +219,10 @@ def test_small_steps_take_one_torch_thread_and_give_it_back():
         seen.append((ids.numel(), torch.get_num_threads()))
         return torch.zeros((ids.shape[0], 5))
 
-    before = torch.get_num_threads()
+    before, prompt = torch.get_num_threads(), torch.zeros((1, FEW_TOKENS + 1), dtype=torch.int64)
     torch.set_num_threads(2)
     try:
-        for _ in tokens(step, torch.zeros((1, FEW_TOKENS + 1), dtype=torch.int64), Sampling(max_new_tokens=3), ()):
+        for _ in generate.tokens(step, prompt, Sampling(max_new_tokens=3), ()):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

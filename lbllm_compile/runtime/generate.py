@@ -12,7 +12,6 @@ from torch import Tensor
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import one_torch_thread
 
-
 FEW_TOKENS = 16
 """Up to this many tokens a step, torch's operators between the kernels are too small to share among threads."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,6 +81,7 @@ class CompileReport:
         sheet: sizes, perplexities and speeds, see :func:`lbllm_compile.sheet.measure`.
         resumed: finished pieces taken over from an interrupted compile.
         seconds: wall time by phase.
+        peak_memory: most bytes this process has held resident.
     """
 
     out: Path
@@ -86,6 +89,7 @@ class CompileReport:
     sheet: Mapping[str, Any]
     resumed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,6 +98,7 @@ class CompileReport:
             "sheet": dict(self.sheet),
             "resumed": self.resumed,
             "seconds": dict(self.seconds),
+            "peak_memory": self.peak_memory,
         }
 
 
@@ -197,7 +202,7 @@ def compile(
         work.release()
         raise
     work.remove()
-    return CompileReport(job.out, records, figures, work.reused, clock.seconds)
+    return CompileReport(job.out, records, figures, work.reused, clock.seconds, peak_memory())
 
 
 def rehearse(options: CompileOptions, progress: Progress | None = None) -> preflight.Rehearsal:
@@ -298,6 +303,12 @@ def lock(job: Job, facts: Mapping[str, str], data: CalibrationSet, check: Mappin
         "versions": artifact.versions(),
         "check": dict(check),
     }
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Dumps:

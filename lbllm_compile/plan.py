@@ -43,8 +43,11 @@ _TRAINING_BYTES = 44
 """Per weight of the one layer in training: master weight, bitmap logits, their gradients and two optimizer moments
 each, the quantized weight and what autograd keeps of it."""
 
-_OPERATIONS = {"text": 2.5, "ptq": 4.0, "distill": 10.0, "activate": 15.0}
+_OPERATIONS = {"text": 6.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
 """What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
+
+_CHAIN_OPERATIONS = 2.5
+"""The same for taking the float model's activations through all layers."""
 
 _CAPTURE_SECONDS = 0.6
 """Tracing and checking, per decoder layer."""
@@ -305,8 +308,13 @@ def _seconds(
     weights = sum(x.weights for x in decoder)
     work = {"text": sum(x.weights for x in found)} if writes_text and model.kind == "causal-lm" else {}
     work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
-    for stage in ("distill", "activate"):
-        work[stage] = weights * _option(passes, stage, "epochs", 0)
+    work["distill"] = weights * _option(passes, "distill", "epochs", 0)
+    for stage in ("activate", "finetune"):
+        steps = _option(passes, stage, "steps", None)
+        if steps is not None:
+            seen = steps * _option(passes, stage, "batch", 0) * preset.sequence_length / tokens
+            whole = seen * sum(x.weights for x in found) + _CHAIN_OPERATIONS / _OPERATIONS[stage] * weights
+            work[stage] = whole + weights * _option(passes, stage, "epochs", 0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
     result.update({_TITLES[k]: _OPERATIONS[k] * v * tokens / speed for k, v in work.items() if v})
     shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
@@ -320,6 +328,7 @@ _TITLES = {
     "ptq": "stage 1, ptq",
     "distill": "stage 2, distill",
     "activate": "stage 3, activate",
+    "finetune": "finetune",
 }
 
 

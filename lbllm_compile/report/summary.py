@@ -26,7 +26,9 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
             parts += [Text(), terminal.rows_table(f"{record.text}, by decoder layer", rows)]
     if times:
         phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
-        parts += [Text(), terminal.table("Time", ["phase", "time"], phases)]
+        phases.append(["in all", terminal.duration(sum(report.seconds.values()))])
+        phases.append(["peak memory", terminal.size(report.peak_memory)])
+        parts += [Text(), terminal.table("Time and memory", ["phase", ""], phases)]
     if report.resumed:
         parts += [Text(), Text(f"Taken over from an interrupted compile: {report.resumed} finished pieces of work.")]
     return [*parts, Text(), sheet(report.sheet)]

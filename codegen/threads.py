@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 def thread_count() -> int:
     """Threads of the kernels' pool: ``TVM_NUM_THREADS`` where set, else the CPUs this process may use."""
@@ -22,8 +20,12 @@ def one_torch_thread() -> Iterator[None]:
     """Torch's operators on the calling thread alone, in this block.
 
     The threads of two pools, torch's and the kernels', spin on the same cores while they wait, and every change from
-    one pool to the other costs as much as a whole small operator. Worth it where torch's share is small.
+    one pool to the other costs as much as a whole small operator. Worth it where torch's share is small. A thread
+    that uses torch for the first time while another one is in this block keeps the count of one.
     """
+    # Not at the top: `doctor` counts threads, and must do so with a torch that cannot be imported too.
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

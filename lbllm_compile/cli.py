@@ -134,7 +134,9 @@ KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4
 KeepDense = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
 ]
-Device = Annotated[str, typer.Option(help="where calibration runs: auto, cpu or cuda")]
+Device = Annotated[
+    str, typer.Option(help="where the model samples its calibration text: auto, cpu or cuda; the stages run on the CPU")
+]
 Seed = Annotated[int, typer.Option(help="start of every random choice")]
 WorkDirectory = Annotated[Path | None, typer.Option("--work-dir", help="where unfinished work is kept")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -317,7 +319,7 @@ def run(
     with _terminal(as_json) as ui:
         from lbllm_compile.runtime import load
 
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _read_prompt() if prompt == "-" else prompt
         model = load(directory, progress=ui.progress)
         chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
         ids = model.encode(text, chat=chat)
@@ -340,7 +342,9 @@ def run(
 def eval_command(
     directory: ArtifactDir,
     text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
-    seq_len: Annotated[int, typer.Option(help="tokens in a chunk")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(help="tokens in a chunk [default: 512, or what the model's context holds]")
+    ] = None,
     chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="the original [default: what the artifact was compiled from]")
@@ -463,6 +467,16 @@ def _compile_options(**values: Any) -> CompileOptions:
     from lbllm_compile.driver import CompileOptions
 
     return CompileOptions(**values)
+
+
+def _read_prompt() -> str:
+    """Standard input as UTF-8, whatever encoding the locale sets."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv"
+        ) from error
 
 
 def _split_debug(args: Sequence[str]) -> tuple[list[str], list[str]]:

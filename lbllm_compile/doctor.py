@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import os
 import platform
@@ -18,7 +20,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.report import terminal
 
 _GIB = 1 << 30
@@ -97,8 +98,20 @@ def render_targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cpu() -> Iterable[Finding]:
-    from lbllm_compile.codegen.targets import generic, host, x86
     from lbllm_compile.codegen.threads import thread_count
+
+    if _why_broken("torch"):
+        cost = "its features and kernel family cannot be told, because torch does not load"
+        yield Finding("cpu", "CPU", "note", platform.machine(), cost)
+    else:
+        yield from _cpu_family()
+    threads, cores = thread_count(), os.cpu_count() or 1
+    cost = "" if threads == cores else f"TVM_NUM_THREADS or the CPU affinity leaves {cores - threads} of them unused"
+    yield Finding("cpu", "threads", "ok" if not cost else "note", f"{threads} of {cores}", cost)
+
+
+def _cpu_family() -> Iterable[Finding]:
+    from lbllm_compile.codegen.targets import generic, host, x86
 
     families = host.families()
     yield Finding("cpu", "CPU", "ok", f"{host.cpu_name()}, {platform.machine()}")
@@ -112,9 +125,6 @@ def _cpu() -> Iterable[Finding]:
     else:
         cost = "no AVX-512 VNNI: products of more than a few rows (prompts) are slower"
         yield Finding("cpu", "kernel family", "note", families[0], cost)
-    threads, cores = thread_count(), os.cpu_count() or 1
-    cost = "" if threads == cores else f"TVM_NUM_THREADS or the CPU affinity leaves {cores - threads} of them unused"
-    yield Finding("cpu", "threads", "ok" if not cost else "note", f"{threads} of {cores}", cost)
 
 
 def _memory() -> Iterable[Finding]:
@@ -165,12 +175,18 @@ _NVCC = {
 def _packages() -> Iterable[Finding]:
     yield Finding("packages", "Python", "ok", f"{platform.python_version()} at {sys.executable}")
     for name in ("torch", "transformers"):
-        yield Finding("packages", name, "ok", _version(name) or "")
-    try:
-        from lbllm_compile.codegen import tvm_api
-    except LbllmError as error:
-        yield Finding("packages", "TVM", "missing", "does not load", str(error))
+        value = _version(name) or "not installed"
+        if reason := _why_broken(name):
+            cost = f"no model can be compiled or run ({reason}); install it again: pip install --force-reinstall {name}"
+            yield Finding("packages", name, "missing", f"{value}, does not load", cost)
+        else:
+            yield Finding("packages", name, "ok", value)
+    if reason := _why_broken("lbllm_compile.codegen.tvm_api"):
+        cost = "TVM uses torch, which does not load either" if _why_broken("torch") else reason
+        yield Finding("packages", "TVM", "missing", "does not load", cost)
     else:
+        from lbllm_compile.codegen import tvm_api
+
         text = f"{_version('apache-tvm')}, ffi {_version('apache-tvm-ffi')}, LLVM {tvm_api.llvm_version()}"
         yield Finding("packages", "TVM", "ok", text)
     for name, cost in _EXTRAS.items():
@@ -181,6 +197,9 @@ def _packages() -> Iterable[Finding]:
 
 
 def _cuda() -> Iterable[Finding]:
+    if _why_broken("torch"):
+        yield Finding("cuda", "CUDA device", "note", "unknown", "torch, which looks for devices, does not load")
+        return
     import torch
 
     if torch.cuda.is_available():
@@ -217,6 +236,19 @@ def _disk() -> Iterable[Finding]:
                 "cannot be written: kernels would be tuned anew every time" if "cache" in name else "cannot be written"
             )
         yield Finding("disk", name, "ok" if not cost else "note", f"{free / _GIB:.0f} GiB free at {path}", cost)
+
+
+@functools.cache
+def _why_broken(module: str) -> str:
+    """Why a module cannot be imported; empty where it can.
+
+    Remembered, because a second attempt at a module that failed halfway fails for another reason.
+    """
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a damaged installation raises whatever it likes: ImportError, OSError, AttributeError
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _version(package: str) -> str:

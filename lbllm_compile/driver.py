@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbllm_compile import __version__, artifact, calibration, frontend, preflight, recipe, sheet
+from lbllm_compile import __version__, artifact, calibration, checkpoint, frontend, preflight, recipe, sheet
 from lbllm_compile.calibration import CalibrationSet
-from lbllm_compile.checkpoint import WorkDir
+from lbllm_compile.checkpoint import WorkDir, WorkDirError
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, parse_targets
@@ -44,7 +46,7 @@ class CompileOptions:
         pipeline: pipeline text instead of the recipe's.
         calibration: calibration text; the model's own samples by default.
         group, act_bits, kv_bits, keep_dense: override the recipe's.
-        device: where calibration runs: ``auto``, ``cpu`` or ``cuda``.
+        device: where the model samples its calibration text: ``auto``, ``cpu`` or ``cuda``. The stages run on the CPU.
         work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
         seed: of every random choice.
         dump_dir: where to write the graph after every pass, as text.
@@ -236,7 +238,6 @@ def _transform(
         validation=data.validation,
         probe=data.probe,
         target=job.options.target,
-        device=_device(job.options.device),
         seed=job.options.seed,
         progress=progress,
         checkpoints=work,
@@ -262,6 +263,7 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
     targets = parse_targets(options.target)
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
+    check_named(options, passes)
     _device(options.device)
     if options.out is not None:
         artifact.check_destination(options.out)
@@ -271,11 +273,64 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
         if model.recipe:
             choices = recipe.choices(options, model.recipe)
             passes = recipe.passes(choices, options.target)
+        check_print_after(options, passes)
         out = options.out or Path(f"{model.name}-lbllm")
         artifact.check_destination(out)
         program = frontend.capture(model)
         task.advance("captured")
     return Job(options, model, choices, passes, targets, program, out)
+
+
+def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
+    """Checks the calibration text, the work directory and the passes to print after, as far as no model is needed.
+
+    Nothing is written, no text is tokenized and the network is not asked.
+
+    Args:
+        passes: the pipeline of the command line.
+
+    Raises:
+        CalibrationError: the text is missing, of no known kind or unreadable, or a package that reads it is missing.
+        WorkDirError: the directory holds other things or cannot be written.
+        OptionError: a pass to print after is not in the pipeline.
+    """
+    if options.calibration is not None:
+        texts = calibration.read_texts(options.calibration)
+        # The first document says whether the rest can be read. That of a data set comes from the network, unless the
+        # package that would fetch it is missing.
+        if not options.calibration.startswith("hf:") or importlib.util.find_spec("datasets") is None:
+            next(iter(texts), None)
+    if options.work_dir is not None:
+        _check_work_dir(options.work_dir)
+    # A model.py may bring a recipe with another pipeline.
+    if options.pipeline is not None or not options.model.endswith(".py"):
+        check_print_after(options, passes)
+
+
+def check_print_after(options: CompileOptions, passes: Sequence[Pass]) -> None:
+    """Checks that every pass to print after is run.
+
+    Raises:
+        OptionError: one is not in the pipeline.
+    """
+    names = [p.name for p in passes]
+    for name in options.print_after:
+        if name not in names:
+            raise recipe.OptionError(
+                f"--print-after {name}: the pipeline has no pass '{name}'{suggestion(name, names)}; it has"
+                f" {', '.join(names)}"
+            )
+
+
+def _check_work_dir(path: Path) -> None:
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise WorkDirError(
+            f"cannot use {path} as work directory: '{existing}' is not a directory that can be written; pass another"
+            " --work-dir"
+        )
+    if existing == path.absolute():
+        checkpoint._make(path)  # makes nothing where there is a directory, and refuses one that holds other things
 
 
 def fingerprint(job: Job, data: CalibrationSet) -> dict[str, str]:

@@ -30,6 +30,9 @@ from lbllm_compile.runtime.model import CompiledModel
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``[1, S]`` to logits ``[1, S, V]``."""
 
+SEQUENCE_LENGTH = 512
+"""Tokens of a chunk where none are asked for and the model's context holds them."""
+
 
 class EvaluationError(LbllmError):
     """The text or the teacher that the user named cannot be used."""
@@ -101,11 +104,28 @@ def cut(ids: Sequence[int], seq_len: int, chunks: int) -> list[Tensor]:
     return [torch.tensor([ids[i * seq_len : (i + 1) * seq_len]]) for i in range(count)]
 
 
+def chunk_length(asked: int | None, context: int | None) -> int:
+    """Tokens of a chunk: as asked for, or by default what the model's context holds, at most ``SEQUENCE_LENGTH``.
+
+    Args:
+        asked: None where the user did not say.
+        context: tokens the model can attend to; None where unknown.
+
+    Raises:
+        EvaluationError: more were asked for than the context holds.
+    """
+    if asked is None:
+        return min(SEQUENCE_LENGTH, context or SEQUENCE_LENGTH)
+    if context is not None and asked > context:
+        raise EvaluationError(f"--seq-len cannot be {asked}: the model's context holds {context} tokens; ask for fewer")
+    return asked
+
+
 def evaluate(
     directory: str | Path,
     text: str | Path,
     *,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     chunks: int = 32,
     teacher: str | None = None,
     progress: Progress | None = None,
@@ -115,7 +135,8 @@ def evaluate(
     Args:
         directory: the artifact.
         text: a UTF-8 text file.
-        seq_len, chunks: see the module docstring; a shorter text gives fewer chunks.
+        seq_len: tokens of a chunk; by default see :func:`chunk_length`.
+        chunks: how many at most; a shorter text gives fewer.
         teacher: the original model, as a compile takes it. By default the one that the artifact was compiled from, if
             it is still where it was; otherwise the figures that need it are None.
         progress: told what goes on.
@@ -124,7 +145,8 @@ def evaluate(
         ``ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight, bits_per_weight_file, tokens``.
 
     Raises:
-        EvaluationError: the text is not UTF-8 or too short, the model has no tokenizer, the teacher does not fit.
+        EvaluationError: the text is not UTF-8 or too short, a chunk does not fit the model's context, the model has no
+            tokenizer, the teacher does not fit.
         ArtifactError, KernelError: the artifact cannot be loaded or run.
     """
     progress = progress or NoProgress()
@@ -132,11 +154,12 @@ def evaluate(
     loaded = artifact.load(directory)
     if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
         raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    pieces = cut(loaded.program.tokenizer(content)["input_ids"], seq_len, chunks)
-    original = find_teacher(loaded, teacher, progress)
     model = CompiledModel(loaded.program, build_kernels(loaded, progress=progress))
+    length = chunk_length(seq_len, model.context_length)
+    pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
+    original = find_teacher(loaded, teacher, progress)
     scores = compare(model.logits, original, pieces, progress)
-    return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (seq_len - 1)}
+    return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (length - 1)}
 
 
 def read_text(path: Path) -> str:

@@ -43,6 +43,10 @@ _TRAINING_BYTES = 44
 """Per weight of the one layer in training: master weight, bitmap logits, their gradients and two optimizer moments
 each, the quantized weight and what autograd keeps of it."""
 
+_LEVEL_BYTES = 4 * 4
+"""A float32 copy of a group's four levels. Training keeps six: levels, gradient, two moments, the best state and one
+being written; a state on disk has four."""
+
 _OPERATIONS = {"text": 6.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
 """What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
 
@@ -125,13 +129,16 @@ def make_plan(options: CompileOptions) -> Plan:
     Raises:
         LbllmError: what would stop the compile at its start: a wrong option, a missing file, an unknown target.
     """
+    from lbllm_compile.driver import check_named, check_print_after
     from lbllm_compile.passes import pipeline
 
     targets = tuple(t.name for t in parse_targets(options.target))
     passes = recipe.passes(recipe.choices(options), options.target)
+    check_named(options, passes)
     model = _skeleton(options.model)
     choices = recipe.choices(options, model.recipe)
     passes = recipe.passes(choices, options.target)
+    check_print_after(options, passes)
     preset = recipe.preset(choices.preset)
     found = survey(model, _option(passes, "annotate", "keep_dense", ()))
     linears = tuple(_treatment(linear, passes) for linear in found)
@@ -147,6 +154,7 @@ def make_plan(options: CompileOptions) -> Plan:
     largest = max(by_layer.values(), default=0)
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
     activations = 2 * 4 * width * (tokens + held_out)
+    together, saved = _together_bytes(found, passes, preset)
     speed = matmul_speed()
     return Plan(
         model=options.model,
@@ -158,13 +166,31 @@ def make_plan(options: CompileOptions) -> Plan:
         targets=targets,
         linears=linears,
         artifact=artifact,
-        peak_memory=_BASE_BYTES + 2 * 4 * parameters + _TRAINING_BYTES * largest + activations,
+        peak_memory=_BASE_BYTES + 2 * 4 * parameters + max(_TRAINING_BYTES * largest, together) + activations,
         memory_available=memory()[1],
-        disk=2 * artifact + sum(4 * x.weights for x in found if x.info.role == "decoder") // 4,
+        disk=2 * artifact + sum(4 * x.weights for x in found if x.info.role == "decoder") // 4 + saved,
         disk_available=shutil.disk_usage(_existing(options.out or Path())).free,
         seconds=_seconds(found, passes, model, tokens, preset, speed, options.calibration is None),
         speed=speed,
     )
+
+
+def _together_bytes(found: Sequence[_Linear], passes: Sequence[Pass], preset: recipe.Preset) -> tuple[int, int]:
+    """What training all layers together takes in memory, and what it keeps on disk.
+
+    In memory every matrix and its gradient are float32, and so are the logits of a batch, the float model's and the
+    quantized one's, with their gradient and one temporary.
+    """
+    sizes = [
+        _option(passes, stage, "batch", 0) for stage in ("activate", "finetune") if _option(passes, stage, "steps", 0)
+    ]
+    if not sizes:
+        return 0, 0
+    weights = sum(x.weights for x in found if x.info.role == "decoder")
+    levels = weights // _option(passes, "ptq", "group", 64) * _LEVEL_BYTES
+    outputs = max((x.shape[-2] for x in found if x.info.role == "head"), default=0)
+    logits = 4 * 4 * max(sizes) * preset.sequence_length * outputs
+    return 2 * 4 * weights + 6 * levels + logits, 4 * levels
 
 
 def survey(model: frontend.UserModel, keep_dense: Sequence[str] = ()) -> list[_Linear]:

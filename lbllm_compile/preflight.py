@@ -83,7 +83,7 @@ def rehearse(
         context.teacher = cut
         after = cut
         for item in passes[head:]:
-            after, (record,) = pipeline.run(after, [item], context)
+            after, (record,) = pipeline.run(after, [item.rehearsal()], context)
             steps.append(Step(item.name, record.seconds))
             task.advance(item.name)
         if "lower" in names:

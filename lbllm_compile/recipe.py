@@ -21,7 +21,10 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.registry import suggestion
 
-RECIPES = {"lbllm": "the three LBLLM stages, activation scales per token and group, 4-bit KV cache, int8 lm_head"}
+RECIPES = {
+    "lbllm": "the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per token and group, 4-bit"
+    " KV cache, int8 lm_head"
+}
 """Known recipes and what they are."""
 
 
@@ -36,7 +39,9 @@ class Preset(BaseModel):
         sequences: calibration sequences.
         sequence_length: tokens in each.
         validation_sequences: held-out sequences, never trained on.
-        distill_epochs, activate_epochs: passes over the calibration set, layer by layer, in stages 2 and 3.
+        distill_epochs: passes over the calibration set in stage 2.
+        activate_steps: batches on which stage 3 trains the whole model.
+        finetune_steps: the same for ``finetune``; with 0 the pipeline goes without.
         tune_trials: schedule candidates measured per shape and M bucket.
         tune_seconds: time limit of the whole schedule search.
     """
@@ -47,7 +52,8 @@ class Preset(BaseModel):
     sequence_length: int = Field(gt=1)
     validation_sequences: int = Field(gt=0)
     distill_epochs: int = Field(ge=0)
-    activate_epochs: int = Field(ge=0)
+    activate_steps: int = Field(ge=0)
+    finetune_steps: int = Field(ge=0)
     tune_trials: int = Field(ge=1)
     tune_seconds: float = Field(gt=0)
 
@@ -58,7 +64,8 @@ PRESETS = {
         sequence_length=256,
         validation_sequences=8,
         distill_epochs=2,
-        activate_epochs=0,
+        activate_steps=8,
+        finetune_steps=0,
         tune_trials=16,
         tune_seconds=60,
     ),
@@ -67,7 +74,8 @@ PRESETS = {
         sequence_length=256,
         validation_sequences=16,
         distill_epochs=3,
-        activate_epochs=2,
+        activate_steps=0,
+        finetune_steps=64,
         tune_trials=32,
         tune_seconds=120,
     ),
@@ -76,7 +84,8 @@ PRESETS = {
         sequence_length=2048,
         validation_sequences=64,
         distill_epochs=2,
-        activate_epochs=1,
+        activate_steps=0,
+        finetune_steps=2048,
         tune_trials=64,
         tune_seconds=600,
     ),
@@ -154,13 +163,15 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
     kv_bits = _one_of("kv-bits", choices.kv_bits, 4, ACTIVATION_BITS)
     make = pipeline.make
+    tuning = [make("finetune", {"steps": size.finetune_steps})] if size.finetune_steps else []
     return [
         make("canonicalize", {}),
         make("annotate", {"keep_dense": choices.keep_dense}),
         make("observe", {}),
         make("ptq", {"group": group}),
         make("distill", {"epochs": size.distill_epochs}),
-        make("activate", {"bits": act_bits, "kv": kv_bits, "group": group, "epochs": size.activate_epochs}),
+        make("activate", {"bits": act_bits, "kv": kv_bits, "group": group, "steps": size.activate_steps}),
+        *tuning,
         make("head", {}),
         make("merge", {}),
         make("lower", {"target": target}),

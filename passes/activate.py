@@ -1,10 +1,11 @@
 """``activate``, the third stage: 4-bit activations and KV cache, with learned clip factors.
 
 Inserts quantizers in front of the decoder linears, one per distinct input, and on keys and values before they are
-repeated for grouped queries (keys after the rotary embedding). Then, layer by layer, the factors that clip each input's
-range and the levels of the weights train together against the float layer, on the chain that is quantized in weights
-and activations; sign planes and bitmaps are frozen, because training them under quantized activations diverges (LBLLM,
-arXiv 2604.19167, stage "AAR" and table 3). Ranges are dynamic: a factor scales the range that a token's group has.
+repeated for grouped queries (keys after the rotary embedding). Ranges are dynamic: a factor scales the range that a
+token's group has. These factors and the levels of the weights then train under quantized activations; sign planes and
+bitmaps are frozen, because training them there diverges (LBLLM, arXiv 2604.19167, stage "AAR" and table 3). With
+``epochs``, each layer trains against the float layer, as in the paper; with ``steps``, all layers train together
+against the float model's output.
 
 Given::
 
@@ -19,14 +20,15 @@ Result::
     %key4, %value4 = lbllm.fake_quantize_kv(%key, 4), lbllm.fake_quantize_kv(%value, 4)
     %out = aten.scaled_dot_product_attention(%query, expand(%key4), expand(%value4))
 
-The state that reconstructs held-out sequences best is kept per layer, the untrained one included. Errors are reported
-as by ``distill``, and the divergence of the whole model's output, with untrained quantizers and with trained ones.
+The state that does best on held-out sequences is kept, the untrained one included. Errors of the layers are reported as
+by ``distill``, and the divergence of the whole model's output, with untrained quantizers and with trained ones.
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,17 +39,17 @@ from torch import Tensor, fx
 from ..codegen import ops as ops
 from ..codegen.format import GROUPS
 from ..codegen.reference import ACTIVATION_BITS
-from .alignment import Together, Whole, best_start, figures
+from .alignment import Together, Whole
 from .annotate import LINEAR
-from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .chains import Chains, paired_layers, train_layers, with_tensors
-from .layers import Stage
+from .layers import Layers, Stage
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
-from .simulate import LOGIT, LevelWeight, Lifted, clip_factors, lift
+from .simulate import LOGIT, LevelWeight, Lifted, clip_factors
 from .training import Group, reconstruction, step_scale, train
 
 STREAM = 2 << 20
@@ -65,65 +67,74 @@ class Activate(Pass):
         bits: of the linears' inputs: 4, 8 or 16.
         group: channels per activation scale: the weights' group, or 0 for one scale per token.
         kv: bits of keys and values: 4, 8 or 16.
-        epochs: passes over the calibration set, layer by layer; 0 leaves the training to ``steps``.
+        epochs: passes over the calibration set, layer by layer. On few tokens the layers come closer to the float ones
+            while the model's output drifts away, so ``steps`` alone are the default.
         steps: batches on which all layers then train together on the whole model's output.
         batch: sequences per step.
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
-        lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels.
+        lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels. Layer by layer, both rates are
+            scaled to the number of steps.
         precision: of the matrix products on the calibration set.
     """
 
     bits: int = 4
     group: int = 64
     kv: int = 4
-    epochs: int = 1
-    steps: int = 8
-    batch: int = 4
-    lr_clip: float = 5e-2
-    lr_levels: float = 5e-3
+    epochs: Count = 0
+    steps: Count = 8
+    batch: Positive = 4
+    lr_clip: Rate = 5e-2
+    lr_levels: Rate = 5e-3
     precision: Precision = "auto"
 
     name: ClassVar[str] = "activate"
     contract: ClassVar[Contract] = CALIBRATING
 
+    def rehearsal(self) -> Activate:
+        return dataclasses.replace(self, epochs=min(self.epochs, 1), steps=min(self.steps, 1))
+
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program)
         program = insert_quantizers(program, self.bits, self.group, self.kv)
-        teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
-        behind_prologue = chains.student.fork(), chains.student_validation.fork()
-        pairs = list(zip(teacher_layers.layers, student_layers.layers, strict=True))
+        pair = paired_layers(self.name, program, context)
+        together = Together(
+            steps=self.steps,
+            every=max(self.steps, 1),
+            lr_levels=self.lr_levels,
+            lr_clip=self.lr_clip,
+            title="stage 3: training on the whole model's output",
+            stream=STREAM - 1,
+        )
         if self.epochs:
-            whole, stored, rows = train_layers(
-                self.name,
-                "stage 3: training clip factors and levels",
-                pairs,
-                chains,
-                context,
-                lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
-            )
-        else:
-            whole, stored, rows = [lift(student) for _, student in pairs], {}, []
-            for teacher, _ in pairs:
-                chains.teach(teacher)
-        end_to_end = Whole.of(whole, teacher_layers, behind_prologue, chains, program.kind)
-        stage = f"{self.name}-together"
-        done = context.checkpoints.load(stage, 1)
-        if done is None:
-            start = best_start(end_to_end, stored)
-            together = Together(
-                steps=self.steps,
-                every=self.steps,
-                lr_levels=self.lr_levels,
-                lr_clip=self.lr_clip,
-                stage=stage,
-                title="stage 3: training on the whole model's output",
-            )
-            tensors, outcome = together.train(end_to_end, start, context, context.generator(STREAM - 1))
-            done = tensors, {"layers": len(whole), "start": start.name, **figures(program.kind, start, outcome)}
-            context.checkpoints.save(stage, 1, *done)
-        tensors, summary = done
-        return PassResult(with_tensors(program, tensors), rows, summary)
+            whole, trained, rows = self._train_layers(program, pair, context)
+            tensors, summary = together.run(program.kind, lambda: whole, context, trained)
+            return PassResult(with_tensors(program, tensors), rows, summary)
+
+        def start() -> Whole:
+            generator = context.generator(STREAM - 2)
+            return Whole.start(program, pair, context, self.batch, self.steps, self.precision, generator)
+
+        tensors, summary = together.run(program.kind, start, context, {})
+        return PassResult(with_tensors(program, tensors), (), summary)
+
+    def _train_layers(
+        self, program: Program, pair: tuple[Layers, Layers], context: PassContext
+    ) -> tuple[Whole, dict[str, Tensor], list[dict[str, Any]]]:
+        """Trains layer by layer; returns the whole program as it came, what the layers learned, and their figures."""
+        teacher, student = pair
+        chains = Chains.start(program, teacher, student, context, self.batch, self.precision)
+        behind_prologue = chains.student.fork(), chains.student_validation.fork()
+        layers, trained, rows = train_layers(
+            self.name,
+            "stage 3: training clip factors and levels",
+            list(zip(teacher.layers, student.layers, strict=True)),
+            chains,
+            context,
+            lambda lifted, layer, index: self._train(lifted, layer, chains, context.generator(STREAM + index)),
+        )
+        training, validation = behind_prologue
+        chains = dataclasses.replace(chains, student=training, student_validation=validation)
+        return Whole.of(layers, pair, chains, program.kind), trained, rows
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):
@@ -165,15 +176,15 @@ class Activate(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        count = len(chains.student)
+        batches = len(chains.student)
         outcome = train(
             groups,
             loss,
             validate,
             generator,
-            batches=count,
-            steps=self.epochs * count,
-            every=count,
+            batches=batches,
+            steps=self.epochs * batches,
+            every=batches,
             precision=self.precision,
         )
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}

@@ -9,24 +9,30 @@ there the levels and clip factors of all layers train together against the float
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .base import PassContext
+from .base import PassContext, PassError
 from .chains import Chains, parameters_of, weight_of
-from .layers import Activations, Layers, Stage, Values
+from .layers import Activations, Layers, Values
 from .precision import Precision, restored
-from .program import get_attribute
+from .program import Program, get_attribute
 from .ptq import FIELDS
-from .simulate import LOGIT, LevelWeight, Lifted, clip_factors, clip_logits
+from .rewrite import calls
+from .simulate import LOGIT, LevelWeight, Lifted, clip_factors, clip_logits, lift
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Scalar distance of a student's output from the teacher's, differentiable in the second."""
+
+_QUANTIZED_HEAD = (torch.ops.lbllm.fake_quantize.default, torch.ops.lbllm.int8_linear.default)
+
+KL_TOKENS = 32
+"""Tokens whose probabilities are computed at a time, so that they stay in the processor's cache."""
 
 MEASURES = {"causal-lm": "kl", "module": "error"}
 """What the distance from the float model is called, by kind of program."""
@@ -38,8 +44,8 @@ class Whole:
 
     Attributes:
         layers: the lifted decoder layers.
-        epilogue: what follows them.
-        result: name of the program's output.
+        teacher: the float program.
+        student: the quantized program.
         training, validation: values behind the prologue.
         teacher_training, teacher_validation: the float model's values behind its last layer.
         divergence: distance from the float model's output, on validation.
@@ -48,8 +54,8 @@ class Whole:
     """
 
     layers: Sequence[Lifted]
-    epilogue: Stage
-    result: str
+    teacher: Layers
+    student: Layers
     training: Activations
     validation: Activations
     teacher_training: Activations
@@ -59,33 +65,50 @@ class Whole:
     precision: Precision
 
     @classmethod
-    def of(
-        cls,
-        layers: Sequence[Lifted],
-        teacher: Layers,
-        behind_prologue: tuple[Activations, Activations],
-        chains: Chains,
-        kind: str,
-        deviation: float = 0.0,
-    ) -> Whole:
-        """From lifted layers and a teacher's chains that have passed all layers.
+    def of(cls, layers: Sequence[Lifted], pair: tuple[Layers, Layers], chains: Chains, kind: str) -> Whole:
+        """From lifted layers and chains of which the teacher's have passed all layers and the student's none.
 
         Args:
-            behind_prologue: the student's training and validation values behind the prologue.
+            pair: teacher and student.
             kind: the program's.
-            deviation: see :func:`kl_loss`.
         """
-        return cls(
-            layers,
-            teacher.epilogue,
-            teacher.results[0],
-            *behind_prologue,
-            chains.teacher,
-            chains.teacher_validation,
-            divergence_of(kind),
-            divergence_of(kind, deviation),
-            chains.precision,
-        )
+        values = chains.student, chains.student_validation, chains.teacher, chains.teacher_validation
+        return cls(layers, *pair, *values, divergence_of(kind), divergence_of(kind), chains.precision)
+
+    @classmethod
+    def start(
+        cls,
+        program: Program,
+        pair: tuple[Layers, Layers],
+        context: PassContext,
+        batch: int,
+        steps: int,
+        precision: Precision,
+        generator: torch.Generator,
+        deviation: float = 0.0,
+    ) -> Whole:
+        """From the program as it is, with the batches of ``batch`` sequences that ``steps`` steps have a use for.
+
+        Args:
+            deviation: see :func:`kl_loss`.
+
+        Raises:
+            PassError: the program's output head is quantized, which has no gradient.
+        """
+        teacher, student = pair
+        if calls(student.epilogue.module.graph, *_QUANTIZED_HEAD):
+            raise PassError("the output head is quantized already; training needs a float one, move it before 'head'")
+
+        def chosen(count: int) -> Sequence[int]:
+            return torch.randperm(count, generator=generator)[:steps].tolist()
+
+        chains = Chains.start(program, teacher, student, context, batch, precision, chosen)
+        with context.progress.task("running the float model", len(teacher.layers)) as task:
+            for layer in teacher.layers:
+                chains.teach(layer)
+                task.advance()
+        whole = cls.of([lift(layer) for layer in student.layers], pair, chains, program.kind)
+        return replace(whole, objective=divergence_of(program.kind, deviation))
 
     def output(self, values: Values, parameters: Mapping[str, Tensor]) -> Tensor:
         """The program's output; decoder layers are recomputed in the backward pass, so that one at a time is held."""
@@ -93,16 +116,12 @@ class Whole:
             run = checkpoint(lifted.run, values, parameters, use_reentrant=False, preserve_rng_state=False)
             values = {**values, **run}
             values = {name: value for name, value in values.items() if name in lifted.stage.live}
-        return self._finish({name: restored(v, self.precision) for name, v in values.items()})
-
-    def _finish(self, values: Values) -> Tensor:
-        """The program's output from the values behind its last layer, which may already hold it."""
-        return {**values, **self.epilogue.run(values)}[self.result]
+        return _finish(self.student, {name: restored(v, self.precision) for name, v in values.items()})
 
     def loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """Divergence on one training batch."""
         with torch.no_grad():
-            target = self._finish(self.teacher_training[index])
+            target = _finish(self.teacher, self.teacher_training[index])
         return self.objective(target.float(), self.output(self.training[index], parameters).float())
 
     @torch.no_grad()
@@ -110,9 +129,14 @@ class Whole:
         """Mean divergence on held-out sequences, in float32."""
         total = 0.0
         for values, teacher in zip(self.validation, self.teacher_validation, strict=True):
-            target = self._finish(teacher)
+            target = _finish(self.teacher, teacher)
             total += float(self.divergence(target, self.output(values, parameters)))
         return total / len(self.validation)
+
+
+def _finish(layers: Layers, values: Values) -> Tensor:
+    """A program's output from the values behind its last layer, which may already hold it."""
+    return {**values, **layers.epilogue.run(values)}[layers.results[0]]
 
 
 @dataclass(frozen=True)
@@ -158,29 +182,55 @@ class Together:
     """How to train the levels and clip factors of all layers together.
 
     Attributes:
-        steps: batches to train on.
+        steps: of training.
         every: steps between validations.
         lr_levels: peak learning rate of levels, in standard deviations of their matrix.
         lr_clip: of the clip factors' logits.
-        stage: name of the checkpoints.
         title: of the progress bar.
+        stream: generator stream that decides the order of the batches.
+        stage: name of the checkpoints.
     """
 
     steps: int
     every: int
     lr_levels: float
     lr_clip: float
-    stage: str
     title: str
+    stream: int
+    stage: str = "together"
 
-    def train(
-        self, whole: Whole, start: Start, context: PassContext, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], Outcome]:
-        """Trains from ``start``; returns all stored tensors of the state that validates best, and how it did."""
+    def run(
+        self, kind: str, whole: Callable[[], Whole], context: PassContext, trained: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Trains from the best start, unless a checkpoint holds the result already.
+
+        Args:
+            kind: of the program.
+            whole: prepares it.
+            trained: see :func:`best_start`.
+
+        Returns:
+            The stored tensors by path, and figures: ``kl_before`` and ``kl_after`` (a plain module's are
+            ``error_...``), what ``start`` was and the ``step`` that is kept.
+        """
+        done = context.checkpoints.load(self.stage, 1)
+        if done is None:
+            prepared = whole()
+            start = best_start(prepared, trained)
+            tensors, outcome = self._train(prepared, start, context)
+            measure = MEASURES[kind]
+            figures = {f"{measure}_before": start.before, f"{measure}_after": outcome.after}
+            done = tensors, {"layers": len(prepared.layers), **figures, "start": start.name, "step": outcome.step}
+            context.checkpoints.save(self.stage, 1, *done)
+        return done
+
+    def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.clips}
         stored.update(start.tensors)
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
-        levels = {path: LevelWeight.of(weight_of(lay, path, stored)) for lay in whole.layers for path in lay.weights}
+        levels = {
+            path: LevelWeight.of(weight_of(layer, path, stored)) for layer in whole.layers for path in layer.weights
+        }
         groups = [Group(tuple(logits.values()), self.lr_clip, high=LOGIT)] if logits else []
         for weight in levels.values():
             groups.append(Group((weight.levels,), self.lr_levels * float(weight.simulate().std())))
@@ -194,7 +244,7 @@ class Together:
                 groups,
                 lambda index: whole.loss(index, current()),
                 lambda: whole.validate(current()),
-                generator,
+                context.generator(self.stream),
                 batches=len(whole.training),
                 steps=self.steps,
                 every=self.every,
@@ -202,7 +252,7 @@ class Together:
                 before=start.divergence,
                 checkpoints=context.checkpoints,
                 name=self.stage,
-                report=lambda _, latest: task.advance(f"{start.divergence:.4f} -> {latest:.4f}"),
+                report=lambda latest: task.advance(f"{start.divergence:.4f} -> {latest:.4f}"),
             )
         if outcome.step and self.lr_clip > 0:
             stored.update({path: clip_factors(logit) for path, logit in logits.items()})
@@ -210,18 +260,6 @@ class Together:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
         return stored, outcome
-
-
-def figures(kind: str, start: Start, outcome: Outcome) -> dict[str, Any]:
-    """What to report of a training: ``kl_before`` and ``kl_after`` (a plain module's are ``error_...``), ``step``."""
-    measure = MEASURES[kind]
-    return {f"{measure}_before": start.before, f"{measure}_after": outcome.after, "step": outcome.step}
-
-
-def improved(summary: Mapping[str, Any]) -> bool:
-    """Whether training brought the whole model closer to the float model on held-out data."""
-    measure = next(m for m in MEASURES.values() if f"{m}_before" in summary)
-    return summary[f"{measure}_after"] < summary[f"{measure}_before"]
 
 
 def _parameters(whole: Whole, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,18 +282,38 @@ def kl_loss(teacher: Tensor, student: Tensor, deviation: float = 0.0) -> Tensor:
             1): the ambiguous ones count more (in the spirit of DB-LLM's deviation-aware distillation, ACL 2024
             Findings, 8719-8730, whose exact formula is not public).
     """
-    log_p, log_q = teacher.flatten(0, -2).log_softmax(-1), student.flatten(0, -2).log_softmax(-1)
-    divergences = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    if deviation == 0:
-        return divergences.mean()
-    with torch.no_grad():
-        weights = (_entropy(log_p) * _entropy(log_q)) ** deviation
-        weights /= weights.mean().clamp_min(1e-12)
-    return (weights * divergences).mean()
+    return _KlDivergence.apply(teacher.flatten(0, -2), student.flatten(0, -2), deviation)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).sum(-1)
+class _KlDivergence(torch.autograd.Function):
+    """:func:`kl_loss` of ``[T, V]``, a few tokens at a time: a vocabulary's worth of floats for every token is the
+    largest thing in a training step, and autograd would keep five of them."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher: Tensor, student: Tensor, deviation: float) -> Tensor:
+        grad = torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        divergences, certainties = [], []
+        for rows in torch.arange(len(teacher)).split(KL_TOKENS):
+            where = slice(int(rows[0]), int(rows[-1]) + 1)
+            log_p, log_q = teacher[where].log_softmax(-1), student[where].log_softmax(-1)
+            p, q = log_p.exp(), log_q.exp()
+            if deviation > 0:
+                certainties.append((p * log_p).sum(-1) * (q * log_q).sum(-1))
+            if grad is not None:
+                torch.sub(q, p, out=grad[where])
+            divergences.append(p.mul_(log_p.sub_(log_q)).sum(-1))
+        weights = teacher.new_full((len(teacher),), 1.0 / len(teacher))
+        if deviation > 0:
+            weights = torch.cat(certainties) ** deviation
+            weights = weights / weights.sum().clamp_min(1e-12)
+        if grad is not None:
+            ctx.save_for_backward(grad.mul_(weights.unsqueeze(-1)))
+        return (weights * torch.cat(divergences)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return None, grad * scale, None
 
 
 def relative_loss(teacher: Tensor, student: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..codegen.errors import LbllmError
@@ -52,6 +53,25 @@ class Checkpoints(Protocol):
     def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class PassCheckpoints:
+    """The checkpoints of one pass of a pipeline, which may name a pass twice.
+
+    Attributes:
+        kept: where they are.
+        prefix: in front of every stage's name.
+    """
+
+    kept: Checkpoints
+    prefix: str
+
+    def load(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.kept.load(self.prefix + stage, index)
+
+    def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+        self.kept.save(self.prefix + stage, index, tensors, metrics)
+
+
 class NoCheckpoints:
     """Keeps nothing."""
 
@@ -73,7 +93,6 @@ class PassContext:
         validation: held-out batches of the same kind, never trained on.
         probe: one small batch on which contracts are measured.
         target: target string, e.g. ``"cpu"``.
-        device: where calibration arithmetic runs.
         seed: start of every generator a pass makes; passes never touch the global one.
         progress, checkpoints: see the protocols.
     """
@@ -83,7 +102,6 @@ class PassContext:
     validation: Sequence[Mapping[str, Any]] = ()
     probe: Mapping[str, Any] = field(default_factory=dict)
     target: str = "cpu"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Progress = field(default_factory=NoProgress)
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
@@ -91,6 +109,19 @@ class PassContext:
     def generator(self, stream: int) -> torch.Generator:
         """A generator of its own for ``stream`` (a layer index, say), a function of the seed alone."""
         return torch.Generator(device="cpu").manual_seed(self.seed * 1_000_003 + stream)
+
+
+Count = Annotated[int, Field(ge=0)]
+"""Type of an option that counts and may be 0."""
+
+Positive = Annotated[int, Field(ge=1)]
+"""Type of an option that counts from 1."""
+
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Type of an option for a learning rate or a weight; 0 switches it off."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""Type of an option for a share of the whole."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,10 @@ class Pass(ABC):
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = EXACT
+
+    def rehearsal(self) -> Pass:
+        """The same pass with the least work that shows whether it would go through."""
+        return self
 
     @abstractmethod
     def apply(self, program: Program, context: PassContext) -> PassResult:

@@ -27,6 +27,7 @@ Sums may be taken in another order, hence the bound. No preconditions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -122,24 +123,34 @@ _WEIGHT_OPERAND = {
 
 @torch.no_grad()
 def _compute_weights(module: fx.GraphModule) -> None:
-    """Stores weights that are functions of parameters alone as ``<module path>.weight``."""
+    """Stores weights that are functions of parameters as parameters of their own."""
+    stored: dict[fx.Node, str] = {}
     for node in calls(module.graph, *_WEIGHT_OPERAND):
         weight = node.args[_WEIGHT_OPERAND[node.target]]
         if not is_node(weight) or _operand(weight) is not None:
             continue
         needed = ancestors(weight)
-        if any(n.op == "placeholder" for n in needed):
+        origins = {n.op for n in needed}
+        if "placeholder" in origins or "get_attr" not in origins:
             continue
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        path = f"{stack[-1][0]}.weight" if stack and stack[-1][0] else f"{node.name}_weight"
-        if any(n.op == "get_attr" and n.target == path and set(n.users) - set(needed) for n in module.graph.nodes):
-            path += "_computed"
-        set_attribute(module, path, _evaluate(module, needed).contiguous())
+        if weight not in stored:
+            stored[weight] = _free_path(module, node, needed, set(stored.values()))
+            set_attribute(module, stored[weight], _evaluate(module, needed).contiguous())
         with module.graph.inserting_before(node):
-            stored = make_attribute(module.graph, path, weight)
-        stored.meta["val"] = weight.meta["val"]
-        node.replace_input_with(weight, stored)
-    module.graph.eliminate_dead_code()
+            computed = make_attribute(module.graph, stored[weight], weight)
+        computed.meta["val"] = weight.meta["val"]
+        node.replace_input_with(weight, computed)
+        module.graph.eliminate_dead_code()
+
+
+def _free_path(module: fx.GraphModule, product: fx.Node, needed: Sequence[fx.Node], taken: set[str]) -> str:
+    """``<module path>.weight``, numbered where other nodes than ``needed`` read that."""
+    stack = list(product.meta.get("nn_module_stack", {}).values())
+    path = f"{stack[-1][0]}.weight" if stack and stack[-1][0] else f"{product.name}_weight"
+    inside = set(needed)
+    read = {n.target for n in module.graph.nodes if n.op == "get_attr" and set(n.users) - inside}
+    numbered = itertools.chain([path], (f"{path}_{number}" for number in itertools.count(2)))
+    return next(p for p in numbered if p not in read | taken)
 
 
 def _evaluate(module: fx.GraphModule, steps: Sequence[fx.Node]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Teacher and student side by side: what both layer-wise trainings share."""
+"""Teacher and student side by side: what every training shares."""
 
 from __future__ import annotations
 
@@ -57,13 +57,28 @@ class Chains:
     precision: Precision
 
     @classmethod
-    def start(cls, program: Program, prologue: Stage, context: PassContext, batch: int, precision: Precision) -> Chains:
-        """Runs the prologue, which both models share, on batches of ``batch`` sequences."""
-        training = Activations(calibration_batches(program, context.calibration, batch))
-        validation = Activations(calibration_batches(program, context.validation, batch))
-        training.advance(prologue)
-        validation.advance(prologue)
-        return cls(training, training.fork(), validation, validation.fork(), validation.fork(), precision)
+    def start(
+        cls,
+        program: Program,
+        teacher: Layers,
+        student: Layers,
+        context: PassContext,
+        batch: int,
+        precision: Precision,
+        chosen: Callable[[int], Sequence[int]] = range,
+    ) -> Chains:
+        """Runs the prologues on batches of ``batch`` sequences.
+
+        Args:
+            chosen: of so many training batches, the ones to use; all by default.
+        """
+        batches = calibration_batches(program, context.calibration, batch)
+        batches = [batches[index] for index in chosen(len(batches))]
+        validation = calibration_batches(program, context.validation, batch)
+        chains = [Activations(source) for source in (batches, batches, validation, validation)]
+        for chain, layers in zip(chains, (teacher, student) * 2, strict=True):
+            chain.advance(layers.prologue)
+        return cls(*chains, chains[-1].fork(), precision)
 
     def teach(self, teacher: Stage) -> None:
         """Moves the teacher past a layer; its outputs are the targets from now on."""

@@ -22,6 +22,7 @@ Needs ``ptq`` before it, the float program as ``context.teacher``, calibration a
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate, Share
 from .chains import Chains, paired_layers, train_layers, with_tensors
 from .layers import Stage
 from .precision import Precision
@@ -57,22 +58,25 @@ class Distill(Pass):
         precision: of the matrix products on the calibration set.
     """
 
-    epochs: int = 2
-    batch: int = 2
-    lr_weight: float = 1e-2
-    lr_bitmap: float = 3e-3
-    lr_levels: float = 1e-2
-    freeze: float = 0.85
+    epochs: Count = 2
+    batch: Positive = 2
+    lr_weight: Rate = 1e-2
+    lr_bitmap: Rate = 3e-3
+    lr_levels: Rate = 1e-2
+    freeze: Share = 0.85
     precision: Precision = "auto"
 
     name: ClassVar[str] = "distill"
     contract: ClassVar[Contract] = CALIBRATING
 
+    def rehearsal(self) -> Distill:
+        return dataclasses.replace(self, epochs=min(self.epochs, 1))
+
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher_layers.prologue, context, self.batch, self.precision)
+        chains = Chains.start(program, teacher_layers, student_layers, context, self.batch, self.precision)
         _, stored, rows = train_layers(
             self.name,
             "stage 2: training weights",
@@ -114,15 +118,15 @@ class Distill(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, weights())
 
-        count = len(chains.student)
+        batches = len(chains.student)
         outcome = train(
             groups,
             loss,
             validate,
             generator,
-            batches=count,
-            steps=self.epochs * count,
-            every=count,
+            batches=batches,
+            steps=self.epochs * batches,
+            every=batches,
             precision=self.precision,
         )
         tensors: dict[str, Tensor] = {}

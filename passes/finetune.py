@@ -23,17 +23,17 @@ weights in memory, and the output of one batch.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from .alignment import Together, Whole, best_start, figures
-from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .chains import Chains, paired_layers, with_tensors
+from .alignment import Together, Whole
+from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
+from .chains import paired_layers, with_tensors
 from .precision import Precision
 from .program import Program
-from .simulate import lift
 
 STREAM = 3 << 20
 """Generator stream of this pass."""
@@ -49,46 +49,42 @@ class Finetune(Pass):
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
         deviation: how much more a token weighs the less sure both models are; 0 weighs all alike.
-        every: steps between validations, after each of which the training can be resumed.
+        every: steps between validations.
         precision: of the matrix products on the calibration set.
     """
 
-    steps: int = 40
-    batch: int = 4
-    lr_levels: float = 5e-3
-    lr_clip: float = 5e-2
-    deviation: float = 0.0
-    every: int = 20
+    steps: Count = 40
+    batch: Positive = 4
+    lr_levels: Rate = 5e-3
+    lr_clip: Rate = 5e-2
+    deviation: Rate = 0.0
+    every: Positive = 20
     precision: Precision = "auto"
 
     name: ClassVar[str] = "finetune"
     contract: ClassVar[Contract] = CALIBRATING
 
+    def rehearsal(self) -> Finetune:
+        return dataclasses.replace(self, steps=min(self.steps, 1))
+
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("finetune needs quantized weights; run 'ptq' before it")
-        teacher, student = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher.prologue, context, self.batch, self.precision)
-        for layer in teacher.layers:
-            chains.teach(layer)
-        layers = [lift(layer) for layer in student.layers]
-        behind_prologue = chains.student, chains.student_validation
-        whole = Whole.of(layers, teacher, behind_prologue, chains, program.kind, self.deviation)
-        # A pipeline may tune twice, before and after the activations are quantized.
-        stage = f"{self.name}-{'activations' if any(layer.clips for layer in layers) else 'weights'}"
-        done = context.checkpoints.load(stage, 1)
-        if done is None:
-            together = Together(
-                steps=self.steps,
-                every=self.every,
-                lr_levels=self.lr_levels,
-                lr_clip=self.lr_clip,
-                stage=stage,
-                title="finetune: training on the whole model's output",
+        pair = paired_layers(self.name, program, context)
+
+        def start() -> Whole:
+            generator = context.generator(STREAM + 1)
+            return Whole.start(
+                program, pair, context, self.batch, self.steps, self.precision, generator, self.deviation
             )
-            start = best_start(whole, {})
-            tensors, outcome = together.train(whole, start, context, context.generator(STREAM))
-            done = tensors, {"layers": len(layers), **figures(program.kind, start, outcome)}
-            context.checkpoints.save(stage, 1, *done)
-        tensors, summary = done
+
+        together = Together(
+            steps=self.steps,
+            every=self.every,
+            lr_levels=self.lr_levels,
+            lr_clip=self.lr_clip,
+            title="finetune: training on the whole model's output",
+            stream=STREAM,
+        )
+        tensors, summary = together.run(program.kind, start, context, {})
         return PassResult(with_tensors(program, tensors), (), summary)

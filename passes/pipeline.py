@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..codegen.errors import LbllmError
 from . import contracts, registry
-from .base import Pass, PassContext
+from .base import Pass, PassCheckpoints, PassContext
 from .program import Program
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
@@ -77,13 +77,22 @@ def _parse_options(text: str, position: int) -> tuple[dict[str, str], int]:
             raise _malformed(text, position, f"a value for '{key}'")
         if key in options:
             raise PipelineError(f"the option '{key}' is given twice in '{text}'; keep one")
-        options[key] = json.loads(value.group()) if value.group().startswith('"') else value.group()
+        options[key] = _unquote(text, value) if value.group().startswith('"') else value.group()
         end = re.compile(r"\s*([,}])\s*").match(text, value.end())
         if end is None:
             raise _malformed(text, value.end(), "',' or '}'")
         position = end.end()
         if end.group(1) == "}":
             return options, position
+
+
+def _unquote(text: str, value: re.Match[str]) -> str:
+    """The string that a quoted value stands for."""
+    try:
+        return json.loads(value.group())
+    except json.JSONDecodeError as error:
+        wanted = "a string quoted as in JSON, with each backslash written twice,"
+        raise _malformed(text, value.start() + error.pos, wanted) from error
 
 
 def _malformed(text: str, position: int, wanted: str) -> PipelineError:
@@ -98,7 +107,7 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
         PassNameError: the pass does not exist.
     """
     cls = registry.get(name)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
     for key, value in options.items():
@@ -188,7 +197,8 @@ def run(
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
         start = time.perf_counter()
-        result = item.apply(program, context)
+        checkpoints = PassCheckpoints(context.checkpoints, f"{index:02d}-")
+        result = item.apply(program, dataclasses.replace(context, checkpoints=checkpoints))
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         after = result.program

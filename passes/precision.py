@@ -1,7 +1,7 @@
 """How precisely calibration multiplies matrices.
 
-Parameters, normalizations and sums stay float32; only matrix products are taken in bfloat16, and only inside decoder
-layers, never for masks and rotary tables. Held-out errors are always measured in float32.
+Parameters, normalizations and sums stay float32; only matrix products are taken in bfloat16, in decoder layers and in
+the output head, never for masks and rotary tables. Held-out errors are always measured in float32.
 """
 
 from __future__ import annotations

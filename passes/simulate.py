@@ -3,13 +3,8 @@
 Training cannot move integers, so a stage trains *latent* quantities and quantizes them in every forward pass, exactly
 as the packed format would; the backward pass goes straight through the rounding.
 
-A weight has a latent value, a relaxed bitmap in [0, 1] and four levels per group (LBLLM, arXiv 2604.19167, equation 3).
-With ``inner = bitmap > 0.5`` an element belongs to the pair (level 1, level 2) or (level 0, level 3), and
-``upper = latent > middle of its pair`` picks one of the two. Its gradients:
-
-* latent: straight through where it lies within a pair's width of the pair's middle, else 0, so that it cannot drift;
-* bitmap: the difference between what the two pairs would give;
-* levels: the exact sum over the elements that use the level (int8 rounding straight through).
+A weight has a latent value, a relaxed bitmap in [0, 1] and four levels per group; what they stand for and their
+gradients are in ``codegen/latent.py``.
 
 :func:`lift` turns a stage of a quantized program into a function of its weights and clip factors.
 """
@@ -26,7 +21,8 @@ from torch import Tensor, fx
 
 from ..codegen import ops as ops
 from ..codegen import reference
-from ..codegen.format import LEVELS, QuantizedWeight, group_count, quantize_levels
+from ..codegen.format import LEVELS, QuantizedWeight, group_count
+from ..codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
 from .layers import Stage, Values
 from .program import get_attribute
 
@@ -94,7 +90,7 @@ class LatentWeight:
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes ``uint8 [R, G, group]`` into sorted levels ``float32 [R, G, 4]``."""
-        inner, inner_upper, outer_upper = _decide(self.latent, self.bitmap, *_integers(self.levels))
+        inner, inner_upper, outer_upper = decide(self.latent, self.bitmap, *stored_levels(self.levels))
         return _sorted(torch.where(inner, 1 + inner_upper.long(), 3 * outer_upper.long()), self.levels)
 
     @torch.no_grad()
@@ -106,86 +102,19 @@ class LatentWeight:
         return QuantizedWeight.from_codes(codes, levels.reshape(*self.shape[:-1], groups, LEVELS), self.group)
 
 
-def _integers(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels ``[R, G, 4]`` as stored: integers as floats, and their scale ``[R, G]``."""
-    quantized, scale = quantize_levels(levels)
-    return quantized.float(), scale.float()
-
-
-def _decide(latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What elements ``[R, G, g]`` pick: whether the inner pair, and of the inner and of the outer pair the upper level.
-
-    ``levels`` and ``scale`` are those of :func:`_integers`; half the sum of two of them is exact.
-    """
-    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
-    units = latent * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(-1)
-    return bitmap > 0.5, units > (l1 + l2) * 0.5, units > (l0 + l3) * 0.5
-
-
-def latent_matrix(latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """The matrix ``[R, G, g]`` of latents and bitmaps, with integer levels ``[R, G, 4]`` and their scale ``[R, G]``."""
-    inner, inner_upper, outer_upper = _decide(latent, bitmap, levels, scale)
-    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
-    picked = torch.where(inner, torch.where(inner_upper, l2, l1), torch.where(outer_upper, l3, l0))
-    return picked * scale.unsqueeze(-1)
-
-
-def latent_gradients(
-    grad: Tensor, latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of latent, bitmap and levels from that of the matrix; see the module's text."""
-    inner, inner_upper, outer_upper = _decide(latent, bitmap, levels, scale)
-    l0, l1, l2, l3 = (v.unsqueeze(-1) for v in levels.unbind(-1))
-    pull = torch.where(inner_upper, l2, l1) - torch.where(outer_upper, l3, l0)
-    middle = torch.where(inner, (l1 + l2) * 0.5, (l0 + l3) * 0.5)
-    # A pair whose levels changed places during training has a negative width.
-    width = torch.where(inner, (l2 - l1).abs(), (l3 - l0).abs())
-    units = latent * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(-1)
-    grad_latent = torch.where((units > middle - width) & (units < middle + width), grad, 0.0)
-    codes = torch.where(inner, 1 + inner_upper.to(torch.uint8), 3 * outer_upper.to(torch.uint8))
-    return grad_latent, pull * scale.unsqueeze(-1) * grad, level_gradients(grad, codes)
-
-
-def level_gradients(grad: Tensor, codes: Tensor) -> Tensor:
-    """``[R, G, 4]``: the sum of ``grad [R, G, g]`` over the elements of each code."""
-    return torch.stack([(grad * (codes == level)).sum(-1) for level in range(LEVELS)], -1)
-
-
-def _kernel(name: str, like: Tensor) -> Any:
-    """A fused kernel for units of ``like [R, G, group]``."""
-    # Loads TVM: seconds that a look at the catalogue of passes need not spend.
-    from ..codegen.kernels.latent import latent_kernels
-
-    return latent_kernels(like.shape[-1])[name]
-
-
-def _units(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with rows and groups in one dimension, as the kernels take them."""
-    return [t.flatten(0, 1) for t in tensors]
-
-
 class _Simulate(torch.autograd.Function):
     """Latent ``[R, G, g]``, bitmap ``[R, G, g]`` and levels ``[R, G, 4]`` to the matrix ``[R, G, g]``."""
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, bitmap: Tensor, levels: Tensor) -> Tensor:
-        operands = (latent, bitmap, *_integers(levels))
+        operands = (latent.flatten(0, 1), bitmap.flatten(0, 1), *stored_levels(levels.flatten(0, 1)))
         ctx.save_for_backward(*operands)
-        if latent.device.type != "cpu":
-            return latent_matrix(*operands)
-        out = torch.empty_like(latent)
-        _kernel("latent_forward", latent)(*_units(*operands, out))
-        return out
+        return matrix(*operands).view_as(latent)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        operands = ctx.saved_tensors
-        if grad.device.type != "cpu":
-            return latent_gradients(grad, *operands)
-        latent, bitmap, levels, _ = operands
-        grads = torch.empty_like(latent), torch.empty_like(bitmap), torch.empty_like(levels)
-        _kernel("latent_backward", latent)(*_units(grad.contiguous(), *operands, *grads))
-        return grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        rows = grad.shape[:2]
+        return tuple(g.unflatten(0, rows) for g in gradients(grad.flatten(0, 1), *ctx.saved_tensors))
 
 
 class _LevelsOnly(torch.autograd.Function):
@@ -193,23 +122,15 @@ class _LevelsOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, levels: Tensor) -> Tensor:
-        ctx.save_for_backward(codes)
-        quantized, scale = _integers(levels)
-        values = quantized * scale.unsqueeze(-1)
-        if codes.device.type != "cpu":
-            return values.gather(-1, codes.long())
-        out = torch.empty(codes.shape)
-        _kernel("codes_forward", codes)(*_units(codes, values, out))
-        return out
+        units = codes.flatten(0, 1)
+        ctx.save_for_backward(units)
+        quantized, scale = stored_levels(levels.flatten(0, 1))
+        return pick(units, quantized * scale.unsqueeze(-1)).view(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (codes,) = ctx.saved_tensors
-        if grad.device.type != "cpu":
-            return None, level_gradients(grad, codes)
-        grad_levels = torch.empty(*codes.shape[:2], LEVELS)
-        _kernel("codes_backward", codes)(*_units(grad.contiguous(), codes, grad_levels))
-        return None, grad_levels
+        (units,) = ctx.saved_tensors
+        return None, level_gradients(grad.flatten(0, 1), units).unflatten(0, grad.shape[:2])
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Checkpoints
+from ..codegen.errors import FormatError
+from .base import Checkpoints, PassError
 from .layers import Values
 from .precision import Precision, matrix_products
 
@@ -26,6 +27,9 @@ REFERENCE_STEPS = 48
 
 LARGEST_SCALE = 2.0
 """Most by which a short training raises its learning rates."""
+
+KEEP = 4
+"""Steps of a long training between two states that survive a kill."""
 
 EPSILON = 1e-6
 """Smallest squared norm of a target token, relative to the batch's mean."""
@@ -71,7 +75,7 @@ def train(
     before: float | None = None,
     checkpoints: Checkpoints | None = None,
     name: str = "",
-    report: Callable[[int, float], None] | None = None,
+    report: Callable[[float], None] = lambda latest: None,
 ) -> Outcome:
     """Trains tensors in place and leaves them in the state that validated best, the starting state included.
 
@@ -85,8 +89,11 @@ def train(
         every: steps between validations; the first and the last state are validated in any case.
         precision: of the matrix products in ``loss``; parameters and validation are float32 in any case.
         before: what ``validate`` gives at the start, where it is known.
-        checkpoints: where the state of the training is kept at every validation, as piece 0 of ``name``.
-        report: called with the number of steps done and the loss of the latest validation, after every step.
+        checkpoints: where the state of the training is kept every ``KEEP`` steps, as piece 0 of ``name``.
+        report: called with the loss of the latest validation after every step, those of a resumed training included.
+
+    Raises:
+        PassError: the training diverged.
     """
     if before is None:
         with torch.no_grad():
@@ -105,12 +112,19 @@ def train(
     state = checkpoints.load(name, 0) if checkpoints is not None else None
     if state is not None:
         first, best, at, latest = _restore(optimizer, tensors, kept, *state)
+        for _ in range(first):
+            report(latest)
     for step, batch in itertools.islice(enumerate(_order(batches, steps, generator)), first, None):
         share = step / steps
         for group, options in zip(groups, optimizer.param_groups, strict=True):
             options["lr"] = group.rate * _rate(step, steps) * (share < group.until)
-        with matrix_products(precision):
-            value = loss(batch)
+        try:
+            with matrix_products(precision):
+                value = loss(batch)
+        except FormatError as error:
+            raise _diverged(step) from error
+        if not value.isfinite():
+            raise _diverged(step)
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -125,14 +139,17 @@ def train(
                     best, at = latest, step + 1
                     for copy, tensor in zip(kept, tensors, strict=True):
                         copy.copy_(tensor)
-                if checkpoints is not None and step + 1 < steps:
-                    figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
-                    checkpoints.save(name, 0, _state(optimizer, tensors, kept), figures)
-        if report is not None:
-            report(step + 1, latest)
+        if checkpoints is not None and (step + 1) % KEEP == 0 and step + 1 < steps:
+            figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
+            checkpoints.save(name, 0, _state(optimizer, tensors, kept), figures)
+        report(latest)
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
+
+
+def _diverged(step: int) -> PassError:
+    return PassError(f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)")
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

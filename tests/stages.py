@@ -79,3 +79,8 @@ def same_tensors(a: Program, b: Program) -> bool:
     """Whether two programs hold the same weights, bit for bit."""
     left, right = dict(a.parameters()), dict(b.parameters())
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def improved(summary: Mapping[str, Any]) -> bool:
+    """Whether a training brought the whole model closer to the float model on held-out data."""
+    return summary["kl_after"] < summary["kl_before"]

@@ -35,8 +35,12 @@ def calls(program: Program) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
+_GENERATOR = torch.Generator().manual_seed(0)
+
+
 def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    """Random values, others at every call."""
+    return torch.randn(shape, generator=_GENERATOR)
 
 
 class Product(nn.Module):
@@ -143,6 +147,41 @@ def test_a_weight_computed_from_parameters_is_computed_once(make: Callable[[], n
     assert info.path == "0" and calls(result) == ["aten.linear.default", "aten.relu.default"]
     assert get_attribute(result.module, info.weight).shape == (5, 6)
     assert torch.equal(result.run({"input": x}), before.run({"input": x}))
+
+
+class Projections(nn.Module):
+    """Three products of one module whose weights share a base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(6, 6))
+        self.adapters = nn.ParameterList(normal(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (nn.functional.linear(x, self.weight + adapter) for adapter in self.adapters)
+        return q * k + v @ self.weight[:, :3] @ self.weight[:3]
+
+
+def test_computed_weights_of_one_module_keep_apart() -> None:
+    module, x = nn.Sequential(Projections()), normal(4, 6)
+    before = program_of(module, input=x)
+    result = run("canonicalize,annotate", before, input=x)
+    assert len({info.weight for _, info in linears(result)}) == len(linears(result)) == 5
+    torch.testing.assert_close(result.run({"input": x}), before.run({"input": x}))
+
+
+def test_a_matrix_without_parameters_is_no_weight() -> None:
+    class Fourier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.arange(6, dtype=torch.float32)
+            return self.a(x) @ torch.cos(torch.outer(steps, steps))
+
+    x = normal(4, 6)
+    assert [i.path for _, i in linears(run("canonicalize,annotate", program_of(Fourier(), x=x), x=x))] == ["a"]
 
 
 def test_blocks_are_inlined_and_no_ops_removed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -117,6 +118,56 @@ def test_the_module_runs_as_a_command() -> None:
 
 
 # Errors
+
+
+@pytest.mark.parametrize("error", ["OSError", "ImportError"])
+def test_the_doctor_examines_a_machine_whose_torch_does_not_load(tmp_path: Path, error: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"raise {error}('libcudart.so: cannot open shared object file')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "lbllm_compile", "doctor", "--json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    assert findings["torch"]["status"] == "missing"
+    assert "libcudart.so" in findings["torch"]["cost"]
+    assert "pip install --force-reinstall torch" in findings["torch"]["cost"]
+    assert findings["CUDA device"]["value"] == "unknown"
+    assert {"CPU", "threads", "memory", "C compiler", "TVM", "disk, kernel cache"} <= findings.keys()
+    assert all(f["cost"] for f in findings.values() if f["status"] != "ok")
+
+
+def test_a_prompt_on_standard_input_must_be_utf8() -> None:
+    args = ["run", "nowhere", "--prompt", "-"]
+    result = CliRunner().invoke(cli.app, args, input="grün".encode("latin-1"), prog_name="lbllm-compile")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "lbllm-compile: the prompt on standard input is not UTF-8 text (byte 2); convert it first, e.g. with iconv\n"
+    )
+
+
+def test_a_prompt_on_standard_input_is_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbllm_compile import runtime
+
+    class Echo:
+        tokenizer = None
+
+        def encode(self, text: str, *, chat: bool) -> list[int]:
+            return [ord(c) for c in text]
+
+        def stream(self, ids: list[int], **_: object) -> list[str]:
+            return [chr(i) for i in ids]
+
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: Echo())
+    args = ["run", "somewhere", "--prompt", "-", "--json"]
+    result = CliRunner(charset="ascii").invoke(cli.app, args, input="grün".encode(), prog_name="lbllm-compile")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["text"] == "grün"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.latent import stored_levels
 from lbllm_compile.passes import layers, simulate, training
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.distill import layers_better
@@ -61,7 +62,7 @@ def test_gradients_of_the_simulated_weight():
     latent.simulate().backward(grad)
 
     padded = torch.nn.functional.pad(grad, (0, 24)).view(4, 2, 32)
-    rounded = simulate._integers(latent.levels.detach())
+    rounded = stored_levels(latent.levels.detach())
     levels = rounded[0] * rounded[1].unsqueeze(-1)
     expected_levels = torch.zeros_like(levels)
     for index in torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(32)).tolist():

@@ -28,7 +28,8 @@ SMALL = recipe.Preset(
     sequence_length=32,
     validation_sequences=4,
     distill_epochs=1,
-    activate_epochs=1,
+    activate_steps=4,
+    finetune_steps=4,
     tune_trials=2,
     tune_seconds=5,
 )
@@ -95,6 +96,7 @@ def test_the_report_tells_what_was_done(compiled):
         "ptq",
         "distill",
         "activate",
+        "finetune",
         "head",
         "merge",
         "lower",
@@ -113,7 +115,7 @@ def test_the_report_tells_what_was_done(compiled):
 def test_every_pass_is_dumped_as_text_and_as_a_graph(compiled):
     dumps = sorted(p.name for p in (compiled.out.parent / "dumps").iterdir())
     assert dumps[3] == "004_ptq.txt" and len(dumps) == len(compiled.records)
-    text = (compiled.out.parent / "dumps" / "009_lower.txt").read_text()
+    text = (compiled.out.parent / "dumps" / "010_lower.txt").read_text()
     assert "lbllm.bit_linear" in text and "decoder layer 2" in text
     assert len(list((compiled.out / "passes").iterdir())) == len(compiled.records)
 
@@ -279,6 +281,28 @@ def test_a_models_own_recipe_is_used_and_options_win(tmp_path):
     path.write_text(MODEL + "\nrecipe = {'gruop': 128}\n")
     with pytest.raises(LbllmError, match=r"no option 'gruop'.*did you mean 'group'"):
         driver.prepare(driver.CompileOptions(model=str(path), out=tmp_path / "out"))
+
+
+def test_a_pass_that_only_the_models_recipe_runs_may_be_printed_after(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipe.PRESETS, "default", SMALL.model_copy(update={"finetune_steps": 0}))
+    path = tmp_path / "with_recipe.py"
+    path.write_text(MODEL + "\nrecipe = {'preset': 'quick'}\n")
+    named = driver.CompileOptions(model=str(path), out=tmp_path / "out", print_after=("finetune",))
+    assert "finetune" in [p.name for p in driver.prepare(named).passes]
+
+
+def test_checking_a_work_directory_leaves_it_as_it_is(model_file, tmp_path):
+    from lbllm_compile.checkpoint import WorkDir
+
+    absent, used = tmp_path / "a" / "b", tmp_path / "used"
+    work = WorkDir(used, {"model": "another"})
+    work.save("ptq", 0, {"x": torch.ones(1)}, {})
+    work.release()
+    before = sorted(tmp_path.rglob("*"))
+    for path in (absent, used):
+        chosen = options(model_file, None, work_dir=path)
+        driver.check_named(chosen, recipe.passes(recipe.choices(chosen), chosen.target))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_plain_module_compiles_and_loads(tmp_path):

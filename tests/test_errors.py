@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -63,11 +64,12 @@ def fails(*args: str, exit_code: int = 2) -> str:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with its own cache, a good ``linear.py`` and a good ``language.py``."""
+    """A working directory with its own cache, a good ``linear.py``, ``language.py`` and ``words.txt``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "linear.py").write_text(LINEAR)
     (tmp_path / "language.py").write_text(LANGUAGE)
+    (tmp_path / "words.txt").write_text("w1 w2")
     return tmp_path
 
 
@@ -159,7 +161,7 @@ OPTIONS = {
     "output holds other things": (["--out", "."], "not an lbllm artifact"),
     "dumps over other files": (["--dump-dir", "."], "pass an empty --dump-dir"),
     "work directory is a file": (["--work-dir", "linear.py"], "linear.py"),
-    "text for a model without a vocabulary": (["--calibration", "linear.py"], "no language model"),
+    "text for a model without a vocabulary": (["--calibration", "words.txt"], "no language model"),
 }
 
 
@@ -168,6 +170,56 @@ def test_options(here: Path, name: str) -> None:
     options, expected = OPTIONS[name]
     sentence = fails("linear.py", "--preset", "quick", *options)
     assert expected in sentence, sentence
+
+
+UNREAD = {
+    "missing text": (["--calibration", "/nonexistent.txt"], "no calibration file '/nonexistent.txt'"),
+    "text of an unknown kind": (["--calibration", "linear.py"], "must end in .txt, .jsonl or .parquet"),
+    "text that is not UTF-8": (["--calibration", "latin.txt"], "not UTF-8"),
+    "text that is no JSON lines": (["--calibration", "broken.jsonl"], "line 1 of 'broken.jsonl' is not JSON"),
+    "data set without the package": (["--calibration", "hf:wikitext"], "needs the package datasets"),
+    "work directory is a file": (["--work-dir", "linear.py"], "cannot use linear.py as work directory"),
+    "work directory below a file": (["--work-dir", "linear.py/w"], "cannot use linear.py/w as work directory"),
+    "work directory holds other things": (["--work-dir", "."], "not a work directory"),
+    "a pass that the pipeline lacks": (
+        ["--pipeline", "canonicalize,annotate", "--print-after", "ptq"],
+        "--print-after ptq: the pipeline has no pass 'ptq'; it has canonicalize, annotate",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"),
+    [
+        (name, verb)
+        for name, (options, _) in UNREAD.items()
+        for verb in ("compile", "plan", "preflight")
+        if verb == "compile" or "--calibration" in options
+    ],
+)
+def test_what_can_be_refused_without_the_model_is(
+    here: Path, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
+) -> None:
+    options, expected = UNREAD[name]
+    (here / "model.py").write_text("open('ran', 'w')\n" + LANGUAGE)
+    (here / "latin.txt").write_bytes("ä".encode("latin-1"))
+    (here / "broken.jsonl").write_text("{")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == "datasets" else found(n, *rest))
+    before = sorted(here.iterdir())
+    sentence = fails(verb, "model.py", *options)
+    assert expected in sentence, sentence
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_pass_to_print_after_must_be_in_the_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "model.gguf").write_bytes(b"not read")
+    (here / "model.py").write_text(LINEAR + "recipe = {'pipeline': 'canonicalize,annotate'}\n")
+    monkeypatch.setattr(frontend, "capture", None)
+    assert "--print-after finetune: the pipeline has no pass" in fails(
+        "model.gguf", "--preset", "quick", "--print-after", "finetune"
+    )
+    assert "it has canonicalize, annotate" in fails("model.py", "--print-after", "ptq")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from graphs import normal
+from reference_kernels import ReferenceKernels
 from test_artifact import lowered
-from test_runtime import model
+from test_runtime import CONTEXT, VOCABULARY, language_model, model
 
 from lbllm_compile import artifact, evaluate
 from lbllm_compile.evaluate import EvaluationError
@@ -49,6 +53,30 @@ def test_chunks_come_from_the_start_without_overlap():
         evaluate.cut(range(3), 4, 1)
     with pytest.raises(EvaluationError, match="--seq-len"):
         evaluate.cut(range(3), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "length"),
+    [(None, None, 512), (None, 128, 128), (None, 2048, 512), (128, 128, 128), (9, None, 9)],
+)
+def test_chunks_fit_the_context(asked, context, length):
+    assert evaluate.chunk_length(asked, context) == length
+
+
+def test_a_model_with_a_short_context_is_scored_within_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    artifact.save(dataclasses.replace(language_model(), tokenizer=tokenizer), tmp_path / "out", lock={})
+    monkeypatch.setattr(evaluate, "build_kernels", lambda *_, **__: ReferenceKernels())
+    text = tmp_path / "text"
+    text.write_text("w3 w1 w4 " * CONTEXT)
+    figures = evaluate.evaluate(tmp_path / "out", text)
+    assert figures["tokens"] == 3 * (CONTEXT - 1) and figures["ppl"] > 1
+    assert evaluate.evaluate(tmp_path / "out", text, seq_len=CONTEXT, chunks=1)["tokens"] == CONTEXT - 1
+    with pytest.raises(EvaluationError, match=f"--seq-len cannot be {CONTEXT + 1}.*context holds {CONTEXT} tokens"):
+        evaluate.evaluate(tmp_path / "out", text, seq_len=CONTEXT + 1)
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.99, 99.0), (0.5, 50.0), (1.0, 100.0), (0.0, 1.0)])

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from lbllm_compile.passes.alignment import improved, kl_loss
+from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.alignment import kl_loss
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
-from stages import Memory, annotated, apply, context, quantized, same_tensors
+from lbllm_compile.passes.chains import Chains
+from lbllm_compile.passes.program import Program
+from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 
 _TEXT = "finetune{steps=12,every=4,precision=float32}"
-_ACTIVATE = "activate{group=32,epochs=0,steps=0}"
+_ACTIVATE = "activate{group=32,steps=0}"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,50 @@ def test_a_resumed_run_gives_the_same_bytes(saves, tuned, data):
     resumed = apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
     assert memory.loaded == 1
     assert same_tensors(resumed.program, tuned.program) and resumed.summary == tuned.summary
+
+
+def test_a_pass_named_twice_works_twice(data):
+    memory = Memory()
+
+    def run(text: str, checkpoints: Memory) -> Program:
+        surroundings = dataclasses.replace(data, checkpoints=checkpoints, probe=batches(1)[0])
+        return pipeline.run(quantized(), pipeline.parse(text), surroundings)[0]
+
+    once, twice = run(_TEXT, Memory()), run(f"{_TEXT},{_TEXT}", memory)
+    assert not same_tensors(once, twice)
+    resumed = run(f"{_TEXT},{_TEXT}", memory)
+    assert same_tensors(resumed, twice) and memory.loaded == 2
+
+
+def test_a_finished_tuning_streams_nothing(data, monkeypatch):
+    memory = Memory()
+    apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+    monkeypatch.setattr(Chains, "start", None)
+    apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
+
+
+def test_behind_the_head_it_is_refused(data):
+    with pytest.raises(PassError, match="move it before 'head'"):
+        apply(apply(quantized(), "head", data).program, "finetune{steps=2}", data)
+
+
+def test_a_diverging_training_says_what_to_do(data):
+    with pytest.raises(PassError, match="diverged after 1 steps; lower its learning rates"):
+        apply(quantized(), "finetune{steps=4,lr_levels=1e12}", data)
+
+
+@pytest.mark.parametrize("name", ["distill", "activate", "finetune"])
+def test_a_rehearsal_is_short(name):
+    item = pipeline.make(name, {"epochs": 9} if name == "distill" else {"steps": 900}).rehearsal()
+    assert getattr(item, "epochs", 0) <= 1 and getattr(item, "steps", 0) <= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["finetune{every=0}", "finetune{batch=0}", "distill{epochs=-1}", "activate{lr_clip=nan}"]
+)
+def test_options_out_of_range_are_refused(text):
+    with pytest.raises(pipeline.PipelineError, match="cannot be"):
+        pipeline.parse(text)
 
 
 def test_it_needs_quantized_weights(data):

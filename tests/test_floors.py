@@ -99,6 +99,18 @@ def test_the_format_needs_no_kernels(package: str) -> None:
     assert "lbllm_compile.codegen.tvm_api" not in nx.descendants(GRAPH, package)
 
 
+def test_passes_know_the_operators_and_no_kernel() -> None:
+    known = {"errors", "format", "latent", "ops", "progress", "reference"}
+    used = {
+        target
+        for name, file in modules().items()
+        if floor_of(name) == 1
+        for target in imported(name, file) & modules().keys()
+        if floor_of(target) == 0
+    }
+    assert {target.removeprefix("lbllm_compile.codegen").removeprefix(".") for target in used} - {""} <= known
+
+
 def test_every_folder_is_packaged() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     packages = {name if file.name == "__init__.py" else name.rpartition(".")[0] for name, file in modules().items()}

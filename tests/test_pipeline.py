@@ -118,6 +118,8 @@ def test_any_options_round_trip(factor, where, note, on, times):
         ("scale,", "expected a pass name"),
         ("", "expected a pass name"),
         ("scale{on=true,on=false}", "given twice"),
+        (r'scale{note="a\.b"}', "expected a string quoted as in JSON, with each backslash written twice, at column 14"),
+        ('scale{on=true,note="a\tb"}', "expected a string quoted as in JSON"),
         ("broken", "is not a Pass named 'broken'"),
     ],
 )

@@ -212,7 +212,7 @@ def test_negating_the_head_changes_the_text():
     assert torch.equal(negated.logits(ids), -model().logits(ids))
 
 
-def test_small_steps_take_one_torch_thread_and_give_it_back():
+def test_small_steps_take_one_torch_thread_and_give_it_back(monkeypatch):
     seen = []
 
     def step(ids):
@@ -227,6 +227,14 @@ def test_small_steps_take_one_torch_thread_and_give_it_back():
     finally:
         torch.set_num_threads(before)
     assert seen == [(FEW_TOKENS + 1, 2), (1, 1), (1, 1)]
+    seen.clear()
+    monkeypatch.setattr(generate, "SHORT_CONTEXT", FEW_TOKENS + 2)
+    torch.set_num_threads(2)
+    try:
+        list(generate.tokens(step, prompt, Sampling(max_new_tokens=3), ()))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(FEW_TOKENS + 1, 2), (1, 1), (1, 2)]
 
 
 def test_a_stop_token_ends_its_sequence_only():

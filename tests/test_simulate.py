@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lbllm_compile.codegen import latent
+from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import GROUPS, QuantizedWeight
-from lbllm_compile.passes.simulate import (
-    LatentWeight,
-    LevelWeight,
-    _integers,
-    latent_gradients,
-    latent_matrix,
-    level_gradients,
-)
+from lbllm_compile.codegen.latent import gradient_formula, level_gradient_formula, matrix_formula, stored_levels
+from lbllm_compile.passes.simulate import LatentWeight, LevelWeight
 
 _CASES = [(group, features, seed) for group in GROUPS for features, seed in ((group, 0), (3 * group, 1))]
 
@@ -35,12 +31,12 @@ def _latent(group: int, features: int, seed: int) -> LatentWeight:
 def test_the_kernels_compute_the_formulas(group, features, seed):
     weight = _latent(group, features, seed)
     parameters = [t.requires_grad_() for t in (weight.latent, weight.bitmap, weight.levels)]
-    operands = (weight.latent.detach(), weight.bitmap.detach(), *_integers(weight.levels.detach()))
+    operands = (weight.latent.detach(), weight.bitmap.detach(), *stored_levels(weight.levels.detach()))
     matrix = weight.simulate()
-    assert torch.equal(matrix, latent_matrix(*operands).flatten(1)[:, :features])
+    assert torch.equal(matrix, matrix_formula(*operands).flatten(1)[:, :features])
     grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(9))
     matrix.backward(grad)
-    of_latent, of_bitmap, of_levels = latent_gradients(grad.reshape(weight.latent.shape), *operands)
+    of_latent, of_bitmap, of_levels = gradient_formula(grad.reshape(weight.latent.shape), *operands)
     assert torch.equal(parameters[0].grad, of_latent) and torch.equal(parameters[1].grad, of_bitmap)
     torch.testing.assert_close(parameters[2].grad, of_levels, rtol=1e-5, atol=1e-4)
 
@@ -71,8 +67,23 @@ def test_levels_alone_give_the_same_matrix_and_gradient(group, features):
     grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(9))
     matrix.backward(grad)
     padded = torch.nn.functional.pad(grad, (0, weight.picked[0].numel() - features)).reshape(weight.picked.shape)
-    torch.testing.assert_close(weight.levels.grad, level_gradients(padded, weight.picked), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(weight.levels.grad, level_gradient_formula(padded, weight.picked), rtol=1e-5, atol=1e-4)
     assert _same(weight.fold(), packed)
+
+
+def test_a_wrong_kernel_is_not_used(monkeypatch):
+    from lbllm_compile.codegen.kernels import latent as kernels
+
+    right = kernels.latent_kernels(32)
+    wrong = {name: right[name] for name in ("latent_forward", "codes_forward", "codes_backward")}
+    wrong["latent_backward"] = lambda *tensors: [t.zero_() for t in tensors[5:]]
+    monkeypatch.setattr(kernels, "latent_kernels", lambda group: wrong)
+    latent._kernels.cache_clear()
+    try:
+        with pytest.raises(KernelError, match="wrong on this machine"):
+            _latent(32, 32, 0).simulate()
+    finally:
+        latent._kernels.cache_clear()
 
 
 def test_training_starts_from_the_packed_weight():

@@ -1,8 +1,6 @@
-"""Training's inner loop on a CPU: latent weights to the matrix they stand for, and its gradient back, in one pass each.
+"""The formulas of ``codegen/latent.py`` as fused kernels, one pass over the elements each.
 
-A unit is one group of one row: ``group`` elements and four levels. Levels are integers in units of the group's scale,
-so thresholds (half sums of two levels) are exact, and a comparison falls as it does for the packed weight. One thread:
-torch's own threads are at work between these calls, and two pools on the same cores wait for each other.
+One thread: torch's own threads are at work between these calls, and two pools on the same cores wait for each other.
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
@@ -89,12 +87,8 @@ def latent_forward(group: int) -> PrimFunc:
 
 
 def latent_backward(group: int) -> PrimFunc:
-    """``(grad, latent, bitmap, levels, scales, grad_latent, grad_bitmap, grad_levels)``: gradients of the latent form.
-
-    ``grad`` is that of the matrix. The latent's is ``grad`` within a pair's width of the pair's middle, else 0; the
-    bitmap's is ``grad`` times what the inner pair gives more than the outer; a level's is the sum of ``grad`` over the
-    elements that use it.
-    """
+    """``(grad, latent, bitmap, levels, scales, grad_latent, grad_bitmap, grad_levels)``: the gradients of
+    :func:`latent_forward`, shapes as there."""
 
     def unit_backward(
         grad: Any,

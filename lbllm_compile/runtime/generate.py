@@ -15,6 +15,9 @@ from lbllm_compile.codegen.threads import one_torch_thread
 FEW_TOKENS = 16
 """Up to this many tokens a step, torch's operators between the kernels are too small to share among threads."""
 
+SHORT_CONTEXT = 1024
+"""Up to this many tokens to attend to, for each sequence; attention over more is worth sharing."""
+
 
 class GenerationError(LbllmError):
     """A request that cannot be answered: an empty prompt, one beyond the context, options out of range."""
@@ -81,9 +84,11 @@ def tokens(step: Step, prompt: Tensor, sampling: Sampling, stop: Sequence[int]) 
     generator = torch.Generator().manual_seed(sampling.seed)
     stop_ids = frozenset(stop)
     running = [True] * prompt.shape[0]
-    ids = prompt
+    ids, context = prompt, 0
     for _ in range(sampling.max_new_tokens):
-        with one_torch_thread() if ids.numel() <= FEW_TOKENS else nullcontext():
+        context += ids.shape[1]
+        small = ids.numel() <= FEW_TOKENS and ids.shape[0] * context <= SHORT_CONTEXT
+        with one_torch_thread() if small else nullcontext():
             chosen = choose(step(ids), sampling, generator).tolist()
         running = [r and token not in stop_ids for r, token in zip(running, chosen, strict=True)]
         if not any(running):

@@ -129,10 +129,33 @@ class WorkDir:
             self.path.rmdir()
 
 
+def check_work_dir(path: Path) -> None:
+    """Checks that ``path`` can be a work directory; writes nothing.
+
+    Raises:
+        WorkDirError: it holds other things, or cannot be written.
+    """
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise WorkDirError(
+            f"cannot use {path} as work directory: '{existing}' is not a directory that can be written; pass another"
+            " --work-dir"
+        )
+    if existing == path.absolute():
+        _refuse_foreign(path)
+
+
 def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        ours = {FINGERPRINT, LOCK, "stages"}
+    except OSError as error:
+        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error
+    _refuse_foreign(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    ours = {FINGERPRINT, LOCK, "stages"}
+    try:
         foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith("fingerprint.")]
     except OSError as error:
         raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error

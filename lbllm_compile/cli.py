@@ -81,6 +81,8 @@ class VerbGroup(TyperGroup):
         except OSError as error:
             where = f" '{error.filename}'" if error.filename else ""
             _fail(f"cannot access{where}: {error.strerror or error}", EXIT_USER, debug)
+        except ImportError as error:
+            _fail(f"{error}; `lbllm-compile doctor` says which packages are broken or missing", EXIT_BUG, debug)
         except MemoryError:
             _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
         except Exception as error:

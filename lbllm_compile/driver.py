@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import resource
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 
 from lbllm_compile import __version__, artifact, calibration, checkpoint, frontend, preflight, recipe, sheet
 from lbllm_compile.calibration import CalibrationSet
-from lbllm_compile.checkpoint import WorkDir, WorkDirError
+from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, parse_targets
@@ -301,7 +300,7 @@ def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
         if not options.calibration.startswith("hf:") or importlib.util.find_spec("datasets") is None:
             next(iter(texts), None)
     if options.work_dir is not None:
-        _check_work_dir(options.work_dir)
+        checkpoint.check_work_dir(options.work_dir)
     # A model.py may bring a recipe with another pipeline.
     if options.pipeline is not None or not options.model.endswith(".py"):
         check_print_after(options, passes)
@@ -320,17 +319,6 @@ def check_print_after(options: CompileOptions, passes: Sequence[Pass]) -> None:
                 f"--print-after {name}: the pipeline has no pass '{name}'{suggestion(name, names)}; it has"
                 f" {', '.join(names)}"
             )
-
-
-def _check_work_dir(path: Path) -> None:
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise WorkDirError(
-            f"cannot use {path} as work directory: '{existing}' is not a directory that can be written; pass another"
-            " --work-dir"
-        )
-    if existing == path.absolute():
-        checkpoint._make(path)  # makes nothing where there is a directory, and refuses one that holds other things
 
 
 def fingerprint(job: Job, data: CalibrationSet) -> dict[str, str]:

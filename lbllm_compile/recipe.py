@@ -67,7 +67,7 @@ PRESETS = {
         activate_steps=8,
         finetune_steps=0,
         tune_trials=16,
-        tune_seconds=60,
+        tune_seconds=36,
     ),
     "default": Preset(
         sequences=256,

@@ -60,13 +60,14 @@ def test_linears_are_exact_for_odd_shapes_and_token_counts(target, shapes, tmp_p
 
 @pytest.mark.parametrize("sampled", [3, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", FAMILIES)
-def test_schedules_of_the_whole_space_are_exact(target, sampled):
-    """On a shape with every kind of tail; a search itself checks what it measures."""
+@pytest.mark.parametrize("shape", [(150, 75, 32), (150, 20, 32)], ids=["with tails", "a single group"])
+def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
+    """A search itself checks what it measures."""
     from lbllm_compile.codegen.kernels import cpu
     from lbllm_compile.codegen.tune.search import spread
     from lbllm_compile.codegen.tvm_api import compile_functions
 
-    spec = LinearSpec("bit", 150, 75, 32, 4, False, True)
+    spec = LinearSpec("bit", *shape, 4, False, True)
     implementation = cpu.linear(spec, Target.parse(target))
     cases = prove.linear_cases(spec, seed=2)
     for bucket in cpu.BUCKETS:

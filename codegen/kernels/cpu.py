@@ -168,10 +168,12 @@ class X86Linear:
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
-                    if tokens > bucket.highest:
+                    # TVM cannot lower tiles of a single token where there is a single group.
+                    if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
                         continue
-                    # Whole tiles: all tokens of a small bucket at once, some or many of a large one.
-                    chunks = [-(-chunk // tokens) * tokens for chunk in ((16,) if bucket.highest <= 16 else (120, 480))]
+                    # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
+                    sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
+                    chunks = [-(-size // tokens) * tokens for size in sizes]
                     found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
         return found
 

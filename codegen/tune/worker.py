@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import KernelError
 from ..kernels import cpu
 from ..spec import LinearSpec
 from ..targets import Target
+from ..threads import thread_count
 from ..tvm_api import compile_functions
 from .measure import Outcome, Request
 
@@ -58,25 +60,32 @@ def measure(request: Request) -> list[Outcome]:
     """Compiles, checks and times every candidate of a request."""
     implementation = cpu.linear(request.spec, Target.parse(request.target))
     bucket = cpu.bucket_named(request.bucket)
-    functions = {
-        f"candidate{i}": implementation.function(cpu.schedule_from(schedule))
-        for i, schedule in enumerate(request.schedules)
-    }
-    try:
-        library = compile_functions(functions, Target.parse(request.target).llvm)
-    except KernelError as error:
-        return [Outcome(None, str(error)) for _ in functions]
+    target = Target.parse(request.target).llvm
+
+    def compiled(schedule: dict[str, Any]) -> Any:
+        try:
+            return compile_functions({"candidate": implementation.function(cpu.schedule_from(schedule))}, target)
+        except KernelError as error:
+            return error
+
+    # Nothing is timed while these threads run. TVM lets go of Python's lock while it compiles.
+    with ThreadPoolExecutor(thread_count()) as pool:
+        libraries = list(pool.map(compiled, request.schedules))
     cases = _cases(request.spec)
     packed = [implementation.pack(case.weight, case.bias) for case in cases]
     counts = prove.token_counts(bucket.lowest, bucket.highest)[-CHECKED_COUNTS:]
     outcomes = []
-    for name in functions:
-        failures = (prove.linear_failure(library[name], p, case, counts) for case, p in zip(cases, packed, strict=True))
+    for library in libraries:
+        if isinstance(library, KernelError):
+            outcomes.append(Outcome(None, str(library)))
+            continue
+        function = library["candidate"]
+        failures = (prove.linear_failure(function, p, case, counts) for case, p in zip(cases, packed, strict=True))
         failure = next(filter(None, failures), None)
         if failure:
             outcomes.append(Outcome(None, failure))
             continue
-        outcomes.append(Outcome(time_kernel(library[name], cases[0], packed[0], bucket.probe, request.seconds)))
+        outcomes.append(Outcome(time_kernel(function, cases[0], packed[0], bucket.probe, request.seconds)))
     return outcomes
 
 

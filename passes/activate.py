@@ -50,7 +50,7 @@ from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
 from .simulate import LOGIT, LevelWeight, Lifted, clip_factors
-from .training import Group, reconstruction, step_scale, train
+from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -176,17 +176,7 @@ class Activate(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        batches = len(chains.student)
-        outcome = train(
-            groups,
-            loss,
-            validate,
-            generator,
-            batches=batches,
-            steps=self.epochs * batches,
-            every=batches,
-            precision=self.precision,
-        )
+        outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
         for path, weight in levels.items():
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]

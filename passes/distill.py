@@ -38,7 +38,7 @@ from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted
-from .training import Group, reconstruction, step_scale, train
+from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -118,17 +118,7 @@ class Distill(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, weights())
 
-        batches = len(chains.student)
-        outcome = train(
-            groups,
-            loss,
-            validate,
-            generator,
-            batches=batches,
-            steps=self.epochs * batches,
-            every=batches,
-            precision=self.precision,
-        )
+        outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
         tensors: dict[str, Tensor] = {}
         signs, bitmaps, count = 0, 0, 0
         for path, latent in latents.items():

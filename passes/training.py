@@ -152,6 +152,20 @@ def _diverged(step: int) -> PassError:
     return PassError(f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)")
 
 
+def train_epochs(
+    groups: Sequence[Group],
+    loss: Callable[[int], Tensor],
+    validate: Callable[[], float],
+    generator: torch.Generator,
+    batches: int,
+    epochs: int,
+    precision: Precision,
+) -> Outcome:
+    """:func:`train` for so many passes over the batches, validating after each."""
+    steps = epochs * batches
+    return train(groups, loss, validate, generator, batches=batches, steps=steps, every=batches, precision=precision)
+
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW remembers of a tensor."""
 

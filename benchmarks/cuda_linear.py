@@ -19,8 +19,9 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.kernels.cuda_dp4a import pack_bit_weight, pitch
 from lbllm_compile.codegen.spec import LinearSpec
-from lbllm_compile.codegen.targets.cuda import CudaKernel, emit_cuda
+from lbllm_compile.codegen.targets.cuda import emit_cuda
 from lbllm_compile.codegen.targets.cuda_device import Device, prove_on_device
+from lbllm_compile.codegen.targets.cuda_kernel import CudaKernel
 
 CACHE_BYTES = 256 << 20
 """More than any GPU's last-level cache holds."""

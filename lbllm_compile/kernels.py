@@ -14,7 +14,7 @@ from lbllm_compile.passes.program import Program
 from lbllm_compile.runtime.executor import requirements
 
 if TYPE_CHECKING:
-    from lbllm_compile.codegen.targets.cuda import CudaKernel
+    from lbllm_compile.codegen.targets.cuda_kernel import CudaKernel
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..spec import LinearSpec, QuantizeSpec
 from . import Emulator, Launch, Sparse, compiler
 
 if TYPE_CHECKING:
-    from ..targets.cuda import EmittedKernel
+    from ..targets.cuda_kernel import EmittedKernel
 
 EMULATED = "emulated on CPU, unverified on device"
 NOT_RUN = "not run: no g++ to emulate with, unverified on device"

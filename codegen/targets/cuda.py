@@ -13,21 +13,18 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..cache import cache_directory, write_atomically
 from ..errors import KernelError, TargetError
 from ..progress import NoProgress, Progress
 from ..spec import LinearSpec, QuantizeSpec
 from .cuda_compiler import Binary, CudaCompiler
+from .cuda_kernel import CudaKernel, EmittedKernel, Form, kernel_name
 
 if TYPE_CHECKING:
-    from ..kernels.cuda_dp4a import GemmSchedule, GemvSchedule
-    from ..kernels.cuda_quantize import QuantizeSchedule
-
-    Schedule = GemvSchedule | GemmSchedule | QuantizeSchedule
+    from .cuda_kernel import Schedule
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 """Architectures these kernels can be compiled for; a CUDA toolkit may know fewer."""
@@ -45,7 +42,6 @@ PREAMBLE = """\
 WORKERS = 4
 """Most compilers and emulators at work at once."""
 
-Form = Literal["gemv", "gemm", "quantize"]
 _S = TypeVar("_S")
 
 
@@ -66,88 +62,6 @@ def parse_architectures(text: str) -> tuple[str, ...]:
             raise TargetError(f"unknown CUDA architecture {arch!r}; {hint}")
         found += [arch] if arch else DEFAULT_ARCHITECTURES
     return tuple(dict.fromkeys(found))
-
-
-def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
-    """A name that says what the kernel computes, usable as a C symbol."""
-    if isinstance(spec, QuantizeSpec):
-        return f"quantize_{spec.in_features}_g{spec.group}_a{spec.bits}"
-    scales = "t" if spec.per_token else "g"
-    bias = "_bias" if spec.bias else ""
-    return f"{spec.kind}_{form}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{scales}{bias}"
-
-
-@dataclass(frozen=True)
-class EmittedKernel:
-    """A kernel's text and launch shape, before any CUDA compiler has seen it.
-
-    Attributes:
-        spec: what it computes.
-        form: ``"gemv"`` (one token), ``"gemm"`` (any number of tokens) or ``"quantize"``.
-        schedule: how it is cut.
-        source: the CUDA text.
-        symbol: the kernel's name in it.
-        parameters: names of its parameters, in launch order; ``tokens`` is an ``int``, all others are pointers.
-        block: threads along x, y, z.
-        rows_per_block: weight rows of a thread block; 0 for a quantizer.
-        tokens_per_block: tokens of a thread block.
-    """
-
-    spec: LinearSpec | QuantizeSpec
-    form: Form
-    schedule: Schedule
-    source: str
-    symbol: str
-    parameters: tuple[str, ...]
-    block: tuple[int, int, int]
-    rows_per_block: int
-    tokens_per_block: int
-
-    def grid(self, tokens: int) -> tuple[int, int, int]:
-        """Thread blocks along x, y, z for a number of tokens.
-
-        Raises:
-            KernelError: the kernel's 32-bit indices do not reach that many.
-        """
-        columns = self.spec.out_features if isinstance(self.spec, LinearSpec) else 0
-        widest = max(columns, self.spec.in_features + 256)
-        if tokens < 1 or tokens * widest >= 2**31 or (self.form == "gemv" and tokens != 1):
-            raise KernelError(f"{self.symbol} cannot take {tokens} tokens at once; split the call")
-        down = -(-tokens // self.tokens_per_block)
-        return (-(-columns // self.rows_per_block), down, 1) if self.rows_per_block else (down, 1, 1)
-
-
-@dataclass(frozen=True)
-class CudaKernel(EmittedKernel):
-    """A kernel compiled for one architecture.
-
-    Attributes:
-        arch: e.g. ``"sm_90"``.
-        cubin: the ELF image.
-        registers: per thread.
-        spills: bytes of spill stores and loads per thread.
-        shared_bytes: static shared memory per block.
-        proof: how it was checked.
-    """
-
-    arch: str
-    cubin: bytes
-    registers: int
-    spills: int
-    shared_bytes: int
-    proof: str
-
-    @property
-    def name(self) -> str:
-        """A file name stem, unique among the kernels of a model."""
-        return f"{kernel_name(self.spec, self.form)}_{self.arch}"
-
-    def record(self) -> dict[str, object]:
-        """Everything but source and cubin, for JSON."""
-        fields = asdict(self)
-        cubin = fields.pop("cubin")
-        fields.pop("source")
-        return fields | {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
 
 
 def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Schedule | None = None) -> EmittedKernel:

@@ -19,7 +19,7 @@ from ..errors import KernelError
 
 if TYPE_CHECKING:
     from ..emulate import Launch
-    from .cuda import CudaKernel
+    from .cuda_kernel import CudaKernel
 
 _LIBRARY = "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*

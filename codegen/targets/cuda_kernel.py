@@ -1,0 +1,101 @@
+"""One CUDA kernel: its text and launch shape, and, once compiled, its binary and how it was proven."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import KernelError
+from ..spec import LinearSpec, QuantizeSpec
+
+if TYPE_CHECKING:
+    from ..kernels.cuda_dp4a import GemmSchedule, GemvSchedule
+    from ..kernels.cuda_quantize import QuantizeSchedule
+
+    Schedule = GemvSchedule | GemmSchedule | QuantizeSchedule
+
+Form = Literal["gemv", "gemm", "quantize"]
+"""One token, any number of tokens, or the quantizer of activations."""
+
+
+def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
+    """A name that says what the kernel computes, usable as a C symbol."""
+    if isinstance(spec, QuantizeSpec):
+        return f"quantize_{spec.in_features}_g{spec.group}_a{spec.bits}"
+    scales = "t" if spec.per_token else "g"
+    bias = "_bias" if spec.bias else ""
+    return f"{spec.kind}_{form}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{scales}{bias}"
+
+
+@dataclass(frozen=True)
+class EmittedKernel:
+    """A kernel's text and launch shape, before any CUDA compiler has seen it.
+
+    Attributes:
+        spec: what it computes.
+        form: ``"gemv"`` (one token), ``"gemm"`` (any number of tokens) or ``"quantize"``.
+        schedule: how it is cut.
+        source: the CUDA text.
+        symbol: the kernel's name in it.
+        parameters: names of its parameters, in launch order; ``tokens`` is an ``int``, all others are pointers.
+        block: threads along x, y, z.
+        rows_per_block: weight rows of a thread block; 0 for a quantizer.
+        tokens_per_block: tokens of a thread block.
+    """
+
+    spec: LinearSpec | QuantizeSpec
+    form: Form
+    schedule: Schedule
+    source: str
+    symbol: str
+    parameters: tuple[str, ...]
+    block: tuple[int, int, int]
+    rows_per_block: int
+    tokens_per_block: int
+
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        """Thread blocks along x, y, z for a number of tokens.
+
+        Raises:
+            KernelError: the kernel's 32-bit indices do not reach that many.
+        """
+        columns = self.spec.out_features if isinstance(self.spec, LinearSpec) else 0
+        widest = max(columns, self.spec.in_features + 256)
+        if tokens < 1 or tokens * widest >= 2**31 or (self.form == "gemv" and tokens != 1):
+            raise KernelError(f"{self.symbol} cannot take {tokens} tokens at once; split the call")
+        down = -(-tokens // self.tokens_per_block)
+        return (-(-columns // self.rows_per_block), down, 1) if self.rows_per_block else (down, 1, 1)
+
+
+@dataclass(frozen=True)
+class CudaKernel(EmittedKernel):
+    """A kernel compiled for one architecture.
+
+    Attributes:
+        arch: e.g. ``"sm_90"``.
+        cubin: the ELF image.
+        registers: per thread.
+        spills: bytes of spill stores and loads per thread.
+        shared_bytes: static shared memory per block.
+        proof: how it was checked.
+    """
+
+    arch: str
+    cubin: bytes
+    registers: int
+    spills: int
+    shared_bytes: int
+    proof: str
+
+    @property
+    def name(self) -> str:
+        """A file name stem, unique among the kernels of a model."""
+        return f"{kernel_name(self.spec, self.form)}_{self.arch}"
+
+    def record(self) -> dict[str, object]:
+        """Everything but source and cubin, for JSON."""
+        fields = asdict(self)
+        cubin = fields.pop("cubin")
+        fields.pop("source")
+        return fields | {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}

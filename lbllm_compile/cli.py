@@ -512,7 +512,7 @@ def _where() -> str:
     stopped = _active[0].progress.stopped if _active else None
     if stopped is None:
         return ""
-    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total} (finished layers are kept)"
+    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total} (what is finished is kept)"
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

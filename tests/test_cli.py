@@ -211,7 +211,7 @@ class Raises:
         (
             KeyboardInterrupt(),
             130,
-            "interrupted in ptq, 3 of 30 (finished layers are kept); run the same command again to resume\n",
+            "interrupted in ptq, 3 of 30 (what is finished is kept); run the same command again to resume\n",
         ),
         (MemoryError(), 1, "out of memory"),
     ],

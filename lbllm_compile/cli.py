@@ -124,7 +124,7 @@ PresetName = Annotated[
     str | None, typer.Option("--preset", help="how much work: quick, default or best [default: default]")
 ]
 PipelineText = Annotated[
-    str | None, typer.Option("--pipeline", help="passes as text, e.g. 'canonicalize,annotate,ptq{group=128}'")
+    str | None, typer.Option("--pipeline", help="the passes as text; `plan MODEL` shows the recipe's")
 ]
 Calibration = Annotated[
     str | None,
@@ -306,7 +306,7 @@ def preflight(
 @app.command()
 def run(
     directory: ArtifactDir,
-    prompt: Annotated[str, typer.Option(help="text to answer or continue; - reads it from standard input")],
+    prompt: Annotated[list[str], typer.Option(help="text to answer or continue; - reads it from standard input")],
     max_tokens: Annotated[int, typer.Option(help="at most so many tokens")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more is more varied")] = 0.0,
     top_k: Annotated[int, typer.Option(help="choose among the k likeliest tokens; 0: all")] = 0,
@@ -319,15 +319,18 @@ def run(
     import time
 
     with _terminal(as_json) as ui:
-        from lbllm_compile.runtime import load
+        from lbllm_compile.runtime import Sampling, load
 
-        text = _read_prompt() if prompt == "-" else prompt
+        if len(prompt) > 1:
+            raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        Sampling(max_new_tokens=max_tokens, **options)  # refuses what is out of range before anything is loaded
+        text = _read_prompt() if prompt[0] == "-" else prompt[0]
         model = load(directory, progress=ui.progress)
         chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
         ids = model.encode(text, chat=chat)
         start = time.perf_counter()
         pieces: list[str] = []
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         for piece in model.stream(ids, max_new_tokens=max_tokens, **options):
             pieces.append(piece)
             if not ui.json:
@@ -474,7 +477,8 @@ def _compile_options(**values: Any) -> CompileOptions:
 def _read_prompt() -> str:
     """Standard input as UTF-8, whatever encoding the locale sets."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        # A shell's echo and every editor end the last line.
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv"

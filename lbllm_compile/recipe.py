@@ -158,7 +158,15 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         if given:
             option = given[0].replace("_", "-")
             raise OptionError(f"--{option} and --pipeline contradict each other; write the option in the pipeline text")
-        return pipeline.parse(choices.pipeline)
+        given = pipeline.parse(choices.pipeline)
+        names = [item.name for item in given]
+        simulated = [name for name in names if name in ("ptq", "activate", "head")]
+        if simulated and "lower" not in names:
+            raise OptionError(
+                f"the pipeline simulates quantization ('{simulated[0]}') and never lowers it, and only lowered graphs"
+                " run; add 'lower' behind it"
+            )
+        return given
     group = _one_of("group", choices.group, 64, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
     kv_bits = _one_of("kv-bits", choices.kv_bits, 4, ACTIVATION_BITS)

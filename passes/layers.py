@@ -195,8 +195,11 @@ def calibration_batches(program: Program, batches: Sequence[Mapping[str, Any]], 
 
     A plain module keeps its batches: it may not take others.
     """
+    # FX renames inputs that are called like a builtin of Python's; values go by node name.
+    names = {node.target: node.name for node in program.placeholders()}
+    batches = [{names.get(key, key): value for key, value in batch.items()} for batch in batches]
     if program.kind != "causal-lm":
-        return [dict(b) for b in batches]
+        return batches
     runs: list[list[Mapping[str, Any]]] = []
     for batch in batches:
         if runs and _shapes(runs[-1][0]) == _shapes(batch):

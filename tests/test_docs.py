@@ -12,6 +12,7 @@ import torch
 from lbllm_compile.passes import Pass, PassContext, pipeline, registry
 from test_cli import layered
 
+from lbllm_compile import driver
 from lbllm_compile.report import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,3 +85,13 @@ def test_the_readme_names_what_exists() -> None:
     assert all(callable(getattr(lbllm_compile, name)) for name in offered)
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} - {"compile"}
     assert commands == set(re.findall(r"^\| `([a-z]+)[` ]", text, re.MULTILINE))
+
+
+def test_the_readmes_model_and_pipeline_go_through(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    model = tmp_path / "model.py"
+    model.write_text(next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "def build_model" in b))
+    given = re.search(r"\| `--pipeline TEXT` .*`(canonicalize[^`]*)`", text)
+    assert given
+    for passes in (None, given.group(1)):
+        assert driver.rehearse(driver.CompileOptions(str(model), preset="quick", pipeline=passes)).complete

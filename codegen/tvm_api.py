@@ -18,6 +18,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
+    from tvm import relax, s_tir
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -28,6 +29,7 @@ except (ImportError, OSError, AttributeError) as error:
     ) from error
 
 __all__ = [
+    "FAST_BUILD",
     "PrimFunc",
     "T",
     "VERSION",
@@ -36,6 +38,10 @@ __all__ = [
     "intrinsic",
     "llvm_version",
     "pure_intrinsic",
+    "relax",
+    "s_tir",
+    "symbolic_dimension",
+    "tvm",
 ]
 
 VERSION: str = tvm.__version__
@@ -46,8 +52,13 @@ def llvm_version() -> str:
     return str(tvm.target.codegen.llvm_version_major())
 
 
-_SLOW_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
-"""Four fifths of a kernel's compile time, for nothing: our buffers are as small as they get, and LLVM finds common
+def symbolic_dimension(name: str) -> Any:
+    """A size that is known at run time only."""
+    return tvm.tirx.Var(name, "int64")
+
+
+FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
+"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and LLVM finds common
 subexpressions itself."""
 
 
@@ -82,7 +93,7 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
     """
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     try:
-        with tvm.transform.PassContext(disabled_pass=_SLOW_PASSES):
+        with tvm.transform.PassContext(disabled_pass=FAST_BUILD):
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from .errors import KernelError, TargetError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
-from .spec import AttentionSpec, LinearSpec, QuantizeSpec
+from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target, runnable_targets
 from .threads import thread_count
 from .tune.database import Database, Key, Result
@@ -42,6 +43,19 @@ PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 
 TIMING_SECONDS = 0.02
 """How long one candidate is timed."""
+
+
+@dataclass(frozen=True)
+class TirKernel:
+    """A kernel as TIR.
+
+    Attributes:
+        name: its symbol; kernels of one name are the same.
+        make: generates it, which takes a good part of a second.
+    """
+
+    name: str
+    make: Callable[[], PrimFunc]
 
 
 class LinearKernel:
@@ -65,10 +79,11 @@ class LinearKernel:
         self._schedules = schedules
         self._functions = functions
 
-    def tir(self, bucket: str) -> tuple[str, PrimFunc]:
-        """Name and TIR function of a token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
-        names = list(self._schedules)
-        return f"{_name(self.spec)}_{names.index(bucket)}", self._implementation.function(self._schedules[bucket])
+    def tir(self, bucket: str) -> TirKernel:
+        """A token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
+        number = list(self._schedules).index(bucket)
+        schedule = self._schedules[bucket]
+        return TirKernel(f"{_name(self.spec)}_{number}", lambda: self._implementation.function(schedule))
 
     def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
         """The kernel's weight layout, bias included: ``uint8 [bytes]``, 64-byte aligned.
@@ -184,11 +199,13 @@ class QuantizeKernel:
             raise self._explain(x, clip, error) from error
         return values, scale
 
-    def tir(self, parallel: bool) -> tuple[str, PrimFunc]:
-        """Name and TIR function of the kernel ``(x, clip, values, scale)``, for whole programs."""
+    def tir(self, parallel: bool) -> TirKernel:
+        """The kernel ``(x, clip, values, scale)``, for whole programs."""
         from .kernels import cpu
 
-        return _quantizer_name(self.spec, parallel), cpu.quantizer(self.spec, self._target, parallel)
+        return TirKernel(
+            _quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel)
+        )
 
     def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
         spec = self.spec
@@ -301,8 +318,8 @@ class KernelSet:
             raise KernelError(f"no kernel was built for {spec}; there is no slow path")
         return self._quantizers[spec]
 
-    def attention(self, spec: AttentionSpec, queries: int | None) -> tuple[str, PrimFunc]:
-        """Name and TIR function of an attention kernel, for whole programs.
+    def attention(self, spec: AttentionSpec, queries: int | None) -> TirKernel:
+        """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
 
         Args:
             spec: the attention.
@@ -313,8 +330,14 @@ class KernelSet:
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
         name += f"_w{spec.window}" if spec.window else ""
-        function = attention.cached_attention(spec, cpu.lanes(self.target), tile, queries is None)
-        return f"{name}_{tile}", function
+        lanes = cpu.lanes(self.target)
+        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, lanes, tile, queries is None))
+
+    def embedding(self, spec: EmbeddingSpec) -> TirKernel:
+        """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""
+        from .kernels.embedding import embedding
+
+        return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
 
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``build(records=...)``."""

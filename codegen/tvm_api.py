@@ -18,7 +18,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
-    from tvm import relax, s_tir
+    from tvm import relax, s_tir, tirx
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -39,9 +39,12 @@ __all__ = [
     "llvm_version",
     "pure_intrinsic",
     "relax",
+    "renew_definitions",
     "s_tir",
     "symbolic_dimension",
+    "tirx",
     "tvm",
+    "tvm_ffi",
 ]
 
 VERSION: str = tvm.__version__
@@ -55,6 +58,11 @@ def llvm_version() -> str:
 def symbolic_dimension(name: str) -> Any:
     """A size that is known at run time only."""
     return tvm.tirx.Var(name, "int64")
+
+
+def renew_definitions(function: PrimFunc) -> PrimFunc:
+    """The same function with variables and buffers of its own."""
+    return tvm_ffi.get_global_func("s_tir.RenewDefs")(function)
 
 
 FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]

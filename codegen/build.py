@@ -166,9 +166,7 @@ class LinearKernel:
 class QuantizeKernel:
     """The proven kernels of one :class:`QuantizeSpec`."""
 
-    def __init__(
-        self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]
-    ):
+    def __init__(self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]):
         self.spec = spec
         self._target = target
         self._serial = serial
@@ -203,9 +201,7 @@ class QuantizeKernel:
         """The kernel ``(x, clip, values, scale)``, for whole programs."""
         from .kernels import cpu
 
-        return TirKernel(
-            _quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel)
-        )
+        return TirKernel(_quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel))
 
     def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
         spec = self.spec
@@ -318,6 +314,13 @@ class KernelSet:
             raise KernelError(f"no kernel was built for {spec}; there is no slow path")
         return self._quantizers[spec]
 
+    @property
+    def lanes(self) -> int:
+        """fp32 lanes of the target's vectors."""
+        from .kernels import cpu
+
+        return cpu.lanes(self.target)
+
     def attention(self, spec: AttentionSpec, queries: int | None) -> TirKernel:
         """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
 
@@ -325,13 +328,12 @@ class KernelSet:
             spec: the attention.
             queries: tokens of a call where that is known; few are not worth a parallel launch.
         """
-        from .kernels import attention, cpu
+        from .kernels import attention
 
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
         name += f"_w{spec.window}" if spec.window else ""
-        lanes = cpu.lanes(self.target)
-        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, lanes, tile, queries is None))
+        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, self.lanes, tile, queries is None))
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
         """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .format import QuantizedWeight, group_count
+from .format import QuantizedWeight
+from .sizes import group_count
 
 RANGE_MAX = 1.5e38
 """Clipped bounds of a group are clamped to this, so that ``hi - lo`` cannot overflow fp32."""
@@ -35,9 +36,6 @@ RANGE_MIN = 1e-30
 INT16_MAX = 32767
 INT8_MAX = 127
 INT4_MAX = 15
-
-ACTIVATION_BITS = (4, 8, 16)
-KV_BITS = (4, 8, 16)
 
 
 def value_dtype(bits: int) -> torch.dtype:

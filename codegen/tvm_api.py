@@ -66,8 +66,8 @@ def renew_definitions(function: PrimFunc) -> PrimFunc:
 
 
 FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
-"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and LLVM finds common
-subexpressions itself."""
+"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and
+LLVM finds common subexpressions itself."""
 
 
 def intrinsic(name: str) -> Any:

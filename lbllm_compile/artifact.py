@@ -144,7 +144,7 @@ def save(
     records: Any = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
-) -> None:
+) -> str:
     """Writes an artifact. It appears complete or not at all; an older artifact in its place is replaced.
 
     Args:
@@ -153,6 +153,9 @@ def save(
         history: ``(pass name, program after it)`` in order.
         records: tuning records, JSON-able.
         sources, binaries: generated kernels by file name, for reading.
+
+    Returns:
+        SHA-256 of the manifest, which stands for the whole artifact.
 
     Raises:
         ArtifactError: the destination is not ours to write.
@@ -189,7 +192,9 @@ def save(
             directory.rename(replaced)
         partial.rename(directory)
         shutil.rmtree(replaced, ignore_errors=True)
-        _remember(_sha256(directory / MANIFEST))
+        digest = _sha256(directory / MANIFEST)
+        _remember(digest)
+        return digest
     except OSError as error:
         raise ArtifactError(f"cannot write the artifact to '{directory}': {error.strerror or error}") from error
     finally:

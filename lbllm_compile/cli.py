@@ -30,10 +30,12 @@ from lbllm_compile.codegen.errors import LbllmError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from lbllm_compile.codegen.progress import Progress
     from lbllm_compile.driver import CompileOptions
     from lbllm_compile.passes.pipeline import PassRecord
     from lbllm_compile.passes.program import Program
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
+    from lbllm_compile.runtime.language import LanguageModel
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -319,14 +321,14 @@ def run(
     import time
 
     with _terminal(as_json) as ui:
-        from lbllm_compile.runtime import Sampling, load
+        from lbllm_compile.runtime import Sampling
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         Sampling(max_new_tokens=max_tokens, **options)  # refuses what is out of range before anything is loaded
         text = _read_prompt() if prompt[0] == "-" else prompt[0]
-        model = load(directory, progress=ui.progress)
+        model = _generator(directory, ui.progress)
         chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
         ids = model.encode(text, chat=chat)
         start = time.perf_counter()
@@ -341,6 +343,19 @@ def run(
             ui.stdout.write("\n")
         answer = "".join(pieces)
         ui.emit({"prompt": text, "text": answer, "prompt_tokens": len(ids), "seconds": seconds})
+
+
+def _generator(directory: Path, progress: Progress) -> LanguageModel:
+    """A model to generate text with: the program stored for an artifact, which needs no torch, or the artifact."""
+    from lbllm_compile.runtime.native import NativeModel, find
+    from lbllm_compile.runtime.text import TextTokenizer
+
+    program = find(directory)
+    if program is not None and program.description.plain_tokenizer:
+        return NativeModel(program, TextTokenizer(directory))
+    from lbllm_compile.runtime import load
+
+    return load(directory, progress=progress)
 
 
 @app.command("eval")

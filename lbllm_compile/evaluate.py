@@ -24,8 +24,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
-from lbllm_compile.runtime.load import build_kernels
-from lbllm_compile.runtime.model import CompiledModel
+from lbllm_compile.runtime.loader import prepared
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``[1, S]`` to logits ``[1, S, V]``."""
@@ -154,7 +153,7 @@ def evaluate(
     loaded = artifact.load(directory)
     if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
         raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    model = CompiledModel(loaded.program, build_kernels(loaded, progress=progress))
+    model = prepared(loaded, progress=progress)
     length = chunk_length(seq_len, model.context_length)
     pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
     original = find_teacher(loaded, teacher, progress)

@@ -9,7 +9,8 @@ import torch
 from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, TargetError
-from lbllm_compile.codegen.format import GROUPS, quantize_rows
+from lbllm_compile.codegen.format import quantize_rows
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, host, parse_targets, runnable_targets
 from test_format import random_weight
@@ -84,7 +85,7 @@ def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
 
 
 @pytest.mark.parametrize("target", FAMILIES)
-@pytest.mark.parametrize("bits", reference.ACTIVATION_BITS)
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
 def test_quantizers_are_exact(target, bits, tmp_path):
     specs = [QuantizeSpec(k, group, bits) for k, group in ((1, 32), (259, 64), (77, 0))]
     kernels = build([], specs, target, tmp_path)

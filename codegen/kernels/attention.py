@@ -147,7 +147,9 @@ class _Kernel:
             T.buffer_store(buffer, T.cast(params[b, h, first + lane, 0], "float32"), [lane])
             T.buffer_store(buffer, T.cast(params[b, h, first + lane, 1], "float32"), [self.lanes + lane])
 
-    def add_value(self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any) -> None:
+    def add_value(
+        self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any
+    ) -> None:
         """Adds one value, weighted by every row's score, to the rows' sums; low and high nibbles apart at 4 bits."""
         lanes, bits = self.lanes, self.spec.bits
         padded = self.value_bytes % lanes != 0
@@ -359,7 +361,8 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         for task in loop(batch * spec.kv_heads * tiles):
             attend(
                 query, key_codes, key_params, value_codes, value_params, key_mask, out,
-                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile, length, past, stride,
+                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile,
+                length, past, stride,
             )  # fmt: skip
 
     return kernel

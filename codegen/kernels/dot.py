@@ -15,7 +15,7 @@ It is an intrinsic because TVM lets LLVM contract ordinary multiplies and adds.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..format import group_count
+from ..sizes import group_count
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 from .x86 import InstructionSet
 

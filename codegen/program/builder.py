@@ -1,11 +1,11 @@
 """Emits the functions of a program, operator by operator, as Relax: TVM's graph IR, which its virtual machine runs.
 
-What a value is: a Relax variable with a :func:`shape` of integers and symbols. Kernels are calls of TIR functions, added
-once each; everything else is one of Relax's own operators, which :mod:`.compile` turns into fused loops.
+A value is a Relax variable with a :func:`shape` of integers and symbols. Kernels are calls of TIR functions, added once
+each; everything else is one of Relax's own operators, which :mod:`.compile` turns into fused loops.
 
 Weights and KV state are one block of bytes each, so that a file of weights can be mapped into memory as it is. A
-function takes them in one of two ways: as *blocks*, of which :mod:`.launch` makes pointers (a call then takes a handful of
-arguments however deep the model is), or as *tuples* of tensors that lie in them.
+function takes them in one of two ways: as *blocks*, of which :mod:`.launch` makes pointers (a call then takes a handful
+of arguments however deep the model is), or as *tuples* of tensors that lie in them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A function of fixed shapes is a sequence of kernel calls. It is cut into segment
 segment becomes one TIR function with one parallel region, in which every thread walks through the whole segment:
 
 * A kernel with a parallel loop does its share of it and waits for the others at a barrier. What it writes is shared.
-* Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody. What
-  a later segment needs is written by the first thread alone, and the others wait.
+* Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
+  What a later segment needs is written by the first thread alone, and the others wait.
 
 Weights, KV state and shared results are blocks of bytes; a segment gets the offsets of its tensors as integers. So the
 layers of a model, which differ in nothing else, share one TIR function.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lbllm_compile.codegen.build import KernelSet, TirKernel
 from lbllm_compile.codegen.errors import KernelError
@@ -52,6 +52,7 @@ from lbllm_compile.runtime.executor import (
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
+
 class UntranslatableError(KernelError):
     """The graph has an operator, or a form of one, that a program cannot hold."""
 
@@ -78,10 +79,12 @@ class Form:
 
 FORMS = (
     Form("token", 1, 1, True, "1", blocks=True),
+    Form("token_by_kernel", 1, 1, True, "1"),
     Form("tokens", None, None, True, "17+"),
     Form("logits", None, None, False, "17+"),
 )
-"""Decoding of one sequence, a prompt or a batch of sequences, and all logits."""
+"""Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a prompt or a batch of sequences; and
+all logits."""
 
 
 @dataclass
@@ -89,18 +92,20 @@ class Translation:
     """What a lowered graph became.
 
     Attributes:
-        module: Relax functions, one per form, and the kernels.
+        functions: builds the Relax functions, one per form, and the kernels, which takes a while.
         weights: every weight by name.
         layout: where each lies in the block of weights.
         state: where each tensor of the KV state lies.
         inputs: the arguments of every function before the two blocks, in order.
+        vocabulary: rows of the token embedding.
     """
 
-    module: Any
+    functions: Callable[[], Any]
     weights: Mapping[str, Tensor]
     layout: Layout
     state: Layout
     inputs: Sequence[TensorSpec]
+    vocabulary: int
 
     def write_weights(self, file: BinaryIO) -> None:
         """Writes the block of weights."""
@@ -118,14 +123,30 @@ def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORM
     """
     if program.kind != "causal-lm":
         raise UntranslatableError("only language models become a program")
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target not in _OPERATORS:
+            raise _refusal(node, f"the operator {node.target} has no translation")
     weights = _Weights(program, kernels)
     layout = Layout.of(weights.specs(), ALIGNMENT)
     state = Layout.of(_state_spec(n) for n in program.state_placeholders())
     inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
-    whole = ProgramBuilder(layout, state)
-    for form in forms:
-        _Translator(program, kernels, whole, weights, form, inputs).run()
-    return Translation(whole.finish(), weights.tensors, layout, state, inputs)
+
+    def functions() -> Any:
+        whole = ProgramBuilder(layout, state)
+        for form in forms:
+            _Translator(program, kernels, whole, weights, form, inputs).run()
+        return whole.finish()
+
+    return Translation(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
+
+
+def _vocabulary(program: Program) -> int:
+    """Rows of the table that ``input_ids`` index."""
+    (ids,) = (n for n in program.placeholders() if n.target == "input_ids")
+    for node in calls(program.graph, _lbllm.int8_embedding.default, _aten.embedding.default):
+        if ids in (node.args[-1], *node.args[-1].all_input_nodes):
+            return constant(program.module, node.args[0]).shape[0]
+    raise UntranslatableError("the graph looks its tokens up in no table")
 
 
 def _state_spec(node: Node) -> TensorSpec:
@@ -220,11 +241,8 @@ class _Translator:
             if node.op == "output":
                 self.function.finish(self.values[node.args[0]])
             elif node.op == "call_function":
-                handler = _OPERATORS.get(node.target)
-                if handler is None:
-                    raise _refusal(node, f"the operator {node.target} has no translation")
                 if node.target in KERNEL_TARGETS or not _packs(node):
-                    self.values[node] = handler(self, node)
+                    self.values[node] = _OPERATORS[node.target](self, node)
             elif node.op == "placeholder" and node.target != "past":
                 self.values[node] = self.function.value(node.target)
 

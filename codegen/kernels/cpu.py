@@ -13,14 +13,14 @@ from torch import Tensor
 from ..errors import KernelError, TargetError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
-from ..targets import Target, generic, x86
+from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import dot, quantize
+from . import arm, dot, quantize, x86
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
+from .isa import InstructionSet
 from .lut8 import Lut8Operand
 from .portable import PortableLinear
-from .x86 import instruction_set
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
 """A W(1+1) matrix, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""
@@ -36,6 +36,12 @@ PARALLEL_PRODUCTS = 1 << 20
 
 PARALLEL_STAGE_CHUNK = 64
 """Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
+
+INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
+"""By family: the instructions for values of 4 or 8 bits."""
+
+ROW_VECTORS = 4
+"""Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
 SCHEDULE_VERSION = 1
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
@@ -132,16 +138,20 @@ def _parallel_or_not(spec: LinearSpec, bucket: Bucket) -> tuple[bool, bool]:
 
 
 @dataclass(frozen=True)
-class X86Linear:
-    """A linear on x86: look-up or int8 weights with 8-bit dot products.
+class VectorLinear:
+    """A linear on a CPU with 8-bit dot products: look-up or int8 weights.
 
     Attributes:
         spec: what is computed.
-        family: ``"avx512-vnni"`` or ``"avx2"``.
+        family: one of :data:`INSTRUCTION_SETS`.
     """
 
     spec: LinearSpec
     family: str
+
+    @property
+    def isa(self) -> InstructionSet:
+        return INSTRUCTION_SETS[self.family](self.spec.act_bits)
 
     @functools.cached_property
     def operand(self) -> Lut8Operand | Int8Operand:
@@ -152,7 +162,7 @@ class X86Linear:
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
@@ -161,10 +171,11 @@ class X86Linear:
                         if padded_rows % rows == 0:
                             found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in (4, 2, 1))
                 continue
-            for rows in (32, 16, 64):
+            for rows in sorted((32, 16, 64), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
-                registers = (32 if isa.lanes == 16 else 16) - 2
-                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
+                registers, fewest = isa.registers - 2, isa.tokens_per_dot
+                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t % fewest == 0]
+                fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
@@ -178,7 +189,7 @@ class X86Linear:
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
         if isinstance(schedule, GemvSchedule):
             return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
         assert isinstance(schedule, GemmSchedule)
@@ -239,12 +250,13 @@ def linear(spec: LinearSpec, target: Target) -> Implementation:
         )
     if target.family == generic.FAMILY or spec.act_bits == 16:
         return Portable(spec)
-    return X86Linear(spec, target.family)
+    return VectorLinear(spec, target.family)
 
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
     """The quantizer ``(x, clip, values, scale)`` on a CPU target."""
-    lanes = x86.LANES.get(target.family, generic.LANES)
+    instructions = INSTRUCTION_SETS.get(target.family)
+    lanes = instructions(8).lanes if instructions else generic.LANES
     return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes, parallel)
 
 

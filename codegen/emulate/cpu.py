@@ -89,7 +89,9 @@ class ForeignLibrary:
         table, program = folder / "table.c", folder / "program"
         table.write_text(_table(names))
         include = [f"-I{path}" for path in include_paths()]
-        command = [*machine.compiler, "-O1", *include, table, _RUNTIME, kernels, "-lm", "-o", program]
+        # LLVM's line table is of this version, and older forms do not assemble.
+        options = ["-O1", "-gdwarf-5", *include]
+        command = [*machine.compiler, *options, table, _RUNTIME, kernels, "-lm", "-o", program]
         process = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)
         if process.returncode:
             raise KernelError(f"{machine.compiler[0]} rejects generated kernels: {process.stderr.strip()[:2000]}")

@@ -45,6 +45,7 @@ __all__ = [
 
 VERSION: str = tvm.__version__
 
+
 def llvm_version() -> str:
     """The major version of the LLVM inside TVM."""
     return str(tvm.target.codegen.llvm_version_major())

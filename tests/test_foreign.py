@@ -23,6 +23,8 @@ from lbllm_compile.codegen.tune.search import spread
 from lbllm_compile.codegen.tvm_api import PrimFunc, T, assembly, object_code
 from test_kernels import MORE_SHAPES, SHAPES, build
 
+from lbllm_compile import driver
+
 FUSED = re.compile(r"v?fn?m(add|sub|la|ls)\w*")
 """Fused multiply-adds, as ARM and x86 call them."""
 
@@ -152,6 +154,20 @@ def test_linears_are_exact_in_emulation(foreign, shapes):
         assert_exact(spec, foreign)
 
 
+@pytest.mark.parametrize("foreign", RUNNABLE)
+def test_calls_of_many_tokens_are_exact_in_emulation(foreign):
+    """More tokens than a kernel keeps sums of at once."""
+    spec, tokens = LinearSpec("bit", 20, 70, 32), 6 * prove.TOKENS
+    implementation, case = cpu.linear(spec, foreign.target), prove.linear_cases(spec)[0]
+    function = implementation.function(implementation.schedules(cpu.BUCKETS[-1])[0])
+    out = torch.empty(tokens, spec.out_features)
+    with foreign.load({"kernel": function}) as library:
+        library["kernel"](
+            case.values.repeat(6, 1), case.x_scale.repeat(6, 1), implementation.pack(case.weight, None), out
+        )
+    assert prove.agree(out, case.expected.repeat(6, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("foreign", RUNNABLE)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -213,13 +229,16 @@ def test_arguments_of_a_wrong_shape_are_refused(neon):
 def test_an_access_outside_a_tensor_is_seen(neon):
     @T.prim_func(s_tir=True)
     def reads_one_too_many(x_: T.handle, y_: T.handle):
-        x = T.match_buffer(x_, (8,), "int8", align=1)
+        n = T.int32()
+        x = T.match_buffer(x_, (n,), "int8", align=1)
         y = T.match_buffer(y_, (8,), "int8", align=1)
         for i in T.serial(8):
             y[i] = x[i + 1]
 
-    with neon[0].load({"kernel": reads_one_too_many}) as library, pytest.raises(KernelError, match="ended with code|Segmentation fault"):
-        library["kernel"](torch.ones(8, dtype=torch.int8), torch.ones(8, dtype=torch.int8))
+    with neon[0].load({"kernel": reads_one_too_many}) as library:
+        library["kernel"](torch.ones(9, dtype=torch.int8), torch.ones(8, dtype=torch.int8))
+        with pytest.raises(KernelError, match=r"Segmentation fault|ended with code"):
+            library["kernel"](torch.ones(8, dtype=torch.int8), torch.ones(8, dtype=torch.int8))
 
 
 # Targets
@@ -259,5 +278,8 @@ def test_every_family_is_a_target_with_instructions_and_flags(family):
 
 @pytest.mark.parametrize("family", arm.ARCHITECTURES if platform.machine() in x86.MACHINES else x86.ARCHITECTURES)
 def test_kernels_of_another_architecture_are_not_built_for_use(family, tmp_path):
-    with pytest.raises(TargetError, match=f"this machine cannot run cpu:{family}; its own targets: "):
+    sentence = f"this machine cannot run cpu:{family}; its own targets: "
+    with pytest.raises(TargetError, match=sentence):
         build([], [], f"cpu:{family}", tmp_path)
+    with pytest.raises(TargetError, match=sentence):  # before the model is looked for
+        driver.prepare(driver.CompileOptions(model="absent.py", target=f"cpu,cpu:{family}"))

@@ -59,7 +59,7 @@ HERE = Machine(("cc",), (), "gcc")
 AARCH64 = Machine(
     ("aarch64-linux-gnu-gcc", "-static", "-march=armv8.2-a+dotprod+i8mm"),
     ("qemu-aarch64", "-cpu", "max"),
-    "qemu-user gcc-aarch64-linux-gnu",
+    "qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
 )
 """An ARM CPU with every extension, emulated by QEMU."""
 

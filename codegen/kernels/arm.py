@@ -16,6 +16,7 @@ class NeonDotprod(InstructionSet):
     lanes = 4
     registers = 32
     offset = 0
+    chains = (2, 1, 4)  # a block has four row vectors, whose tables and sixteen accumulators would spill
 
     def shuffle(self, table: Any, index: Any) -> Any:
         return pure_intrinsic(self.uint8, "llvm.aarch64.neon.tbl1", table, T.reinterpret(self.uint8, index))

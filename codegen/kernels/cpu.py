@@ -169,7 +169,7 @@ class VectorLinear:
                 for prefetch in (3072, 0, 1024, 6144):
                     for rows in (16, 32, 64):
                         if padded_rows % rows == 0:
-                            found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in (4, 2, 1))
+                            found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in isa.chains)
                 continue
             for rows in sorted((32, 16, 64), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 # Accumulators of a tile plus a few weight and activation vectors should fit the register file.

@@ -48,6 +48,15 @@ class Target:
         """Whether this machine's CPU has the instructions (always False for CUDA, which is asked for elsewhere)."""
         return self.kind == "cpu" and self.family in host.families()
 
+    def check_runs_here(self) -> None:
+        """Refuses a target whose kernels cannot be proven and used on this machine.
+
+        Raises:
+            TargetError: this machine's CPU cannot run them.
+        """
+        if not self.runs_here:
+            raise TargetError(f"this machine cannot run {self.name}; its own targets: {', '.join(runnable_targets())}")
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """Parses one target: ``cpu`` (the best family of this machine), ``cpu:FAMILY``, ``cuda`` or ``cuda:sm_NN``.

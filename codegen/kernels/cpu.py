@@ -179,8 +179,8 @@ class VectorLinear:
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
-                    # TVM cannot lower tiles of a single token where there is a single group.
-                    if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
+                    # TVM cannot lower tiles of a single token where a token has a single scale.
+                    if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
                     sizes = (16, 8) if bucket.highest <= 16 else (120, 480)

@@ -117,7 +117,7 @@ def _cpu_family() -> Iterable[Finding]:
     yield Finding("cpu", "CPU", "ok", f"{host.cpu_name()}, {platform.machine()}")
     known = sorted({flag for needed in x86.CPU_FLAGS.values() for flag in needed} & host.cpu_flags())
     yield Finding("cpu", "CPU features", "ok" if known else "note", " ".join(known) or "none that the kernels use")
-    if families[0] == next(iter(x86.CPU_FLAGS)):
+    if "avx512-vnni" in families:
         yield Finding("cpu", "kernel family", "ok", families[0])
     elif families[0] == generic.FAMILY:
         cost = "no vector kernels for this CPU: generation is several times slower than with AVX2 or AVX-512 VNNI"

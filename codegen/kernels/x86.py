@@ -144,7 +144,7 @@ class Avx2Int8(_Avx2):
 
 
 def instruction_set(name: str, act_bits: int) -> InstructionSet:
-    """The instruction set of a kernel family (``avx512-vnni`` or ``avx2``) for values of ``act_bits`` (4 or 8) bits."""
-    if name == "avx512-vnni":
+    """The instruction set of a target family, such as ``avx2``, for values of ``act_bits`` (4 or 8) bits."""
+    if name in ("avx512-vpopcnt", "avx512-vnni"):
         return Avx512Vnni()
     return Avx2Int4() if act_bits == 4 else Avx2Int8()

@@ -17,7 +17,7 @@ class Target:
     Attributes:
         kind: ``"cpu"`` or ``"cuda"``.
         name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
-        family: kernel family: ``"avx512-vnni"``, ``"avx2"``, ``"generic"`` or ``"cuda"``.
+        family: instruction set: ``"avx512-vpopcnt"``, ``"avx512-vnni"``, ``"avx2"``, ``"generic"`` or ``"cuda"``.
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
     """

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "avx512-vpopcnt": ("x86-64-v4", ("+avx512vnni", "+avx512bitalg", "-prefer-256-bit")),
     "avx512-vnni": ("x86-64-v4", ("+avx512vnni", "-prefer-256-bit")),
     "avx2": ("x86-64-v3", ()),
 }
 """LLVM ``mcpu`` and ``mattr`` per family, best first."""
 
+_AVX512_VNNI = frozenset(
+    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "bmi2", "fma", "f16c"}
+)
+
 CPU_FLAGS: dict[str, frozenset[str]] = {
-    "avx512-vnni": frozenset(
-        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "bmi2", "fma", "f16c"}
-    ),
+    "avx512-vpopcnt": _AVX512_VNNI | {"avx512_bitalg"},
+    "avx512-vnni": _AVX512_VNNI,
     "avx2": frozenset({"avx2", "bmi1", "bmi2", "fma", "f16c", "movbe"}),
 }
 """Flags, as Linux names them, that a CPU must have to run a family."""
 
-LANES = {"avx512-vnni": 16, "avx2": 8}
+COUNTS_BITS = frozenset({"avx512-vpopcnt"})
+"""Families with an instruction that counts the bits of every byte."""
+
+LANES = {"avx512-vpopcnt": 16, "avx512-vnni": 16, "avx2": 8}
 """32-bit lanes of a family's vectors."""

@@ -7,7 +7,9 @@ is set here, before TVM is loaded.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from .errors import KernelError
@@ -35,6 +37,7 @@ __all__ = [
     "cuda_source",
     "intrinsic",
     "llvm_version",
+    "prepared",
     "pure_intrinsic",
 ]
 
@@ -86,6 +89,11 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error
+
+
+def prepared(function: Any, *tensors: Any) -> Callable[[], None]:
+    """A call of a compiled function with fixed torch tensors, converted once, which the result keeps alive."""
+    return functools.partial(function, *(tvm_ffi.from_dlpack(tensor) for tensor in tensors))
 
 
 _CUDA_COMPILER = "tvm_callback_cuda_compile"

@@ -291,51 +291,63 @@ static void gemv_popcount(const Call *c) {
     run(popcount_task, c);
 }
 
-/* `count` tokens times 32 decoded rows of one group, in registers. */
-INLINE void tile(const Call *c, const uint8_t *decoded, int g, int token, const int count, float *y, const __m512 w[2]) {
-    const int8_t *values = c->staged + ((size_t)g * c->tokens + token) * c->group;
-    const int32_t *sums = c->sums + (size_t)g * c->tokens + token;
-    const float *scales = c->scales + (size_t)g * c->tokens + token;
-    __m512i total[TILE_TOKENS][2];
-#pragma GCC unroll 10
-    for (int m = 0; m < count; m++) total[m][0] = total[m][1] = _mm512_set1_epi32(sums[m]);
-    for (int q = 0; q < c->group / 4; q++) {
-        __m512i left = _mm512_load_si512(decoded + q * 128), right = _mm512_load_si512(decoded + q * 128 + 64);
-#pragma GCC unroll 10
-        for (int m = 0; m < count; m++) {
-            __m512i x = quad(values + m * c->group + q * 4);
-            total[m][0] = _mm512_dpbusd_epi32(total[m][0], left, x);
-            total[m][1] = _mm512_dpbusd_epi32(total[m][1], right, x);
-        }
-    }
-#pragma GCC unroll 10
-    for (int m = 0; m < count; m++) {
-        __m512 x = _mm512_set1_ps(scales[m]);
-        for (int v = 0; v < 2; v++) {
-            float *where = y + m * 32 + v * 16;
-            __m512 sum = _mm512_cvtepi32_ps(total[m][v]);
-            _mm512_store_ps(where, _mm512_fmadd_ps(sum, _mm512_mul_ps(x, w[v]), _mm512_load_ps(where)));
-        }
-    }
+/* As assembly, because GCC 12 copies and spills the accumulators of the intrinsic. */
+INLINE void dot(__m512i *total, __m512i weights, __m512i values) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*total) : "v"(weights), "v"(values));
 }
 
-static void rest(const Call *c, const uint8_t *decoded, int g, int token, float *y, const __m512 w[2]) {
+/* `count` tokens times 32 decoded rows of one group, in registers: named ones, because GCC keeps arrays in memory. */
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9)
+
+INLINE void accumulate(float *y, __m512i total, float x_scale, __m512 w_scale) {
+    __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scale), w_scale);
+    _mm512_store_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, _mm512_load_ps(y)));
+}
+
+INLINE void tile(const Call *c, const uint8_t *decoded, int g, int token, const int count, const int group, float *y,
+                 const __m512 w[2]) {
+    const int8_t *values = c->staged + ((size_t)g * c->tokens + token) * group;
+    const int32_t *sums = c->sums + (size_t)g * c->tokens + token;
+    const float *scales = c->scales + (size_t)g * c->tokens + token;
+#define START(m) \
+    __m512i a##m = _mm512_setzero_si512(), b##m = a##m; \
+    if (m < count) a##m = b##m = _mm512_set1_epi32(sums[m]);
+    EACH(START)
+    for (int q = 0; q < group / 4; q++) {
+        __m512i upper = _mm512_load_si512(decoded + q * 128), lower = _mm512_load_si512(decoded + q * 128 + 64);
+#define MULTIPLY(m) \
+    if (m < count) { \
+        __m512i x = quad(values + m * group + q * 4); \
+        dot(&a##m, upper, x); \
+        dot(&b##m, lower, x); \
+    }
+        EACH(MULTIPLY)
+    }
+#define FINISH(m) \
+    if (m < count) { \
+        accumulate(y + m * 32, a##m, scales[m], w[0]); \
+        accumulate(y + m * 32 + 16, b##m, scales[m], w[1]); \
+    }
+    EACH(FINISH)
+}
+
+INLINE void rest(const Call *c, const uint8_t *decoded, int g, int token, const int group, float *y,
+                 const __m512 w[2]) {
     switch (c->tokens - token) {
-#define CASE(n) case n: tile(c, decoded, g, token, n, y, w); break;
+#define CASE(n) case n: tile(c, decoded, g, token, n, group, y, w); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)
 #undef CASE
     }
 }
 
-static void gemm_task(const void *argument, int thread) {
-    const Call *c = argument;
-    const int groups = c->columns / c->group, slabs = c->group / 16, bytes = slabs * 64 + 96;
+INLINE void gemm_rows(const Call *c, int thread, const int group) {
+    const int groups = c->columns / group, slabs = group / 16, bytes = slabs * 64 + 96;
     for (int m = c->tokens * thread / pool.threads; m < c->tokens * (thread + 1) / pool.threads; m++)
         for (int g = 0; g < groups; g++) {
-            const int8_t *values = c->values + (size_t)m * c->columns + g * c->group;
+            const int8_t *values = c->values + (size_t)m * c->columns + g * group;
             size_t where = (size_t)g * c->tokens + m;
-            memcpy(c->staged + where * c->group, values, c->group);
-            c->sums[where] = -128 * sum_bytes(values, c->group);
+            memcpy(c->staged + where * group, values, group);
+            c->sums[where] = -128 * sum_bytes(values, group);
             c->scales[where] = c->x_scale[(size_t)m * groups + g];
         }
     barrier();
@@ -358,13 +370,21 @@ static void gemm_task(const void *argument, int thread) {
             }
             int m = 0;
             for (; m + TILE_TOKENS <= c->tokens; m += TILE_TOKENS)
-                tile(c, decoded, g, m, TILE_TOKENS, y + m * 32, w);
-            rest(c, decoded, g, m, y + m * 32, w);
+                tile(c, decoded, g, m, TILE_TOKENS, group, y + m * 32, w);
+            rest(c, decoded, g, m, group, y + m * 32, w);
         }
         for (int m = 0; m < c->tokens; m++)
             memcpy(c->out + (size_t)m * c->rows + pair * 32, y + m * 32, 128);
     }
     free(y);
+}
+
+static void gemm_task(const void *argument, int thread) {
+    const Call *c = argument;
+    if (c->group == 64)
+        gemm_rows(c, thread, 64);
+    else
+        gemm_rows(c, thread, 128);
 }
 
 static void gemm_lut8(const Call *c) { run(gemm_task, c); }

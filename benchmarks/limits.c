@@ -158,13 +158,13 @@ INLINE void lut8_blocks(const Call *c, int first, int last, const int slabs) {
         const int8_t *values = c->values;
         __m512 y = _mm512_setzero_ps();
         for (int g = 0; g < groups; g++, p += bytes, values += slabs * 16) {
-            Lut8 tables = lut8_tables(p + slabs * 64);
+            Lut8 tables = lut8_tables(p);
             __m512i total[4] = {_mm512_set1_epi32(c->sums[g])};
             total[1] = total[2] = total[3] = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int t = 0; t < slabs; t++) {
                 __m512i field[4];
-                lut8_fields(&tables, p + t * 64, field);
+                lut8_fields(&tables, p + 64 + t * 64, field);
                 if (c->prefetch) _mm_prefetch((const char *)p + t * 64 + c->prefetch, _MM_HINT_T0);
 #pragma GCC unroll 4
                 for (int f = 0; f < 4; f++)
@@ -360,11 +360,11 @@ INLINE void gemm_rows(const Call *c, int thread, const int group) {
             __m512 w[2];
             for (int v = 0; v < 2; v++) {
                 const uint8_t *p = c->packed + ((size_t)(pair * 2 + v) * groups + g) * bytes;
-                Lut8 tables = lut8_tables(p + slabs * 64);
+                Lut8 tables = lut8_tables(p);
                 w[v] = halves(p + slabs * 64 + 64);
                 for (int t = 0; t < slabs; t++) {
                     __m512i field[4];
-                    lut8_fields(&tables, p + t * 64, field);
+                    lut8_fields(&tables, p + 64 + t * 64, field);
                     for (int f = 0; f < 4; f++) _mm512_store_si512(decoded + t * 512 + f * 128 + v * 64, field[f]);
                 }
             }

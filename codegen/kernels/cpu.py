@@ -181,7 +181,7 @@ class X86Linear:
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
-                for prefetch in (3072, 0, 1024, 6144):
+                for prefetch in (0, 3072, 1024, 6144):
                     for rows in (16, 32, 64):
                         if padded_rows % rows:
                             continue

@@ -38,6 +38,7 @@ INT8_MAX = 127
 INT4_MAX = 15
 
 ACTIVATION_BITS = (4, 8, 16)
+KV_BITS = (4, 8, 16)
 
 
 def value_dtype(bits: int) -> torch.dtype:

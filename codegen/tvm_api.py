@@ -20,6 +20,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
+    from tvm import relax, s_tir, tirx
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -30,6 +31,7 @@ except (ImportError, OSError, AttributeError) as error:
     ) from error
 
 __all__ = [
+    "FAST_BUILD",
     "PrimFunc",
     "T",
     "VERSION",
@@ -39,6 +41,13 @@ __all__ = [
     "llvm_version",
     "prepared",
     "pure_intrinsic",
+    "relax",
+    "renew_definitions",
+    "s_tir",
+    "symbolic_dimension",
+    "tirx",
+    "tvm",
+    "tvm_ffi",
 ]
 
 VERSION: str = tvm.__version__
@@ -49,8 +58,18 @@ def llvm_version() -> str:
     return str(tvm.target.codegen.llvm_version_major())
 
 
-_SLOW_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
-"""Four fifths of a kernel's compile time, for nothing: our buffers are as small as they get, and LLVM finds common
+def symbolic_dimension(name: str) -> Any:
+    """A size that is known at run time only."""
+    return tvm.tirx.Var(name, "int64")
+
+
+def renew_definitions(function: PrimFunc) -> PrimFunc:
+    """The same function with variables and buffers of its own."""
+    return tvm_ffi.get_global_func("s_tir.RenewDefs")(function)
+
+
+FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
+"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and LLVM finds common
 subexpressions itself."""
 
 
@@ -85,7 +104,7 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
     """
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     try:
-        with tvm.transform.PassContext(disabled_pass=_SLOW_PASSES):
+        with tvm.transform.PassContext(disabled_pass=FAST_BUILD):
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error

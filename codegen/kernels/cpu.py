@@ -303,8 +303,12 @@ def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementati
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
     """The quantizer ``(x, clip, values, scale)`` on a CPU target."""
-    lanes = x86.LANES.get(target.family, generic.LANES)
-    return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes, parallel)
+    return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes(target), parallel)
+
+
+def lanes(target: Target) -> int:
+    """fp32 lanes of a CPU target's vectors."""
+    return x86.LANES.get(target.family, generic.LANES)
 
 
 def schedule_from(record: dict[str, Any]) -> Schedule:

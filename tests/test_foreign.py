@@ -109,7 +109,7 @@ def kernels(implementation: Implementation, sampled: int = 1) -> list[tuple[str,
 
 def assert_exact(spec: LinearSpec, foreign: Foreign, sampled: int = 1) -> None:
     """Runs kernels of a linear for every token bucket and holds them against the reference."""
-    implementation = cpu.linear(spec, foreign.target)
+    (implementation,) = cpu.implementations(spec, foreign.target)
     chosen = kernels(implementation, sampled)
     with foreign.load({name: implementation.function(schedule) for name, _, schedule in chosen}) as library:
         for case in prove.linear_cases(spec, seed=1):
@@ -123,7 +123,7 @@ def assert_exact(spec: LinearSpec, foreign: Foreign, sampled: int = 1) -> None:
 @pytest.mark.parametrize("foreign", VECTOR)
 @pytest.mark.parametrize("kind", ["bit", "int8"])
 def test_kernels_are_made_of_the_familys_instructions(foreign, kind):
-    implementation = cpu.linear(LinearSpec(kind, 64, 128, 64), foreign.target)
+    (implementation,) = cpu.implementations(LinearSpec(kind, 64, 128, 64), foreign.target)
     for bucket, expected in ((cpu.BUCKETS[0], foreign.gemv), (cpu.BUCKETS[-1], foreign.gemm)):
         found = instructions({"kernel": implementation.function(implementation.schedules(bucket)[0])}, foreign.target)
         if kind == "int8":
@@ -158,7 +158,7 @@ def test_linears_are_exact_in_emulation(foreign, shapes):
 def test_calls_of_many_tokens_are_exact_in_emulation(foreign):
     """More tokens than a kernel keeps sums of at once."""
     spec, tokens = LinearSpec("bit", 20, 70, 32), 6 * prove.TOKENS
-    implementation, case = cpu.linear(spec, foreign.target), prove.linear_cases(spec)[0]
+    (implementation,), case = cpu.implementations(spec, foreign.target), prove.linear_cases(spec)[0]
     function = implementation.function(implementation.schedules(cpu.BUCKETS[-1])[0])
     out = torch.empty(tokens, spec.out_features)
     with foreign.load({"kernel": function}) as library:
@@ -205,7 +205,7 @@ def neon():
     if foreign.skip:
         pytest.skip(foreign.skip)
     spec = LinearSpec("bit", 40, 96, 64)
-    implementation = cpu.linear(spec, foreign.target)
+    (implementation,) = cpu.implementations(spec, foreign.target)
     function = implementation.function(implementation.schedules(cpu.BUCKETS[1])[0])
     return foreign, {"kernel": function}, implementation, prove.linear_cases(spec)[0]
 

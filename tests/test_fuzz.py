@@ -39,17 +39,11 @@ def random_spec(chance: random.Random) -> LinearSpec:
     )
 
 
-def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
-    """Everything that computes a linear on a target."""
-    every = getattr(cpu, "implementations", None)
-    return every(spec, target) if every else [cpu.linear(spec, target)]
-
-
 def compiled(spec: LinearSpec, chance: random.Random) -> Iterator[tuple[str, Implementation, int, Callable[..., None]]]:
     """Name, implementation, most tokens and function of kernels with random schedules, two for every implementation."""
     for text in runnable_targets():
         target = Target.parse(text)
-        for implementation in implementations(spec, target):
+        for implementation in cpu.implementations(spec, target):
             for bucket in (cpu.BUCKETS[0], chance.choice(cpu.BUCKETS[1:])):
                 schedule = chance.choice(implementation.schedules(bucket))
                 library = compile_functions({"kernel": implementation.function(schedule)}, target.llvm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 
 import pytest
@@ -69,11 +70,10 @@ def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
     from lbllm_compile.codegen.tvm_api import compile_functions
 
     spec = LinearSpec("bit", *shape, 4, False, True)
-    implementation = cpu.linear(spec, Target.parse(target))
     cases = prove.linear_cases(spec, seed=2)
-    for bucket in cpu.BUCKETS:
+    for implementation, bucket in itertools.product(cpu.implementations(spec, Target.parse(target)), cpu.BUCKETS):
         space = implementation.schedules(bucket)
-        assert len(space) == len(set(space)) >= 16
+        assert len(space) == len(set(space)) >= 16 and {s.layout for s in space} == {implementation.layout}
         sample = {f"k{i}": schedule for i, schedule in enumerate(spread(space, sampled))}
         functions = {name: implementation.function(schedule) for name, schedule in sample.items()}
         library = compile_functions(functions, Target.parse(target).llvm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +16,12 @@ from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
 from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import arm, dot, quantize, x86
+from . import arm, dot, popcount, quantize, x86
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
 from .isa import InstructionSet
 from .lut8 import Lut8Operand
+from .popcount import PlaneOperand
 from .portable import PortableLinear
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
@@ -43,7 +45,7 @@ INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
-SCHEDULE_VERSION = 1
+SCHEDULE_VERSION = 2
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
 
@@ -81,8 +83,9 @@ def bucket_named(name: str) -> Bucket:
 
 @dataclass(frozen=True)
 class GemvSchedule:
-    """How a one-token kernel runs; the fields are :func:`.dot.gemv`'s."""
+    """How a one-token kernel of dot products runs; the other fields are :func:`.dot.gemv`'s."""
 
+    layout: str
     rows: int
     chains: int
     prefetch: int
@@ -90,9 +93,20 @@ class GemvSchedule:
 
 
 @dataclass(frozen=True)
-class GemmSchedule:
-    """How a many-token kernel runs; the fields are :func:`.dot.gemm`'s."""
+class PopcountSchedule:
+    """How a one-token kernel of popcounts runs; the other fields are :func:`.popcount.gemv`'s."""
 
+    layout: str
+    rows: int
+    prefetch: int
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """How a many-token kernel runs; the other fields are :func:`.dot.gemm`'s."""
+
+    layout: str
     rows: int
     tokens: int
     chunk: int
@@ -101,25 +115,31 @@ class GemmSchedule:
 
 @dataclass(frozen=True)
 class PortableSchedule:
-    """How a portable kernel runs; the fields are :meth:`.portable.PortableLinear.function`'s."""
+    """How a portable kernel runs; the other fields are :meth:`.portable.PortableLinear.function`'s."""
 
+    layout: str
     rows: int
     parallel: bool
 
 
-Schedule = GemvSchedule | GemmSchedule | PortableSchedule
+Schedule = GemvSchedule | PopcountSchedule | GemmSchedule | PortableSchedule
 
 
 class Implementation(Protocol):
-    """One family's kernels of one linear."""
+    """The kernels of one linear that read one layout of its weights."""
 
     @property
     def spec(self) -> LinearSpec:
         """What is computed."""
         ...
 
+    @property
+    def layout(self) -> str:
+        """The layout's name, the one in the schedules: that of the kernel family it was made for."""
+        ...
+
     def schedules(self, bucket: Bucket) -> list[Schedule]:
-        """Every valid schedule of a bucket, a good guess first."""
+        """Every valid schedule of a bucket, a good guess first; schedules of two layouts differ."""
         ...
 
     def function(self, schedule: Schedule) -> PrimFunc:
@@ -137,28 +157,33 @@ def _parallel_or_not(spec: LinearSpec, bucket: Bucket) -> tuple[bool, bool]:
     return worth, not worth
 
 
+_OPERANDS = {"lut8": Lut8Operand, "popcount": PlaneOperand, "int8": Int8Operand}
+
+
 @dataclass(frozen=True)
 class VectorLinear:
-    """A linear on a CPU with 8-bit dot products: look-up or int8 weights.
+    """A linear on a CPU with 8-bit dot products, except for a single token of the layout ``"popcount"``.
 
     Attributes:
         spec: what is computed.
         family: one of :data:`INSTRUCTION_SETS`.
+        layout: ``"lut8"``, ``"popcount"`` or ``"int8"``.
     """
 
     spec: LinearSpec
     family: str
+    layout: str
 
     @property
     def isa(self) -> InstructionSet:
         return INSTRUCTION_SETS[self.family](self.spec.act_bits)
 
     @functools.cached_property
-    def operand(self) -> Lut8Operand | Int8Operand:
+    def operand(self) -> Lut8Operand | PlaneOperand | Int8Operand:
         spec = self.spec
         group = spec.group or spec.in_features
         problem = Problem(spec.out_features, spec.in_features, group, spec.x_scales == 1 < spec.groups, spec.bias)
-        return Lut8Operand(problem) if spec.kind == "bit" else Int8Operand(problem)
+        return _OPERANDS[self.layout](problem)
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
@@ -166,10 +191,14 @@ class VectorLinear:
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
-                for prefetch in (3072, 0, 1024, 6144):
+                for prefetch in (0, 3072, 1024, 6144):
                     for rows in (16, 32, 64):
-                        if padded_rows % rows == 0:
-                            found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in isa.chains)
+                        if padded_rows % rows:
+                            continue
+                        if self.layout == "popcount":
+                            found.append(PopcountSchedule(self.layout, rows, prefetch, parallel))
+                        else:
+                            found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in isa.chains)
                 continue
             for rows in sorted((32, 16, 64), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
@@ -185,21 +214,24 @@ class VectorLinear:
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
                     sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
-                    found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
+                    found.extend(GemmSchedule(self.layout, rows, tokens, chunk, parallel) for chunk in chunks)
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
         isa = self.isa
+        if isinstance(schedule, PopcountSchedule):
+            assert isinstance(self.operand, PlaneOperand)
+            return popcount.gemv(self.operand, isa, **_arguments(schedule))
         if isinstance(schedule, GemvSchedule):
-            return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
+            return dot.gemv(self.operand, isa, **_arguments(schedule))
         assert isinstance(schedule, GemmSchedule)
         stage = schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK
-        return dot.gemm(self.operand, isa, **dataclasses.asdict(schedule), parallel_stage=stage)
+        return dot.gemm(self.operand, isa, **_arguments(schedule), parallel_stage=stage)
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         operand = self.operand
         if isinstance(weight, QuantizedWeight):
-            assert isinstance(operand, Lut8Operand)
+            assert not isinstance(operand, Int8Operand)
             packed = operand.pack(weight)
         else:
             assert isinstance(operand, Int8Operand)
@@ -220,19 +252,30 @@ class Portable:
 
     spec: LinearSpec
 
+    layout = "portable"
+
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         counts = [r for r in (16, 8, 4, 32, 64, 2, 1, 128) if r == 1 or r <= self.spec.out_features]
-        return [PortableSchedule(rows, parallel) for parallel in _parallel_or_not(self.spec, bucket) for rows in counts]
+        return [
+            PortableSchedule(self.layout, rows, parallel)
+            for parallel in _parallel_or_not(self.spec, bucket)
+            for rows in counts
+        ]
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        return PortableLinear(self.spec).function(**dataclasses.asdict(schedule))
+        return PortableLinear(self.spec).function(**_arguments(schedule))
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         return PortableLinear(self.spec).pack(weight, bias)
 
 
-def linear(spec: LinearSpec, target: Target) -> Implementation:
-    """The kernels of ``spec`` on a CPU target.
+def _arguments(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule passes to the function that makes its kernel."""
+    return {name: value for name, value in dataclasses.asdict(schedule).items() if name != "layout"}
+
+
+def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
+    """The kernels of ``spec`` on a CPU target, one entry per weight layout, a good guess first.
 
     Raises:
         KernelError: no family computes it.
@@ -249,15 +292,34 @@ def linear(spec: LinearSpec, target: Target) -> Implementation:
             f"{spec.in_features} inputs of 16 bits overflow one integer accumulator; quantize the activations per group"
         )
     if target.family == generic.FAMILY or spec.act_bits == 16:
-        return Portable(spec)
-    return VectorLinear(spec, target.family)
+        return [Portable(spec)]
+    if spec.kind == "int8":
+        return [VectorLinear(spec, target.family, "int8")]
+    counts_bits = INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits and spec.act_bits == 4
+    return [VectorLinear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
+
+
+def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementation:
+    """The implementation that reads a layout.
+
+    Raises:
+        KernelError: none does.
+    """
+    for implementation in candidates:
+        if implementation.layout == layout:
+            return implementation
+    raise KernelError(f"no kernel of {candidates[0].spec} reads the weight layout {layout!r}; recompile with --fresh")
 
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
     """The quantizer ``(x, clip, values, scale)`` on a CPU target."""
+    return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes(target), parallel)
+
+
+def lanes(target: Target) -> int:
+    """fp32 lanes of a CPU target's vectors."""
     instructions = INSTRUCTION_SETS.get(target.family)
-    lanes = instructions(8).lanes if instructions else generic.LANES
-    return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes, parallel)
+    return instructions(8).lanes if instructions else generic.LANES
 
 
 def schedule_from(record: dict[str, Any]) -> Schedule:
@@ -266,7 +328,7 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
     Raises:
         KernelError: it is none.
     """
-    for kind in (GemvSchedule, GemmSchedule, PortableSchedule):
+    for kind in (GemvSchedule, PopcountSchedule, GemmSchedule, PortableSchedule):
         if {f.name for f in dataclasses.fields(kind)} == set(record):
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")

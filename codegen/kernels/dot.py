@@ -129,7 +129,8 @@ def load_float32(isa: InstructionSet, packed: Any, address: Any) -> Any:
     return T.reinterpret(isa.float32, packed[T.ramp(address, 1, 4 * isa.lanes)])
 
 
-def _prefetch(packed: Any, address: Any) -> None:
+def prefetch_line(packed: Any, address: Any) -> None:
+    """Asks for the cache line of a packed byte."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(packed[address]), 0, 3, 1))
 
 
@@ -214,7 +215,7 @@ def _stage_token(
         )
 
 
-def _row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
+def row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
     """``(block, first row within the block)`` of the row vectors of ``rows`` rows."""
     return [(row // SLAB, row % SLAB) for row in range(0, rows, isa.lanes)]
 
@@ -231,7 +232,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         parallel: split the steps over the thread pool.
     """
     p = operand.problem
-    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    lanes, vectors = isa.lanes, row_vectors(isa, rows)
     steps = p.row_blocks * SLAB // rows
     blocks = rows // SLAB
     group_width, tail = p.group_slabs * SLAB, p.columns % p.group
@@ -256,7 +257,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         with T.serial(slabs) if slabs > SLAB else T.unroll(slabs) as t:
             for v, (_, half) in enumerate(vectors):
                 if prefetch and half == 0:
-                    _prefetch(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
+                    prefetch_line(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
                 fields = operand.fields(isa, packed, addresses[v] + 4 * half, t, tables[v])
                 source = g * group_width + t * SLAB
                 pairs = [(w, isa.quad(staged, source, f)) for f, w in enumerate(fields)]
@@ -278,7 +279,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
             y = total[slice_(v)]
             if p.bias:
                 y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
-            _store_row_vector(isa, p.rows, out, 0, row, y)
+            store_row_vector(isa, p.rows, out, 0, row, y)
 
     @T.prim_func(s_tir=True)
     def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):
@@ -304,7 +305,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
     return kernel
 
 
-def _store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: Any, y: Any) -> None:
+def store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: Any, y: Any) -> None:
     """Writes ``y`` to ``out[token, row : row + lanes]``, only as far as there are rows."""
     if rows % isa.lanes == 0 and rows % 32 == 0:
         T.buffer_store(out, y, [token, T.ramp(row, 1, isa.lanes)])
@@ -330,7 +331,7 @@ def gemm(
         parallel_stage: split the staging of the tokens over the thread pool, too.
     """
     p = operand.problem
-    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    lanes, vectors = isa.lanes, row_vectors(isa, rows)
     steps = p.row_blocks * SLAB // rows
     blocks = rows // SLAB
     group_width, tail = p.group_slabs * SLAB, p.columns % p.group
@@ -419,7 +420,7 @@ def gemm(
             y = sums[T.ramp((local * len(vectors) + v) * lanes, 1, lanes)]
             if p.bias:
                 y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
-            _store_row_vector(isa, p.rows, out, token, row, y)
+            store_row_vector(isa, p.rows, out, token, row, y)
 
     @T.prim_func(s_tir=True)
     def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):

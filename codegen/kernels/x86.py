@@ -30,6 +30,13 @@ class Avx512Vnni(InstructionSet):
         return total
 
 
+class Avx512Vpopcnt(Avx512Vnni):
+    """The same with ``vpopcntb``, which LLVM makes of its generic bit count."""
+
+    name = "avx512-vpopcnt"
+    counts_bits = True
+
+
 class _Ymm(InstructionSet):
     """256-bit ``vpshufb``."""
 
@@ -101,6 +108,7 @@ class Avx2Int8(_Avx2):
 
 
 INSTRUCTION_SETS: dict[str, Callable[[int], InstructionSet]] = {
+    "avx512-vpopcnt": lambda act_bits: Avx512Vpopcnt(),
     "avx512-vnni": lambda act_bits: Avx512Vnni(),
     "avx-vnni": lambda act_bits: AvxVnni(),
     "avx2": lambda act_bits: Avx2Int4() if act_bits == 4 else Avx2Int8(),

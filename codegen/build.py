@@ -20,12 +20,12 @@ from torch import Tensor
 
 from . import prove
 from .cache import cache_directory
-from .errors import KernelError, TargetError
+from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
 from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
-from .targets import Target, runnable_targets
+from .targets import Target
 from .threads import thread_count
 from .tune.database import Database, Key, Result
 from .tune.measure import Measurer, Outcome, Request
@@ -263,20 +263,18 @@ class KernelSet:
         """
         from .kernels import cpu
 
-        if target.kind != "cpu" or not target.runs_here:
-            raise TargetError(
-                f"this machine cannot run {target.name}; its own targets: {', '.join(runnable_targets())}"
-            )
+        target.check_runs_here()
         progress = progress or NoProgress()
-        implementations = {spec: cpu.linear(spec, target) for spec in dict.fromkeys(linears)}
+        implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
         chosen = _choose_schedules(
             implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
         )
         sources: dict[str, str] = {}
         with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
             linear_kernels = {}
-            for spec, implementation in implementations.items():
+            for spec, candidates in implementations.items():
                 schedules = {bucket: chosen[spec, bucket.name] for bucket in cpu.BUCKETS}
+                implementation = cpu.of_layout(candidates, schedules[cpu.BUCKETS[0]].layout)
                 linear_kernels[spec] = _prove_linear(implementation, target, schedules, sources)
                 task.advance()
             quantize_kernels = {}
@@ -351,7 +349,7 @@ class KernelSet:
 
 
 def _choose_schedules(
-    implementations: Mapping[LinearSpec, Implementation],
+    implementations: Mapping[LinearSpec, list[Implementation]],
     target: Target,
     cache_dir: Path,
     trials: int,
@@ -359,33 +357,51 @@ def _choose_schedules(
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[LinearSpec, str], Schedule]:
-    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess."""
+    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess.
+
+    The schedule for one token decides the layout of a linear's weights, because decoding is bound by reading them. All
+    other buckets follow it: a second layout would double the memory.
+    """
     from .kernels import cpu
     from .tvm_api import VERSION
 
     given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
     database = Database(cache_dir)
     chosen: dict[tuple[LinearSpec, str], Schedule] = {}
-    missing: list[tuple[Key, Bucket, list[Schedule]]] = []
-    for spec, implementation in implementations.items():
-        for bucket in cpu.BUCKETS:
-            key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
-            space = implementation.schedules(bucket)
-            fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
-            settled = fields is not None
-            if fields is None and (result := database.find(key)):
-                fields, settled = result.schedule, result.sought >= trials
-            stored = None if fields is None else cpu.schedule_from(fields)
-            if stored is None or stored not in space:
-                stored, settled = space[0], False
-            chosen[spec, bucket.name] = stored
-            if not settled:
-                missing.append((key, bucket, [stored, *(s for s in space if s != stored)]))
+    first, *others = cpu.BUCKETS
+
+    def look_up(spec: LinearSpec, bucket: Bucket) -> tuple[Key, list[Schedule], bool]:
+        """The space, what is known or guessed to be best in front, and whether that needs no search."""
+        candidates = implementations[spec]
+        if bucket != first:
+            candidates = [cpu.of_layout(candidates, chosen[spec, first.name].layout)]
+        space = [schedule for candidate in candidates for schedule in candidate.schedules(bucket)]
+        key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
+        fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
+        settled = fields is not None
+        if fields is None and (result := database.find(key)):
+            fields, settled = result.schedule, result.sought >= trials
+        stored = None if fields is None else cpu.schedule_from(fields)
+        if stored is None or stored not in space:
+            stored, settled = space[0], False
+        return key, [stored, *(s for s in space if s != stored)], settled
+
+    missing: list[tuple[LinearSpec, Bucket]] = []
+    for bucket in (first, *others):
+        for spec, candidates in implementations.items():
+            _, (chosen[spec, bucket.name], *_), settled = look_up(spec, bucket)
+            if not settled or (len(candidates) > 1 and (spec, first) in missing):
+                missing.append((spec, bucket))
     if not missing or trials < 1:
         return chosen
     started = time.monotonic()
     with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
-        for done, (key, bucket, space) in enumerate(missing):
+        for done, (spec, bucket) in enumerate(missing):
+            key, space, settled = look_up(spec, bucket)  # again: the layout may have been decided meanwhile
+            chosen[spec, bucket.name] = space[0]
+            if settled:
+                task.advance()
+                continue
             deadline = math.inf
             if budget_s is not None:  # an equal share of what is left for each search that is left
                 now = time.monotonic()

@@ -58,24 +58,30 @@ def time_kernel(function: Any, case: prove.LinearCase, packed: torch.Tensor, tok
 
 def measure(request: Request) -> list[Outcome]:
     """Compiles, checks and times every candidate of a request."""
-    implementation = cpu.linear(request.spec, Target.parse(request.target))
+    target = Target.parse(request.target)
+    candidates = cpu.implementations(request.spec, target)
     bucket = cpu.bucket_named(request.bucket)
-    target = Target.parse(request.target).llvm
+    schedules = [cpu.schedule_from(schedule) for schedule in request.schedules]
 
-    def compiled(schedule: dict[str, Any]) -> Any:
+    def compiled(schedule: cpu.Schedule) -> Any:
         try:
-            return compile_functions({"candidate": implementation.function(cpu.schedule_from(schedule))}, target)
+            function = cpu.of_layout(candidates, schedule.layout).function(schedule)
+            return compile_functions({"candidate": function}, target.llvm)
         except KernelError as error:
             return error
 
     # Nothing is timed while these threads run. TVM lets go of Python's lock while it compiles.
     with ThreadPoolExecutor(thread_count()) as pool:
-        libraries = list(pool.map(compiled, request.schedules))
+        libraries = list(pool.map(compiled, schedules))
     cases = _cases(request.spec)
-    packed = [implementation.pack(case.weight, case.bias) for case in cases]
+    layouts = {
+        layout: [cpu.of_layout(candidates, layout).pack(case.weight, case.bias) for case in cases]
+        for layout in dict.fromkeys(schedule.layout for schedule in schedules)
+    }
     counts = prove.token_counts(bucket.lowest, bucket.highest)[-CHECKED_COUNTS:]
     outcomes = []
-    for library in libraries:
+    for schedule, library in zip(schedules, libraries, strict=True):
+        packed = layouts[schedule.layout]
         if isinstance(library, KernelError):
             outcomes.append(Outcome(None, str(library)))
             continue

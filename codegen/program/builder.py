@@ -33,10 +33,10 @@ ALIGNMENT = 64
 """Bytes to which weights are aligned."""
 
 OPAQUE = 8
-"""The pattern of functions that Relax must neither fuse nor look into."""
+"""Relax's number for functions that it must neither fuse nor look into."""
 
-PATTERN = "op_pattern"
-"""The attribute that holds a function's pattern."""
+KERNEL = "lbllm.kernel"
+"""The attribute that marks kernels, whose loops are scheduled already."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class ProgramBuilder:
     def kernel(self, name: str, make: Callable[[], PrimFunc]) -> Any:
         """The kernel of that name, generated where it is not there yet."""
         if name not in self._kernels:
-            opaque = make().with_attr(PATTERN, OPAQUE).with_attr("global_symbol", name)
-            self._kernels[name] = self.block.add_func(opaque, name)
+            attributes = {"op_pattern": OPAQUE, KERNEL: True, "global_symbol": name}
+            self._kernels[name] = self.block.add_func(make().with_attr(attributes), name)
         return self._kernels[name]
 
     def finish(self) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import KernelError
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
-from .builder import OPAQUE, PATTERN
+from .builder import KERNEL
 from .launch import merge_launches
 
 ATTENTION = "attention"
@@ -89,47 +90,77 @@ def _lowering() -> list[Any]:
 
 
 def schedule_loops(module: Any, lanes: int) -> Any:
-    """Schedules every function that fusion made; kernels, which are opaque, stay as they are."""
+    """Schedules every function that fusion made; kernels stay as they are."""
     for name, function in module.functions_items():
-        if isinstance(function, PrimFunc) and int(function.attrs.get(PATTERN, OPAQUE)) != OPAQUE:
+        if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
             module.update_func(name, schedule(function, lanes))
     return module
 
 
 def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
-    """One loop nest: what is elementwise is computed where it is used, sums once per outer iteration.
+    """One loop nest: what is elementwise is computed where it is used, and sums once per row, in vectors.
 
-    The outer iterations of a function with dynamic shapes are shared among the threads.
+    Rows are all but the innermost dimension of the result. Where their number is not known they are shared among the
+    threads.
     """
     plan = s_tir.Schedule(function)
-    blocks = plan.get_child_blocks(plan.get_sblock("root"))
-    *inner, last = blocks
+    *inner, last = plan.get_child_blocks(plan.get_sblock("root"))
     width = _width(plan, last)
-    kept = []
+    kept, partial_sums = [], []
     for block in inner:
-        if _is_sum(plan, block) or _width(plan, block) != width:
+        if _sums(plan, block):
+            partial = _partial_sums(plan, block, lanes)
+            partial_sums += partial
+            kept += [*partial, block]
+        elif _width(plan, block) < width or not _possible(plan.compute_inline, block):
             kept.append(block)
-        else:
-            plan.compute_inline(block)
     *outer, columns = plan.get_loops(last)
     if outer:
         rows = plan.fuse(*outer)
         for block in reversed(kept):
-            plan.compute_at(block, rows)
+            _possible(plan.compute_at, block, rows)
+        for block in partial_sums:
+            lane, chunk = plan.get_loops(block)[-2:]
+            plan.reorder(chunk, lane)
+            plan.vectorize(lane)
         if not isinstance(plan.get(rows).extent, tirx.IntImm):
             plan.parallel(rows)
-    extent = plan.get(columns).extent
-    if isinstance(extent, tirx.IntImm) and extent.value % lanes == 0:
-        _, vector = plan.split(columns, [None, lanes])
-        plan.vectorize(vector)
+    _vectorize(plan, columns, lanes)
     return plan.mod["main"].with_attr(dict(function.attrs))
 
 
-def _width(plan: Any, block: Any) -> Any:
-    """Extent of a block's innermost spatial loop."""
+def _possible(primitive: Callable[..., None], *arguments: Any) -> bool:
+    """Applies a schedule primitive where it is valid; a block that cannot be moved stays a loop nest of its own."""
+    try:
+        primitive(*arguments)
+    except s_tir.ScheduleError:
+        return False
+    return True
+
+
+def _partial_sums(plan: Any, block: Any, lanes: int) -> list[Any]:
+    """Cuts a sum into one for each lane; returns the block of those, or nothing where the lanes do not divide it."""
+    *_, loop = plan.get_loops(block)
+    extent = plan.get(loop).extent
+    if not isinstance(extent, tirx.IntImm) or extent.value % lanes or extent.value == lanes:
+        return []
+    _, lane = plan.split(loop, [None, lanes])
+    return [plan.rfactor(lane, 0)]
+
+
+def _vectorize(plan: Any, loop: Any, lanes: int) -> None:
+    extent = plan.get(loop).extent
+    if isinstance(extent, tirx.IntImm) and extent.value % lanes == 0:
+        _, vector = plan.split(loop, [None, lanes])
+        plan.vectorize(vector)
+
+
+def _width(plan: Any, block: Any) -> float:
+    """Extent of a block's innermost spatial loop; infinite where it is not known."""
     spatial = [v for v in plan.get(block).iter_vars if v.iter_type == tirx.IterVar.DataPar]
-    return int(spatial[-1].dom.extent) if spatial and isinstance(spatial[-1].dom.extent, tirx.IntImm) else None
+    extent = spatial[-1].dom.extent if spatial else 1
+    return int(extent) if isinstance(extent, (int, tirx.IntImm)) else math.inf
 
 
-def _is_sum(plan: Any, block: Any) -> bool:
+def _sums(plan: Any, block: Any) -> bool:
     return any(v.iter_type == tirx.IterVar.CommReduce for v in plan.get(block).iter_vars)

@@ -7,9 +7,6 @@ reference bit for bit on this machine in this process.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +23,9 @@ from .reference import value_dtype
 from .spec import LinearSpec, QuantizeSpec
 from .targets import Target, runnable_targets
 from .threads import thread_count
-from .tune.database import Database, Key, Result
-from .tune.measure import Measurer, Outcome, Request
-from .tune.search import search
+from .tune.database import Database, Key
+from .tune.measure import Measurer
+from .tune.tuner import Wanted, choose
 
 if TYPE_CHECKING:
     from .kernels.cpu import Bucket, Implementation, Schedule
@@ -37,10 +34,6 @@ __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "Quantiz
 
 PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
-
-
-TIMING_SECONDS = 0.02
-"""How long one candidate is timed."""
 
 
 class LinearKernel:
@@ -299,56 +292,31 @@ def _choose_schedules(
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[LinearSpec, str], Schedule]:
-    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess."""
+    """A valid schedule for every linear and token bucket."""
     from .kernels import cpu
     from .tvm_api import VERSION
 
-    given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
-    database = Database(cache_dir)
-    chosen: dict[tuple[LinearSpec, str], Schedule] = {}
-    missing: list[tuple[Key, Bucket, list[Schedule]]] = []
-    for spec, implementation in implementations.items():
-        for bucket in cpu.BUCKETS:
-            key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
-            space = implementation.schedules(bucket)
-            fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
-            settled = fields is not None
-            if fields is None and (result := database.find(key)):
-                fields, settled = result.schedule, result.sought >= trials
-            stored = None if fields is None else cpu.schedule_from(fields)
-            if stored is None or stored not in space:
-                stored, settled = space[0], False
-            chosen[spec, bucket.name] = stored
-            if not settled:
-                missing.append((key, bucket, [stored, *(s for s in space if s != stored)]))
-    if not missing or trials < 1:
-        return chosen
-    started = time.monotonic()
-    with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
-        for done, (key, bucket, space) in enumerate(missing):
-            deadline = math.inf
-            if budget_s is not None:  # an equal share of what is left for each search that is left
-                now = time.monotonic()
-                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
-
-            def measure(schedules: list[Schedule], key: Key = key, bucket: Bucket = bucket) -> list[Outcome]:
-                forms = [dataclasses.asdict(schedule) for schedule in schedules]
-                return measurer.measure(Request(key.spec, target.name, bucket.name, forms, TIMING_SECONDS))
-
-            found = search(space, measure, trials, deadline)
-            if found is None:
-                raise KernelError(
-                    f"no candidate kernel of {key.spec} works on this machine; run 'lbllm-compile doctor'"
-                )
-            for failure in found.failures:
-                progress.note(f"a candidate kernel was discarded: {failure}")
-            chosen[key.spec, bucket.name] = found.schedule
-            fields = dataclasses.asdict(found.schedule)
-            database.add(key, Result(fields, found.microseconds, found.trials, trials))
-            task.advance(
-                f"{key.spec.out_features}x{key.spec.in_features}, {bucket.name} tokens: {found.microseconds:.0f} us"
-            )
-    return chosen
+    wanted = [
+        Wanted(
+            implementation,
+            bucket,
+            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
+        )
+        for spec, implementation in implementations.items()
+        for bucket in cpu.BUCKETS
+    ]
+    with Measurer() as measurer:
+        choices = choose(
+            wanted,
+            target,
+            Database(cache_dir),
+            measurer,
+            trials=trials,
+            budget_s=budget_s,
+            progress=progress,
+            records=records,
+        )
+    return {(choice.spec, choice.bucket.name): choice.schedule for choice in choices}
 
 
 def _prove_linear(

@@ -107,7 +107,7 @@ def test_a_damaged_line_is_skipped_with_a_warning(tmp_path, damage):
 def _write_many(directory, start):
     database = Database(directory)
     for i in range(start, start + 25):
-        database.add(dataclasses.replace(KEY, threads=i), Result({"i": i}, float(i), 1, 16))
+        database.add(dataclasses.replace(KEY, threads=i), Result({"i": i}, 1.0 + i, 1, 16))
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
@@ -121,7 +121,7 @@ def test_concurrent_writers_lose_nothing(tmp_path):
     database = Database(tmp_path)
     for w in range(4):
         for i in range(1000 * w, 1000 * w + 25):
-            assert database.find(dataclasses.replace(KEY, threads=i)) == Result({"i": i}, float(i), 1, 16)
+            assert database.find(dataclasses.replace(KEY, threads=i)) == Result({"i": i}, 1.0 + i, 1, 16)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -198,12 +198,13 @@ REQUEST = Request(SPEC, "cpu:generic", "1", [{"rows": 1}, {"rows": 2}, {"rows": 
 
 _WORKER = """
 import json, sys, time
-print(json.dumps({"ready": True}), flush=True)
+print(json.dumps({"threads": 2}), flush=True)
 for line in sys.stdin:
     rows = [s["rows"] for s in json.loads(line)["schedules"]]
     if 2 in rows:
         %s
-    print(json.dumps([{"microseconds": float(r), "failure": ""} for r in rows]), flush=True)
+    outcomes = [{"microseconds": float(r), "failure": ""} for r in rows]
+    print(json.dumps({"outcomes": outcomes, "limits": {"roofline_microseconds": 0.5}}), flush=True)
 """
 
 

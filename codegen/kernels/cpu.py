@@ -153,17 +153,19 @@ class X86Linear:
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
         isa = instruction_set(self.family, self.spec.act_bits)
+        # Accumulators plus a few weight and activation vectors should fit the register file.
+        registers = (32 if isa.lanes == 16 else 16) - 2
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
-                for prefetch in (3072, 0, 1024, 6144):
-                    for rows in (16, 32, 64):
-                        if padded_rows % rows == 0:
-                            found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in (4, 2, 1))
+                for prefetch in (3072, 0, 1024, 2048, 4096, 6144, 8192, 12288):
+                    for rows in (16, 32, 48, 64, 96, 128):
+                        if padded_rows % rows:
+                            continue
+                        fits = [c for c in (4, 2, 1) if c * (rows // isa.lanes) <= registers or c == 1]
+                        found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in fits)
                 continue
-            for rows in (32, 16, 64):
-                # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
-                registers = (32 if isa.lanes == 16 else 16) - 2
+            for rows in (32, 16, 48, 64, 96):
                 fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
                 if padded_rows % rows:
                     continue
@@ -172,7 +174,7 @@ class X86Linear:
                     if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
+                    sizes = (16, 8) if bucket.highest <= 16 else (120, 30, 60, 240, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
                     found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
         return found

@@ -1,0 +1,215 @@
+"""Chooses the schedule of every linear and token bucket: what is stored, what ships, or what a search finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import KernelError
+from ..progress import Progress, Task
+from ..spec import LinearSpec
+from ..targets import Target
+from .database import Database, Key, Result
+from .measure import Measurer, Outcome, Request
+from .search import Found, search
+
+if TYPE_CHECKING:
+    from ..kernels.cpu import Bucket, Implementation, Schedule
+
+TIMING_SECONDS = 0.02
+"""How long one candidate is timed in a search."""
+
+FINALISTS = 3
+"""The search's best candidates that are timed once more, side by side, together with the default."""
+
+FINAL_SECONDS = 0.1
+"""How long each of them is."""
+
+CLOSE_ENOUGH = 0.9
+"""Share of the roofline at which a search ends. No schedule can gain more than the tenth that is left, and what the
+roofline itself is measured to be moves by several per cent from one measurement to the next."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedule of a linear for a token bucket.
+
+    Attributes:
+        spec, bucket: what it is of.
+        schedule: what to use.
+        source: ``"record"`` (given), ``"stored"`` (the user's database), ``"seed"`` (shipped), ``"search"``,
+            ``"guess"`` (a result of another CPU or an incomplete search) or ``"default"``.
+        result: the measurement behind it; None for records and defaults.
+    """
+
+    spec: LinearSpec
+    bucket: Bucket
+    schedule: Schedule
+    source: Literal["record", "stored", "seed", "search", "guess", "default"]
+    result: Result | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A linear and a token bucket to choose a schedule for."""
+
+    implementation: Implementation
+    bucket: Bucket
+    key: Key
+
+    @property
+    def name(self) -> str:
+        """For people, e.g. ``4096x11008, 2-16 tokens``."""
+        spec = self.key.spec
+        plural = "" if self.bucket.highest == 1 else "s"
+        return f"{spec.out_features}x{spec.in_features}, {self.bucket.name} token{plural}"
+
+
+def choose(
+    wanted: Sequence[Wanted],
+    target: Target,
+    database: Database,
+    measurer: Measurer,
+    *,
+    trials: int,
+    budget_s: float | None,
+    progress: Progress,
+    records: Sequence[Mapping[str, Any]] = (),
+) -> list[Choice]:
+    """A valid schedule for everything wanted: from records, the database, a search, or the default.
+
+    Args:
+        wanted: what is needed.
+        target: a CPU target.
+        database: results, old and new.
+        measurer: measures candidates; not used where nothing has to be searched.
+        trials: candidates measured per search, where no result of such a search is stored; 0 searches nothing.
+        budget_s: seconds all searches may take.
+        progress: told about each search and each candidate.
+        records: ``{"spec", "tokens", "target", "schedule"}`` of an earlier build; they come first.
+
+    Raises:
+        KernelError: no candidate of a search works, or no worker can be started.
+    """
+    given = {(LinearSpec(**r["spec"]), r["tokens"], r["target"]): r["schedule"] for r in records}
+    choices: list[Choice] = []
+    missing: list[int] = []
+    for item in wanted:
+        choice, settled = _known(item, given.get((item.key.spec, item.bucket.name, target.name)), database, trials)
+        if not settled and trials > 0:
+            missing.append(len(choices))
+        choices.append(choice)
+    if missing:
+        started = time.monotonic()
+        with progress.task("tune kernels", len(missing)) as task:
+            for done, index in enumerate(missing):
+                item = wanted[index]
+                deadline = math.inf
+                if budget_s is not None:  # an equal share of what is left for each search that is left
+                    now = time.monotonic()
+                    deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
+                search_one = _Search(item, choices[index].schedule, target, measurer, progress)
+                result = search_one.run(trials, deadline)
+                database.add(item.key, result)
+                choices[index] = Choice(item.key.spec, item.bucket, search_one.best, "search", result)
+                task.advance(f"{item.name}: {result.microseconds:.0f} us")
+    return choices
+
+
+def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, trials: int) -> tuple[Choice, bool]:
+    """What to use without a search, and whether that is as good as a search of so many trials."""
+    from ..kernels import cpu
+
+    def choice(fields: Mapping[str, Any], source: Any, result: Result | None) -> Choice | None:
+        schedule = cpu.schedule_from(dict(fields))
+        return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in space else None
+
+    space = item.implementation.schedules(item.bucket)
+    if record is not None and (known := choice(record, "record", None)):
+        return known, True
+    if result := database.find(item.key):
+        settled = result.sought >= trials
+        source = ("seed" if database.ships(item.key) else "stored") if settled else "guess"
+        if known := choice(result.schedule, source, result):
+            return known, settled
+    if (result := database.guess(item.key)) and (known := choice(result.schedule, "guess", result)):
+        return known, False
+    return Choice(item.key.spec, item.bucket, space[0], "default"), False
+
+
+class _Search:
+    """One search: its measurements, and what it says while it runs."""
+
+    def __init__(self, item: Wanted, guess: Schedule, target: Target, measurer: Measurer, progress: Progress):
+        space = item.implementation.schedules(item.bucket)
+        self._default = space[0]
+        self._space = [guess, *(s for s in space if s != guess)]
+        self._item = item
+        self._target = target
+        self._measurer = measurer
+        self._progress = progress
+        self._best = math.inf
+        self.best = guess
+
+    def run(self, trials: int, deadline: float) -> Result:
+        """Searches, times the finalists again and reports what was discarded.
+
+        Raises:
+            KernelError: no candidate works.
+        """
+        with self._progress.task(self._item.name, min(trials, len(self._space))) as task:
+            found = search(
+                self._space, lambda batch: self._measure(batch, TIMING_SECONDS, task), trials, deadline, self._goal
+            )
+        if found is None:
+            raise KernelError(
+                f"no candidate kernel of {self._item.key.spec} works on this machine; run 'lbllm-compile doctor'"
+            )
+        for failure in found.failures:
+            self._progress.note(f"a candidate kernel was discarded: {failure}")
+        return self._result(found, trials, deadline)
+
+    def _goal(self) -> float:
+        return self._measurer.limits.roofline_microseconds / CLOSE_ENOUGH
+
+    def _measure(self, schedules: list[Schedule], seconds: float, task: Task | None = None) -> list[Outcome]:
+        forms = [dataclasses.asdict(schedule) for schedule in schedules]
+        key = self._item.key
+        outcomes = self._measurer.measure(Request(key.spec, self._target.name, self._item.bucket.name, forms, seconds))
+        for outcome in outcomes:
+            if outcome.microseconds is not None:
+                self._best = min(self._best, outcome.microseconds)
+            if task:
+                task.advance(self._state())
+        return outcomes
+
+    def _state(self) -> str:
+        """E.g. ``best 512 us, 71 % of the memory bandwidth``."""
+        limits = self._measurer.limits
+        if not math.isfinite(self._best):
+            return "no candidate works yet"
+        text = f"best {self._best:.0f} us"
+        if self._item.bucket.highest == 1 and limits.bandwidth:
+            return f"{text}, {limits.weight_bytes / limits.bandwidth / self._best * 1e8:.0f} % of the memory bandwidth"
+        if limits.roofline_microseconds:
+            return f"{text}, {100 * limits.roofline_microseconds / self._best:.0f} % of the roofline"
+        return text
+
+    def _result(self, found: Found, trials: int, deadline: float) -> Result:
+        """The search's result; the finalists' second times count where there is time for them."""
+        self.best = found.schedule
+        microseconds, default = found.microseconds, None
+        if time.monotonic() < deadline:
+            finalists = list(dict.fromkeys([*found.ranking[:FINALISTS], self._default]))
+            outcomes = self._measure(finalists, FINAL_SECONDS)
+            times = {s: o.microseconds for s, o in zip(finalists, outcomes, strict=True) if o.microseconds is not None}
+            if times:
+                self.best = min(times, key=times.__getitem__)
+                microseconds, default = times[self.best], times.get(self._default)
+        roofline = self._measurer.limits.roofline_microseconds or None
+        fields = dataclasses.asdict(self.best)
+        return Result(fields, microseconds, found.trials, trials, default, roofline)

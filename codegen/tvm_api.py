@@ -175,7 +175,11 @@ class Tracker:
                 f"no device {self._key!r} of the tracker at {self._where} can be reached ({error}); see that its"
                 " server runs and is free"
             ) from error
-        yield RemoteSession(session)
+        try:
+            yield RemoteSession(session)
+        finally:
+            # The server serves nobody else before; waiting for Python to drop every reference could take long.
+            session.get_function("CloseRPCConnection")()
 
 
 class RemoteSession:

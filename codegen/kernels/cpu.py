@@ -174,7 +174,7 @@ class X86Linear:
                     if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (16, 8) if bucket.highest <= 16 else (120, 30, 60, 240, 480)
+                    sizes = (16, 8) if bucket.highest <= 16 else (120, 60, 240, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
                     found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
         return found

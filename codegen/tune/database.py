@@ -90,10 +90,6 @@ class Key:
         _check_types(LinearSpec, spec, {"kind": str})
         return cls(**{**fields, "spec": LinearSpec(**spec)})
 
-    def text(self) -> str:
-        """The key as canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
 
 @dataclass(frozen=True)
 class Result:

@@ -49,7 +49,7 @@ class Roofline:
 
 
 def reader(count: int) -> PrimFunc:
-    """A kernel ``(data uint8 [count], sums int32 [PARTS * 16])`` that reads all data once.
+    """A kernel ``(sums int32 [PARTS * 16], data uint8 [count])`` that reads all data once.
 
     Args:
         count: bytes, a multiple of :data:`PARTS` times :data:`STREAMS` times 64.
@@ -58,7 +58,7 @@ def reader(count: int) -> PrimFunc:
     int32 = f"int32x{READ_LANES}"
 
     @T.prim_func(s_tir=True)
-    def kernel(data_: T.handle, sums_: T.handle):
+    def kernel(sums_: T.handle, data_: T.handle):
         T.func_attr({"tirx.noalias": True})
         data = T.match_buffer(data_, (count,), "uint8", align=64)
         sums = T.match_buffer(sums_, (PARTS * READ_LANES,), "int32", align=64)

@@ -1,7 +1,8 @@
 """What to measure next: a spread of the space first, then what a model of the times promises most of.
 
-The search ends after ``trials`` measurements, when the best reaches the goal, when :data:`PATIENCE` measurements in a
-row were no better, or when the model expects less than :data:`LEAST_GAIN` of anything that is left.
+The search ends after ``trials`` measurements, when the best is close enough to what the machine can do, when
+:data:`PATIENCE` measurements in a row were no better, or when the model expects less than :data:`LEAST_GAIN` of anything
+that is left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +47,14 @@ class Found:
         microseconds: its time.
         trials: candidates measured.
         failures: what went wrong with candidates that gave no time.
-        ranking: candidates that gave a time, the fastest first.
+        times: of all candidates that gave one, the fastest first.
     """
 
     schedule: Any
     microseconds: float
     trials: int
     failures: tuple[str, ...]
-    ranking: tuple[Any, ...]
+    times: Mapping[Any, float]
 
 
 def spread(space: Sequence[Any], count: int, seed: int = 0) -> list[Any]:
@@ -106,7 +107,7 @@ def search(
     measure: Callable[[list[Any]], list[Outcome]],
     trials: int,
     deadline: float = math.inf,
-    goal: Callable[[], float] = lambda: 0.0,
+    close_enough: Callable[[], bool] = lambda: False,
     seed: int = 0,
 ) -> Found | None:
     """Searches a space for the fastest schedule.
@@ -116,7 +117,7 @@ def search(
         measure: measures a few.
         trials: most measurements.
         deadline: :func:`time.monotonic` time after which no batch is started.
-        goal: microseconds that are good enough to stop; asked for after each batch.
+        close_enough: asked after each batch whether the best is good enough to stop.
         seed: decides between equally good choices of what to measure.
 
     Returns:
@@ -131,7 +132,7 @@ def search(
         best = min(times.values(), default=math.inf)
         waiting = [i for i in first if i not in times]
         count = min(BATCH, trials - len(times))
-        if best <= goal() or (not waiting and since_better >= PATIENCE):
+        if (times and close_enough()) or (not waiting and since_better >= PATIENCE):
             break
         if waiting:
             batch = waiting[:count]
@@ -150,5 +151,5 @@ def search(
     ranked = [i for i in sorted(times, key=times.__getitem__) if times[i] < math.inf]
     if not ranked:
         return None
-    ranking = tuple(space[i] for i in ranked)
-    return Found(ranking[0], times[ranked[0]], len(times), tuple(failures), ranking)
+    ranking = {space[i]: times[i] for i in ranked}
+    return Found(space[ranked[0]], times[ranked[0]], len(times), tuple(failures), ranking)

@@ -30,8 +30,11 @@ FINAL_SECONDS = 0.1
 """How long each of them is."""
 
 CLOSE_ENOUGH = 0.9
-"""Share of the roofline at which a search ends. No schedule can gain more than the tenth that is left, and what the
-roofline itself is measured to be moves by several per cent from one measurement to the next."""
+"""Share of the roofline at which a search ends: no schedule can gain more than the tenth that is left."""
+
+IMPLAUSIBLE = 1.05
+"""Share of the roofline beyond which it is no limit: other load held the machine down while it was measured. Such a one
+ends no search."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,11 @@ class _Search:
         """
         with self._progress.task(self._item.name, min(trials, len(self._space))) as task:
             found = search(
-                self._space, lambda batch: self._measure(batch, TIMING_SECONDS, task), trials, deadline, self._goal
+                self._space,
+                lambda batch: self._measure(batch, TIMING_SECONDS, task),
+                trials,
+                deadline,
+                self._close_enough,
             )
         if found is None:
             raise KernelError(
@@ -173,8 +180,9 @@ class _Search:
             self._progress.note(f"a candidate kernel was discarded: {failure}")
         return self._result(found, trials, deadline)
 
-    def _goal(self) -> float:
-        return self._measurer.limits.roofline_microseconds / CLOSE_ENOUGH
+    def _close_enough(self) -> bool:
+        share = self._measurer.limits.roofline_microseconds / self._best
+        return CLOSE_ENOUGH <= share <= IMPLAUSIBLE
 
     def _measure(self, schedules: list[Schedule], seconds: float, task: Task | None = None) -> list[Outcome]:
         forms = [dataclasses.asdict(schedule) for schedule in schedules]
@@ -200,16 +208,17 @@ class _Search:
         return text
 
     def _result(self, found: Found, trials: int, deadline: float) -> Result:
-        """The search's result; the finalists' second times count where there is time for them."""
-        self.best = found.schedule
-        microseconds, default = found.microseconds, None
+        """The search's result, after a second measurement of the finalists where there is time for one.
+
+        Other load makes a time longer and never shorter, so the shorter of two times of a schedule counts.
+        """
+        times = dict(found.times)
         if time.monotonic() < deadline:
-            finalists = list(dict.fromkeys([*found.ranking[:FINALISTS], self._default]))
-            outcomes = self._measure(finalists, FINAL_SECONDS)
-            times = {s: o.microseconds for s, o in zip(finalists, outcomes, strict=True) if o.microseconds is not None}
-            if times:
-                self.best = min(times, key=times.__getitem__)
-                microseconds, default = times[self.best], times.get(self._default)
+            finalists = list(dict.fromkeys([*list(times)[:FINALISTS], self._default]))
+            for schedule, outcome in zip(finalists, self._measure(finalists, FINAL_SECONDS), strict=True):
+                if outcome.microseconds is not None:
+                    times[schedule] = min(outcome.microseconds, times.get(schedule, math.inf))
+        self.best = min(times, key=times.__getitem__)
         roofline = self._measurer.limits.roofline_microseconds or None
         fields = dataclasses.asdict(self.best)
-        return Result(fields, microseconds, found.trials, trials, default, roofline)
+        return Result(fields, times[self.best], found.trials, trials, times.get(self._default), roofline)

@@ -35,7 +35,11 @@ ROUNDS = 4
 CHECKED_COUNTS = 3
 """Token counts a candidate is checked at before it is timed; the proof of the winner checks all."""
 
-ROOFLINE_SECONDS = 0.05
+READ_BYTES = COLD_BYTES // 4
+"""Bytes of one call of the kernel that measures the bandwidth: as long as a large linear's, so that both suffer alike
+from the launch and from other load."""
+
+ROOFLINE_SECONDS = 0.02
 """How long each kernel that measures the machine runs."""
 
 REMEMBERED = 64
@@ -71,9 +75,9 @@ def _compiled(spec: LinearSpec, target: str, schedule: str) -> Any:
 
 @functools.cache
 def _compiled_readers(target: str) -> tuple[Any, Any]:
-    """Libraries that write and read :data:`COLD_BYTES`."""
+    """Libraries that write and read :data:`READ_BYTES`."""
     llvm = Target.parse(target).llvm
-    functions = roofline.filler(COLD_BYTES), roofline.reader(COLD_BYTES)
+    functions = roofline.filler(READ_BYTES), roofline.reader(READ_BYTES)
     filler, reader = (compile_functions({SYMBOL: function}, llvm) for function in functions)
     return filler, reader
 
@@ -89,10 +93,13 @@ def _compiled_multiplier(target: str, act_bits: int, tile: tuple[int, int]) -> A
 def measure_bandwidth(session: Session, target: str) -> float:
     """Bytes per second that the machine's threads read from memory."""
     filler, reader = _compiled_readers(target)
-    data = session.allocate(COLD_BYTES)
-    session.load(filler).times([(data,)], 0)
+    slices = [session.allocate(READ_BYTES) for _ in range(COLD_BYTES // READ_BYTES)]
+    fill = session.load(filler)
+    for data in slices:
+        fill.times([(data,)], 0)
     sums = session.place(torch.empty(roofline.PARTS * roofline.READ_LANES, dtype=torch.int32))
-    return COLD_BYTES / percentile(session.load(reader).times([(data, sums)], ROOFLINE_SECONDS))
+    times = session.load(reader).times([(sums, data) for data in slices], ROOFLINE_SECONDS)
+    return READ_BYTES / percentile(times)
 
 
 def measure_products(session: Session, target: str, act_bits: int) -> float | None:
@@ -120,7 +127,6 @@ class Worker:
         self._machine = machine
         self._bandwidth = 0.0
         self._products: dict[tuple[str, int], float | None] = {}
-        self._measured: tuple[LinearSpec, str] | None = None
 
     def measure(self, request: Request) -> tuple[list[Outcome], Limits]:
         """Compiles, checks and times every candidate of a request."""
@@ -163,17 +169,20 @@ class Worker:
         return outcomes, self._limits(session, request, cold)
 
     def _limits(self, session: Session, request: Request, cold: bool) -> Limits:
-        """What bounds a request's calls. The machine is measured for every linear and bucket; the best counts."""
+        """What bounds a request's calls.
+
+        The machine is measured with every request, and its best counts: a bandwidth that other load held down must not
+        end a search.
+        """
         spec, bucket = request.spec, cpu.bucket_named(request.bucket)
-        products_key = request.target, spec.act_bits
-        if self._measured != (spec, request.bucket):
-            self._measured = spec, request.bucket
-            self._bandwidth = max(self._bandwidth, measure_bandwidth(session, request.target))
-            if bucket.probe > 1:
-                fresh = measure_products(session, *products_key)
-                self._products[products_key] = fresh and max(fresh, self._products.get(products_key) or 0.0)
+        self._bandwidth = max(self._bandwidth, measure_bandwidth(session, request.target))
+        products = None
+        if bucket.probe > 1:
+            key = request.target, spec.act_bits
+            fresh = measure_products(session, *key)
+            products = self._products[key] = fresh and max(fresh, self._products.get(key) or 0.0)
         weights = _packed(spec, request.target)[0].numel()
-        measured = Roofline(self._bandwidth, self._products.get(products_key) if bucket.probe > 1 else None)
+        measured = Roofline(self._bandwidth, products)
         least = measured.microseconds(weights if cold else 0, spec.out_features * spec.in_features * bucket.probe)
         return Limits(least, weights, measured.bandwidth, measured.products)
 

@@ -1,8 +1,7 @@
 """What to measure next: a spread of the space first, then what a model of the times promises most of.
 
-The search ends after ``trials`` measurements, when the best is close enough to what the machine can do, when
-:data:`PATIENCE` measurements in a row were no better, or when the model expects less than :data:`LEAST_GAIN` of anything
-that is left.
+The search ends after ``trials`` measurements, when the best is close enough to what the machine can do, or when
+:data:`PATIENCE` measurements in a row were no better.
 """
 
 from __future__ import annotations
@@ -30,9 +29,6 @@ PATIENCE = 16
 
 BETTER = 0.98
 """A candidate must take at most this share of the best time to count as progress."""
-
-LEAST_GAIN = 0.002
-"""Expected decrease of the log of the best time below which no candidate is worth its measurement."""
 
 FAILED = 4.0
 """A candidate that gives no time enters the model as that many times the slowest one."""
@@ -82,8 +78,7 @@ def _spread(points: Array, count: int, seed: int) -> list[int]:
 def _promising(points: Array, measured: dict[int, float], count: int) -> list[int]:
     """The indices of up to ``count`` points worth measuring, given the times of others.
 
-    Each is the one that promises most if those before it take what the model says. Fewer are returned where less than
-    :data:`LEAST_GAIN` is expected of the rest.
+    Each is the one that promises most if those before it take what the model says.
     """
     slowest = max(time for time in measured.values() if time < math.inf)
     known = {i: math.log(min(time, FAILED * slowest)) for i, time in measured.items()}
@@ -95,8 +90,6 @@ def _promising(points: Array, measured: dict[int, float], count: int) -> list[in
         gain = expected_gain(mean, deviation, min(known.values()))
         gain[indices] = -1
         best = int(gain.argmax())
-        if gain[best] < LEAST_GAIN:
-            break
         chosen.append(best)
         known[best] = float(mean[best])
     return chosen
@@ -140,8 +133,6 @@ def search(
             batch = _promising(points, times, count)
         else:  # nothing has worked yet
             batch = [i for i in range(len(space)) if i not in times][:count]
-        if not batch:
-            break
         for i, outcome in zip(batch, measure([space[i] for i in batch]), strict=True):
             times[i] = math.inf if outcome.microseconds is None else outcome.microseconds
             since_better = 0 if times[i] <= BETTER * best else since_better + 1

@@ -297,17 +297,14 @@ def _choose_schedules(
     from .tvm_api import VERSION
 
     wanted = [
-        Wanted(
-            implementation,
-            bucket,
-            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
-        )
-        for spec, implementation in implementations.items()
+        Wanted(Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION), bucket)
+        for spec in implementations
         for bucket in cpu.BUCKETS
     ]
     with Measurer() as measurer:
         choices = choose(
             wanted,
+            lambda item, _: implementations[item.key.spec].schedules(item.bucket),
             target,
             Database(cache_dir),
             measurer,

@@ -201,14 +201,15 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     with Measurer(target=target.name, device=device) as measurer:
         name = device.key if device else host.cpu_name()
         threads = measurer.threads() if device else thread_count()
-        wanted = []
-        for spec in specs:
-            implementation = cpu.linear(spec, target)
-            for bucket in buckets:
-                key = Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION)
-                wanted.append(Wanted(implementation, bucket, key))
+        implementations = {spec: cpu.linear(spec, target) for spec in specs}
+        wanted = [
+            Wanted(Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION), bucket)
+            for spec in specs
+            for bucket in buckets
+        ]
         choices = choose(
             wanted,
+            lambda item, _: implementations[item.key.spec].schedules(item.bucket),
             target,
             Database(cache_directory()),
             measurer,

@@ -427,10 +427,11 @@ def choose_one(tmp_path, measurer, trials=16, **options):
     target = Target.parse("cpu:generic")
     spec = LinearSpec("bit", 256, 128, 64)
     key = Key.here(spec, "1", target, 2, "0.27", 1)
-    item = tuner.Wanted(cpu.linear(spec, target), cpu.bucket_named("1"), key)
+    item = tuner.Wanted(key, cpu.bucket_named("1"))
+    space = cpu.linear(spec, target).schedules(item.bucket)
     database = Database(tmp_path, tmp_path / "seeds")
     options = {"trials": trials, "budget_s": None, "progress": NoProgress(), **options}
-    (choice,) = tuner.choose([item], target, database, measurer, **options)
+    (choice,) = tuner.choose([item], lambda *_: space, target, database, measurer, **options)
     return key, database, choice
 
 
@@ -468,6 +469,26 @@ def test_another_machines_result_is_the_first_guess(tmp_path):
     *_, choice = choose_one(tmp_path, measurer)
     assert measurer.requests[0].schedules[0] == {"rows": 4, "parallel": False}
     assert (choice.source, choice.schedule.rows, choice.result.default_microseconds) == ("search", 8, 18.0)
+
+
+def test_a_choice_may_depend_on_one_before_it(tmp_path):
+    """The second bucket's space is known only when the first one's search is over."""
+    from lbllm_compile.codegen.kernels import cpu
+
+    target, spec = Target.parse("cpu:generic"), LinearSpec("bit", 256, 128, 64)
+    first, second = (
+        tuner.Wanted(Key.here(spec, name, target, 2, "0.27", 1), cpu.bucket_named(name)) for name in ("1", "2-16")
+    )
+
+    def space(item, chosen):
+        rows = {chosen[first].schedule.rows} if item == second else (16, 8, 4)
+        return [cpu.PortableSchedule(r, parallel) for r in rows for parallel in (False, True)]
+
+    options = {"trials": 16, "budget_s": None, "progress": NoProgress()}
+    measurer, database = FakeMeasurer(rows_time), Database(tmp_path)
+    database.add(second.key, Result({"rows": 16, "parallel": False}, 1.0, 16, 16))  # outdated by the first's search
+    choices = tuner.choose([first, second], space, target, database, measurer, **options)
+    assert [(c.schedule.rows, c.source) for c in choices] == [(8, "search"), (8, "search")]
 
 
 @pytest.mark.parametrize(("roofline", "stops"), [(9.5, True), (5.0, False), (30.0, False)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from .measure import Measurer, Outcome, Request
 from .search import Found, search
 
 if TYPE_CHECKING:
-    from ..kernels.cpu import Bucket, Implementation, Schedule
+    from ..kernels.cpu import Bucket, Schedule
 
 TIMING_SECONDS = 0.02
 """How long one candidate is timed in a search."""
@@ -60,9 +60,8 @@ class Choice:
 class Wanted:
     """A linear and a token bucket to choose a schedule for."""
 
-    implementation: Implementation
-    bucket: Bucket
     key: Key
+    bucket: Bucket
 
     @property
     def name(self) -> str:
@@ -72,8 +71,14 @@ class Wanted:
         return f"{spec.out_features}x{spec.in_features}, {self.bucket.name} token{plural}"
 
 
+Chosen = Mapping[Wanted, "Choice"]
+Space = Callable[[Wanted, Chosen], "list[Schedule]"]
+"""The valid schedules of what is wanted, the default first, given the choices for what was wanted before it."""
+
+
 def choose(
     wanted: Sequence[Wanted],
+    space: Space,
     target: Target,
     database: Database,
     measurer: Measurer,
@@ -86,7 +91,8 @@ def choose(
     """A valid schedule for everything wanted: from records, the database, a search, or the default.
 
     Args:
-        wanted: what is needed.
+        wanted: what is needed, in the order in which choices may depend on each other.
+        space: what there is to choose from.
         target: a CPU target.
         database: results, old and new.
         measurer: measures candidates; not used where nothing has to be searched.
@@ -98,32 +104,41 @@ def choose(
     Raises:
         KernelError: no candidate of a search works, or no worker can be started.
     """
-    given = {(LinearSpec(**r["spec"]), r["tokens"], r["target"]): r["schedule"] for r in records}
-    choices: list[Choice] = []
-    missing: list[int] = []
+    given = {(LinearSpec(**r["spec"]), r["tokens"]): r["schedule"] for r in records if r["target"] == target.name}
+    chosen: dict[Wanted, Choice] = {}
+    missing: list[Wanted] = []
     for item in wanted:
-        choice, settled = _known(item, given.get((item.key.spec, item.bucket.name, target.name)), database, trials)
-        if not settled and trials > 0:
-            missing.append(len(choices))
-        choices.append(choice)
-    if missing:
-        started = time.monotonic()
-        with progress.task("tune kernels", len(missing)) as task:
-            for done, index in enumerate(missing):
-                item = wanted[index]
-                deadline = math.inf
-                if budget_s is not None:  # an equal share of what is left for each search that is left
-                    now = time.monotonic()
-                    deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
-                search_one = _Search(item, choices[index].schedule, target, measurer, progress)
-                result = search_one.run(trials, deadline)
-                database.add(item.key, result)
-                choices[index] = Choice(item.key.spec, item.bucket, search_one.best, "search", result)
-                task.advance(f"{item.name}: {result.microseconds:.0f} us")
-    return choices
+        record = given.get((item.key.spec, item.bucket.name))
+        chosen[item], settled = _known(item, space(item, chosen), record, database, trials)
+        # What depends on a choice not made yet is looked up again once it is.
+        if not settled or any(item.key.spec == other.key.spec for other in missing):
+            missing.append(item)
+    if not missing or trials < 1:
+        return list(chosen.values())
+    started = time.monotonic()
+    with progress.task("tune kernels", len(missing)) as task:
+        for done, item in enumerate(missing):
+            record = given.get((item.key.spec, item.bucket.name))
+            valid = space(item, chosen)
+            chosen[item], settled = _known(item, valid, record, database, trials)
+            if settled:
+                task.advance()
+                continue
+            deadline = math.inf
+            if budget_s is not None:  # an equal share of what is left for each search that is left
+                now = time.monotonic()
+                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
+            search_one = _Search(item, valid, chosen[item].schedule, target, measurer, progress)
+            result = search_one.run(trials, deadline)
+            database.add(item.key, result)
+            chosen[item] = Choice(item.key.spec, item.bucket, search_one.best, "search", result)
+            task.advance(f"{item.name}: {result.microseconds:.0f} us")
+    return list(chosen.values())
 
 
-def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, trials: int) -> tuple[Choice, bool]:
+def _known(
+    item: Wanted, space: list[Schedule], record: Mapping[str, Any] | None, database: Database, trials: int
+) -> tuple[Choice, bool]:
     """What to use without a search, and whether that is as good as a search of so many trials."""
     from ..kernels import cpu
 
@@ -131,7 +146,6 @@ def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, t
         schedule = cpu.schedule_from(dict(fields))
         return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in space else None
 
-    space = item.implementation.schedules(item.bucket)
     if record is not None and (known := choice(record, "record", None)):
         return known, True
     if result := database.find(item.key):
@@ -147,8 +161,15 @@ def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, t
 class _Search:
     """One search: its measurements, and what it says while it runs."""
 
-    def __init__(self, item: Wanted, guess: Schedule, target: Target, measurer: Measurer, progress: Progress):
-        space = item.implementation.schedules(item.bucket)
+    def __init__(
+        self,
+        item: Wanted,
+        space: list[Schedule],
+        guess: Schedule,
+        target: Target,
+        measurer: Measurer,
+        progress: Progress,
+    ):
         self._default = space[0]
         self._space = [guess, *(s for s in space if s != guess)]
         self._item = item

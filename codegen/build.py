@@ -20,12 +20,12 @@ from torch import Tensor
 
 from . import prove
 from .cache import cache_directory
-from .errors import KernelError, TargetError
+from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
 from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
-from .targets import Target, runnable_targets
+from .targets import Target
 from .threads import thread_count
 from .tune.database import Database, Key, Result
 from .tune.measure import Measurer, Outcome, Request
@@ -267,10 +267,7 @@ class KernelSet:
         """
         from .kernels import cpu
 
-        if target.kind != "cpu" or not target.runs_here:
-            raise TargetError(
-                f"this machine cannot run {target.name}; its own targets: {', '.join(runnable_targets())}"
-            )
+        target.check_runs_here()
         progress = progress or NoProgress()
         implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
         chosen = _choose_schedules(

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .errors import KernelError
@@ -35,10 +37,13 @@ __all__ = [
     "PrimFunc",
     "T",
     "VERSION",
+    "assembly",
     "compile_functions",
     "cuda_source",
+    "include_paths",
     "intrinsic",
     "llvm_version",
+    "object_code",
     "prepared",
     "pure_intrinsic",
     "relax",
@@ -56,6 +61,15 @@ VERSION: str = tvm.__version__
 def llvm_version() -> str:
     """The major version of the LLVM inside TVM."""
     return str(tvm.target.codegen.llvm_version_major())
+
+
+def include_paths() -> list[str]:
+    """Folders of the C headers that describe how kernels are called."""
+    return [
+        tvm.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_dlpack_include_path(),
+    ]
 
 
 def symbolic_dimension(name: str) -> Any:
@@ -113,6 +127,20 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
 def prepared(function: Any, *tensors: Any) -> Callable[[], None]:
     """A call of a compiled function with fixed torch tensors, converted once, which the result keeps alive."""
     return functools.partial(function, *(tvm_ffi.from_dlpack(tensor) for tensor in tensors))
+
+
+def object_code(functions: dict[str, PrimFunc], target: dict[str, Any]) -> bytes:
+    """Compiles functions, for any CPU that LLVM knows, into an object file; arguments as :func:`compile_functions`."""
+    library = compile_functions(functions, target)
+    with tempfile.TemporaryDirectory(prefix="lbllm-object-") as folder:
+        path = Path(folder) / "kernels.o"
+        library.mod.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def assembly(functions: dict[str, PrimFunc], target: dict[str, Any]) -> str:
+    """Compiles functions, for any CPU that LLVM knows, into assembly; arguments as :func:`compile_functions`."""
+    return compile_functions(functions, target).mod.inspect_source("s")
 
 
 _CUDA_COMPILER = "tvm_callback_cuda_compile"

@@ -14,15 +14,15 @@ from torch import Tensor
 from ..errors import KernelError, TargetError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
-from ..targets import Target, generic, x86
+from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import dot, popcount, quantize
+from . import arm, dot, popcount, quantize, x86
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
+from .isa import InstructionSet
 from .lut8 import Lut8Operand
 from .popcount import PlaneOperand
 from .portable import PortableLinear
-from .x86 import instruction_set
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
 """A W(1+1) matrix, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""
@@ -38,6 +38,15 @@ PARALLEL_PRODUCTS = 1 << 20
 
 PARALLEL_STAGE_CHUNK = 64
 """Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
+
+INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
+"""By family: the instructions for values of 4 or 8 bits."""
+
+COUNTS_BITS = x86.COUNTS_BITS | arm.COUNTS_BITS
+"""Families with an instruction that counts the bits of every byte."""
+
+ROW_VECTORS = 4
+"""Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
 SCHEDULE_VERSION = 2
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
@@ -155,18 +164,22 @@ _OPERANDS = {"lut8": Lut8Operand, "popcount": PlaneOperand, "int8": Int8Operand}
 
 
 @dataclass(frozen=True)
-class X86Linear:
-    """A linear on x86: 8-bit dot products, except for a single token of the layout ``"popcount"``.
+class VectorLinear:
+    """A linear on a CPU with 8-bit dot products, which compute all but one token of the layout ``"popcount"``.
 
     Attributes:
         spec: what is computed.
-        family: the target's.
+        family: one of :data:`INSTRUCTION_SETS`.
         layout: ``"lut8"``, ``"popcount"`` or ``"int8"``.
     """
 
     spec: LinearSpec
     family: str
     layout: str
+
+    @property
+    def isa(self) -> InstructionSet:
+        return INSTRUCTION_SETS[self.family](self.spec.act_bits)
 
     @functools.cached_property
     def operand(self) -> Lut8Operand | PlaneOperand | Int8Operand:
@@ -177,7 +190,7 @@ class X86Linear:
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
@@ -188,18 +201,18 @@ class X86Linear:
                         if self.layout == "popcount":
                             found.append(PopcountSchedule(self.layout, rows, prefetch, parallel))
                         else:
-                            chains = (4, 2, 1)
-                            found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in chains)
+                            found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in isa.chains)
                 continue
-            for rows in (32, 16, 64):
+            for rows in sorted((32, 16, 64), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
-                registers = (32 if isa.lanes == 16 else 16) - 2
-                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
+                registers, fewest = isa.registers - 2, isa.tokens_per_dot
+                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t % fewest == 0]
+                fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
-                    # TVM cannot lower tiles of a single token where there is a single group.
-                    if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
+                    # TVM cannot lower tiles of a single token where a token has a single scale.
+                    if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
                     sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
@@ -208,7 +221,7 @@ class X86Linear:
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
         if isinstance(schedule, PopcountSchedule):
             assert isinstance(self.operand, PlaneOperand)
             return popcount.gemv(self.operand, isa, **_arguments(schedule))
@@ -284,9 +297,9 @@ def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
     if target.family == generic.FAMILY or spec.act_bits == 16:
         return [Portable(spec)]
     if spec.kind == "int8":
-        return [X86Linear(spec, target.family, "int8")]
-    counts_bits = target.family in x86.COUNTS_BITS and spec.act_bits == 4
-    return [X86Linear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
+        return [VectorLinear(spec, target.family, "int8")]
+    layouts = ["lut8", "popcount"] if target.family in COUNTS_BITS and spec.act_bits == 4 else ["lut8"]
+    return [VectorLinear(spec, target.family, layout) for layout in layouts]
 
 
 def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementation:
@@ -308,7 +321,8 @@ def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
 
 def lanes(target: Target) -> int:
     """fp32 lanes of a CPU target's vectors."""
-    return x86.LANES.get(target.family, generic.LANES)
+    instructions = INSTRUCTION_SETS.get(target.family)
+    return instructions(8).lanes if instructions else generic.LANES
 
 
 def schedule_from(record: dict[str, Any]) -> Schedule:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..format import QuantizedWeight
 from ..tvm_api import T
 from .dot import FIELDS, SLAB, VECTOR_BYTES, Problem
-from .x86 import InstructionSet
+from .isa import InstructionSet
 
 LEVEL_BYTES = 64
 SCALE_BYTES = 32

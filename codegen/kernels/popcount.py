@@ -42,7 +42,7 @@ from .dot import (
     row_vectors,
     store_row_vector,
 )
-from .x86 import InstructionSet
+from .isa import InstructionSet
 
 WORD = 32
 """Columns of a word of a plane."""

@@ -115,7 +115,8 @@ def main() -> int:
         target = Target.parse(args.target)
         rows, columns = (int(n) for n in args.shape.split("x"))
         spec = LinearSpec("bit", rows, columns, args.group, args.act_bits)
-        space = cpu.linear(spec, target).schedules(cpu.bucket_named(args.tokens))
+        bucket = cpu.bucket_named(args.tokens)
+        space = [schedule for one in cpu.implementations(spec, target) for schedule in one.schedules(bucket)]
         times = stored_times(args, spec, target, space)
     except (LbllmError, ValueError) as error:
         print(f"tuner: {error}", file=sys.stderr)

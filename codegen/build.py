@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from . import prove
 from .cache import cache_directory
-from .errors import KernelError, TargetError
+from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
-from .spec import LinearSpec, QuantizeSpec
-from .targets import Target, runnable_targets
+from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from .targets import Target
 from .threads import thread_count
 from .tune.database import Database, Key
 from .tune.measure import Measurer
@@ -29,11 +30,25 @@ from .tune.tuner import Wanted, choose
 
 if TYPE_CHECKING:
     from .kernels.cpu import Bucket, Implementation, Schedule
+    from .tvm_api import PrimFunc
 
 __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
 
 PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
+
+
+@dataclass(frozen=True)
+class TirKernel:
+    """A kernel as TIR.
+
+    Attributes:
+        name: its symbol; kernels of one name are the same.
+        make: generates it, which takes a good part of a second.
+    """
+
+    name: str
+    make: Callable[[], PrimFunc]
 
 
 class LinearKernel:
@@ -46,11 +61,22 @@ class LinearKernel:
     """
 
     def __init__(
-        self, spec: LinearSpec, implementation: Implementation, functions: list[tuple[int, Callable[..., None]]]
+        self,
+        spec: LinearSpec,
+        implementation: Implementation,
+        schedules: Mapping[str, Schedule],
+        functions: list[tuple[int, Callable[..., None]]],
     ):
         self.spec = spec
         self._implementation = implementation
+        self._schedules = schedules
         self._functions = functions
+
+    def tir(self, bucket: str) -> TirKernel:
+        """A token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
+        number = list(self._schedules).index(bucket)
+        schedule = self._schedules[bucket]
+        return TirKernel(f"{_name(self.spec)}_{number}", lambda: self._implementation.function(schedule))
 
     def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
         """The kernel's weight layout, bias included: ``uint8 [bytes]``, 64-byte aligned.
@@ -133,8 +159,9 @@ class LinearKernel:
 class QuantizeKernel:
     """The proven kernels of one :class:`QuantizeSpec`."""
 
-    def __init__(self, spec: QuantizeSpec, serial: Callable[..., None], parallel: Callable[..., None]):
+    def __init__(self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]):
         self.spec = spec
+        self._target = target
         self._serial = serial
         self._parallel = parallel
 
@@ -162,6 +189,12 @@ class QuantizeKernel:
         except (ValueError, TypeError, RuntimeError) as error:
             raise self._explain(x, clip, error) from error
         return values, scale
+
+    def tir(self, parallel: bool) -> TirKernel:
+        """The kernel ``(x, clip, values, scale)``, for whole programs."""
+        from .kernels import cpu
+
+        return TirKernel(_quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel))
 
     def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
         spec = self.spec
@@ -223,20 +256,18 @@ class KernelSet:
         """
         from .kernels import cpu
 
-        if target.kind != "cpu" or not target.runs_here:
-            raise TargetError(
-                f"this machine cannot run {target.name}; its own targets: {', '.join(runnable_targets())}"
-            )
+        target.check_runs_here()
         progress = progress or NoProgress()
-        implementations = {spec: cpu.linear(spec, target) for spec in dict.fromkeys(linears)}
+        implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
         chosen = _choose_schedules(
             implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
         )
         sources: dict[str, str] = {}
         with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
             linear_kernels = {}
-            for spec, implementation in implementations.items():
+            for spec, candidates in implementations.items():
                 schedules = {bucket: chosen[spec, bucket.name] for bucket in cpu.BUCKETS}
+                implementation = cpu.of_layout(candidates, schedules[cpu.BUCKETS[0]].layout)
                 linear_kernels[spec] = _prove_linear(implementation, target, schedules, sources)
                 task.advance()
             quantize_kernels = {}
@@ -274,6 +305,27 @@ class KernelSet:
             raise KernelError(f"no kernel was built for {spec}; there is no slow path")
         return self._quantizers[spec]
 
+    def attention(self, spec: AttentionSpec, queries: int | None) -> TirKernel:
+        """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
+
+        Args:
+            spec: the attention.
+            queries: tokens of a call where that is known; few are not worth a parallel launch.
+        """
+        from .kernels import attention, cpu
+
+        tile = attention.tile_rows(spec, queries)
+        name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
+        name += f"_w{spec.window}" if spec.window else ""
+        lanes = cpu.lanes(self.target)
+        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, lanes, tile, queries is None))
+
+    def embedding(self, spec: EmbeddingSpec) -> TirKernel:
+        """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""
+        from .kernels.embedding import embedding
+
+        return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
+
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``build(records=...)``."""
         return self._records
@@ -284,7 +336,7 @@ class KernelSet:
 
 
 def _choose_schedules(
-    implementations: Mapping[LinearSpec, Implementation],
+    implementations: Mapping[LinearSpec, list[Implementation]],
     target: Target,
     cache_dir: Path,
     trials: int,
@@ -292,19 +344,22 @@ def _choose_schedules(
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[LinearSpec, str], Schedule]:
-    """A valid schedule for every linear and token bucket."""
+    """A valid schedule for every linear and token bucket, one layout for all buckets of a linear."""
     from .kernels import cpu
     from .tvm_api import VERSION
 
     wanted = [
-        Wanted(Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION), bucket)
-        for spec in implementations
+        Wanted(
+            candidates,
+            bucket,
+            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
+        )
+        for spec, candidates in implementations.items()
         for bucket in cpu.BUCKETS
     ]
     with Measurer() as measurer:
         choices = choose(
             wanted,
-            lambda item, _: implementations[item.key.spec].schedules(item.bucket),
             target,
             Database(cache_dir),
             measurer,
@@ -335,7 +390,8 @@ def _prove_linear(
             if failure := prove.linear_failure(function, packed, case, counts):
                 raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    return LinearKernel(spec, implementation, [(bucket.highest, function) for bucket, function in callables])
+    by_name = {bucket.name: schedule for bucket, schedule in schedules.items()}
+    return LinearKernel(spec, implementation, by_name, [(bucket.highest, function) for bucket, function in callables])
 
 
 def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]) -> QuantizeKernel:
@@ -343,15 +399,19 @@ def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]
     from .kernels import cpu
     from .tvm_api import compile_functions
 
-    name = f"quantize{spec.bits}_{spec.in_features}_g{spec.group}"
-    functions = {f"{name}_{mode}": cpu.quantizer(spec, target, mode == "parallel") for mode in ("serial", "parallel")}
+    functions = {_quantizer_name(spec, mode): cpu.quantizer(spec, target, mode) for mode in (False, True)}
     library = compile_functions(functions, target.llvm)
     callables = [library[name] for name in functions]
     for function in callables:
         if failure := prove.quantizer_failure(function, spec, [1, 7, prove.TOKENS]):
             raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    return QuantizeKernel(spec, *callables)
+    return QuantizeKernel(spec, target, *callables)
+
+
+def _quantizer_name(spec: QuantizeSpec, parallel: bool) -> str:
+    """A symbol and file name for a quantizer."""
+    return f"quantize{spec.bits}_{spec.in_features}_g{spec.group}_{'parallel' if parallel else 'serial'}"
 
 
 def _name(spec: LinearSpec) -> str:

@@ -1,4 +1,4 @@
-"""What a kernel is asked to compute: the shape of one linear or one quantizer, free of target, layout and schedule."""
+"""What a kernel is asked to compute: one linear, quantizer or attention, free of target, layout and schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from .errors import KernelError
 from .format import GROUPS, group_count
-from .reference import ACTIVATION_BITS
+from .reference import ACTIVATION_BITS, KV_BITS
 
 
 @dataclass(frozen=True, order=True)
@@ -86,3 +86,51 @@ class QuantizeSpec:
     def scales(self) -> int:
         """Scales per token."""
         return group_count(self.in_features, self.group) if self.group else 1
+
+
+@dataclass(frozen=True, order=True)
+class AttentionSpec:
+    """One ``cached_attention``.
+
+    Attributes:
+        heads: query heads ``H``, a multiple of ``kv_heads``.
+        kv_heads: ``Hkv``.
+        key_width, value_width: channels of a key and of a value.
+        bits: 4, 8 or 16 bits a stored number.
+        window: sliding window in tokens, 0 for none.
+        scale: softmax scale.
+
+    Raises:
+        KernelError: a field is outside what the operator defines.
+    """
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    bits: int
+    window: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if min(self.kv_heads, self.key_width, self.value_width) < 1 or self.heads < 1 or self.heads % self.kv_heads:
+            raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key and value heads")
+        if self.bits not in KV_BITS:
+            raise KernelError(f"{self.bits}-bit keys and values do not exist; use one of {KV_BITS}")
+
+    @property
+    def repeat(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+    def stored(self, width: int) -> int:
+        """Elements in which a key or value of ``width`` channels is stored: bytes, halves at 16 bits."""
+        return width if self.bits == 16 else -(-width * self.bits // 8)
+
+
+@dataclass(frozen=True, order=True)
+class EmbeddingSpec:
+    """One ``int8_embedding``: a table of ``rows`` rows with ``columns`` int8 columns and an fp32 scale a row."""
+
+    rows: int
+    columns: int

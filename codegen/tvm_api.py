@@ -7,10 +7,12 @@ is set here, before TVM is loaded.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
-    from tvm import rpc
+    from tvm import relax, rpc, s_tir, tirx
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -36,17 +38,29 @@ except (ImportError, OSError, AttributeError) as error:
     ) from error
 
 __all__ = [
+    "FAST_BUILD",
     "PrimFunc",
     "RemoteSession",
     "T",
     "Tracker",
     "VERSION",
+    "assembly",
     "compile_functions",
     "cuda_source",
     "export_library",
+    "include_paths",
     "intrinsic",
     "llvm_version",
+    "object_code",
+    "prepared",
     "pure_intrinsic",
+    "relax",
+    "renew_definitions",
+    "s_tir",
+    "symbolic_dimension",
+    "tirx",
+    "tvm",
+    "tvm_ffi",
 ]
 
 VERSION: str = tvm.__version__
@@ -57,8 +71,27 @@ def llvm_version() -> str:
     return str(tvm.target.codegen.llvm_version_major())
 
 
-_SLOW_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
-"""Four fifths of a kernel's compile time, for nothing: our buffers are as small as they get, and LLVM finds common
+def include_paths() -> list[str]:
+    """Folders of the C headers that describe how kernels are called."""
+    return [
+        tvm.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_dlpack_include_path(),
+    ]
+
+
+def symbolic_dimension(name: str) -> Any:
+    """A size that is known at run time only."""
+    return tvm.tirx.Var(name, "int64")
+
+
+def renew_definitions(function: PrimFunc) -> PrimFunc:
+    """The same function with variables and buffers of its own."""
+    return tvm_ffi.get_global_func("s_tir.RenewDefs")(function)
+
+
+FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
+"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and LLVM finds common
 subexpressions itself."""
 
 
@@ -93,10 +126,29 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
     """
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     try:
-        with tvm.transform.PassContext(disabled_pass=_SLOW_PASSES):
+        with tvm.transform.PassContext(disabled_pass=FAST_BUILD):
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error
+
+
+def prepared(function: Any, *tensors: Any) -> Callable[[], None]:
+    """A call of a compiled function with fixed torch tensors, converted once, which the result keeps alive."""
+    return functools.partial(function, *(tvm_ffi.from_dlpack(tensor) for tensor in tensors))
+
+
+def object_code(functions: dict[str, PrimFunc], target: dict[str, Any]) -> bytes:
+    """Compiles functions, for any CPU that LLVM knows, into an object file; arguments as :func:`compile_functions`."""
+    library = compile_functions(functions, target)
+    with tempfile.TemporaryDirectory(prefix="lbllm-object-") as folder:
+        path = Path(folder) / "kernels.o"
+        library.mod.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def assembly(functions: dict[str, PrimFunc], target: dict[str, Any]) -> str:
+    """Compiles functions, for any CPU that LLVM knows, into assembly; arguments as :func:`compile_functions`."""
+    return compile_functions(functions, target).mod.inspect_source("s")
 
 
 def export_library(library: Any, file: Path, compiler: str | None = None) -> None:

@@ -260,6 +260,9 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
         LbllmError: something the user named is missing or wrong.
     """
     targets = parse_targets(options.target)
+    for target in targets:
+        if target.kind == "cpu":
+            target.check_runs_here()
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
     check_named(options, passes)

@@ -201,15 +201,14 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     with Measurer(target=target.name, device=device) as measurer:
         name = device.key if device else host.cpu_name()
         threads = measurer.threads() if device else thread_count()
-        implementations = {spec: cpu.linear(spec, target) for spec in specs}
-        wanted = [
-            Wanted(Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION), bucket)
-            for spec in specs
-            for bucket in buckets
-        ]
+        wanted = []
+        for spec in specs:
+            candidates = cpu.implementations(spec, target)
+            for bucket in buckets:
+                key = Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION)
+                wanted.append(Wanted(candidates, bucket, key))
         choices = choose(
             wanted,
-            lambda item, _: implementations[item.key.spec].schedules(item.bucket),
             target,
             Database(cache_directory()),
             measurer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from test_format import random_weight
 
 FAMILIES = [
     pytest.param(f"cpu:{name}", marks=[] if name in host.families() else pytest.mark.skip(reason=f"no {name} here"))
-    for name in ("avx512-vnni", "avx2", "generic")
+    for name in ("avx512-vpopcnt", "avx512-vnni", "avx2", "generic")
 ]
 
 # (kind, N, K, group, bits, per token, bias): tails in both directions, sizes of one.
@@ -68,11 +69,10 @@ def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
     from lbllm_compile.codegen.tvm_api import compile_functions
 
     spec = LinearSpec("bit", *shape, 4, False, True)
-    implementation = cpu.linear(spec, Target.parse(target))
     cases = prove.linear_cases(spec, seed=2)
-    for bucket in cpu.BUCKETS:
+    for implementation, bucket in itertools.product(cpu.implementations(spec, Target.parse(target)), cpu.BUCKETS):
         space = implementation.schedules(bucket)
-        assert len(space) == len(set(space)) >= 16
+        assert len(space) == len(set(space)) >= 16 and {s.layout for s in space} == {implementation.layout}
         sample = {f"k{i}": schedule for i, schedule in enumerate(spread(space, sampled))}
         functions = {name: implementation.function(schedule) for name, schedule in sample.items()}
         library = compile_functions(functions, Target.parse(target).llvm)

@@ -110,7 +110,7 @@ def test_candidates_are_checked_on_the_device(tracker: str, monkeypatch: pytest.
         "    prove.linear_cases = wrong\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    request = Request(SPEC, "cpu:generic", "1", [{"rows": 8, "parallel": False}], 0.01)
+    request = Request(SPEC, "cpu:generic", "1", [{"layout": "portable", "rows": 8, "parallel": False}], 0.01)
     with Measurer(target="cpu:generic", device=device(tracker)) as measurer:
         (outcome,) = measurer.measure(request)
     assert outcome.microseconds is None and "outputs differ for extreme values" in outcome.failure
@@ -124,7 +124,7 @@ def test_what_a_tracker_lacks_is_said(tracker: str) -> None:
 
 def test_a_device_takes_part_again_after_a_candidate_hung(tracker: str) -> None:
     """The time-out ends the worker; the server gives the device back when the session's time is over."""
-    good = Request(SPEC, "cpu:generic", "1", [{"rows": 8, "parallel": False}], 0.01)
+    good = Request(SPEC, "cpu:generic", "1", [{"layout": "portable", "rows": 8, "parallel": False}], 0.01)
     with Measurer(candidate_seconds=0.01, target="cpu:generic", device=device(tracker)) as measurer:
         (outcome,) = measurer.measure(good)
         assert outcome.microseconds is None and "crashed or hung" in outcome.failure

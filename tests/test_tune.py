@@ -251,8 +251,9 @@ def test_the_shipped_results_are_whole_and_fit_their_spaces():
     for line in SEEDS.read_bytes().splitlines():
         key, result = parse_line(line)
         assert key.version == cpu.SCHEDULE_VERSION
-        space = cpu.linear(key.spec, Target.parse(key.target)).schedules(cpu.bucket_named(key.tokens))
-        assert cpu.schedule_from(result.schedule) in space
+        schedule = cpu.schedule_from(result.schedule)
+        implementation = cpu.of_layout(cpu.implementations(key.spec, Target.parse(key.target)), schedule.layout)
+        assert schedule in implementation.schedules(cpu.bucket_named(key.tokens))
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -427,12 +428,16 @@ def choose_one(tmp_path, measurer, trials=16, **options):
     target = Target.parse("cpu:generic")
     spec = LinearSpec("bit", 256, 128, 64)
     key = Key.here(spec, "1", target, 2, "0.27", 1)
-    item = tuner.Wanted(key, cpu.bucket_named("1"))
-    space = cpu.linear(spec, target).schedules(item.bucket)
+    item = tuner.Wanted(cpu.implementations(spec, target), cpu.bucket_named("1"), key)
     database = Database(tmp_path, tmp_path / "seeds")
     options = {"trials": trials, "budget_s": None, "progress": NoProgress(), **options}
-    (choice,) = tuner.choose([item], lambda *_: space, target, database, measurer, **options)
+    (choice,) = tuner.choose([item], target, database, measurer, **options)
     return key, database, choice
+
+
+def portable(rows):
+    """The JSON form of a serial portable schedule."""
+    return {"layout": "portable", "rows": rows, "parallel": False}
 
 
 def rows_time(schedule):
@@ -447,7 +452,7 @@ def test_a_search_result_says_how_it_compares_with_the_default(tmp_path):
     assert (choice.result.microseconds, choice.result.default_microseconds) == (10.0, 18.0)
     assert choice.result.roofline_microseconds == 1.0
     *_, final = measurer.requests
-    assert final.seconds == tuner.FINAL_SECONDS and {"rows": 16, "parallel": False} in final.schedules
+    assert final.seconds == tuner.FINAL_SECONDS and portable(16) in final.schedules
 
 
 def test_stored_results_spare_a_search_and_shorter_searches_do_not_count(tmp_path):
@@ -456,7 +461,7 @@ def test_stored_results_spare_a_search_and_shorter_searches_do_not_count(tmp_pat
     assert (choice.source, choice.schedule.rows) == ("stored", 8)
     again = FakeMeasurer(rows_time)
     *_, choice = choose_one(tmp_path, again, trials=17)
-    assert choice.source == "search" and again.requests[0].schedules[0] == {"rows": 8, "parallel": False}
+    assert choice.source == "search" and again.requests[0].schedules[0] == portable(8)
 
 
 def test_a_search_that_ran_out_of_time_is_continued_next_time(tmp_path):
@@ -471,33 +476,13 @@ def test_a_search_that_ran_out_of_time_is_continued_next_time(tmp_path):
 def test_another_machines_result_is_the_first_guess(tmp_path):
     key, database, _ = choose_one(tmp_path, FakeMeasurer(None), trials=0)
     other = dataclasses.replace(key, cpu="another")
-    database.add(other, Result({"rows": 4, "parallel": False}, 1.0, 16, 16))
+    database.add(other, Result(portable(4), 1.0, 16, 16))
     *_, choice = choose_one(tmp_path, FakeMeasurer(None), trials=0)
     assert (choice.source, choice.schedule.rows) == ("guess", 4)
     measurer = FakeMeasurer(rows_time)
     *_, choice = choose_one(tmp_path, measurer)
-    assert measurer.requests[0].schedules[0] == {"rows": 4, "parallel": False}
+    assert measurer.requests[0].schedules[0] == portable(4)
     assert (choice.source, choice.schedule.rows, choice.result.default_microseconds) == ("search", 8, 18.0)
-
-
-def test_a_choice_may_depend_on_one_before_it(tmp_path):
-    """The second bucket's space is known only when the first one's search is over."""
-    from lbllm_compile.codegen.kernels import cpu
-
-    target, spec = Target.parse("cpu:generic"), LinearSpec("bit", 256, 128, 64)
-    first, second = (
-        tuner.Wanted(Key.here(spec, name, target, 2, "0.27", 1), cpu.bucket_named(name)) for name in ("1", "2-16")
-    )
-
-    def space(item, chosen):
-        rows = {chosen[first].schedule.rows} if item == second else (16, 8, 4)
-        return [cpu.PortableSchedule(r, parallel) for r in rows for parallel in (False, True)]
-
-    options = {"trials": 16, "budget_s": None, "progress": NoProgress()}
-    measurer, database = FakeMeasurer(rows_time), Database(tmp_path)
-    database.add(second.key, Result({"rows": 16, "parallel": False}, 1.0, 16, 16))  # outdated by the first's search
-    choices = tuner.choose([first, second], space, target, database, measurer, **options)
-    assert [(c.schedule.rows, c.source) for c in choices] == [(8, "search"), (8, "search")]
 
 
 @pytest.mark.parametrize(("roofline", "stops"), [(9.5, True), (5.0, False), (30.0, False)])

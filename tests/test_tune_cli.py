@@ -143,7 +143,7 @@ def store(cache: Path) -> None:
     key = Key.here(
         LinearSpec("bit", 40, 64, 32), "1", Target.parse("cpu:generic"), thread_count(), VERSION, cpu.SCHEDULE_VERSION
     )
-    Database(cache).add(key, Result({"rows": 8, "parallel": False}, 5.0, 4, 4))
+    Database(cache).add(key, Result({"layout": "portable", "rows": 8, "parallel": False}, 5.0, 4, 4))
 
 
 def test_results_travel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_a_damaged_import_changes_nothing(cache: Path) -> None:
     Path("odd.jsonl").write_text(good.replace('"rows"', '"cows"'))
     before = (cache / "tuning.jsonl").read_text()
     assert "line 2 of 'bad.jsonl' is not a tuning result" in fails("tune", "import", "good.jsonl", "bad.jsonl")
-    assert "schedule of no known kind (cows, parallel)" in fails("tune", "import", "odd.jsonl")
+    assert "schedule of no known kind (cows, layout, parallel)" in fails("tune", "import", "odd.jsonl")
     assert (cache / "tuning.jsonl").read_text() == before
 
 

@@ -8,8 +8,9 @@ fraction of them says how much of a candidate's time is the machine's and how mu
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.x86 import InstructionSet, instruction_set
-from ..targets import Target, x86
+from ..kernels.cpu import INSTRUCTION_SETS
+from ..kernels.isa import InstructionSet
+from ..targets import Target
 from ..tvm_api import PrimFunc, T
 
 PARTS = 64
@@ -101,7 +102,7 @@ def filler(count: int) -> PrimFunc:
 
 def instructions(target: Target, act_bits: int) -> InstructionSet | None:
     """The target's 8-bit dot product, or None where its kernels have none or the values are too wide for it."""
-    return instruction_set(target.family, act_bits) if target.family in x86.LANES and act_bits <= 8 else None
+    return INSTRUCTION_SETS[target.family](act_bits) if target.family in INSTRUCTION_SETS and act_bits <= 8 else None
 
 
 def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from .measure import Measurer, Outcome, Request
 from .search import Found, search
 
 if TYPE_CHECKING:
-    from ..kernels.cpu import Bucket, Schedule
+    from ..kernels.cpu import Bucket, Implementation, Schedule
 
 TIMING_SECONDS = 0.02
 """How long one candidate is timed in a search."""
@@ -58,10 +58,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A linear and a token bucket to choose a schedule for."""
+    """A linear and a token bucket to choose a schedule for.
 
-    key: Key
+    Attributes:
+        candidates: implementations of the linear, each with a weight layout of its own.
+        bucket, key: what the choice is for.
+    """
+
+    candidates: Sequence[Implementation]
     bucket: Bucket
+    key: Key
+
+    @property
+    def space(self) -> list[Schedule]:
+        """Every valid schedule, a good guess first."""
+        return [schedule for candidate in self.candidates for schedule in candidate.schedules(self.bucket)]
 
     @property
     def name(self) -> str:
@@ -71,14 +82,8 @@ class Wanted:
         return f"{spec.out_features}x{spec.in_features}, {self.bucket.name} token{plural}"
 
 
-Chosen = Mapping[Wanted, "Choice"]
-Space = Callable[[Wanted, Chosen], "list[Schedule]"]
-"""The valid schedules of what is wanted, the default first, given the choices for what was wanted before it."""
-
-
 def choose(
     wanted: Sequence[Wanted],
-    space: Space,
     target: Target,
     database: Database,
     measurer: Measurer,
@@ -90,9 +95,12 @@ def choose(
 ) -> list[Choice]:
     """A valid schedule for everything wanted: from records, the database, a search, or the default.
 
+    The choice for the first bucket, one token, decides the layout of a linear's weights, because decoding is bound by
+    reading them. The other buckets follow it: a second layout would double the memory. Where one token is not wanted,
+    what is known of it decides.
+
     Args:
-        wanted: what is needed, in the order in which choices may depend on each other.
-        space: what there is to choose from.
+        wanted: what is needed.
         target: a CPU target.
         database: results, old and new.
         measurer: measures candidates; not used where nothing has to be searched.
@@ -104,41 +112,61 @@ def choose(
     Raises:
         KernelError: no candidate of a search works, or no worker can be started.
     """
-    given = {(LinearSpec(**r["spec"]), r["tokens"]): r["schedule"] for r in records if r["target"] == target.name}
-    chosen: dict[Wanted, Choice] = {}
-    missing: list[Wanted] = []
-    for item in wanted:
-        record = given.get((item.key.spec, item.bucket.name))
-        chosen[item], settled = _known(item, space(item, chosen), record, database, trials)
-        # What depends on a choice not made yet is looked up again once it is.
-        if not settled or any(item.key.spec == other.key.spec for other in missing):
-            missing.append(item)
-    if not missing or trials < 1:
-        return list(chosen.values())
-    started = time.monotonic()
-    with progress.task("tune kernels", len(missing)) as task:
-        for done, item in enumerate(missing):
-            record = given.get((item.key.spec, item.bucket.name))
-            valid = space(item, chosen)
-            chosen[item], settled = _known(item, valid, record, database, trials)
-            if settled:
-                task.advance()
-                continue
-            deadline = math.inf
-            if budget_s is not None:  # an equal share of what is left for each search that is left
-                now = time.monotonic()
-                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
-            search_one = _Search(item, valid, chosen[item].schedule, target, measurer, progress)
-            result = search_one.run(trials, deadline)
-            database.add(item.key, result)
-            chosen[item] = Choice(item.key.spec, item.bucket, search_one.best, "search", result)
-            task.advance(f"{item.name}: {result.microseconds:.0f} us")
-    return list(chosen.values())
+    from ..kernels import cpu
+
+    given = {(LinearSpec(**r["spec"]), r["tokens"], r["target"]): r["schedule"] for r in records}
+    first = cpu.BUCKETS[0]
+    deciding: dict[LinearSpec, Choice] = {}
+
+    def known(item: Wanted) -> tuple[Wanted, Choice, bool]:
+        """The item, its candidates those of the decided layout; what is known of it, and whether that settles it."""
+        spec = item.key.spec
+        if item.bucket != first:
+            if spec not in deciding:
+                key = dataclasses.replace(item.key, tokens=first.name)
+                deciding[spec] = known(Wanted(item.candidates, first, key))[1]
+            layout = deciding[spec].schedule.layout
+            item = dataclasses.replace(item, candidates=[cpu.of_layout(item.candidates, layout)])
+        record = given.get((spec, item.bucket.name, target.name))
+        return item, *_known(item, record, database, trials)
+
+    choices: dict[int, Choice] = {}
+    missing: list[int] = []
+    undecided: set[LinearSpec] = set()
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index].bucket != first)
+    for index in order:
+        item, choices[index], settled = known(wanted[index])
+        spec = item.key.spec
+        if item.bucket == first:
+            deciding[spec] = choices[index]
+            if not settled and len(item.candidates) > 1:
+                undecided.add(spec)
+        if trials > 0 and (not settled or spec in undecided):
+            missing.append(index)
+    if missing:
+        started = time.monotonic()
+        with progress.task("tune kernels", len(missing)) as task:
+            for done, index in enumerate(missing):
+                # Once more: the layout may have been decided meanwhile.
+                item, choices[index], settled = known(wanted[index])
+                if settled:
+                    task.advance()
+                    continue
+                deadline = math.inf
+                if budget_s is not None:  # an equal share of what is left for each search that is left
+                    now = time.monotonic()
+                    deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
+                search_one = _Search(item, choices[index].schedule, target, measurer, progress)
+                result = search_one.run(trials, deadline)
+                database.add(item.key, result)
+                choices[index] = Choice(item.key.spec, item.bucket, search_one.best, "search", result)
+                if item.bucket == first:
+                    deciding[item.key.spec] = choices[index]
+                task.advance(f"{item.name}: {result.microseconds:.0f} us")
+    return [choices[index] for index in range(len(wanted))]
 
 
-def _known(
-    item: Wanted, space: list[Schedule], record: Mapping[str, Any] | None, database: Database, trials: int
-) -> tuple[Choice, bool]:
+def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, trials: int) -> tuple[Choice, bool]:
     """What to use without a search, and whether that is as good as a search of so many trials."""
     from ..kernels import cpu
 
@@ -146,6 +174,7 @@ def _known(
         schedule = cpu.schedule_from(dict(fields))
         return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in space else None
 
+    space = item.space
     if record is not None and (known := choice(record, "record", None)):
         return known, True
     if result := database.find(item.key):
@@ -161,15 +190,8 @@ def _known(
 class _Search:
     """One search: its measurements, and what it says while it runs."""
 
-    def __init__(
-        self,
-        item: Wanted,
-        space: list[Schedule],
-        guess: Schedule,
-        target: Target,
-        measurer: Measurer,
-        progress: Progress,
-    ):
+    def __init__(self, item: Wanted, guess: Schedule, target: Target, measurer: Measurer, progress: Progress):
+        space = item.space
         self._default = space[0]
         self._space = [guess, *(s for s in space if s != guess)]
         self._item = item

@@ -56,9 +56,9 @@ def _cases(spec: LinearSpec) -> list[prove.LinearCase]:
     return prove.linear_cases(spec)
 
 
-@functools.lru_cache(maxsize=1)
-def _packed(spec: LinearSpec, target: str) -> list[torch.Tensor]:
-    implementation = cpu.linear(spec, Target.parse(target))
+@functools.lru_cache(maxsize=2)
+def _packed(spec: LinearSpec, target: str, layout: str) -> list[torch.Tensor]:
+    implementation = cpu.of_layout(cpu.implementations(spec, Target.parse(target)), layout)
     return [implementation.pack(case.weight, case.bias) for case in _cases(spec)]
 
 
@@ -67,7 +67,8 @@ def _compiled(spec: LinearSpec, target: str, schedule: str) -> Any:
     """The library of a candidate, or the error that says why there is none."""
     parsed = Target.parse(target)
     try:
-        function = cpu.linear(spec, parsed).function(cpu.schedule_from(json.loads(schedule)))
+        chosen = cpu.schedule_from(json.loads(schedule))
+        function = cpu.of_layout(cpu.implementations(spec, parsed), chosen.layout).function(chosen)
         return compile_functions({SYMBOL: function}, parsed.llvm)
     except KernelError as error:
         return error
@@ -143,7 +144,11 @@ class Worker:
         bucket = cpu.bucket_named(request.bucket)
         counts = prove.token_counts(bucket.lowest, bucket.highest)[-CHECKED_COUNTS:]
         cases = _cases(request.spec)
-        placed = [session.place(packed) for packed in _packed(request.spec, request.target)]
+        layouts = [schedule["layout"] for schedule in request.schedules]
+        placed = {
+            layout: [session.place(packed) for packed in _packed(request.spec, request.target, layout)]
+            for layout in dict.fromkeys(layouts)
+        }
         kernels = {}
         failures = {}
         for i, library in enumerate(libraries):
@@ -151,22 +156,25 @@ class Worker:
                 failures[i] = str(library)
                 continue
             kernel = session.load(library)
-            wrong = (prove.linear_failure(kernel, p, case, counts) for case, p in zip(cases, placed, strict=True))
+            pairs = zip(cases, placed[layouts[i]], strict=True)
+            wrong = (prove.linear_failure(kernel, packed, case, counts) for case, packed in pairs)
             if failure := next(filter(None, wrong), None):
                 failures[i] = failure
             else:
                 kernels[i] = kernel
-        copies, cold = session.cycle(placed[0])
-        arguments = _arguments(session, cases[0], copies, bucket.probe)
+        cycles = {layout: session.cycle(packed[0]) for layout, packed in placed.items()}
+        arguments = {
+            layout: _arguments(session, cases[0], copies, bucket.probe) for layout, (copies, _) in cycles.items()
+        }
         times: dict[int, list[float]] = {i: [] for i in kernels}
         for _ in range(ROUNDS):
             for i, kernel in kernels.items():
-                times[i] += kernel.times(arguments, request.seconds / ROUNDS)
+                times[i] += kernel.times(arguments[layouts[i]], request.seconds / ROUNDS)
         outcomes = [
             Outcome(1e6 * percentile(times[i])) if i in times else Outcome(None, failures[i])
             for i in range(len(libraries))
         ]
-        return outcomes, self._limits(session, request, cold)
+        return outcomes, self._limits(session, request, all(cold for _, cold in cycles.values()))
 
     def _limits(self, session: Session, request: Request, cold: bool) -> Limits:
         """What bounds a request's calls.
@@ -181,7 +189,8 @@ class Worker:
             key = request.target, spec.act_bits
             fresh = measure_products(session, *key)
             products = self._products[key] = fresh and max(fresh, self._products.get(key) or 0.0)
-        weights = _packed(spec, request.target)[0].numel()
+        layouts = {schedule["layout"] for schedule in request.schedules}
+        weights = min(_packed(spec, request.target, layout)[0].numel() for layout in layouts)
         measured = Roofline(self._bandwidth, products)
         least = measured.microseconds(weights if cold else 0, spec.out_features * spec.in_features * bucket.probe)
         return Limits(least, weights, measured.bandwidth, measured.products)

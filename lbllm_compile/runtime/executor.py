@@ -98,9 +98,9 @@ def requirements(program: Program) -> Requirements:
     quantizers: dict[QuantizeSpec, None] = {}
     for node in calls(program.graph, *KERNEL_TARGETS):
         if node.target is _lbllm.quantize_activation.default:
-            quantizers[_quantize_spec(node)] = None
+            quantizers[quantize_spec(node)] = None
         else:
-            linears[_linear_spec(program, node)] = None
+            linears[linear_spec(program, node)] = None
     return Requirements(tuple(linears), tuple(quantizers))
 
 
@@ -110,12 +110,13 @@ def _in_features(node: Node) -> int:
     return node.meta[IN_FEATURES]
 
 
-def _quantize_spec(node: Node) -> QuantizeSpec:
+def quantize_spec(node: Node) -> QuantizeSpec:
+    """What a ``quantize_activation`` node computes."""
     _, _, bits, group = node.args
     return QuantizeSpec(_in_features(node), group, bits)
 
 
-def _quantizer_of(node: Node) -> Node:
+def quantizer_of(node: Node) -> Node:
     """The ``quantize_activation`` that a linear reads."""
     values = node.args[0]
     pair = values.args[0] if isinstance(values, fx.Node) and values.args else None
@@ -124,8 +125,13 @@ def _quantizer_of(node: Node) -> Node:
     return pair
 
 
-def _linear_spec(program: Program, node: Node) -> LinearSpec:
-    quantizer = _quantize_spec(_quantizer_of(node))
+def linear_spec(program: Program, node: Node) -> LinearSpec:
+    """What a ``bit_linear``, ``grouped_bit_linear`` or ``int8_linear`` node computes.
+
+    Raises:
+        KernelError: no kernel can: its input is not quantized, or its weights are computed.
+    """
+    quantizer = quantize_spec(quantizer_of(node))
     grouped = node.target is _lbllm.grouped_bit_linear.default
     weights = node.args[2:6] if grouped else node.args[2:-1]
     if not all(is_constant(w) for w in weights):
@@ -212,7 +218,7 @@ class Executor:
         module = copy_module(program.module)
         _bind(program.with_module(module), kernels)
         self._full = _Lifted(module)
-        last = _last_token_graph(module)
+        last = last_token_graph(module)
         self._last = _Lifted(last) if last is not None else None
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -231,7 +237,7 @@ def _bind(program: Program, kernels: Kernels) -> None:
     """Replaces every kernel operator of the program's graph by a callable on packed weights, in place."""
     graph = program.graph
     for node in calls(graph, *KERNEL_TARGETS[1:]):
-        spec = _linear_spec(program, node)
+        spec = linear_spec(program, node)
         kernel = kernels.linear(spec)
         if node.target is _lbllm.grouped_bit_linear.default:
             planes = [constant(program.module, a) for a in node.args[2:6]]
@@ -252,7 +258,7 @@ def _bind(program: Program, kernels: Kernels) -> None:
             arguments = node.args[:2]
         node.target, node.args = bound, arguments
     for node in calls(graph, _lbllm.quantize_activation.default):
-        spec = _quantize_spec(node)
+        spec = quantize_spec(node)
         node.target, node.args = _Quantize(kernels.quantizer(spec), spec.in_features), node.args[:2]
     graph.eliminate_dead_code()
 
@@ -280,7 +286,7 @@ class _Lifted:
         return self._forward(*inputs, *self._weights)
 
 
-def _last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
+def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
     """The same graph with the output head on the last position only; None where the head is not last."""
     module = copy_module(module)
     node: Node = module.graph.output_node().args[0]
@@ -294,9 +300,8 @@ def _last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
         node = node.all_input_nodes[0]
     if not is_node(node) or node.meta[LINEAR].role != "head":
         return None
-    hidden_user = node
-    if isinstance(node.target, _Linear):
-        hidden_user = node.args[0].args[0]
+    quantized = isinstance(node.target, _Linear) or node.target in KERNEL_TARGETS
+    hidden_user = node.args[0].args[0] if quantized else node
     hidden = hidden_user.args[0]
     with module.graph.inserting_before(hidden_user):
         last = module.graph.call_function(_aten.slice.Tensor, (hidden, 1, -1, (1 << 63) - 1))

@@ -1,0 +1,365 @@
+"""Attention over a quantized KV cache: new keys and values are quantized and stored, then every query attends.
+
+A task is one KV head of one sequence and a tile of its query rows (the query heads that share the KV head, token after
+token). Keys are read ``lanes`` at a time with one key a lane, so that a score needs no sum across lanes: the codes of a
+block of keys are transposed word by word into a small buffer, and zero points and scales are applied to finished dot
+products. Values are read with one channel a lane.
+
+Stored codes and parameters are exactly :func:`~..reference.quantize_kv`'s. The output agrees with
+:func:`~..reference.cached_attention` up to fp32 rounding: sums are taken in another order, and the exponential is a
+polynomial.
+"""
+
+# No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
+from typing import Any
+
+from ..spec import AttentionSpec
+from ..tvm_api import PrimFunc, T
+from .exponential import exponential
+
+HIDDEN = -3.0e38
+"""The score of a key that a query must not see."""
+
+SHOWN = 3.0e38
+"""The upper bound of other scores."""
+
+CAPACITY_MULTIPLE = 16
+"""Cache capacities are multiples of this: blocks of keys are read whole."""
+
+_WORD = 4
+_MIN_SCALE = 2.0**-24
+_MAX_HALF = 65504.0
+
+
+def tile_rows(spec: AttentionSpec, queries: int | None) -> int:
+    """Query rows of a task whose fp32 sums fit the vector registers.
+
+    Args:
+        spec: the attention.
+        queries: tokens of a call where that is known.
+    """
+    fitting = max(1, 24 // max(1, -(-spec.value_width // CAPACITY_MULTIPLE)))
+    return fitting if queries is None else min(fitting, queries * spec.repeat)
+
+
+class _Kernel:
+    """Builds the statements of one attention kernel for vectors of ``lanes`` fp32 lanes and tiles of ``tile`` rows."""
+
+    def __init__(self, spec: AttentionSpec, lanes: int, tile: int):
+        self.spec, self.lanes, self.tile = spec, lanes, tile
+        self.float32, self.int32 = f"float32x{lanes}", f"int32x{lanes}"
+        self.key_bytes, self.value_bytes = spec.stored(spec.key_width), spec.stored(spec.value_width)
+        self.words = spec.key_width if spec.bits == 16 else -(-self.key_bytes // _WORD)
+        self.word_type = "float32" if spec.bits == 16 else "int32"
+        self.value_vectors = -(-self.value_bytes // lanes)
+        self.out_vectors = self.value_vectors * (2 if spec.bits == 4 else 1)
+
+    def all(self, value: Any) -> Any:
+        return T.broadcast(value, self.lanes)
+
+    def at(self, start: Any) -> Any:
+        return T.ramp(start, 1, self.lanes)
+
+    def quantize(self, width: int, load: Any, codes: Any, params: Any, quantized: Any, bounds: Any, slot: Any) -> None:
+        """Quantizes one key or value as the reference does. ``load(index)`` gives its channels."""
+        bits = self.spec.bits
+        if bits == 16:
+            with T.serial(width) as i:
+                clamped = T.max(T.min(load(i), T.float32(_MAX_HALF)), T.float32(-_MAX_HALF))
+                T.buffer_store(codes, T.cast(clamped, "float16"), [*slot, i])
+            return
+        limit = float((1 << bits) - 1)
+        T.buffer_store(bounds, T.float32(0), [0])
+        T.buffer_store(bounds, T.float32(0), [1])
+        with T.serial(width) as i:
+            T.buffer_store(bounds, T.max(bounds[0], load(i)), [0])
+            T.buffer_store(bounds, T.min(bounds[1], load(i)), [1])
+        spread = (bounds[0] - bounds[1]) / T.float32(limit)
+        half = T.Bind(T.cast(T.max(T.min(spread, T.float32(_MAX_HALF)), T.float32(_MIN_SCALE)), "float16"))
+        scale = T.Bind(T.cast(half, "float32"))
+        zero = T.Bind(T.min(T.nearbyint((T.float32(0) - bounds[1]) / scale), T.float32(limit)))
+        T.buffer_store(params, half, [*slot, 0])
+        T.buffer_store(params, T.cast(zero, "float16"), [*slot, 1])
+        with T.serial(width) as i:
+            shifted = T.nearbyint(load(i) / scale) + zero
+            clamped = T.max(T.min(shifted, T.float32(limit)), T.float32(0))
+            T.buffer_store(quantized, T.cast(T.cast(clamped, "int32"), "uint8"), [i])
+        if bits == 8:
+            with T.serial(width) as i:
+                T.buffer_store(codes, quantized[i], [*slot, i])
+            return
+        T.buffer_store(quantized, T.uint8(0), [width])
+        with T.serial((width + 1) // 2) as i:
+            T.buffer_store(codes, quantized[2 * i] | (quantized[2 * i + 1] << T.uint8(4)), [*slot, i])
+
+    def transpose(self, key_codes: Any, block: Any, b: Any, h: Any, first: Any) -> None:
+        """The codes of the keys from ``first`` on: word ``w`` of lane ``l`` to ``block[w, l]``."""
+        with T.serial(self.lanes) as lane:
+            if self.spec.bits == 16:
+                with T.serial(self.words) as i:
+                    T.buffer_store(block, T.cast(key_codes[b, h, first + lane, i], "float32"), [i * self.lanes + lane])
+            else:
+                whole = self.key_bytes // _WORD
+                with T.serial(whole) as w:
+                    word = T.reinterpret("int32", key_codes[b, h, first + lane, T.ramp(w * _WORD, 1, _WORD)])
+                    T.buffer_store(block, word, [w * self.lanes + lane])
+                if self.key_bytes % _WORD:
+                    rest = T.int32(0)
+                    for i in range(self.key_bytes % _WORD):
+                        byte = T.cast(key_codes[b, h, first + lane, whole * _WORD + i], "int32")
+                        rest = rest | (byte << T.int32(8 * i))
+                    T.buffer_store(block, rest, [whole * self.lanes + lane])
+
+    def add_channel(self, queries: Any, sums: Any, channel: Any, key: Any) -> None:
+        """Adds one channel's products of a block of keys to every row's sums."""
+        keys = T.Bind(key)
+        for r in range(self.tile):
+            where = self.at(r * self.lanes)
+            query = self.all(queries[r * self.spec.key_width + channel])
+            T.buffer_store(sums, sums[where] + keys * query, [where])
+
+    def multiply(self, block: Any, queries: Any, sums: Any) -> None:
+        """Dot products of every row with the codes of a block."""
+        spec = self.spec
+        for r in range(self.tile):
+            T.buffer_store(sums, self.all(T.float32(0)), [self.at(r * self.lanes)])
+        if spec.bits == 16:
+            with T.serial(spec.key_width) as i:
+                self.add_channel(queries, sums, i, block[self.at(i * self.lanes)])
+            return
+        codes_per_word = 8 * _WORD // spec.bits
+        mask = self.all(T.int32((1 << spec.bits) - 1))
+
+        def add_word(w: Any, count: int) -> None:
+            codes = T.Bind(block[self.at(w * self.lanes)])
+            for i in range(count):
+                code = (codes >> self.all(T.int32(spec.bits * i))) & mask
+                self.add_channel(queries, sums, w * codes_per_word + i, T.cast(code, self.float32))
+
+        with T.serial(spec.key_width // codes_per_word) as w:
+            add_word(w, codes_per_word)
+        if spec.key_width % codes_per_word:
+            add_word(spec.key_width // codes_per_word, spec.key_width % codes_per_word)
+
+    def factors(self, params: Any, buffer: Any, b: Any, h: Any, first: Any) -> None:
+        """Scales and zero points of the keys or values from slot ``first`` on, as two fp32 vectors."""
+        with T.serial(self.lanes) as lane:
+            T.buffer_store(buffer, T.cast(params[b, h, first + lane, 0], "float32"), [lane])
+            T.buffer_store(buffer, T.cast(params[b, h, first + lane, 1], "float32"), [self.lanes + lane])
+
+    def add_value(self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any) -> None:
+        """Adds one value, weighted by every row's score, to the rows' sums; low and high nibbles apart at 4 bits."""
+        lanes, bits = self.lanes, self.spec.bits
+        padded = self.value_bytes % lanes != 0
+        if padded:
+            with T.serial(self.value_bytes) as i:
+                T.buffer_store(row, value_codes[b, h, key, i], [i])
+        weights = [T.Bind(self.all(scores[r * stride + key])) for r in range(self.tile)]
+        for i in range(self.value_vectors):
+            stored = T.Bind(row[self.at(i * lanes)] if padded else value_codes[b, h, key, self.at(i * lanes)])
+            if bits == 4:
+                wide = T.Bind(T.cast(stored, self.int32))
+                parts = [wide & self.all(T.int32(15)), wide >> self.all(T.int32(4))]
+            else:
+                parts = [T.cast(stored, self.int32) if bits == 8 else stored]
+            for j, part in enumerate(parts):
+                channels = T.Bind(T.cast(part, self.float32))
+                for r in range(self.tile):
+                    where = self.at((r * self.out_vectors + j * self.value_vectors + i) * lanes)
+                    T.buffer_store(sums, sums[where] + channels * weights[r], [where])
+
+    def channel(self, d: Any) -> Any:
+        """Where channel ``d`` stands in a row's sums."""
+        if self.spec.bits == 4:
+            return d % 2 * (self.value_vectors * self.lanes) + d // 2
+        return d
+
+    def soften(
+        self, scores: Any, limits: Any, lane_buffer: Any, totals: Any, zeros: Any, factors: Any, value_params: Any,
+        row: Any, slot: Any, stride: Any, blocks: Any, b: Any, h: Any,
+    ) -> None:  # fmt: skip
+        """One row's scores to softmax numerators times value scales; their sum, and that of the zero points' share.
+
+        ``slot`` is the query's own; ``limits`` are upper bounds of scores.
+        """
+        lanes, window = self.lanes, self.spec.window
+        scaled = self.spec.bits < 16
+        T.buffer_store(lane_buffer, self.all(T.float32(HIDDEN)), [self.at(0)])
+        with T.serial(blocks) as i:
+            where = self.at(row * stride + i * lanes)
+            slots = T.Bind(T.ramp(i * lanes, 1, lanes))
+            score = T.min(scores[where], limits[self.at(i * lanes)])
+            score = T.Select(slots <= self.all(slot), score, self.all(T.float32(HIDDEN)))
+            if window:
+                score = T.Select(slots > self.all(slot - window), score, self.all(T.float32(HIDDEN)))
+            bounded = T.Bind(score)
+            T.buffer_store(scores, bounded, [where])
+            T.buffer_store(lane_buffer, T.max(lane_buffer[self.at(0)], bounded), [self.at(0)])
+        T.buffer_store(totals, lane_buffer[0], [row])
+        with T.serial(lanes - 1) as lane:
+            T.buffer_store(totals, T.max(totals[row], lane_buffer[lane + 1]), [row])
+        best = T.Bind(totals[row])
+        T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(0)])
+        T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(lanes)])
+        with T.serial(blocks) as i:
+            where = self.at(row * stride + i * lanes)
+            score = T.Bind(scores[where])
+            power = exponential(score - self.all(best), lanes)
+            share = T.Bind(T.Select(score > self.all(T.float32(HIDDEN)), power, self.all(T.float32(0))))
+            T.buffer_store(lane_buffer, lane_buffer[self.at(0)] + share, [self.at(0)])
+            if scaled:
+                self.factors(value_params, factors, b, h, i * lanes)
+                # A slot that was never written may hold anything; its share is zero, and so must its product be.
+                product = share * factors[self.at(0)]
+                weighted = T.Bind(T.Select(share > self.all(T.float32(0)), product, self.all(T.float32(0))))
+                T.buffer_store(scores, weighted, [where])
+                offset = T.Select(
+                    share > self.all(T.float32(0)), weighted * factors[self.at(lanes)], self.all(T.float32(0))
+                )
+                T.buffer_store(lane_buffer, lane_buffer[self.at(lanes)] + offset, [self.at(lanes)])
+            else:
+                T.buffer_store(scores, share, [where])
+        T.buffer_store(totals, T.float32(0), [row])
+        T.buffer_store(zeros, T.float32(0), [row])
+        with T.serial(lanes) as lane:
+            T.buffer_store(totals, totals[row] + lane_buffer[lane], [row])
+            T.buffer_store(zeros, zeros[row] + lane_buffer[lanes + lane], [row])
+
+
+def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool) -> PrimFunc:
+    """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
+
+    ``query`` fp32 ``[B, H, S, D]``, ``key`` ``[B, Hkv, S, D]``, ``value`` ``[B, Hkv, S, Dv]``; the state as the
+    reference lays it out, changed in place, its capacity a multiple of :data:`CAPACITY_MULTIPLE`; ``key_mask`` int64
+    ``[B, T]`` with ``T = past + S``; ``out`` fp32 ``[B, H, S, Dv]``. Numbers of 16 bits have no parameters; the codes
+    are passed again in their place.
+
+    Args:
+        spec: the attention.
+        lanes: fp32 lanes of the target's vectors, a divisor of :data:`CAPACITY_MULTIPLE`.
+        tile: query rows of a task.
+        parallel: split the tasks over the thread pool.
+    """
+    k = _Kernel(spec, lanes, tile)
+    repeat, width, value_width = spec.repeat, spec.key_width, spec.value_width
+    code_type = "float16" if spec.bits == 16 else "uint8"
+    scaled = spec.bits < 16
+    key_parameters, value_parameters = (2, 2) if scaled else (k.key_bytes, k.value_bytes)
+    loop = T.parallel if parallel else T.serial
+
+    def append(source, channels, codes, params, b, h, s, past) -> None:
+        quantized = T.alloc_buffer((channels + 1,), "uint8", scope="local")
+        bounds = T.alloc_buffer((2,), "float32", scope="local")
+        k.quantize(channels, lambda i: source[b, h, s, i], codes, params, quantized, bounds, (b, h, past + s))
+
+    def load_queries(query, queries, query_sums, b, h, first, last_row) -> None:
+        """The tile's queries times the softmax scale, and their sums; rows beyond the last repeat it."""
+        with T.serial(tile) as r:
+            row = T.Bind(T.min(first + r, last_row))
+            T.buffer_store(query_sums, T.float32(0), [r])
+            with T.serial(width) as d:
+                x = T.Bind(query[b, h * repeat + row % repeat, row // repeat, d] * T.float32(spec.scale))
+                T.buffer_store(queries, x, [r * width + d])
+                T.buffer_store(query_sums, query_sums[r] + x, [r])
+
+    def score(key_codes, key_params, block, factors, queries, query_sums, sums, scores, stride, b, h, first) -> None:
+        k.transpose(key_codes, block, b, h, first)
+        k.multiply(block, queries, sums)
+        if scaled:
+            k.factors(key_params, factors, b, h, first)
+        for r in range(tile):
+            y = sums[k.at(r * lanes)]
+            if scaled:
+                y = (y - factors[k.at(lanes)] * k.all(query_sums[r])) * factors[k.at(0)]
+            T.buffer_store(scores, y, [k.at(r * stride + first)])
+
+    def weigh(value_codes, scores, stride, sums, count, b, h) -> None:
+        row = T.alloc_buffer((k.value_vectors * lanes,), code_type, scope="local")
+        for i in range(tile * k.out_vectors):
+            T.buffer_store(sums, k.all(T.float32(0)), [k.at(i * lanes)])
+        with T.serial(count) as key:
+            k.add_value(value_codes, row, scores, sums, stride, b, h, key)
+
+    def store(out, sums, totals, zeros, b, h, first, last_row) -> None:
+        with T.serial(T.min(tile, last_row + 1 - first)) as r:
+            row = T.Bind(first + r)
+            inverse = T.Bind(T.Select(totals[r] > T.float32(0), T.float32(1) / totals[r], T.float32(0)))
+            with T.serial(value_width) as d:
+                y = sums[r * (k.out_vectors * lanes) + k.channel(d)] - zeros[r]
+                T.buffer_store(out, y * inverse, [b, h * repeat + row % repeat, row // repeat, d])
+
+    def attend(
+        query, key_codes, key_params, value_codes, value_params, key_mask, out, b, h, first, length, past, stride
+    ) -> None:
+        last_row = T.Bind(length * repeat - 1)
+        # Keys up to the last query of the tile.
+        count = T.Bind(past + T.min(first + tile - 1, last_row) // repeat + 1)
+        blocks = T.Bind((count + lanes - 1) // lanes)
+        queries = T.alloc_buffer((tile * width,), "float32", scope="local")
+        query_sums = T.alloc_buffer((tile,), "float32", scope="local")
+        block = T.alloc_buffer((k.words * lanes,), k.word_type, scope="local")
+        factors = T.alloc_buffer((2 * lanes,), "float32", scope="local")
+        sums = T.alloc_buffer((tile * lanes,), "float32", scope="local")
+        lane_buffer = T.alloc_buffer((2 * lanes,), "float32", scope="local")
+        totals = T.alloc_buffer((tile,), "float32", scope="local")
+        zeros = T.alloc_buffer((tile,), "float32", scope="local")
+        value_sums = T.alloc_buffer((tile * k.out_vectors * lanes,), "float32", scope="local")
+        scores = T.alloc_buffer((tile * stride,), "float32")
+        limits = T.alloc_buffer((stride,), "float32")
+        load_queries(query, queries, query_sums, b, h, first, last_row)
+        with T.serial(blocks * lanes) as j:
+            shown = key_mask[b, T.min(j, count - 1)] != T.int64(0)
+            T.buffer_store(limits, T.Select(shown, T.float32(SHOWN), T.float32(HIDDEN)), [j])
+        with T.serial(blocks) as i:
+            score(
+                key_codes, key_params, block, factors, queries, query_sums, sums, scores, stride, b, h, i * lanes
+            )  # fmt: skip
+        with T.serial(tile) as r:
+            slot = T.Bind(past + T.min(first + r, last_row) // repeat)
+            k.soften(scores, limits, lane_buffer, totals, zeros, factors, value_params, r, slot, stride, blocks, b, h)
+        weigh(value_codes, scores, stride, value_sums, count, b, h)
+        store(out, value_sums, totals, zeros, b, h, first, last_row)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        query_: T.handle,
+        key_: T.handle,
+        value_: T.handle,
+        key_codes_: T.handle,
+        key_params_: T.handle,
+        value_codes_: T.handle,
+        value_params_: T.handle,
+        key_mask_: T.handle,
+        out_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        batch = T.int32()
+        length = T.int32()
+        total = T.int32()
+        capacity = T.int32()
+        query = T.match_buffer(query_, (batch, spec.heads, length, width), "float32", align=4)
+        key = T.match_buffer(key_, (batch, spec.kv_heads, length, width), "float32", align=4)
+        value = T.match_buffer(value_, (batch, spec.kv_heads, length, value_width), "float32", align=4)
+        key_codes = T.match_buffer(key_codes_, (batch, spec.kv_heads, capacity, k.key_bytes), code_type, align=1)
+        key_params = T.match_buffer(key_params_, (batch, spec.kv_heads, capacity, key_parameters), "float16", align=2)
+        value_codes = T.match_buffer(value_codes_, (batch, spec.kv_heads, capacity, k.value_bytes), code_type, align=1)
+        value_params = T.match_buffer(
+            value_params_, (batch, spec.kv_heads, capacity, value_parameters), "float16", align=2
+        )
+        key_mask = T.match_buffer(key_mask_, (batch, total), "int64", align=8)
+        out = T.match_buffer(out_, (batch, spec.heads, length, value_width), "float32", align=4)
+        past: T.let = total - length
+        tiles: T.let = (length * repeat + tile - 1) // tile
+        # A buffer's size must be known outside the loop that uses it, so a task has room for all keys.
+        stride: T.let = (total + lanes - 1) // lanes * lanes
+        for i in loop(batch * spec.kv_heads):
+            for s in T.serial(length):
+                append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+                append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+        for task in loop(batch * spec.kv_heads * tiles):
+            attend(
+                query, key_codes, key_params, value_codes, value_params, key_mask, out,
+                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile, length, past, stride,
+            )  # fmt: skip
+
+    return kernel

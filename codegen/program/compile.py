@@ -1,0 +1,135 @@
+"""From Relax functions to an executable: operators become loops, neighbouring loops one, and those are scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import KernelError
+from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
+from .builder import OPAQUE, PATTERN
+from .launch import merge_launches
+
+ATTENTION = "attention"
+"""How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        executable: TVM's executable of the virtual machine.
+        workspaces: bytes of working memory that functions of few launches take, by function.
+    """
+
+    executable: Any
+    workspaces: Mapping[str, int]
+
+
+def compile_program(module: Any, target: dict[str, Any], lanes: int, merged: Sequence[str]) -> Compiled:
+    """Compiles a module of :class:`~.builder.ProgramBuilder`.
+
+    Args:
+        module: Relax functions and kernels.
+        target: TVM's target description.
+        lanes: fp32 lanes of the target's vectors.
+        merged: functions of fixed shapes, taking blocks, that are to run in few launches.
+
+    Raises:
+        KernelError: TVM rejects the program.
+    """
+    description = tvm.target.Target(target)
+    # Storage rewriting reuses a buffer as soon as its last reader has begun. In a merged launch another thread may
+    # still be reading.
+    config = {"tirx.disable_storage_rewrite": True}
+    try:
+        with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
+            module = tvm.transform.Sequential(_fusion())(relax.transform.FastMathTransform()(module))
+            module = schedule_loops(module, lanes)
+            workspaces = {}
+            for name in merged:
+                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(ATTENTION))
+            module = tvm.transform.Sequential(_lowering())(module)
+            return Compiled(relax.build(module, description, relax_pipeline=None), workspaces)
+    except Exception as error:  # TVM raises many types; each means that this program cannot be built
+        raise KernelError(f"TVM cannot compile the program: {error}") from error
+
+
+def _fusion() -> list[Any]:
+    """Operators to loops, and neighbouring loops to one."""
+    passes = relax.transform
+    return [
+        passes.LegalizeOps(skip_ops=["relax.memory.view"]),
+        passes.AnnotateTIROpPattern(),
+        passes.FuseOps(),
+        passes.FuseTIR(),
+        passes.RewriteDataflowReshape(),
+        passes.DeadCodeElimination(),
+    ]
+
+
+def _lowering() -> list[Any]:
+    """What is left to instructions of the virtual machine."""
+    passes = relax.transform
+    return [
+        passes.DeadCodeElimination(),
+        passes.ToNonDataflow(),
+        passes.RemovePurityChecking(),
+        passes.CallTIRRewrite(),
+        passes.StaticPlanBlockMemory(),
+        passes.LowerAllocTensor(),
+        passes.KillAfterLastUse(),
+        passes.LowerRuntimeBuiltin(),
+        passes.ComputePrimValue(),
+        passes.VMShapeLower(),
+        passes.AttachGlobalSymbol(),
+    ]
+
+
+def schedule_loops(module: Any, lanes: int) -> Any:
+    """Schedules every function that fusion made; kernels, which are opaque, stay as they are."""
+    for name, function in module.functions_items():
+        if isinstance(function, PrimFunc) and int(function.attrs.get(PATTERN, OPAQUE)) != OPAQUE:
+            module.update_func(name, schedule(function, lanes))
+    return module
+
+
+def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
+    """One loop nest: what is elementwise is computed where it is used, sums once per outer iteration.
+
+    The outer iterations of a function with dynamic shapes are shared among the threads.
+    """
+    plan = s_tir.Schedule(function)
+    blocks = plan.get_child_blocks(plan.get_sblock("root"))
+    *inner, last = blocks
+    width = _width(plan, last)
+    kept = []
+    for block in inner:
+        if _is_sum(plan, block) or _width(plan, block) != width:
+            kept.append(block)
+        else:
+            plan.compute_inline(block)
+    *outer, columns = plan.get_loops(last)
+    if outer:
+        rows = plan.fuse(*outer)
+        for block in reversed(kept):
+            plan.compute_at(block, rows)
+        if not isinstance(plan.get(rows).extent, tirx.IntImm):
+            plan.parallel(rows)
+    extent = plan.get(columns).extent
+    if isinstance(extent, tirx.IntImm) and extent.value % lanes == 0:
+        _, vector = plan.split(columns, [None, lanes])
+        plan.vectorize(vector)
+    return plan.mod["main"].with_attr(dict(function.attrs))
+
+
+def _width(plan: Any, block: Any) -> Any:
+    """Extent of a block's innermost spatial loop."""
+    spatial = [v for v in plan.get(block).iter_vars if v.iter_type == tirx.IterVar.DataPar]
+    return int(spatial[-1].dom.extent) if spatial and isinstance(spatial[-1].dom.extent, tirx.IntImm) else None
+
+
+def _is_sum(plan: Any, block: Any) -> bool:
+    return any(v.iter_type == tirx.IterVar.CommReduce for v in plan.get(block).iter_vars)

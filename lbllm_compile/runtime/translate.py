@@ -1,0 +1,546 @@
+"""Translates a lowered graph, operator by operator, into one program of proven kernels and fused loops.
+
+What comes out is independent of torch: a module of Relax functions (:mod:`lbllm_compile.codegen.program`) and the
+weights they take, packed into the kernels' layouts. Each :class:`Form` is the whole graph once more for another number
+of tokens, because the best kernels differ.
+
+A graph with an operator that has no translation is refused with :class:`UntranslatableError`; the caller runs it in
+torch instead and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, fx
+
+from lbllm_compile.codegen.build import KernelSet, TirKernel
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.program import builder
+from lbllm_compile.codegen.program.builder import (
+    ALIGNMENT,
+    BATCH,
+    CAPACITY,
+    LENGTH,
+    TOTAL,
+    FunctionBuilder,
+    Layout,
+    ProgramBuilder,
+    TensorSpec,
+    Value,
+)
+from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
+from lbllm_compile.codegen.tvm_api import relax
+from lbllm_compile.passes.contracts import describe
+from lbllm_compile.passes.program import STATE, Program
+from lbllm_compile.passes.rewrite import Node, calls, constant, is_constant, is_node
+from lbllm_compile.runtime.executor import (
+    KERNEL_TARGETS,
+    last_token_graph,
+    linear_spec,
+    quantize_spec,
+    quantizer_of,
+)
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+class UntranslatableError(KernelError):
+    """The graph has an operator, or a form of one, that a program cannot hold."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One function of a program.
+
+    Attributes:
+        name: the function's.
+        batch, length: sequences and tokens of a call; None for any number.
+        last: give the logits of the last token only.
+        bucket: token bucket whose kernels are called.
+        blocks: takes weights and state as blocks, and runs in few launches.
+    """
+
+    name: str
+    batch: int | None
+    length: int | None
+    last: bool
+    bucket: str
+    blocks: bool = False
+
+
+FORMS = (
+    Form("token", 1, 1, True, "1", blocks=True),
+    Form("tokens", None, None, True, "17+"),
+    Form("logits", None, None, False, "17+"),
+)
+"""Decoding of one sequence, a prompt or a batch of sequences, and all logits."""
+
+
+@dataclass
+class Translation:
+    """What a lowered graph became.
+
+    Attributes:
+        module: Relax functions, one per form, and the kernels.
+        weights: every weight by name.
+        layout: where each lies in the block of weights.
+        state: where each tensor of the KV state lies.
+        inputs: the arguments of every function before the two blocks, in order.
+    """
+
+    module: Any
+    weights: Mapping[str, Tensor]
+    layout: Layout
+    state: Layout
+    inputs: Sequence[TensorSpec]
+
+    def write_weights(self, file: BinaryIO) -> None:
+        """Writes the block of weights."""
+        for name, tensor in self.weights.items():
+            file.seek(self.layout.offsets[name])
+            file.write(tensor.view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+        file.truncate(self.layout.bytes)
+
+
+def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translation:
+    """Translates a language model after ``cache``.
+
+    Raises:
+        UntranslatableError: naming the operator and the user's line.
+    """
+    if program.kind != "causal-lm":
+        raise UntranslatableError("only language models become a program")
+    weights = _Weights(program, kernels)
+    layout = Layout.of(weights.specs(), ALIGNMENT)
+    state = Layout.of(_state_spec(n) for n in program.state_placeholders())
+    inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
+    whole = ProgramBuilder(layout, state)
+    for form in forms:
+        _Translator(program, kernels, whole, weights, form, inputs).run()
+    return Translation(whole.finish(), weights.tensors, layout, state, inputs)
+
+
+def _state_spec(node: Node) -> TensorSpec:
+    spec = node.meta[STATE]
+    return TensorSpec(node.target, (BATCH, spec.heads, CAPACITY, *spec.tail), _dtype(spec.dtype))
+
+
+def _input_spec(node: Node) -> TensorSpec:
+    shapes = {"attention_mask": (BATCH, TOTAL), "input_ids": (BATCH, LENGTH), "position_ids": (BATCH, LENGTH)}
+    if node.target not in shapes:
+        raise UntranslatableError(f"the graph has an input '{node.target}' that no language model has")
+    return TensorSpec(node.target, shapes[node.target], "int64")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class _Weights:
+    """The weights of a program: those of kernels packed, the rest as they are, each once."""
+
+    program: Program
+    kernels: KernelSet
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for node in calls(self.program.graph, *KERNEL_TARGETS[1:]):
+            self.tensors[self.packed_name(node)] = self._pack(node)
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and not all(_packs(user) for user in node.users):
+                self.tensors[node.target] = constant(self.program.module, node).detach().contiguous()
+
+    def packed_name(self, node: Node) -> str:
+        """Name of a linear's packed weights."""
+        return f"{node.name}.packed"
+
+    def specs(self) -> list[TensorSpec]:
+        """Every weight in order."""
+        return [TensorSpec(name, tuple(t.shape), _dtype(t.dtype)) for name, t in self.tensors.items()]
+
+    def _pack(self, node: Node) -> Tensor:
+        if node.target is _lbllm.grouped_bit_linear.default:
+            raise _refusal(node, "mixture-of-experts linears have no translation")
+        spec = linear_spec(self.program, node)
+        parts = [constant(self.program.module, a) for a in node.args[2:-2]]
+        weight: Any = tuple(parts)
+        if spec.kind == "bit":
+            weight = QuantizedWeight(*parts, in_features=spec.in_features, group=spec.group)
+        return self.kernels.linear(spec).pack(weight, constant(self.program.module, node.args[-2]))
+
+
+def _packs(node: Node) -> bool:
+    """Whether a node's weights are in a kernel's packed ones: a linear, or what joins the weights of one."""
+    if node.target in KERNEL_TARGETS[1:]:
+        return True
+    return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
+
+
+def _refusal(node: Node, why: str) -> UntranslatableError:
+    return UntranslatableError(f"{why}: {describe(node)}")
+
+
+class _Translator:
+    """Translates the graph into one function."""
+
+    def __init__(
+        self,
+        program: Program,
+        kernels: KernelSet,
+        whole: ProgramBuilder,
+        weights: _Weights,
+        form: Form,
+        inputs: Sequence[TensorSpec],
+    ):
+        self.kernels, self.whole, self.form, self.weights = kernels, whole, form, weights
+        self.module = program.module
+        if form.last:
+            shortened = last_token_graph(program.module)
+            if shortened is None:
+                raise UntranslatableError("the output head is not the last linear of the graph")
+            self.module = shortened
+        self.program = program.with_module(self.module)
+        sizes = {BATCH: form.batch, LENGTH: form.length}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        self.function = FunctionBuilder(whole, form.name, inputs, known, form.blocks)
+        self.values: dict[Node, Any] = {}
+        self.leading: dict[Node, list[Any]] = {}
+
+    def run(self) -> None:
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                self.function.finish(self.values[node.args[0]])
+            elif node.op == "call_function":
+                handler = _OPERATORS.get(node.target)
+                if handler is None:
+                    raise _refusal(node, f"the operator {node.target} has no translation")
+                if node.target in KERNEL_TARGETS or not _packs(node):
+                    self.values[node] = handler(self, node)
+            elif node.op == "placeholder" and node.target != "past":
+                self.values[node] = self.function.value(node.target)
+
+    def value(self, argument: Any) -> Any:
+        """The translation of an operand: a value, a dimension, a number, or a list of them."""
+        if isinstance(argument, (list, tuple)):
+            return [self.value(a) for a in argument]
+        if not is_node(argument):
+            return argument
+        if argument not in self.values:
+            self.values[argument] = self.function.value(argument.target)
+        return self.values[argument]
+
+    def call(self, kernel: TirKernel, arguments: Sequence[Value], *outputs: tuple[Sequence[Any], str]) -> Any:
+        """Calls a kernel, see :meth:`FunctionBuilder.call`."""
+        return self.function.call(self.whole.kernel(kernel.name, kernel.make), arguments, *outputs)
+
+    def emit(self, expression: Any) -> Value:
+        return self.function.emit(expression)
+
+    def operands(self, node: Node, count: int = 2) -> list[Value]:
+        """The first operands as tensors; numbers become constants of the other operand's dtype."""
+        found = [self.value(a) for a in node.args[:count]]
+        tensors = [v for v in found if isinstance(v, relax.Expr) and hasattr(v.ty, "shape")]
+        if not tensors:
+            raise _refusal(node, "arithmetic on sizes has no translation")
+        kind = builder.dtype(tensors[0])
+        return [v if any(v is t for t in tensors) else relax.const(v, kind) for v in found]
+
+
+Handler = Callable[[_Translator, Node], Any]
+
+
+def _unary(expression: Callable[[Value], Any]) -> Handler:
+    return lambda t, node: t.emit(expression(t.value(node.args[0])))
+
+
+def _binary(expression: Callable[[Value, Value], Any]) -> Handler:
+    def handler(t: _Translator, node: Node) -> Value:
+        if set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+            raise _refusal(node, "this form of the operator has no translation")
+        a, b = t.operands(node)
+        if builder.dtype(a) != builder.dtype(b):
+            raise _refusal(node, "operands of different types have no translation")
+        return t.emit(expression(a, b))
+
+    return handler
+
+
+def _same(t: _Translator, node: Node) -> Any:
+    return t.value(node.args[0])
+
+
+def _size(t: _Translator, node: Node) -> Any:
+    return builder.shape(t.value(node.args[0]))[node.args[1]]
+
+
+def _item(t: _Translator, node: Node) -> Any:
+    return t.value(node.args[0])[node.args[1]]
+
+
+def _power(t: _Translator, node: Node) -> Value:
+    x, exponent = t.value(node.args[0]), node.args[1]
+    if exponent not in (2, 3):
+        return t.emit(relax.op.power(x, relax.const(float(exponent), builder.dtype(x))))
+    result = t.emit(relax.op.multiply(x, x))
+    return t.emit(relax.op.multiply(result, x)) if exponent == 3 else result
+
+
+def _mean(t: _Translator, node: Node) -> Value:
+    keep = node.args[2] if len(node.args) > 2 else False
+    return t.emit(relax.op.mean(t.value(node.args[0]), list(node.args[1]), keep))
+
+
+def _reshape(t: _Translator, node: Node) -> Value:
+    x, sizes = t.value(node.args[0]), t.value(node.args[1])
+    if -1 in [s for s in sizes if isinstance(s, int)]:
+        sizes = _infer(builder.shape(x), sizes)
+    return t.emit(relax.op.reshape(x, sizes))
+
+
+def _infer(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """``new`` with its one -1 replaced, so that it has as many elements as ``old``; equal symbols cancel."""
+    symbols = [d for d in old if not isinstance(d, int)]
+    for size in (d for d in new if not isinstance(d, int)):
+        match = next((i for i, d in enumerate(symbols) if d.same_as(size)), None)
+        if match is None:
+            raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
+        symbols.pop(match)
+    elements = math.prod(d for d in old if isinstance(d, int))
+    missing, rest = divmod(elements, math.prod(d for d in new if isinstance(d, int) and d != -1))
+    if rest:
+        raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
+    for symbol in symbols:
+        missing = symbol if missing == 1 else symbol * missing
+    return [missing if isinstance(d, int) and d == -1 else d for d in new]
+
+
+def _transpose(t: _Translator, node: Node) -> Value:
+    x = t.value(node.args[0])
+    axes = list(range(len(builder.shape(x))))
+    a, b = node.args[1], node.args[2]
+    axes[a], axes[b] = axes[b], axes[a]
+    return t.emit(relax.op.permute_dims(x, axes))
+
+
+def _permute(t: _Translator, node: Node) -> Value:
+    return t.emit(relax.op.permute_dims(t.value(node.args[0]), list(node.args[1])))
+
+
+def _unsqueeze(t: _Translator, node: Node) -> Value:
+    return t.emit(relax.op.expand_dims(t.value(node.args[0]), node.args[1]))
+
+
+def _expand(t: _Translator, node: Node) -> Value:
+    x, sizes = t.value(node.args[0]), t.value(node.args[1])
+    old = builder.shape(x)
+    old = [1] * (len(sizes) - len(old)) + old
+    return t.emit(
+        relax.op.broadcast_to(x, [o if isinstance(s, int) and s == -1 else s for o, s in zip(old, sizes, strict=True)])
+    )
+
+
+def _cut(t: _Translator, x: Value, axis: int, start: int, end: Any) -> Value:
+    return t.emit(relax.op.strided_slice(x, [axis], [start], [end], assume_inbound=True))
+
+
+def _slice(t: _Translator, node: Node) -> Value:
+    x = t.value(node.args[0])
+    axis, start, end, step = (*node.args[1:], *(0, None, sys.maxsize, 1)[len(node.args) - 1 :])
+    size = builder.shape(x)[axis]
+    start, end = t.value(start) or 0, t.value(end)
+    if step != 1:
+        raise _refusal(node, "a slice with steps has no translation")
+    if end is None or (isinstance(end, int) and end >= sys.maxsize):
+        end = size
+    if isinstance(start, int) and start < 0:
+        start = size + start
+    if isinstance(end, int) and end < 0:
+        end = size + end
+    if isinstance(end, int) and isinstance(size, int):
+        end = min(end, size)
+    if isinstance(start, int) and start == 0 and end is size:
+        return x
+    return _cut(t, x, axis % len(builder.shape(x)), start, end)
+
+
+def _parts(t: _Translator, node: Node, sizes: Sequence[int], axis: int) -> list[Value]:
+    x, found, start = t.value(node.args[0]), [], 0
+    for size in sizes:
+        found.append(_cut(t, x, axis % len(builder.shape(x)), start, start + size))
+        start += size
+    return found
+
+
+def _split_sizes(t: _Translator, node: Node) -> list[Value]:
+    return _parts(t, node, node.args[1], node.args[2] if len(node.args) > 2 else 0)
+
+
+def _split(t: _Translator, node: Node) -> list[Value]:
+    axis = node.args[2] if len(node.args) > 2 else 0
+    size, each = builder.shape(t.value(node.args[0]))[axis], node.args[1]
+    if not isinstance(size, int):
+        raise _refusal(node, "a split of a dynamic dimension has no translation")
+    return _parts(t, node, [min(each, size - i) for i in range(0, size, each)], axis)
+
+
+def _chunk(t: _Translator, node: Node) -> list[Value]:
+    axis = node.args[2] if len(node.args) > 2 else 0
+    size = builder.shape(t.value(node.args[0]))[axis]
+    if not isinstance(size, int):
+        raise _refusal(node, "a split of a dynamic dimension has no translation")
+    each = -(-size // node.args[1])
+    return _parts(t, node, [min(each, size - i) for i in range(0, size, each)], axis)
+
+
+def _cat(t: _Translator, node: Node) -> Value:
+    return t.emit(relax.op.concat(t.value(node.args[0]), node.args[1] if len(node.args) > 1 else 0))
+
+
+def _cast(t: _Translator, node: Node) -> Value:
+    kind = node.args[1] if len(node.args) > 1 else node.kwargs.get("dtype")
+    x = t.value(node.args[0])
+    if kind is None or _dtype(kind) == builder.dtype(x):
+        return x
+    return t.emit(relax.op.astype(x, _dtype(kind)))
+
+
+def _sigmoid_of(x: Value) -> Any:
+    one = relax.const(1.0, builder.dtype(x))
+    return relax.op.divide(one, relax.op.add(one, relax.op.exp(relax.op.negative(x))))
+
+
+def _silu(t: _Translator, node: Node) -> Value:
+    x = t.value(node.args[0])
+    one = relax.const(1.0, builder.dtype(x))
+    return t.emit(relax.op.divide(x, relax.op.add(one, relax.op.exp(relax.op.negative(x)))))
+
+
+def _gelu(t: _Translator, node: Node) -> Value:
+    x = t.value(node.args[0])
+
+    def number(value: float) -> Any:
+        return relax.const(value, builder.dtype(x))
+
+    if node.kwargs.get("approximate", "none") == "tanh":
+        cube = relax.op.multiply(relax.op.multiply(x, x), x)
+        inner = relax.op.add(x, relax.op.multiply(cube, number(0.044715)))
+        gate = relax.op.tanh(relax.op.multiply(inner, number((2 / torch.pi) ** 0.5)))
+    else:
+        gate = relax.op.erf(relax.op.multiply(x, number(0.5**0.5)))
+    half = relax.op.multiply(x, number(0.5))
+    return t.emit(relax.op.multiply(half, relax.op.add(gate, number(1.0))))
+
+
+def _layer_norm(t: _Translator, node: Node) -> Value:
+    x, sizes, weight, bias, epsilon = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
+    if weight is None or bias is None:
+        raise _refusal(node, "a layer norm without weight and bias has no translation")
+    axes = [-(i + 1) for i in reversed(range(len(sizes)))]
+    return t.emit(relax.op.nn.layer_norm(t.value(x), t.value(weight), t.value(bias), axes, epsilon))
+
+
+def _embedding(t: _Translator, node: Node) -> Value:
+    return t.emit(relax.op.take(t.value(node.args[0]), t.value(node.args[1]), 0))
+
+
+def _int8_embedding(t: _Translator, node: Node) -> Value:
+    rows, scale, ids = t.value(node.args)
+    spec = EmbeddingSpec(*builder.shape(rows))
+    return t.call(t.kernels.embedding(spec), [rows, scale, ids], ([*builder.shape(ids), spec.columns], "float32"))
+
+
+def _flat(t: _Translator, x: Value) -> tuple[Value, list[Any], Any]:
+    """A value as ``[M, K]``, its leading dimensions, and ``M``."""
+    *leading, width = builder.shape(x)
+    count: Any = 1
+    for size in leading:
+        count = size if isinstance(count, int) and count == 1 else count * size
+    return t.emit(relax.op.reshape(x, [count, width])), leading, count
+
+
+def _quantize(t: _Translator, node: Node) -> list[Value]:
+    spec = quantize_spec(node)
+    x, t.leading[node], count = _flat(t, t.value(node.args[0]))
+    kernel = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
+    kind = "int16" if spec.bits == 16 else "int8"
+    return t.call(
+        kernel, [x, t.value(node.args[1])], ([count, spec.in_features], kind), ([count, spec.scales], "float32")
+    )
+
+
+def _linear(t: _Translator, node: Node) -> Value:
+    values, scale = t.value(node.args[:2])
+    spec = linear_spec(t.program, node)
+    count = builder.shape(values)[0]
+    packed = t.function.value(t.weights.packed_name(node))
+    output = ([count, spec.out_features], "float32")
+    flat = t.call(t.kernels.linear(spec).tir(t.form.bucket), [values, scale, packed], output)
+    # A quantizer's result has two dimensions; here the graph's own come back.
+    leading = t.leading[quantizer_of(node)]
+    return t.emit(relax.op.reshape(flat, [*leading, spec.out_features]))
+
+
+def _attention(t: _Translator, node: Node) -> Value:
+    query, key, value, *state, mask = t.value(node.args[:8])
+    _, _, _, _, _, _, _, _, _, scale, window, bits = node.args
+    heads, _, width = builder.shape(query)[1:]
+    spec = AttentionSpec(heads, builder.shape(key)[1], width, builder.shape(value)[3], bits, window, scale)
+    if bits == 16:
+        state = [state[0], state[0], state[2], state[2]]
+    output = ([*builder.shape(query)[:3], spec.value_width], "float32")
+    return t.call(t.kernels.attention(spec, t.form.length), [query, key, value, *state, mask], output)
+
+
+_OPERATORS: dict[Any, Handler] = {
+    operator.getitem: _item,
+    _aten.sym_size.int: _size,
+    _aten.add.Tensor: _binary(relax.op.add),
+    _aten.sub.Tensor: _binary(relax.op.subtract),
+    _aten.mul.Tensor: _binary(relax.op.multiply),
+    _aten.div.Tensor: _binary(relax.op.divide),
+    _aten.neg.default: _unary(relax.op.negative),
+    _aten.rsqrt.default: _unary(relax.op.rsqrt),
+    _aten.cos.default: _unary(relax.op.cos),
+    _aten.sin.default: _unary(relax.op.sin),
+    _aten.exp.default: _unary(relax.op.exp),
+    _aten.tanh.default: _unary(relax.op.tanh),
+    _aten.relu.default: _unary(relax.op.nn.relu),
+    _aten.sigmoid.default: _unary(_sigmoid_of),
+    _aten.silu.default: _silu,
+    _aten.gelu.default: _gelu,
+    _aten.pow.Tensor_Scalar: _power,
+    _aten.mean.dim: _mean,
+    _aten.layer_norm.default: _layer_norm,
+    _aten.embedding.default: _embedding,
+    _aten.reshape.default: _reshape,
+    _aten.view.default: _reshape,
+    _aten._unsafe_view.default: _reshape,
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+    _aten.unsqueeze.default: _unsqueeze,
+    _aten.expand.default: _expand,
+    _aten.slice.Tensor: _slice,
+    _aten.split_with_sizes.default: _split_sizes,
+    _aten.split.Tensor: _split,
+    _aten.chunk.default: _chunk,
+    _aten.cat.default: _cat,
+    _aten.to.dtype: _cast,
+    _aten._to_copy.default: _cast,
+    _aten.contiguous.default: _same,
+    _aten.clone.default: _same,
+    _aten.alias.default: _same,
+    _lbllm.int8_embedding.default: _int8_embedding,
+    _lbllm.quantize_activation.default: _quantize,
+    _lbllm.bit_linear.default: _linear,
+    _lbllm.int8_linear.default: _linear,
+    _lbllm.cached_attention.default: _attention,
+}

@@ -119,17 +119,16 @@ class Result:
         Raises:
             KeyError, TypeError, ValueError: a field is missing or no sensible value.
         """
-        schedule = fields["schedule"]
+        schedule, trials, sought = fields["schedule"], fields["trials"], fields["sought"]
         if not isinstance(schedule, dict) or not all(isinstance(v, (int, str)) for v in schedule.values()):
             raise TypeError("the schedule must be an object of plain values")
-        times = [fields["microseconds"], fields.get("default_microseconds"), fields.get("roofline_microseconds")]
-        numbers = [_positive(time) for time in times if time is not None]
-        counts = [fields["trials"], fields["sought"]]
-        if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
+        if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in (trials, sought)):
             raise ValueError("trials and sought must be positive whole numbers")
-        optional = iter(numbers[1:])
-        default, roofline = (None if time is None else next(optional) for time in times[1:])
-        return cls(dict(schedule), numbers[0], *counts, default, roofline)
+        default, roofline = (
+            None if fields.get(name) is None else _positive(fields[name])
+            for name in ("default_microseconds", "roofline_microseconds")
+        )
+        return cls(dict(schedule), _positive(fields["microseconds"]), trials, sought, default, roofline)
 
     def line(self, key: Key) -> str:
         """The line that stores this result, without the line break."""

@@ -185,24 +185,23 @@ class Database:
         return key not in self._known and key in _shipped(self._seeds)
 
     def guess(self, key: Key) -> Result | None:
-        """A result of the same linear, tokens, target and schedule space, but another CPU, thread count or TVM.
+        """A result of the same linear, tokens, target, threads and schedule space, but another CPU or TVM.
 
-        The same CPU comes first, then the same thread count, then own results before shipped ones.
+        The same CPU comes first, then own results before shipped ones. The threads must agree: with another number of
+        them it is another question whether to share the work at all.
         """
         self._read_new()
 
         def alike(other: Key) -> bool:
-            return (
-                dataclasses.replace(other, features=key.features, cpu=key.cpu, threads=key.threads, tvm=key.tvm) == key
-            )
+            return dataclasses.replace(other, features=key.features, cpu=key.cpu, tvm=key.tvm) == key
 
         found = [
-            (other.cpu == key.cpu, other.threads == key.threads, own, result)
+            (other.cpu == key.cpu, own, result)
             for own, pool in ((True, self._known), (False, _shipped(self._seeds)))
             for other, result in pool.items()
             if alike(other)
         ]
-        return max(found, key=lambda entry: entry[:3])[-1] if found else None
+        return max(found, key=lambda entry: entry[:2])[-1] if found else None
 
     def add(self, key: Key, result: Result) -> None:
         """Stores a result. A folder that cannot be written costs a warning, not the result: it is kept in memory."""

@@ -96,24 +96,24 @@ def test_a_search_on_a_device_is_stored_under_its_key(tracker: str, cache: Path)
     assert [row["source"] for row in json.loads(succeeds(*command))["results"]] == ["stored", "stored"]
 
 
-def test_candidates_are_checked_on_the_device(tracker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A worker whose reference disagrees in one value discards every candidate."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'worker' in ' '.join(sys.orig_argv):\n"
-        "    from lbllm_compile.codegen import prove\n"
-        "    cases = prove.linear_cases\n"
-        "    def wrong(spec, seed=0):\n"
-        "        found = cases(spec, seed)\n"
-        "        found[1].expected[0, 3] += 1\n"
-        "        return found\n"
-        "    prove.linear_cases = wrong\n"
+def test_candidates_are_checked_on_the_device(tracker: str) -> None:
+    """A worker whose reference is off in one value discards every candidate."""
+    wrong = (
+        "from lbllm_compile.codegen import prove\n"
+        "from lbllm_compile.codegen.tune import worker\n"
+        "cases = prove.linear_cases\n"
+        "def wrong(spec):\n"
+        "    found = cases(spec)\n"
+        "    found[0].expected[0, 3] = 0.125\n"
+        "    return found\n"
+        "prove.linear_cases = wrong\n"
+        "worker.main()\n"
     )
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     request = Request(SPEC, "cpu:generic", "1", [{"layout": "portable", "rows": 8, "parallel": False}], 0.01)
-    with Measurer(target="cpu:generic", device=device(tracker)) as measurer:
+    command = [sys.executable, "-c", wrong]
+    with Measurer(command=command, target="cpu:generic", device=device(tracker)) as measurer:
         (outcome,) = measurer.measure(request)
-    assert outcome.microseconds is None and "outputs differ for extreme values" in outcome.failure
+    assert outcome.microseconds is None and "1 of 96 outputs differ for random values" in outcome.failure
 
 
 def test_what_a_tracker_lacks_is_said(tracker: str) -> None:

@@ -22,7 +22,7 @@ from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_api import compile_functions, prepared
 from torch import Tensor
 
-from . import limits, llama_cpp
+from . import limits, llama
 
 COLD_BYTES = 208 << 20
 """Bytes of weights that cold calls cycle over, more than last-level caches hold."""
@@ -190,10 +190,10 @@ def torch_contenders(problem: Problem) -> Iterator[Contender]:
 def ggml_contenders(problem: Problem) -> Iterator[Contender]:
     """llama.cpp's product of its ternary type, the one nearest to two bits that has vector code."""
     n, k = problem.spec.out_features, problem.spec.in_features
-    if k % llama_cpp.BLOCK:
+    if k % llama.BLOCK:
         return
-    size = llama_cpp.row_bytes("tq2_0", k) * n
-    products = llama_cpp.Products("tq2_0", n, k, problem.tokens, problem.copies(size), thread_count())
+    size = llama.row_bytes("tq2_0", k) * n
+    products = llama.Products("tq2_0", n, k, problem.tokens, problem.copies(size), thread_count())
     yield Contender("llama.cpp TQ2_0", size, timed(products.calls))
 
 
@@ -203,12 +203,12 @@ def contenders(problem: Problem, target: Target) -> list[Contender]:
     if not limits.missing() and problem.spec.group in limits.GROUPS:
         found += twins(problem, target)
     found += torch_contenders(problem)
-    if not llama_cpp.missing():
+    if not llama.missing():
         found += ggml_contenders(problem)
     return found
 
 
 def absent() -> list[str]:
     """What is left out on this machine, and why."""
-    reasons = {"C twins": limits.missing(), "llama.cpp": llama_cpp.missing()}
+    reasons = {"C twins": limits.missing(), "llama.cpp": llama.missing()}
     return [f"{name}: {reason}" for name, reason in reasons.items() if reason]

@@ -99,7 +99,8 @@ class Result:
         schedule: the fields of the best schedule.
         microseconds: its time per call, in the search's measurement.
         trials: candidates measured.
-        sought: candidates the search was allowed to measure; one that may measure more does not take this result.
+        sought: candidates the search was allowed to measure, or did until its time was over; one that may measure more
+            does not take this result.
         default_microseconds: time of the schedule that is used without a search, in the same measurement.
         roofline_microseconds: the least time that the machine's measured bandwidth and dot products allow.
     """

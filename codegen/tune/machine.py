@@ -20,7 +20,7 @@ from ..errors import KernelError
 from ..targets import Target
 from ..threads import thread_count
 from ..tvm_api import RemoteSession, Tracker, compile_functions, export_library
-from .measure import RemoteDevice
+from .measure import START_SECONDS, RemoteDevice
 from .roofline import filler
 
 COLD_BYTES = 48 << 20
@@ -146,18 +146,17 @@ class RemoteMachine:
         self._candidate_seconds = candidate_seconds
         self._tracker = Tracker(device.host, device.port, device.key)
         library = compile_functions({SYMBOL: filler(PROBE_BYTES)}, target.llvm)
-        with self._session(1) as session:
+        with self._session(START_SECONDS) as session:
             self.threads = session.threads()
             session.check(library, target)
 
     @contextmanager
     def session(self, candidates: int) -> Iterator[Session]:
-        with self._session(candidates) as session:
+        with self._session(self._candidate_seconds * (candidates + 1)) as session:  # one more for the roofline
             yield session
 
     @contextmanager
-    def _session(self, candidates: int) -> Iterator[_RemoteSession]:
-        seconds = self._candidate_seconds * (candidates + 1)  # one more for the roofline
+    def _session(self, seconds: float) -> Iterator[_RemoteSession]:
         with self._tracker.session(seconds) as session, TemporaryDirectory() as folder:
             yield _RemoteSession(session, Path(folder), self._compiler)
 

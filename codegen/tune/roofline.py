@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.cpu import INSTRUCTION_SETS
+from ..kernels.dot import FIELDS, SLAB
 from ..kernels.isa import InstructionSet
 from ..targets import Target
 from ..tvm_api import PrimFunc, T
@@ -21,13 +22,13 @@ READ_BYTES = 4 * READ_LANES
 STREAMS = 4
 """Independent sums of a reading thread, which hide the latency of an addition."""
 
-QUADS = 64
-"""Quads of columns a multiplying thread cycles through; its operands stay in the first-level cache."""
+SLABS = 16
+"""Slabs of columns a multiplying thread cycles through; its operands stay in the first-level cache."""
 
 PASSES = 256
 """Times it does so in a call."""
 
-TILES = ((2, 4), (2, 6), (2, 10), (4, 5))
+TILES = ((2, 4), (2, 6), (2, 10), (4, 4), (4, 5))
 """(row vectors, tokens) of the register tiles tried; how many accumulators fit depends on the register file."""
 
 
@@ -105,31 +106,39 @@ def instructions(target: Target, act_bits: int) -> InstructionSet | None:
     return INSTRUCTION_SETS[target.family](act_bits) if target.family in INSTRUCTION_SETS and act_bits <= 8 else None
 
 
+def tiles(isa: InstructionSet) -> list[tuple[int, int]]:
+    """Those of :data:`TILES` that the instructions can make."""
+    return [tile for tile in TILES if tile[1] % isa.tokens_per_dot == 0]
+
+
 def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:
     """A kernel ``(weights, values, sums)`` of nothing but the dot products of a register tile, on first-level data.
 
     ``weights`` are ``uint8 [weight_bytes]``, ``values`` ``int8 [value_bytes]``, ``sums`` ``int32 [sum_count]`` of
     :func:`multiplier_sizes`.
     """
-    lanes, quads = isa.lanes, isa.pairs_per_dot
+    lanes, together = isa.lanes, isa.tokens_per_dot
     weight_bytes, value_bytes, sum_count = multiplier_sizes(isa, vectors, tokens)
     width = vectors * tokens * lanes
 
-    def step(weights: Any, values: Any, total: Any, i: Any) -> None:
-        """``quads`` quads of columns: a row vector's weights of each, a token's value of each, then their products."""
-        w = {}
-        for q in range(quads):
-            start = T.Bind((i * quads + q) * (vectors * 4 * lanes))
-            for v in range(vectors):
-                w[v, q] = T.Bind(weights[T.ramp(start + v * 4 * lanes, 1, 4 * lanes)])
-        for m in range(tokens):
-            x = []
-            for q in range(quads):
-                quad = values[T.ramp(((i * quads + q) * tokens + m) * 4, 1, 4)]
-                x.append(T.Bind(isa.broadcast(T.reinterpret("int32", quad))))
-            for v in range(vectors):
-                where = T.ramp((m * vectors + v) * lanes, 1, lanes)
-                T.buffer_store(total, isa.dot(total[where], [(w[v, q], x[q]) for q in range(quads)]), [where])
+    def where(m: int, v: int) -> Any:
+        return T.ramp((m * vectors + v) * lanes, 1, lanes)
+
+    def slab(weights: Any, values: Any, total: Any, t: Any) -> None:
+        """The products of a slab, in the order of :func:`..kernels.dot.gemm`'s tile."""
+        for f in range(0, FIELDS, isa.pairs_per_dot):
+            w = {}
+            for k in range(isa.pairs_per_dot):
+                for v in range(vectors):
+                    start = ((t * FIELDS + f + k) * vectors + v) * (4 * lanes)
+                    w[k, v] = T.Bind(weights[T.ramp(start, 1, 4 * lanes)])
+            for m in range(0, tokens, together):
+                x = [T.Bind(value) for value in isa.load_values(values, (t * tokens + m) * SLAB, f)]
+                for v in range(vectors):
+                    places = [where(m + i, v) for i in range(together)]
+                    fields = [w[k, v] for k in range(isa.pairs_per_dot)]
+                    for place, y in zip(places, isa.multiply([total[i] for i in places], fields, x), strict=True):
+                        T.buffer_store(total, y, [place])
 
     @T.prim_func(s_tir=True)
     def kernel(weights_: T.handle, values_: T.handle, sums_: T.handle):
@@ -142,8 +151,8 @@ def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:
             for a in T.unroll(vectors * tokens):
                 total[T.ramp(a * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes)
             for _ in T.serial(PASSES):
-                for i in T.serial(QUADS // quads):
-                    step(weights, values, total, i)
+                for t in T.serial(SLABS):
+                    slab(weights, values, total, t)
             for a in T.unroll(vectors * tokens):
                 sums[T.ramp(part * width + a * lanes, 1, lanes)] = total[T.ramp(a * lanes, 1, lanes)]
 
@@ -152,9 +161,9 @@ def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:
 
 def multiplier_sizes(isa: InstructionSet, vectors: int, tokens: int) -> tuple[int, int, int]:
     """Elements of a :func:`multiplier`'s weights, values and sums."""
-    return QUADS * vectors * 4 * isa.lanes, QUADS * tokens * 4, PARTS * vectors * tokens * isa.lanes
+    return SLABS * FIELDS * vectors * 4 * isa.lanes, SLABS * tokens * SLAB, PARTS * vectors * tokens * isa.lanes
 
 
 def multiplications(isa: InstructionSet, vectors: int, tokens: int) -> int:
     """Multiply-adds of one call of a :func:`multiplier`."""
-    return PARTS * PASSES * QUADS * vectors * tokens * isa.lanes * 4
+    return PARTS * PASSES * SLABS * SLAB * vectors * tokens * isa.lanes

@@ -1,7 +1,7 @@
 """What to measure next: a spread of the space first, then what a model of the times promises most of.
 
-The search ends after ``trials`` measurements, when the best is close enough to what the machine can do, or when
-:data:`PATIENCE` measurements in a row were no better.
+The search ends after ``trials`` measurements or, once the spread is done, when the best is close enough to what the
+machine can do, or :data:`PATIENCE` measurements in a row were no better.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPREAD_SHARE = 1 / 3
 """Share of the trials spent on the spread."""
 
 PATIENCE = 16
-"""Measurements without a better candidate that end the search, once the spread is done."""
+"""Measurements without a better candidate that end the search."""
 
 BETTER = 0.98
 """A candidate must take at most this share of the best time to count as progress."""
@@ -44,6 +44,7 @@ class Found:
         trials: candidates measured.
         failures: what went wrong with candidates that gave no time.
         times: of all candidates that gave one, the fastest first.
+        complete: the search ended by itself, not by its deadline.
     """
 
     schedule: Any
@@ -51,6 +52,7 @@ class Found:
     trials: int
     failures: tuple[str, ...]
     times: Mapping[Any, float]
+    complete: bool
 
 
 def spread(space: Sequence[Any], count: int, seed: int = 0) -> list[Any]:
@@ -110,7 +112,7 @@ def search(
         measure: measures a few.
         trials: most measurements.
         deadline: :func:`time.monotonic` time after which no batch is started.
-        close_enough: asked after each batch whether the best is good enough to stop.
+        close_enough: asked after the spread and each later batch whether the best is good enough to stop.
         seed: decides between equally good choices of what to measure.
 
     Returns:
@@ -121,11 +123,15 @@ def search(
     failures: list[str] = []
     since_better = 0
     first = _spread(points, max(BATCH, round(SPREAD_SHARE * trials)), seed)
-    while len(times) < min(trials, len(space)) and (not times or time.monotonic() < deadline):
+    complete = True
+    while len(times) < min(trials, len(space)):
         best = min(times.values(), default=math.inf)
         waiting = [i for i in first if i not in times]
         count = min(BATCH, trials - len(times))
-        if (times and close_enough()) or (not waiting and since_better >= PATIENCE):
+        if not waiting and (since_better >= PATIENCE or close_enough()):
+            break
+        if times and time.monotonic() >= deadline:
+            complete = False
             break
         if waiting:
             batch = waiting[:count]
@@ -143,4 +149,4 @@ def search(
     if not ranked:
         return None
     ranking = {space[i]: times[i] for i in ranked}
-    return Found(space[ranked[0]], times[ranked[0]], len(times), tuple(failures), ranking)
+    return Found(space[ranked[0]], times[ranked[0]], len(times), tuple(failures), ranking, complete)

@@ -264,4 +264,6 @@ class _Search:
         self.best = min(times, key=times.__getitem__)
         roofline = self._measurer.limits.roofline_microseconds or None
         fields = dataclasses.asdict(self.best)
-        return Result(fields, times[self.best], found.trials, trials, times.get(self._default), roofline)
+        # One that was cut short counts for what it measured: a later search with as many trials does not take it.
+        sought = trials if found.complete else found.trials
+        return Result(fields, times[self.best], found.trials, sought, times.get(self._default), roofline)

@@ -109,7 +109,7 @@ def measure_products(session: Session, target: str, act_bits: int) -> float | No
     if isa is None:
         return None
     best = 0.0
-    for tile in roofline.TILES:
+    for tile in roofline.tiles(isa):
         weights, values, sums = roofline.multiplier_sizes(isa, *tile)
         operands = (
             session.place(torch.full((weights,), 129, dtype=torch.uint8)),

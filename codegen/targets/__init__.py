@@ -69,8 +69,9 @@ class Target:
             family = detail or host.families()[0]
             for cpu in (x86, arm):
                 if family in cpu.ARCHITECTURES:
+                    arch, features = cpu.ARCHITECTURES[family]
                     triple = "" if platform.machine() in cpu.MACHINES else cpu.TRIPLE
-                    return cls("cpu", f"cpu:{family}", family, *cpu.ARCHITECTURES[family], triple)
+                    return cls("cpu", f"cpu:{family}", family, arch, features, triple)
             if family == generic.FAMILY:
                 return cls("cpu", f"cpu:{family}", family, *generic.architecture())
         if kind == "cuda":

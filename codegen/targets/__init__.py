@@ -18,7 +18,7 @@ class Target:
     Attributes:
         kind: ``"cpu"`` or ``"cuda"``.
         name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
-        family: kernel family: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
+        family: instruction set: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
         triple: LLVM ``mtriple`` of an architecture that is not this machine's; empty for code that could run here.

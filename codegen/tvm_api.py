@@ -8,6 +8,7 @@ is set here, before TVM is loaded.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import socket
@@ -221,7 +222,7 @@ class Tracker:
             KernelError: no device becomes free, or it fails.
         """
         try:
-            session = self._tracker.request(self._key, session_timeout=seconds)
+            session = self._tracker.request(self._key, session_timeout=math.ceil(seconds))
         except Exception as error:  # TVM raises its own types and the system's
             raise KernelError(
                 f"no device {self._key!r} of the tracker at {self._where} can be reached ({error}); see that its"

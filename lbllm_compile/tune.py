@@ -296,7 +296,7 @@ def import_results(files: Sequence[Path]) -> Merged:
 
     Raises:
         TuningFileError: a file cannot be read, or a line is no result.
-        KernelError: a schedule is none of this version.
+        TuneError: a schedule is of no kind that this version knows.
         OSError: the database cannot be written.
     """
     results = [pair for file in files for pair in read_results(file)]

@@ -119,17 +119,16 @@ class Result:
         Raises:
             KeyError, TypeError, ValueError: a field is missing or no sensible value.
         """
-        schedule = fields["schedule"]
+        schedule, trials, sought = fields["schedule"], fields["trials"], fields["sought"]
         if not isinstance(schedule, dict) or not all(isinstance(v, (int, str)) for v in schedule.values()):
             raise TypeError("the schedule must be an object of plain values")
-        times = [fields["microseconds"], fields.get("default_microseconds"), fields.get("roofline_microseconds")]
-        numbers = [_positive(time) for time in times if time is not None]
-        counts = [fields["trials"], fields["sought"]]
-        if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in counts):
+        if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in (trials, sought)):
             raise ValueError("trials and sought must be positive whole numbers")
-        optional = iter(numbers[1:])
-        default, roofline = (None if time is None else next(optional) for time in times[1:])
-        return cls(dict(schedule), numbers[0], *counts, default, roofline)
+        default, roofline = (
+            None if fields.get(name) is None else _positive(fields[name])
+            for name in ("default_microseconds", "roofline_microseconds")
+        )
+        return cls(dict(schedule), _positive(fields["microseconds"]), trials, sought, default, roofline)
 
     def line(self, key: Key) -> str:
         """The line that stores this result, without the line break."""
@@ -186,24 +185,23 @@ class Database:
         return key not in self._known and key in _shipped(self._seeds)
 
     def guess(self, key: Key) -> Result | None:
-        """A result of the same linear, tokens, target and schedule space, but another CPU, thread count or TVM.
+        """A result of the same linear, tokens, target, threads and schedule space, but another CPU or TVM.
 
-        The same CPU comes first, then the same thread count, then own results before shipped ones.
+        The same CPU comes first, then own results before shipped ones. The threads must agree: with another number of
+        them it is another question whether to share the work at all.
         """
         self._read_new()
 
         def alike(other: Key) -> bool:
-            return (
-                dataclasses.replace(other, features=key.features, cpu=key.cpu, threads=key.threads, tvm=key.tvm) == key
-            )
+            return dataclasses.replace(other, features=key.features, cpu=key.cpu, tvm=key.tvm) == key
 
         found = [
-            (other.cpu == key.cpu, other.threads == key.threads, own, result)
+            (other.cpu == key.cpu, own, result)
             for own, pool in ((True, self._known), (False, _shipped(self._seeds)))
             for other, result in pool.items()
             if alike(other)
         ]
-        return max(found, key=lambda entry: entry[:3])[-1] if found else None
+        return max(found, key=lambda entry: entry[:2])[-1] if found else None
 
     def add(self, key: Key, result: Result) -> None:
         """Stores a result. A folder that cannot be written costs a warning, not the result: it is kept in memory."""

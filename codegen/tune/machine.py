@@ -27,6 +27,9 @@ COLD_BYTES = 48 << 20
 """Weights are cycled over copies of this many bytes in all, as a decoder's layers are; more than most L2 caches."""
 
 MOST_COPIES = 1024
+MOST_LAYOUTS = 2
+"""Layouts of a linear's weights whose copies are kept between requests."""
+
 FEWEST_CALLS = 2
 REMOTE_CALLS = 5
 """Calls of a remote timing; each comes after the caches were flushed."""
@@ -89,7 +92,7 @@ class ThisMachine:
 
     def __init__(self) -> None:
         self.threads = thread_count()
-        self._copies: list[Tensor] = []
+        self._copies: dict[int, list[Tensor]] = {}
 
     @contextmanager
     def session(self, candidates: int) -> Iterator[Session]:
@@ -103,9 +106,13 @@ class ThisMachine:
 
     def cycle(self, packed: Tensor) -> tuple[list[Tensor], bool]:
         count = -(-COLD_BYTES // packed.numel())
-        if not self._copies or self._copies[0] is not packed:
-            self._copies = [packed, *(packed.clone() for _ in range(min(count, MOST_COPIES) - 1))]
-        return self._copies, count <= MOST_COPIES
+        copies = self._copies.get(packed.data_ptr())
+        if copies is None or copies[0] is not packed:
+            while len(self._copies) >= MOST_LAYOUTS:
+                self._copies.pop(next(iter(self._copies)))
+            copies = [packed, *(packed.clone() for _ in range(min(count, MOST_COPIES) - 1))]
+            self._copies[packed.data_ptr()] = copies
+        return copies, count <= MOST_COPIES
 
     def load(self, library: Any) -> Kernel:
         return _LocalKernel(library[SYMBOL])

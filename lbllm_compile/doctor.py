@@ -111,14 +111,13 @@ def _cpu() -> Iterable[Finding]:
 
 
 def _cpu_family() -> Iterable[Finding]:
-    from lbllm_compile.codegen.targets import arm, generic, host, x86
+    from lbllm_compile.codegen.targets import generic, host, x86
 
     families = host.families()
     yield Finding("cpu", "CPU", "ok", f"{host.cpu_name()}, {platform.machine()}")
     known = sorted({flag for needed in host.NEEDED_FLAGS.values() for flag in needed} & host.cpu_flags())
     yield Finding("cpu", "CPU features", "ok" if known else "note", " ".join(known) or "none that the kernels use")
-    best = ("avx512-vnni", next(iter(arm.CPU_FLAGS)))
-    if any(family in families for family in best):
+    if not {"avx512-vnni", "neon-i8mm"}.isdisjoint(families):
         yield Finding("cpu", "kernel family", "ok", families[0])
     elif families[0] == generic.FAMILY:
         cost = "no vector kernels for this CPU: generation is several times slower than with AVX2 or NEON dot products"

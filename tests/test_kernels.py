@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import platform
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import GROUPS, quantize_rows
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
-from lbllm_compile.codegen.targets import Target, host, parse_targets, runnable_targets
+from lbllm_compile.codegen.targets import Target, arm, host, parse_targets, runnable_targets, x86
 from test_format import random_weight
 
 FAMILIES = [
     pytest.param(f"cpu:{name}", marks=[] if name in host.families() else pytest.mark.skip(reason=f"no {name} here"))
-    for name in ("avx512-vpopcnt", "avx512-vnni", "avx2", "generic")
+    for name in (*(x86 if platform.machine() in x86.MACHINES else arm).ARCHITECTURES, "generic")
 ]
 
 # (kind, N, K, group, bits, per token, bias): tails in both directions, sizes of one.
@@ -235,7 +236,7 @@ def test_the_proof_catches_a_planted_bug(bug, monkeypatch, tmp_path):
     from lbllm_compile.codegen.tvm_api import T
 
     if runnable_targets() == ["cpu:generic"]:
-        pytest.skip("the planted bugs are in the x86 kernels")
+        pytest.skip("the planted bugs are in the vector kernels")
     operand = lut8.Lut8Operand
     if bug == "rounding":
         # A product and a sum that round twice: right to seven digits, and not what the reference says.

@@ -42,9 +42,6 @@ PARALLEL_STAGE_CHUNK = 64
 INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
 """By family: the instructions for values of 4 or 8 bits."""
 
-COUNTS_BITS = x86.COUNTS_BITS | arm.COUNTS_BITS
-"""Families with an instruction that counts the bits of every byte."""
-
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
@@ -299,8 +296,8 @@ def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
         return [Portable(spec)]
     if spec.kind == "int8":
         return [VectorLinear(spec, target.family, "int8")]
-    layouts = ["lut8", "popcount"] if target.family in COUNTS_BITS and spec.act_bits == 4 else ["lut8"]
-    return [VectorLinear(spec, target.family, layout) for layout in layouts]
+    counts_bits = spec.act_bits == 4 and INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits
+    return [VectorLinear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
 
 
 def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementation:

@@ -31,6 +31,7 @@ class InstructionSet:
             away; 0 if it sums ``level * value``.
         pairs_per_dot: pairs that :meth:`dot` likes to get at once, fields that :meth:`multiply` takes.
         tokens_per_dot: tokens that :meth:`multiply` takes at once.
+        counts_bits: whether an instruction counts the bits of every byte, as :mod:`.popcount` wants.
         chains: independent accumulators per row vector that are worth trying for one token, a good guess first.
     """
 
@@ -40,6 +41,7 @@ class InstructionSet:
     offset: int
     pairs_per_dot: int = 1
     tokens_per_dot: int = 1
+    counts_bits: bool = False
     chains: tuple[int, ...] = (4, 2, 1)
 
     @property

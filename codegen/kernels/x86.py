@@ -30,6 +30,13 @@ class Avx512Vnni(InstructionSet):
         return total
 
 
+class Avx512Vpopcnt(Avx512Vnni):
+    """The same with ``vpopcntb``, which LLVM makes of its generic bit count."""
+
+    name = "avx512-vpopcnt"
+    counts_bits = True
+
+
 class _Ymm(InstructionSet):
     """256-bit ``vpshufb``."""
 
@@ -101,12 +108,9 @@ class Avx2Int8(_Avx2):
 
 
 INSTRUCTION_SETS: dict[str, Callable[[int], InstructionSet]] = {
-    "avx512-vpopcnt": lambda act_bits: Avx512Vnni(),
+    "avx512-vpopcnt": lambda act_bits: Avx512Vpopcnt(),
     "avx512-vnni": lambda act_bits: Avx512Vnni(),
     "avx-vnni": lambda act_bits: AvxVnni(),
     "avx2": lambda act_bits: Avx2Int4() if act_bits == 4 else Avx2Int8(),
 }
 """The instructions of a kernel family for values of 4 or 8 bits."""
-
-COUNTS_BITS = frozenset({"avx512-vpopcnt"})
-"""Families with an instruction that counts the bits of every byte."""

@@ -18,7 +18,7 @@ class Target:
     Attributes:
         kind: ``"cpu"`` or ``"cuda"``.
         name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
-        family: kernel family: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
+        family: instruction set: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
         triple: LLVM ``mtriple`` of an architecture that is not this machine's; empty for code that could run here.
@@ -69,8 +69,9 @@ class Target:
             family = detail or host.families()[0]
             for cpu in (x86, arm):
                 if family in cpu.ARCHITECTURES:
+                    arch, features = cpu.ARCHITECTURES[family]
                     triple = "" if platform.machine() in cpu.MACHINES else cpu.TRIPLE
-                    return cls("cpu", f"cpu:{family}", family, *cpu.ARCHITECTURES[family], triple)
+                    return cls("cpu", f"cpu:{family}", family, arch, features, triple)
             if family == generic.FAMILY:
                 return cls("cpu", f"cpu:{family}", family, *generic.architecture())
         if kind == "cuda":

@@ -16,10 +16,10 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """LLVM ``mcpu`` and ``mattr`` per family, best first."""
 
-_AVX2 = frozenset({"avx2", "bmi1", "bmi2", "fma", "f16c", "movbe"})
 _AVX512_VNNI = frozenset(
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "bmi2", "fma", "f16c"}
 )
+_AVX2 = frozenset({"avx2", "bmi1", "bmi2", "fma", "f16c", "movbe"})
 
 CPU_FLAGS: dict[str, frozenset[str]] = {
     "avx512-vpopcnt": _AVX512_VNNI | {"avx512_bitalg"},

@@ -35,9 +35,9 @@ ROUNDS = 4
 CHECKED_COUNTS = 3
 """Token counts a candidate is checked at before it is timed; the proof of the winner checks all."""
 
-READ_BYTES = COLD_BYTES // 4
-"""Bytes of one call of the kernel that measures the bandwidth: as long as a large linear's, so that both suffer alike
-from the launch and from other load."""
+READ_BYTES = (COLD_BYTES // 4, COLD_BYTES // 32)
+"""Bytes of one call of the kernels that measure the bandwidth. The longer loses less to the launch; on a busy machine
+the shorter is more likely to have all threads at once, as a small linear's call is."""
 
 ROOFLINE_SECONDS = 0.02
 """How long each kernel that measures the machine runs."""
@@ -75,11 +75,10 @@ def _compiled(spec: LinearSpec, target: str, schedule: str) -> Any:
 
 
 @functools.cache
-def _compiled_readers(target: str) -> tuple[Any, Any]:
-    """Libraries that write and read :data:`READ_BYTES`."""
+def _compiled_readers(target: str, count: int) -> tuple[Any, Any]:
+    """Libraries that write and read so many bytes."""
     llvm = Target.parse(target).llvm
-    functions = roofline.filler(READ_BYTES), roofline.reader(READ_BYTES)
-    filler, reader = (compile_functions({SYMBOL: function}, llvm) for function in functions)
+    filler, reader = (compile_functions({SYMBOL: make(count)}, llvm) for make in (roofline.filler, roofline.reader))
     return filler, reader
 
 
@@ -92,15 +91,16 @@ def _compiled_multiplier(target: str, act_bits: int, tile: tuple[int, int]) -> A
 
 
 def measure_bandwidth(session: Session, target: str) -> float:
-    """Bytes per second that the machine's threads read from memory."""
-    filler, reader = _compiled_readers(target)
-    slices = [session.allocate(READ_BYTES) for _ in range(COLD_BYTES // READ_BYTES)]
-    fill = session.load(filler)
-    for data in slices:
-        fill.times([(data,)], 0)
-    sums = session.place(torch.empty(roofline.PARTS * roofline.READ_LANES, dtype=torch.int32))
-    times = session.load(reader).times([(sums, data) for data in slices], ROOFLINE_SECONDS)
-    return READ_BYTES / percentile(times)
+    """Bytes per second that the machine's threads read from memory, at best."""
+    best = 0.0
+    for count in READ_BYTES:
+        filler, reader = (session.load(library) for library in _compiled_readers(target, count))
+        slices = [session.allocate(count) for _ in range(COLD_BYTES // count)]
+        for data in slices:
+            filler.times([(data,)], 0)
+        sums = session.place(torch.empty(roofline.PARTS * roofline.READ_LANES, dtype=torch.int32))
+        best = max(best, count / min(reader.times([(sums, data) for data in slices], ROOFLINE_SECONDS)))
+    return best
 
 
 def measure_products(session: Session, target: str, act_bits: int) -> float | None:
@@ -117,7 +117,7 @@ def measure_products(session: Session, target: str, act_bits: int) -> float | No
             session.place(torch.empty(sums, dtype=torch.int32)),
         )
         kernel = session.load(_compiled_multiplier(target, act_bits, tile))
-        best = max(best, roofline.multiplications(isa, *tile) / percentile(kernel.times([operands], ROOFLINE_SECONDS)))
+        best = max(best, roofline.multiplications(isa, *tile) / min(kernel.times([operands], ROOFLINE_SECONDS)))
     return best
 
 

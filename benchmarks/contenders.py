@@ -16,13 +16,13 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import quantize_rows
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.prove import LinearCase
-from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_api import compile_functions, prepared
 from torch import Tensor
 
-from . import limits, llama_cpp
+from . import limits, llama
 
 COLD_BYTES = 208 << 20
 """Bytes of weights that cold calls cycle over, more than last-level caches hold."""
@@ -113,7 +113,12 @@ def _bucket(tokens: int) -> cpu.Bucket:
 
 
 def generated(problem: Problem, target: Target) -> Iterator[Contender]:
-    """Our kernels, one for each weight layout, each with its best schedule for exactly this problem."""
+    """Our kernels, one for each weight layout, each with its best schedule for exactly this problem.
+
+    The best comes once more behind the quantizer, whose work other contenders do as part of theirs.
+    """
+    quantize = _quantizer(problem, target)
+    winners: list[tuple[float, Contender]] = []
     bucket = _bucket(problem.tokens)
     for implementation in cpu.implementations(problem.spec, target):
         space = [s for s in implementation.schedules(bucket) if s.parallel == (thread_count() > 1)]
@@ -125,15 +130,29 @@ def generated(problem: Problem, target: Target) -> Iterator[Contender]:
         copies = [packed, *(packed.clone() for _ in range(problem.copies(packed.numel()) - 1))]
         values, x_scale = problem.values, problem.x_scale
         out = torch.empty(problem.tokens, problem.spec.out_features)
-        best: tuple[float, Callable[[int], list[float]]] | None = None
+        best: tuple[float, list[Callable[[], None]]] | None = None
         for library in libraries:
-            run = timed([prepared(library["kernel"], values, x_scale, copy, out) for copy in copies])
-            seconds = min(run(TRIAL_CALLS))
+            calls = [prepared(library["kernel"], values, x_scale, copy, out) for copy in copies]
+            seconds = min(timed(calls)(TRIAL_CALLS))
             problem.check(implementation.layout, out)
             if best is None or seconds < best[0]:
-                best = seconds, run
+                best = seconds, calls
         assert best
-        yield Contender(implementation.layout, packed.numel(), best[1])
+        yield Contender(implementation.layout, packed.numel(), timed(best[1]))
+        both = [lambda call=call: (quantize(), call()) for call in best[1]]
+        winners.append((best[0], Contender(f"quantizer + {implementation.layout}", packed.numel(), timed(both))))
+    yield min(winners, key=lambda winner: winner[0])[1]
+
+
+def _quantizer(problem: Problem, target: Target) -> Callable[[], None]:
+    """A call of the quantizer of this problem's activations."""
+    spec = QuantizeSpec(problem.spec.in_features, problem.spec.group, 4)
+    parallel = thread_count() > 1 < problem.tokens
+    library = compile_functions({"quantize": cpu.quantizer(spec, target, parallel)}, target.llvm)
+    x = torch.randn(problem.tokens, spec.in_features, generator=torch.Generator().manual_seed(0))
+    return prepared(
+        library["quantize"], x, torch.ones(2), torch.empty_like(problem.values), torch.empty_like(problem.x_scale)
+    )
 
 
 def twins(problem: Problem, target: Target) -> Iterator[Contender]:
@@ -188,12 +207,15 @@ def torch_contenders(problem: Problem) -> Iterator[Contender]:
 
 
 def ggml_contenders(problem: Problem) -> Iterator[Contender]:
-    """llama.cpp's product of its ternary type, the one nearest to two bits that has vector code."""
+    """llama.cpp's product of its ternary type, the one nearest to two bits that has vector code.
+
+    It quantizes the activations, too.
+    """
     n, k = problem.spec.out_features, problem.spec.in_features
-    if k % llama_cpp.BLOCK:
+    if k % llama.BLOCK:
         return
-    size = llama_cpp.row_bytes("tq2_0", k) * n
-    products = llama_cpp.Products("tq2_0", n, k, problem.tokens, problem.copies(size), thread_count())
+    size = llama.row_bytes("tq2_0", k) * n
+    products = llama.Products("tq2_0", n, k, problem.tokens, problem.copies(size), thread_count())
     yield Contender("llama.cpp TQ2_0", size, timed(products.calls))
 
 
@@ -203,12 +225,12 @@ def contenders(problem: Problem, target: Target) -> list[Contender]:
     if not limits.missing() and problem.spec.group in limits.GROUPS:
         found += twins(problem, target)
     found += torch_contenders(problem)
-    if not llama_cpp.missing():
+    if not llama.missing():
         found += ggml_contenders(problem)
     return found
 
 
 def absent() -> list[str]:
     """What is left out on this machine, and why."""
-    reasons = {"C twins": limits.missing(), "llama.cpp": llama_cpp.missing()}
+    reasons = {"C twins": limits.missing(), "llama.cpp": llama.missing()}
     return [f"{name}: {reason}" for name, reason in reasons.items() if reason]

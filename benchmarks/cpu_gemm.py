@@ -37,4 +37,4 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(__doc__, "benchmarks.cpu_gemm", SETTINGS, measure, "tokens")
+    main(__doc__ or "", "benchmarks.cpu_gemm", SETTINGS, measure, "tokens")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lbllm_compile.codegen.errors import LbllmError
 
-MARKERS = "osDv^<>PX*"
+MARKERS = "osDv^<>PX*hpd"
 
 
 def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -29,6 +29,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(documents), figsize=(7 * len(documents), 6), sharey=True, squeeze=False)
+    colors = matplotlib.colormaps["tab20"]
     for axes, document in zip(panels[0], documents, strict=True):
         facts, results = document["machine"], document["results"]
         intensities = [_intensity(row) for row in results]
@@ -42,7 +43,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
         for i, name in enumerate(dict.fromkeys(row["contender"] for row in results)):
             rows = [row for row in results if row["contender"] == name]
             xs, ys = [_intensity(row) for row in rows], [row["gigamacs_per_second"] for row in rows]
-            axes.plot(xs, ys, MARKERS[i % len(MARKERS)], label=name, alpha=0.7)
+            axes.plot(xs, ys, MARKERS[i % len(MARKERS)], color=colors(i % colors.N), label=name)
         axes.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of weights", ylabel="GMAC/s")
         axes.set_title(f"{facts['cpu']}, {facts['threads']} threads")
         axes.grid(True, which="both", alpha=0.2)

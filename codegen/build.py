@@ -7,9 +7,6 @@ reference bit for bit on this machine in this process.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +24,9 @@ from .reference import value_dtype
 from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target
 from .threads import thread_count
-from .tune.database import Database, Key, Result
-from .tune.measure import Measurer, Outcome, Request
-from .tune.search import search
+from .tune.database import Database, Key
+from .tune.measure import Measurer
+from .tune.tuner import Wanted, choose
 
 if TYPE_CHECKING:
     from .kernels.cpu import Bucket, Implementation, Schedule
@@ -39,10 +36,6 @@ __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "Quantiz
 
 PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
-
-
-TIMING_SECONDS = 0.02
-"""How long one candidate is timed."""
 
 
 @dataclass(frozen=True)
@@ -357,74 +350,31 @@ def _choose_schedules(
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[LinearSpec, str], Schedule]:
-    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess.
-
-    The schedule for one token decides the layout of a linear's weights, because decoding is bound by reading them. All
-    other buckets follow it: a second layout would double the memory.
-    """
+    """A valid schedule for every linear and token bucket, one layout for all buckets of a linear."""
     from .kernels import cpu
     from .tvm_api import VERSION
 
-    given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
-    database = Database(cache_dir)
-    chosen: dict[tuple[LinearSpec, str], Schedule] = {}
-    first, *others = cpu.BUCKETS
-
-    def look_up(spec: LinearSpec, bucket: Bucket) -> tuple[Key, list[Schedule], bool]:
-        """The space, what is known or guessed to be best in front, and whether that needs no search."""
-        candidates = implementations[spec]
-        if bucket != first:
-            candidates = [cpu.of_layout(candidates, chosen[spec, first.name].layout)]
-        space = [schedule for candidate in candidates for schedule in candidate.schedules(bucket)]
-        key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
-        fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
-        settled = fields is not None
-        if fields is None and (result := database.find(key)):
-            fields, settled = result.schedule, result.sought >= trials
-        stored = None if fields is None else cpu.schedule_from(fields)
-        if stored is None or stored not in space:
-            stored, settled = space[0], False
-        return key, [stored, *(s for s in space if s != stored)], settled
-
-    missing: list[tuple[LinearSpec, Bucket]] = []
-    for bucket in (first, *others):
-        for spec, candidates in implementations.items():
-            _, (chosen[spec, bucket.name], *_), settled = look_up(spec, bucket)
-            if not settled or (len(candidates) > 1 and (spec, first) in missing):
-                missing.append((spec, bucket))
-    if not missing or trials < 1:
-        return chosen
-    started = time.monotonic()
-    with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
-        for done, (spec, bucket) in enumerate(missing):
-            key, space, settled = look_up(spec, bucket)  # again: the layout may have been decided meanwhile
-            chosen[spec, bucket.name] = space[0]
-            if settled:
-                task.advance()
-                continue
-            deadline = math.inf
-            if budget_s is not None:  # an equal share of what is left for each search that is left
-                now = time.monotonic()
-                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
-
-            def measure(schedules: list[Schedule], key: Key = key, bucket: Bucket = bucket) -> list[Outcome]:
-                forms = [dataclasses.asdict(schedule) for schedule in schedules]
-                return measurer.measure(Request(key.spec, target.name, bucket.name, forms, TIMING_SECONDS))
-
-            found = search(space, measure, trials, deadline)
-            if found is None:
-                raise KernelError(
-                    f"no candidate kernel of {key.spec} works on this machine; run 'lbllm-compile doctor'"
-                )
-            for failure in found.failures:
-                progress.note(f"a candidate kernel was discarded: {failure}")
-            chosen[key.spec, bucket.name] = found.schedule
-            fields = dataclasses.asdict(found.schedule)
-            database.add(key, Result(fields, found.microseconds, found.trials, trials))
-            task.advance(
-                f"{key.spec.out_features}x{key.spec.in_features}, {bucket.name} tokens: {found.microseconds:.0f} us"
-            )
-    return chosen
+    wanted = [
+        Wanted(
+            candidates,
+            bucket,
+            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
+        )
+        for spec, candidates in implementations.items()
+        for bucket in cpu.BUCKETS
+    ]
+    with Measurer() as measurer:
+        choices = choose(
+            wanted,
+            target,
+            Database(cache_dir),
+            measurer,
+            trials=trials,
+            budget_s=budget_s,
+            progress=progress,
+            records=records,
+        )
+    return {(choice.spec, choice.bucket.name): choice.schedule for choice in choices}
 
 
 def _prove_linear(

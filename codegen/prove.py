@@ -146,7 +146,7 @@ def token_counts(lowest: int, highest: int) -> list[int]:
     return sorted({m for m in (lowest, lowest + 1, 5, 7, top) if lowest <= m <= top})
 
 
-def linear_failure(call: Callable[..., Tensor], packed: Tensor, case: LinearCase, counts: list[int]) -> str | None:
+def linear_failure(call: Callable[..., object], packed: Tensor, case: LinearCase, counts: list[int]) -> str | None:
     """What a kernel gets wrong in a case, or None. ``call(values, x_scale, packed, out)`` runs it."""
     for m in counts:
         expected = case.expected[:m]

@@ -108,27 +108,36 @@ def kernels(implementation: Implementation, sampled: int = 1) -> list[tuple[str,
 
 
 def assert_exact(spec: LinearSpec, foreign: Foreign, sampled: int = 1) -> None:
-    """Runs kernels of a linear for every token bucket and holds them against the reference."""
-    (implementation,) = cpu.implementations(spec, foreign.target)
-    chosen = kernels(implementation, sampled)
-    with foreign.load({name: implementation.function(schedule) for name, _, schedule in chosen}) as library:
-        for case in prove.linear_cases(spec, seed=1):
-            packed = implementation.pack(case.weight, case.bias)
-            for name, bucket, schedule in chosen:
-                counts = prove.token_counts(bucket.lowest, bucket.highest)
-                failure = prove.linear_failure(library[name], packed, case, counts)
-                assert failure is None, (spec, schedule)
+    """Runs kernels of a linear for every layout and token bucket and holds them against the reference."""
+    for implementation in cpu.implementations(spec, foreign.target):
+        chosen = kernels(implementation, sampled)
+        with foreign.load({name: implementation.function(schedule) for name, _, schedule in chosen}) as library:
+            for case in prove.linear_cases(spec, seed=1):
+                packed = implementation.pack(case.weight, case.bias)
+                for name, bucket, schedule in chosen:
+                    counts = prove.token_counts(bucket.lowest, bucket.highest)
+                    failure = prove.linear_failure(library[name], packed, case, counts)
+                    assert failure is None, (spec, schedule)
 
 
 @pytest.mark.parametrize("foreign", VECTOR)
 @pytest.mark.parametrize("kind", ["bit", "int8"])
 def test_kernels_are_made_of_the_familys_instructions(foreign, kind):
-    (implementation,) = cpu.implementations(LinearSpec(kind, 64, 128, 64), foreign.target)
+    implementation = cpu.implementations(LinearSpec(kind, 64, 128, 64), foreign.target)[0]
     for bucket, expected in ((cpu.BUCKETS[0], foreign.gemv), (cpu.BUCKETS[-1], foreign.gemm)):
         found = instructions({"kernel": implementation.function(implementation.schedules(bucket)[0])}, foreign.target)
         if kind == "int8":
             expected = expected[1:]  # nothing to look up
         assert all(any(name.startswith(start) for name in found) for start in expected), (bucket, found)
+
+
+@pytest.mark.parametrize("family", arm.ARCHITECTURES)
+def test_popcounts_are_made_of_bit_counts_and_nothing_wider_than_a_byte(family):
+    target = Target.parse(f"cpu:{family}")
+    implementation = cpu.of_layout(cpu.implementations(LinearSpec("bit", 64, 128, 64), target), "popcount")
+    found = instructions({"kernel": implementation.function(implementation.schedules(cpu.BUCKETS[0])[0])}, target)
+    masks, words, vectors = 3 * 4, 2, 4
+    assert found["cnt"] == masks * words * vectors
 
 
 @pytest.mark.parametrize("foreign", VECTOR)
@@ -158,7 +167,7 @@ def test_linears_are_exact_in_emulation(foreign, shapes):
 def test_calls_of_many_tokens_are_exact_in_emulation(foreign):
     """More tokens than a kernel keeps sums of at once."""
     spec, tokens = LinearSpec("bit", 20, 70, 32), 6 * prove.TOKENS
-    (implementation,), case = cpu.implementations(spec, foreign.target), prove.linear_cases(spec)[0]
+    implementation, case = cpu.implementations(spec, foreign.target)[0], prove.linear_cases(spec)[0]
     function = implementation.function(implementation.schedules(cpu.BUCKETS[-1])[0])
     out = torch.empty(tokens, spec.out_features)
     with foreign.load({"kernel": function}) as library:
@@ -205,7 +214,7 @@ def neon():
     if foreign.skip:
         pytest.skip(foreign.skip)
     spec = LinearSpec("bit", 40, 96, 64)
-    (implementation,) = cpu.implementations(spec, foreign.target)
+    implementation = cpu.implementations(spec, foreign.target)[0]
     function = implementation.function(implementation.schedules(cpu.BUCKETS[1])[0])
     return foreign, {"kernel": function}, implementation, prove.linear_cases(spec)[0]
 

@@ -10,12 +10,13 @@ from .isa import InstructionSet, Pair
 
 
 class NeonDotprod(InstructionSet):
-    """128-bit ``tbl`` and ``sdot``, which takes signed weights and sums exactly in int32."""
+    """128-bit ``tbl``, ``cnt``, and ``sdot``, which takes signed weights and sums exactly in int32."""
 
     name = "neon-dotprod"
     lanes = 4
     registers = 32
     offset = 0
+    counts_bits = True
     chains = (2, 1, 4)  # a block has four row vectors, whose tables and sixteen accumulators would spill
 
     def shuffle(self, table: Any, index: Any) -> Any:

@@ -162,7 +162,7 @@ _OPERANDS = {"lut8": Lut8Operand, "popcount": PlaneOperand, "int8": Int8Operand}
 
 @dataclass(frozen=True)
 class VectorLinear:
-    """A linear on a CPU with 8-bit dot products, except for a single token of the layout ``"popcount"``.
+    """A linear on a CPU with 8-bit dot products, which compute all but one token of the layout ``"popcount"``.
 
     Attributes:
         spec: what is computed.
@@ -188,21 +188,22 @@ class VectorLinear:
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
         isa = self.isa
+        # Accumulators plus a few weight and activation vectors should fit the register file.
+        registers, fewest = isa.registers - 2, isa.tokens_per_dot
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
-                for prefetch in (0, 3072, 1024, 6144):
-                    for rows in (16, 32, 64):
+                for prefetch in (0, 3072, 1024, 2048, 4096, 6144, 8192, 12288):
+                    for rows in (16, 32, 48, 64, 96, 128):
                         if padded_rows % rows:
                             continue
                         if self.layout == "popcount":
                             found.append(PopcountSchedule(self.layout, rows, prefetch, parallel))
-                        else:
-                            found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in isa.chains)
+                            continue
+                        fits = [c for c in isa.chains if c * (rows // isa.lanes) <= registers or c == 1]
+                        found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in fits)
                 continue
-            for rows in sorted((32, 16, 64), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
-                # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
-                registers, fewest = isa.registers - 2, isa.tokens_per_dot
+            for rows in sorted((32, 16, 48, 64, 96), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t % fewest == 0]
                 fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
@@ -212,7 +213,7 @@ class VectorLinear:
                     if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
+                    sizes = (16, 8) if bucket.highest <= 16 else (120, 60, 240, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
                     found.extend(GemmSchedule(self.layout, rows, tokens, chunk, parallel) for chunk in chunks)
         return found
@@ -295,7 +296,7 @@ def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
         return [Portable(spec)]
     if spec.kind == "int8":
         return [VectorLinear(spec, target.family, "int8")]
-    counts_bits = INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits and spec.act_bits == 4
+    counts_bits = spec.act_bits == 4 and INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits
     return [VectorLinear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
 
 

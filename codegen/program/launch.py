@@ -7,8 +7,8 @@ segment becomes one TIR function with one parallel region, in which every thread
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
   What a later segment needs is written by the first thread alone, and the others wait.
 
-Weights, KV state and shared results are blocks of bytes; a segment gets the offsets of its tensors as integers. So the
-layers of a model, which differ in nothing else, share one TIR function.
+Weights, KV state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
+layers of a model, which differ in nothing else, share one TIR function, and those that follow one another one launch.
 
 Given::
 
@@ -16,7 +16,7 @@ Given::
 
 Result::
 
-    %workspace = call_tir_inplace(segment, %workspace, %weights, %state, 0, 2304, ...)
+    %workspace = call_tir_inplace(segment, %weights, %state, %workspace, [[0, 2304, ...], [9504, 11808, ...], ...])
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ..errors import KernelError
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
@@ -41,13 +43,13 @@ class _Place:
 
     Attributes:
         block: name of an input, of a block or, for a result, of nothing yet.
-        offset: in bytes within a block: an int, or an expression of symbols.
+        offset: in bytes within a block; in KV state per slot.
         shape, dtype: of the tensor.
         result: number of the kernel result it is (part of), -1 for inputs, weights and state.
     """
 
     block: str
-    offset: Any
+    offset: int
     shape: tuple[Any, ...]
     dtype: str
     result: int = -1
@@ -126,8 +128,11 @@ def _is_call(value: Any, name: str) -> bool:
     return isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "") == name
 
 
-def _offset(value: Any) -> Any:
-    return int(value) if isinstance(value, tirx.IntImm) else value
+def _offset(value: Any) -> int:
+    """The offset of a view: bytes, or for KV state what the number of slots is multiplied with."""
+    factors = [value] if isinstance(value, tirx.IntImm) else [getattr(value, "a", None), getattr(value, "b", None)]
+    (number,) = (int(f) for f in factors if isinstance(f, tirx.IntImm))
+    return number
 
 
 def _has_parallel_loop(statement: Any) -> bool:
@@ -193,6 +198,10 @@ class _Rewrite:
         for i, segment in enumerate(segments):
             for call in segment.calls:
                 self.shared_results.update(r.result for r in call.reads if r.result >= 0 and self.home[r.result] != i)
+        for call in (c for s in segments for c in s.calls if not c.parallel):
+            # The first thread alone runs a kernel of which anything is shared.
+            if any(w.result in self.shared_results for w in call.writes):
+                self.shared_results.update(w.result for w in call.writes)
         self.shared_results.discard(result.result)
         self.offsets, self.workspace = self._plan()
         self.functions: dict[str, Any] = {}
@@ -224,21 +233,22 @@ class _Rewrite:
     def run(self) -> tuple[Any, int]:
         builder = relax.BlockBuilder(self.module)
         parameters = [*self.function.params, relax.Var(WORKSPACE, relax.TensorType([self.workspace], "uint8"))]
+        last = len(self.segments) - 1
+        built = [_SegmentFunction(self, segment, i == last).build() for i, segment in enumerate(self.segments)]
+        calls = [(self._share(builder, function), offsets) for function, offsets in built]
         with builder.function(f"{self.name}_merged", parameters):
             with builder.dataflow():
                 workspace = parameters[-1]
-                for i, segment in enumerate(self.segments):
-                    function, offsets = self._segment(segment, last=i == len(self.segments) - 1)
-                    handle = self._share(builder, function)
-                    arguments = [*parameters[:-1], workspace, *(relax.prim_value(o) for o in offsets)]
-                    if i < len(self.segments) - 1:
-                        kind = relax.TensorType([self.workspace], "uint8")
-                        index = len(parameters) - 1
-                        workspace = builder.emit(relax.call_tir_inplace(handle, arguments, index, kind))
-                    else:
+                for handle, group in itertools.groupby(calls, lambda call: call[0]):
+                    table = relax.const(np.array([offsets for _, offsets in group], np.int64), "int64")
+                    arguments = [*parameters[:-1], workspace, table]
+                    if handle is calls[-1][0]:
                         kind = relax.TensorType(list(self.result.shape), self.result.dtype)
-                        logits = builder.emit_output(relax.call_tir(handle, arguments, kind))
-            builder.emit_func_output(logits)
+                        result = builder.emit_output(relax.call_tir(handle, arguments, kind))
+                    else:
+                        kind, index = relax.TensorType([self.workspace], "uint8"), len(parameters) - 1
+                        workspace = builder.emit(relax.call_tir_inplace(handle, arguments, index, kind))
+            builder.emit_func_output(result)
         module = builder.get()
         merged = module[f"{self.name}_merged"]
         del module[f"{self.name}_merged"]
@@ -256,9 +266,6 @@ class _Rewrite:
         self.functions[key].append((function, handle))
         return handle
 
-    def _segment(self, segment: _Segment, last: bool) -> tuple[PrimFunc, list[Any]]:
-        return _SegmentFunction(self, segment, last).build()
-
 
 def _aligned(place: _Place) -> int:
     size = math.prod(int(d) for d in place.shape) * tvm.DataType(place.dtype).itemsize
@@ -266,7 +273,10 @@ def _aligned(place: _Place) -> int:
 
 
 class _SegmentFunction:
-    """Builds the TIR function of one segment."""
+    """Builds the TIR function of one segment: ``(*inputs, weights, state, workspace, table[, out])``.
+
+    It runs the segment once for every row of ``table``, int64 ``[repeats, offsets]``.
+    """
 
     def __init__(self, rewrite: _Rewrite, segment: _Segment, last: bool):
         self.rewrite, self.segment = rewrite, segment
@@ -289,7 +299,8 @@ class _SegmentFunction:
     def _buffer(self, name: str, shape: Sequence[Any], dtype: str) -> Any:
         return tirx.decl_buffer([self._dimension(d, "int64") for d in shape], dtype, name)
 
-    def build(self) -> tuple[PrimFunc, list[Any]]:
+    def build(self) -> tuple[PrimFunc, list[int]]:
+        """The function and the row of offsets of this segment."""
         private, statements = [], []
         for call in self.segment.calls:
             for write in call.writes:
@@ -298,10 +309,17 @@ class _SegmentFunction:
                     self.private[write.result] = buffer
                     private.append(tirx.AllocBuffer(buffer))
             statements.append(self._inline(call))
-        region = _pragma("parallel_launch_point", tirx.SeqStmt([*private, *statements]))
+        repeats, repeat = tirx.Var("repeats", "int64"), tirx.Var("repeat", "int64")
+        zero = tirx.IntImm("int64", 0)
+        table = tirx.decl_buffer([repeats, tirx.IntImm("int64", len(self.offsets))], "int64", "table")
+        offsets = [
+            tirx.Bind(variable, tirx.BufferLoad(table, [repeat, tirx.IntImm("int64", i)]))
+            for i, variable in enumerate(self.offsets.values())
+        ]
+        loop = tirx.For(repeat, zero, repeats, tirx.ForKind.SERIAL, tirx.SeqStmt([*offsets, *statements]))
+        region = _pragma("parallel_launch_point", tirx.SeqStmt([*private, loop]))
         outputs = [self.out] if self.out is not None else []
-        parameters = [*self.parameters.values(), *self.offsets.values(), *outputs]
-        function = PrimFunc(parameters, region).with_attr("s_tir", True)
+        function = PrimFunc([*self.parameters.values(), table, *outputs], region).with_attr("s_tir", True)
         return function, [offset for _, offset in self.offsets]
 
     def _is_private(self, place: _Place) -> bool:
@@ -337,15 +355,17 @@ class _SegmentFunction:
         if place.result >= 0 and place.result == self.rewrite.result.result:
             return self.out.data
         if place.result >= 0:
-            return self._address(WORKSPACE, self.rewrite.offsets[place.result], place.dtype)
+            return self._address(WORKSPACE, self.rewrite.offsets[place.result])
         if place.block in (WEIGHTS, STATE):
-            return self._address(place.block, place.offset, place.dtype)
+            return self._address(place.block, place.offset)
         return self.parameters[place.block].data
 
-    def _address(self, block: str, offset: Any, dtype: str) -> Any:
-        """A pointer into a block at an offset that the caller passes."""
-        key = (block, offset)
-        variable = self.offsets.setdefault(key, tirx.Var(f"offset_{len(self.offsets)}", "int64"))
+    def _address(self, block: str, offset: int) -> Any:
+        """A pointer into a block, at an offset from the table."""
+        variable = self.offsets.setdefault((block, offset), tirx.Var(f"offset_{len(self.offsets)}", "int64"))
         buffer = self.parameters[block]
-        indices = [variable] if len(buffer.shape) == 1 else [tirx.IntImm("int64", 0), tirx.IntImm("int64", 0), variable]
-        return tirx.address_of(tirx.BufferLoad(buffer, indices))
+        if block != STATE:
+            return tirx.address_of(tirx.BufferLoad(buffer, [variable]))
+        # One sequence: bytes lie in the order of slots within each tensor, not across them.
+        zero, slots = tirx.IntImm("int64", 0), buffer.shape[1]
+        return tirx.address_of(tirx.BufferLoad(buffer, [zero, zero, variable * slots]))

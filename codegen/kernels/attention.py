@@ -26,24 +26,31 @@ SHOWN = 3.0e38
 CAPACITY_MULTIPLE = 16
 """Cache capacities are multiples of this: blocks of keys are read whole."""
 
+SUMS = 24
+"""fp32 sums that the vector registers hold beside what is multiplied; has many divisors."""
+
 _WORD = 4
 _MIN_SCALE = 2.0**-24
 _MAX_HALF = 65504.0
 
 
 def tile_rows(spec: AttentionSpec, queries: int | None) -> int:
-    """Query rows of a task whose fp32 sums fit the vector registers.
+    """Query rows of a task: as many as there are vector registers for one sum each.
 
     Args:
         spec: the attention.
         queries: tokens of a call where that is known.
     """
-    fitting = max(1, 24 // max(1, -(-spec.value_width // CAPACITY_MULTIPLE)))
-    return fitting if queries is None else min(fitting, queries * spec.repeat)
+    return SUMS if queries is None else min(SUMS, queries * spec.repeat)
 
 
 class _Kernel:
-    """Builds the statements of one attention kernel for vectors of ``lanes`` fp32 lanes and tiles of ``tile`` rows."""
+    """Builds the statements of one attention kernel for vectors of ``lanes`` fp32 lanes and tiles of ``tile`` rows.
+
+    Attributes:
+        value_rows: rows of a tile whose weighted values are summed at once, because their sums fit the registers.
+        out_vectors: vectors of a row's sums.
+    """
 
     def __init__(self, spec: AttentionSpec, lanes: int, tile: int):
         self.spec, self.lanes, self.tile = spec, lanes, tile
@@ -53,6 +60,8 @@ class _Kernel:
         self.word_type = "float32" if spec.bits == 16 else "int32"
         self.value_vectors = -(-self.value_bytes // lanes)
         self.out_vectors = self.value_vectors * (2 if spec.bits == 4 else 1)
+        fitting = max(1, SUMS // self.out_vectors)
+        self.value_rows = max(rows for rows in range(1, fitting + 1) if tile % rows == 0)
 
     def all(self, value: Any) -> Any:
         return T.broadcast(value, self.lanes)
@@ -165,15 +174,18 @@ class _Kernel:
             T.buffer_store(buffer, T.cast(params[b, h, first + lane, 1], "float32"), [self.lanes + lane])
 
     def add_value(
-        self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any
+        self, value_codes: Any, row: Any, scores: Any, sums: Any, first: Any, stride: Any, b: Any, h: Any, key: Any
     ) -> None:
-        """Adds one value, weighted by every row's score, to the rows' sums; low and high nibbles apart at 4 bits."""
+        """Adds one value, weighted by the scores of :attr:`value_rows` rows from ``first`` on, to the rows' sums.
+
+        At 4 bits the sums of low nibbles come before those of high ones.
+        """
         lanes, bits = self.lanes, self.spec.bits
         padded = self.value_bytes % lanes != 0
         if padded:
             with T.serial(self.value_bytes) as i:
                 T.buffer_store(row, value_codes[b, h, key, i], [i])
-        weights = [T.Bind(self.all(scores[r * stride + key])) for r in range(self.tile)]
+        weights = [T.Bind(self.all(scores[(first + r) * stride + key])) for r in range(self.value_rows)]
         for i in range(self.value_vectors):
             stored = T.Bind(row[self.at(i * lanes)] if padded else value_codes[b, h, key, self.at(i * lanes)])
             if bits == 4:
@@ -183,7 +195,7 @@ class _Kernel:
                 parts = [T.cast(stored, self.int32) if bits == 8 else stored]
             for j, part in enumerate(parts):
                 channels = T.Bind(T.cast(part, self.float32))
-                for r in range(self.tile):
+                for r in range(self.value_rows):
                     where = self.at((r * self.out_vectors + j * self.value_vectors + i) * lanes)
                     T.buffer_store(sums, sums[where] + channels * weights[r], [where])
 
@@ -194,12 +206,13 @@ class _Kernel:
         return d
 
     def soften(
-        self, scores: Any, limits: Any, lane_buffer: Any, totals: Any, zeros: Any, factors: Any, value_params: Any,
-        row: Any, slot: Any, stride: Any, blocks: Any, b: Any, h: Any,
+        self, scores: Any, limits: Any, lane_buffer: Any, totals: Any, zeros: Any, value_factors: Any,
+        row: Any, slot: Any, stride: Any, blocks: Any,
     ) -> None:  # fmt: skip
         """One row's scores to softmax numerators times value scales; their sum, and that of the zero points' share.
 
-        ``slot`` is the query's own; ``limits`` are upper bounds of scores.
+        ``slot`` is the query's own; ``limits`` are upper bounds of scores; ``value_factors`` the scales of the values
+        and, ``stride`` behind them, their zero points.
         """
         lanes, window = self.lanes, self.spec.window
         scaled = self.spec.bits < 16
@@ -227,14 +240,13 @@ class _Kernel:
             share = T.Bind(T.Select(score > self.all(T.float32(HIDDEN)), power, self.all(T.float32(0))))
             T.buffer_store(lane_buffer, lane_buffer[self.at(0)] + share, [self.at(0)])
             if scaled:
-                self.factors(value_params, factors, b, h, i * lanes)
+                scale = value_factors[self.at(i * lanes)]
+                zero = value_factors[self.at(stride + i * lanes)]
                 # A slot that was never written may hold anything; its share is zero, and so must its product be.
-                product = share * factors[self.at(0)]
+                product = share * scale
                 weighted = T.Bind(T.Select(share > self.all(T.float32(0)), product, self.all(T.float32(0))))
                 T.buffer_store(scores, weighted, [where])
-                offset = T.Select(
-                    share > self.all(T.float32(0)), weighted * factors[self.at(lanes)], self.all(T.float32(0))
-                )
+                offset = T.Select(share > self.all(T.float32(0)), weighted * zero, self.all(T.float32(0)))
                 T.buffer_store(lane_buffer, lane_buffer[self.at(lanes)] + offset, [self.at(lanes)])
             else:
                 T.buffer_store(scores, share, [where])
@@ -292,20 +304,18 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
                 y = (y - factors[k.at(lanes)] * k.all(query_sums[r])) * factors[k.at(0)]
             T.buffer_store(scores, y, [k.at(r * stride + first)])
 
-    def weigh(value_codes, scores, stride, sums, count, b, h) -> None:
+    def weigh(value_codes, scores, stride, sums, first, count, b, h) -> None:
         row = T.alloc_buffer((k.value_vectors * lanes,), code_type, scope="local")
-        for i in range(tile * k.out_vectors):
+        for i in range(k.value_rows * k.out_vectors):
             T.buffer_store(sums, k.all(T.float32(0)), [k.at(i * lanes)])
         with T.serial(count) as key:
-            k.add_value(value_codes, row, scores, sums, stride, b, h, key)
+            k.add_value(value_codes, row, scores, sums, first, stride, b, h, key)
 
-    def store(out, sums, totals, zeros, b, h, first, last_row) -> None:
-        with T.serial(T.min(tile, last_row + 1 - first)) as r:
-            row = T.Bind(first + r)
-            inverse = T.Bind(T.Select(totals[r] > T.float32(0), T.float32(1) / totals[r], T.float32(0)))
-            with T.serial(value_width) as d:
-                y = sums[r * (k.out_vectors * lanes) + k.channel(d)] - zeros[r]
-                T.buffer_store(out, y * inverse, [b, h * repeat + row % repeat, row // repeat, d])
+    def store(out, sums, totals, zeros, b, h, row, local) -> None:
+        inverse = T.Bind(T.Select(totals[local] > T.float32(0), T.float32(1) / totals[local], T.float32(0)))
+        with T.serial(value_width) as d:
+            y = sums[local % k.value_rows * (k.out_vectors * lanes) + k.channel(d)] - zeros[local]
+            T.buffer_store(out, y * inverse, [b, h * repeat + row % repeat, row // repeat, d])
 
     def attend(
         query, key_codes, key_params, value_codes, value_params, key_mask, out, b, h, first, length, past, stride
@@ -322,22 +332,30 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         lane_buffer = T.alloc_buffer((2 * lanes,), "float32", scope="local")
         totals = T.alloc_buffer((tile,), "float32", scope="local")
         zeros = T.alloc_buffer((tile,), "float32", scope="local")
-        value_sums = T.alloc_buffer((tile * k.out_vectors * lanes,), "float32", scope="local")
+        value_sums = T.alloc_buffer((k.value_rows * k.out_vectors * lanes,), "float32", scope="local")
         scores = T.alloc_buffer((tile * stride,), "float32")
         limits = T.alloc_buffer((stride,), "float32")
+        value_factors = T.alloc_buffer((2 * stride,), "float32")
         load_queries(query, queries, query_sums, b, h, first, last_row)
         with T.serial(blocks * lanes) as j:
             shown = key_mask[b, T.min(j, count - 1)] != T.int64(0)
             T.buffer_store(limits, T.Select(shown, T.float32(SHOWN), T.float32(HIDDEN)), [j])
+            if scaled:
+                for i in range(2):
+                    factor = T.cast(value_params[b, h, j, i], "float32")
+                    T.buffer_store(value_factors, factor, [i * stride + j])
         with T.serial(blocks) as i:
             score(
                 key_codes, key_params, block, factors, queries, query_sums, sums, scores, stride, b, h, i * lanes
             )  # fmt: skip
         with T.serial(tile) as r:
             slot = T.Bind(past + T.min(first + r, last_row) // repeat)
-            k.soften(scores, limits, lane_buffer, totals, zeros, factors, value_params, r, slot, stride, blocks, b, h)
-        weigh(value_codes, scores, stride, value_sums, count, b, h)
-        store(out, value_sums, totals, zeros, b, h, first, last_row)
+            k.soften(scores, limits, lane_buffer, totals, zeros, value_factors, r, slot, stride, blocks)
+        with T.serial(tile // k.value_rows) as part:
+            weigh(value_codes, scores, stride, value_sums, part * k.value_rows, count, b, h)
+            with T.serial(T.min(k.value_rows, T.max(last_row + 1 - first - part * k.value_rows, 0))) as r:
+                local = T.Bind(part * k.value_rows + r)
+                store(out, value_sums, totals, zeros, b, h, first + local, local)
 
     @T.prim_func(s_tir=True)
     def kernel(

@@ -126,7 +126,17 @@ def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
         if not isinstance(plan.get(rows).extent, tirx.IntImm):
             plan.parallel(rows)
     _vectorize(plan, columns, lanes)
-    return plan.mod["main"].with_attr(dict(function.attrs))
+    # Intermediate results shrink to what one row needs. Kernels skip this: their buffers are as small as they get.
+    lowered = tvm.transform.Sequential(
+        [
+            s_tir.transform.LowerInitBlock(),
+            s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+            s_tir.transform.ConvertBlocksToOpaque(),
+            s_tir.transform.CompactBufferAllocation(),
+        ]
+    )
+    with tvm.transform.PassContext():
+        return lowered(plan.mod)["main"].with_attr(dict(function.attrs))
 
 
 def _possible(primitive: Callable[..., None], *arguments: Any) -> bool:

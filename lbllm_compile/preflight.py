@@ -20,6 +20,7 @@ from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.truncate import first_layer_only
+from lbllm_compile.runtime.prepare import build_native, workshop
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ def rehearse(
             task.advance(item.name)
         if "lower" in names:
             start = time.perf_counter()
-            build_kernels(after, targets, trials=0)
+            kernels = build_kernels(after, targets, trials=0)
             steps.append(Step("kernels", time.perf_counter() - start))
+            start = time.perf_counter()
+            with workshop() as folder:
+                build_native(after, kernels.host, folder)
+            steps.append(Step("native program", time.perf_counter() - start))
         task.advance("kernels")
     return Rehearsal(tuple(steps), layers, complete=True)

@@ -66,6 +66,11 @@ __all__ = [
 
 VERSION: str = tvm.__version__
 
+# TVM's annotations admit less than its functions take: lists of numbers, say, where they name expressions.
+relax: Any = relax
+s_tir: Any = s_tir
+tirx: Any = tirx
+
 
 def llvm_version() -> str:
     """The major version of the LLVM inside TVM."""
@@ -86,7 +91,7 @@ def symbolic_dimension(name: str) -> Any:
     return tvm.tirx.Var(name, "int64")
 
 
-def renew_definitions(function: PrimFunc) -> PrimFunc:
+def renew_definitions(function: PrimFunc) -> Any:
     """The same function with variables and buffers of its own."""
     return tvm_ffi.get_global_func("s_tir.RenewDefs")(function)
 

@@ -60,7 +60,7 @@ class _Call:
     """One kernel call: the kernel, what it reads and the results it writes, in the order of its parameters."""
 
     name: str
-    kernel: PrimFunc
+    kernel: Any
     reads: list[_Place]
     writes: list[_Place]
     parallel: bool
@@ -130,7 +130,7 @@ def _is_call(value: Any, name: str) -> bool:
 
 def _offset(value: Any) -> int:
     """The offset of a view: bytes, or for KV state what the number of slots is multiplied with."""
-    factors = [value] if isinstance(value, tirx.IntImm) else [getattr(value, "a", None), getattr(value, "b", None)]
+    factors: list[Any] = [value] if isinstance(value, tirx.IntImm) else [value.a, value.b]
     (number,) = (int(f) for f in factors if isinstance(f, tirx.IntImm))
     return number
 
@@ -204,7 +204,7 @@ class _Rewrite:
                 self.shared_results.update(w.result for w in call.writes)
         self.shared_results.discard(result.result)
         self.offsets, self.workspace = self._plan()
-        self.functions: dict[str, Any] = {}
+        self.functions: dict[int, list[tuple[PrimFunc, Any]]] = {}
 
     def _plan(self) -> tuple[dict[int, int], int]:
         """Offsets of shared results in the workspace: those of a segment lie side by side, and what no later segment
@@ -319,8 +319,8 @@ class _SegmentFunction:
         loop = tirx.For(repeat, zero, repeats, tirx.ForKind.SERIAL, tirx.SeqStmt([*offsets, *statements]))
         region = _pragma("parallel_launch_point", tirx.SeqStmt([*private, loop]))
         outputs = [self.out] if self.out is not None else []
-        function = PrimFunc([*self.parameters.values(), table, *outputs], region).with_attr("s_tir", True)
-        return function, [offset for _, offset in self.offsets]
+        function: Any = PrimFunc([*self.parameters.values(), table, *outputs], region)
+        return function.with_attr("s_tir", True), [offset for _, offset in self.offsets]
 
     def _is_private(self, place: _Place) -> bool:
         rewrite = self.rewrite
@@ -353,6 +353,7 @@ class _SegmentFunction:
         if place.result in self.private:
             return self.private[place.result].data
         if place.result >= 0 and place.result == self.rewrite.result.result:
+            assert self.out is not None
             return self.out.data
         if place.result >= 0:
             return self._address(WORKSPACE, self.rewrite.offsets[place.result])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -158,8 +158,7 @@ class NativeProgram:
             raise KernelError(f"the stored program {directory} is damaged ({error}); delete it") from error
         self.machine = Machine(directory / LIBRARY)
         self._weights = self.machine.tensor(self._block)
-        members = [(m, m.shape, m.offset) for m in self.description.weights]
-        self._weight_tuple = self.machine.tuple([_view(self._block, *m) for m in members])
+        self._weight_tuple = self.machine.tuple([_view(self._block, m, m.offset, {}) for m in self.description.weights])
 
     def session(self, batch: int, capacity: int = 0) -> NativeSession:
         """An empty conversation with ``batch`` sequences and room for ``capacity`` tokens, which grows."""
@@ -175,7 +174,9 @@ class NativeProgram:
         return array(function(*arguments, self._weight_tuple, state.tuple))
 
 
-def _view(block: np.ndarray, member: Member, shape: Sequence[int], offset: int) -> np.ndarray:
+def _view(block: np.ndarray, member: Member, offset: int, sizes: Mapping[str, int]) -> np.ndarray:
+    """A tensor of a block; ``sizes`` are what its symbols stand for."""
+    shape = [sizes[d] if isinstance(d, str) else d for d in member.shape]
     dtype = np.dtype(member.dtype)
     return block[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
@@ -201,10 +202,7 @@ class State:
         description, machine = program.description, program.machine
         memory = _aligned(batch * self.capacity * description.state_bytes)
         sizes = {"batch": batch, "capacity": self.capacity}
-        self.arrays = [
-            _view(memory, m, [sizes[d] if isinstance(d, str) else d for d in m.shape], m.offset * batch * self.capacity)
-            for m in description.state
-        ]
+        self.arrays = [_view(memory, m, m.offset * batch * self.capacity, sizes) for m in description.state]
         self.block = machine.tensor(memory.reshape(batch, self.capacity, description.state_bytes))
         self.tuple = machine.tuple(self.arrays)
         self._workspaces: dict[str, Any] = {}

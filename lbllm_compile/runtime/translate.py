@@ -40,7 +40,7 @@ from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.passes.rewrite import Node, calls, constant, is_constant, is_node
+from lbllm_compile.passes.rewrite import Node, argument, calls, constant, is_constant, is_node
 from lbllm_compile.runtime.executor import (
     KERNEL_TARGETS,
     last_token_graph,
@@ -371,11 +371,11 @@ def _cut(t: _Translator, x: Value, axis: int, start: int, end: Any) -> Value:
 
 
 def _slice(t: _Translator, node: Node) -> Value:
-    x = t.value(node.args[0])
-    axis, start, end, step = (*node.args[1:], *(0, None, sys.maxsize, 1)[len(node.args) - 1 :])
+    x, axis = t.value(node.args[0]), argument(node, 1, "dim", 0)
+    start = t.value(argument(node, 2, "start")) or 0
+    end = t.value(argument(node, 3, "end"))
     size = builder.shape(x)[axis]
-    start, end = t.value(start) or 0, t.value(end)
-    if step != 1:
+    if argument(node, 4, "step", 1) != 1:
         raise _refusal(node, "a slice with steps has no translation")
     if end is None or (isinstance(end, int) and end >= sys.maxsize):
         end = size
@@ -459,10 +459,12 @@ def _gelu(t: _Translator, node: Node) -> Value:
 
 
 def _layer_norm(t: _Translator, node: Node) -> Value:
-    x, sizes, weight, bias, epsilon = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
+    x, sizes = node.args[:2]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     if weight is None or bias is None:
         raise _refusal(node, "a layer norm without weight and bias has no translation")
-    axes = [-(i + 1) for i in reversed(range(len(sizes)))]
+    axes = list(range(-len(sizes), 0))
+    epsilon = argument(node, 4, "eps", 1e-5)
     return t.emit(relax.op.nn.layer_norm(t.value(x), t.value(weight), t.value(bias), axes, epsilon))
 
 

@@ -340,7 +340,7 @@ def test_damaged_artifacts(good: Path, here: Path, name: str) -> None:
 def test_what_is_no_artifact(good: Path, here: Path) -> None:
     assert "no artifact at 'nowhere'" in fails("run", "nowhere", "--prompt", "w1")
     assert "not an lbllm artifact" in fails("run", ".", "--prompt", "w1")
-    assert "is no artifact" in fails("inspect", ".")
+    assert "not an lbllm artifact" in fails("inspect", ".")
     assert "missing option '--prompt'" in fails("run", str(good))
     assert "no graph of a pass 'lowr' (did you mean 'lower'?)" in fails("inspect", str(good), "--pass", "lowr")
     assert "no decoder layer 7" in fails("inspect", str(good), "--layer", "7")

@@ -233,7 +233,7 @@ def _read_json_lines(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    _require("pyarrow", f"reading '{path}'")
+    _require("pyarrow", "data", f"reading '{path}'")
     import pyarrow
     import pyarrow.parquet
 
@@ -248,7 +248,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _read_data_set(name: str) -> Iterator[str]:
-    _require("datasets", f"reading the data set '{name}'")
+    _require("datasets", "hub", f"reading the data set '{name}'")
     import datasets  # pyright: ignore[reportMissingImports]
 
     try:
@@ -264,9 +264,11 @@ def _read_data_set(name: str) -> Iterator[str]:
         raise CalibrationError(f"the data set '{name}' cannot be read: {reason}") from error
 
 
-def _require(package: str, purpose: str) -> None:
+def _require(package: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise CalibrationError(f"{purpose} needs the package {package}; install it with `pip install {package}`")
+        raise CalibrationError(
+            f"{purpose} needs the package {package}; install it with `pip install 'lbllm-compile[{extra}]'`"
+        )
 
 
 def _sequences_of_text(

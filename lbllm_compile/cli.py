@@ -67,8 +67,8 @@ class VerbGroup(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            _fail(f"interrupted{_where()}; run the same command again to resume", EXIT_INTERRUPTED, debug)
+        except KeyboardInterrupt as error:
+            _fail(f"interrupted{_where()}{_kept(error)}", EXIT_INTERRUPTED, debug)
         except _UsageError as error:
             _fail(_usage_text(error), EXIT_USER, debug)
         except LbllmError as error:
@@ -83,9 +83,9 @@ class VerbGroup(TyperGroup):
             _fail(f"cannot access{where}: {error.strerror or error}", EXIT_USER, debug)
         except ImportError as error:
             _fail(f"{error}; `lbllm-compile doctor` says which packages are broken or missing", EXIT_BUG, debug)
-        except MemoryError:
-            _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
         except Exception as error:
+            if _is_lack_of_memory(error):
+                _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
             text = str(error).strip().splitlines()
             reason = f"{type(error).__name__}{': ' + text[0] if text else ''}"
             _fail(
@@ -108,7 +108,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line of the process."""
     app(prog_name="lbllm-compile")
 
 
@@ -319,19 +319,23 @@ def run(
     import time
 
     with _terminal(as_json) as ui:
-        from lbllm_compile.runtime import Sampling, load
+        from lbllm_compile import artifact, runtime
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        Sampling(max_new_tokens=max_tokens, **options)  # refuses what is out of range before anything is loaded
+        # What is out of range is refused before anything is loaded, a prompt that does not fit before kernels are built.
+        options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = runtime.Sampling(**options, seed=seed)
         text = _read_prompt() if prompt[0] == "-" else prompt[0]
-        model = load(directory, progress=ui.progress)
-        chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
-        ids = model.encode(text, chat=chat)
+        loaded = artifact.load(directory)
+        tokenizer = loaded.program.tokenizer
+        chat = not raw and bool(getattr(tokenizer, "chat_template", None))
+        ids = runtime.encode(tokenizer, text, chat=chat)
+        runtime.check_prompts(loaded.program, [ids], sampling)
+        model = runtime.load(loaded, progress=ui.progress)
         start = time.perf_counter()
         pieces: list[str] = []
-        for piece in model.stream(ids, max_new_tokens=max_tokens, **options):
+        for piece in model.stream(ids, **options, seed=seed):
             pieces.append(piece)
             if not ui.json:
                 ui.stdout.write(piece)
@@ -512,11 +516,27 @@ def _usage_text(error: Any) -> str:
 
 
 def _where() -> str:
-    """Where an interrupt hit, e.g. `` in stage 2, layer 3 of 30 (what is finished is kept)``."""
+    """Where an interrupt hit, e.g. `` in stage 2: training weights, 3 of 30``."""
     stopped = _active[0].progress.stopped if _active else None
     if stopped is None:
         return ""
-    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total} (what is finished is kept)"
+    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total}"
+
+
+def _kept(error: KeyboardInterrupt) -> str:
+    """What a compile has finished (:class:`lbllm_compile.driver.Interrupted`); nothing where there is nothing."""
+    count = getattr(error, "kept", 0)
+    pieces = "one finished piece of work is" if count == 1 else f"{count} finished pieces of work are"
+    return f"; {pieces} kept, run the same command again to resume" if count else ""
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch says so by a plain RuntimeError on the CPU and by one of its own on a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

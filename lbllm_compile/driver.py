@@ -121,6 +121,18 @@ class CompileReport:
         }
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of a compile that had begun.
+
+    Attributes:
+        kept: finished pieces of work that the same compile will take over.
+    """
+
+    def __init__(self, kept: int):
+        super().__init__()
+        self.kept = kept
+
+
 class Clock:
     """Wall time by phase."""
 
@@ -220,8 +232,10 @@ def compile(
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
         clock.lap("speed and size sheet")
-    except BaseException:
+    except BaseException as error:
         work.release()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(sum(work.finished().values())) from error
         raise
     work.remove()
     return CompileReport(job.out, records, figures, work.reused, clock.seconds, peak_memory())

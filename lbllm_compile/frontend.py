@@ -225,7 +225,7 @@ _END = object()
 
 
 def _iterated(path: Path, name: str, hook: Callable[[], Any] | None) -> Callable[[], Iterator[Any]] | None:
-    """A hook that gives an iterable, as a function whose iterator answers every mistake of the user's in one sentence."""
+    """A hook that gives an iterable, as a function whose iterator answers every mistake in one sentence."""
     if hook is None:
         return None
 

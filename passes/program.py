@@ -59,6 +59,15 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can attend to, as its configuration says; None where it does not say."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = self.config.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
     def with_module(self, module: fx.GraphModule, **metadata: Any) -> Program:
         """The same program around another graph, with ``metadata`` added."""
         return replace(self, module=module, metadata={**self.metadata, **metadata})

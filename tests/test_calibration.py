@@ -212,7 +212,9 @@ def test_bad_texts(
         calibration.prepare(model, program, str(path), length=32)
 
 
-@pytest.mark.parametrize(("source", "package"), [("{}/a.parquet", "pyarrow"), ("hf:wikitext", "datasets")])
+@pytest.mark.parametrize(
+    ("source", "package", "extra"), [("{}/a.parquet", "pyarrow", "data"), ("hf:wikitext", "datasets", "hub")]
+)
 def test_missing_packages_are_named(
     model: UserModel,
     program: SimpleNamespace,
@@ -220,10 +222,13 @@ def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch,
     source: str,
     package: str,
+    extra: str,
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(CalibrationError, match=f"needs the package {package}; install it with `pip install {package}`"):
+    with pytest.raises(
+        CalibrationError, match=rf"package {package}; install it with `pip install 'lbllm-compile\[{extra}\]'`"
+    ):
         calibration.prepare(model, program, source.format(tmp_path))
 
 

@@ -321,7 +321,7 @@ def test_damaged_directories(tmp_path: Path, damage: Callable[[Path], None], mes
     ["none.py", "none.gguf", "none", "./none", "examples/none", "org/none.py", "/none/none", "a/b/c", "nobody/nothing"],
 )
 def test_missing_files_never_become_downloads(name: str) -> None:
-    with pytest.raises(ModelError, match="there is no file or directory.*hf:ORG/NAME"):
+    with pytest.raises(ModelError, match=r"there is no file or directory.*hf:ORG/NAME"):
         frontend.load(name)
 
 

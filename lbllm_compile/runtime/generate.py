@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import one_torch_thread
+from lbllm_compile.passes.base import MAX_SEED
+from lbllm_compile.passes.program import Program
 
 FEW_TOKENS = 16
 """Up to this many tokens a step, torch's operators between the kernels are too small to share among threads."""
@@ -51,8 +54,47 @@ class Sampling:
             raise GenerationError(f"the temperature is {self.temperature}; use 0 (greedy) or more")
         if self.top_k < 0:
             raise GenerationError(f"top_k is {self.top_k}; use 0 (all tokens) or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise GenerationError(f"the seed is {self.seed}; use 0 to {MAX_SEED}")
         if not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"top_p is {self.top_p}; use a probability above 0 and at most 1")
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Token ids of a prompt; with ``chat`` as a user's turn in the tokenizer's chat template.
+
+    Raises:
+        GenerationError: there is no tokenizer, or no chat template.
+    """
+    if tokenizer is None:
+        raise GenerationError("the model has no tokenizer; pass token ids instead of text")
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_prompts(program: Program, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Checks that a model can answer prompts of token ids; needs no kernels.
+
+    Raises:
+        GenerationError: it is no language model, a prompt is empty, or does not fit the context with the new tokens.
+    """
+    if program.kind != "causal-lm":
+        raise GenerationError("the model is not a language model; call it on its inputs instead")
+    if not prompts or any(not len(p) for p in prompts):
+        raise GenerationError("the prompt is empty; give at least one token")
+    longest, limit = max(len(p) for p in prompts), program.context_length
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise GenerationError(
+            f"the prompt has {longest} tokens and {sampling.max_new_tokens} more were asked for, but the model's"
+            f" context holds {limit}; "
+            + ("shorten the prompt" if longest >= limit else f"ask for at most {limit - longest}")
+        )
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

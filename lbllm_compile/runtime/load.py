@@ -11,12 +11,16 @@ from lbllm_compile.runtime.model import CompiledModel
 
 
 def load(
-    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Progress | None = None
+    directory: str | Path | artifact.Artifact,
+    *,
+    target: str = "cpu",
+    kernels: Kernels | None = None,
+    progress: Progress | None = None,
 ) -> CompiledModel:
     """Loads an artifact: checks it, builds and proves its kernels on this machine, packs its weights.
 
     Args:
-        directory: what a compile wrote.
+        directory: what a compile wrote; or that, already read and checked.
         target: what to run on; ``cpu`` picks the best kernels of this machine.
         kernels: kernels to use instead of building them (they must cover the program's).
         progress: told about each kernel.
@@ -26,7 +30,7 @@ def load(
         KernelError: a kernel cannot be built or proved here. There is no slow path.
         TargetError: this machine cannot run the target.
     """
-    loaded = artifact.load(directory)
+    loaded = directory if isinstance(directory, artifact.Artifact) else artifact.load(directory)
     return CompiledModel(loaded.program, kernels or build_kernels(loaded, target, progress))
 
 
@@ -40,8 +44,10 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     from lbllm_compile.codegen.build import KernelSet
     from lbllm_compile.codegen.targets import Target
 
-    needed = requirements(loaded.program)
-    records = loaded.records if isinstance(loaded.records, list) else None
-    return KernelSet.build(
-        needed.linears, needed.quantizers, Target.parse(target), trials=0, records=records, progress=progress
-    )
+    needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
+    if progress is not None and not any(record["target"] == chosen.name for record in records):
+        progress.note(
+            f"the artifact was not tuned for {chosen.name}; its kernels take the first schedule that works, which may"
+            f" be slow (compile with --target {chosen.name} to tune them)"
+        )
+    return KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)

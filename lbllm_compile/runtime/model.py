@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lbllm_compile.passes.program import STATE, Program
 from lbllm_compile.runtime.executor import Executor, Kernels
-from lbllm_compile.runtime.generate import GenerationError, Sampling, TextStream, tokens
+from lbllm_compile.runtime.generate import GenerationError, Sampling, TextStream, check_prompts, encode, tokens
 from lbllm_compile.runtime.state import KVState, left_pad, positions
 
 
@@ -37,11 +37,7 @@ class CompiledModel:
     @property
     def context_length(self) -> int | None:
         """Tokens the model can attend to, as its configuration says; None where it does not say."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = self.program.config.get(key)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        return self.program.context_length
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """The graph's output on a plain module's inputs, by position or name; on a language model's, all logits.
@@ -77,16 +73,7 @@ class CompiledModel:
         Raises:
             GenerationError: there is no tokenizer, or no chat template.
         """
-        if self.tokenizer is None:
-            raise GenerationError("the model has no tokenizer; pass token ids instead of text")
-        if not chat:
-            return self.tokenizer(prompt)["input_ids"]
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, prompt, chat=chat)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -108,20 +95,10 @@ class CompiledModel:
         Raises:
             GenerationError: a prompt is empty, or does not fit the context together with the new tokens.
         """
-        if not self.is_language_model:
-            raise GenerationError("the model is not a language model; call it on its inputs instead")
         sampling = sampling or Sampling()
-        if not prompts or any(not len(p) for p in prompts):
-            raise GenerationError("the prompt is empty; give at least one token")
-        longest, limit = max(len(p) for p in prompts), self.context_length
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise GenerationError(
-                f"the prompt has {longest} tokens and {sampling.max_new_tokens} more were asked for, but the model's"
-                f" context holds {limit}; "
-                + ("shorten the prompt" if longest >= limit else f"ask for at most {limit - longest}")
-            )
+        check_prompts(self.program, prompts, sampling)
         ids, mask = left_pad(prompts)
-        session = self.session(len(prompts), longest + sampling.max_new_tokens)
+        session = self.session(len(prompts), ids.shape[1] + sampling.max_new_tokens)
         session.start(mask)
         return tokens(session.step, ids, sampling, self.stop_tokens() if stop is None else stop)
 

@@ -261,7 +261,7 @@ def listed_files(directory: Path) -> dict[str, Any]:
 
 
 def compiled_here(loaded: Artifact) -> bool:
-    """Whether this user's cache records the artifact as written here, so that the source it names is the user's word."""
+    """Whether this user's cache records the artifact as written here: then the source it names is the user's word."""
     return (_own_artifacts() / loaded.digest).is_file()
 
 

@@ -323,7 +323,7 @@ def run(
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
-        # What is out of range is refused before anything is loaded, a prompt that does not fit before kernels are built.
+        # What is out of range is refused before anything is read, a prompt that does not fit before kernels are built.
         options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = runtime.Sampling(**options, seed=seed)
         text = _read_prompt() if prompt[0] == "-" else prompt[0]

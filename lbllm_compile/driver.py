@@ -29,6 +29,7 @@ from lbllm_compile.passes.base import MAX_SEED, Pass, PassContext
 from lbllm_compile.passes.pipeline import Listener, PassRecord
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.report import stages
 from lbllm_compile.runtime.model import CompiledModel
 
 REHEARSAL_TOKENS = 64
@@ -115,6 +116,7 @@ class CompileReport:
             "out": str(self.out),
             "passes": [dataclasses.asdict(r) for r in self.records],
             "sheet": dict(self.sheet),
+            "stages": [dataclasses.asdict(v) for v in stages.verdicts(self.records)],
             "resumed": self.resumed,
             "seconds": dict(self.seconds),
             "peak_memory": self.peak_memory,

@@ -39,7 +39,7 @@ from torch import Tensor
 from lbllm_compile.codegen.cache import cache_directory, write_failure
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.passes import graph_json
-from lbllm_compile.passes.contracts import Propagation, describe
+from lbllm_compile.passes.contracts import Propagation, describe, first_line
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.rewrite import calls
@@ -477,7 +477,9 @@ def _check_shapes(program: Program) -> None:
     try:
         propagation.shapes(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids})
     except Exception as error:
-        raise ArtifactError(f"the graph does not run at {describe(propagation.current)}: {str(error)[:200]}") from error
+        raise ArtifactError(
+            f"the graph does not run at {describe(propagation.current)}: {first_line(error)[:200]}"
+        ) from error
 
 
 def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..codegen.errors import LbllmError
 from . import dump, exact
 from .base import Pass
 from .program import Program
+
+
+_fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class ContractError(LbllmError):
@@ -48,13 +52,17 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
         shapes = propagation.shapes(program, probe)
     except Exception as error:
         node = propagation.current
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ContractError(
-            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {reason}",
+            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {first_line(error)}",
             dump.excerpt(program, node) if node is not None else "",
         ) from error
     for node, text in shapes.items():
         node.meta["shape"] = text
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class Propagation(fx.Interpreter):
@@ -76,8 +84,13 @@ class Propagation(fx.Interpreter):
         arguments = [
             mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(inputs)
         ]
-        with mode, torch.no_grad():
-            self.run(*arguments)
+        # What fails is raised; torch would also log it, with a traceback.
+        silenced, _fake_log.disabled = _fake_log.disabled, True
+        try:
+            with mode, torch.no_grad():
+                self.run(*arguments)
+        finally:
+            _fake_log.disabled = silenced
         return self._shapes
 
     def run_node(self, n: fx.Node) -> Any:

@@ -1,8 +1,8 @@
 """Whether the training stages did their part, judged by what they measured on held-out sequences.
 
-Stage 2 should lower the reconstruction error of most layers markedly, and change planes in doing so: an error that falls
-while no sign and no bitmap flips has another cause. What follows, stage 3 and ``finetune``, should bring the whole
-model's output closer to the original's.
+Stage 2 should lower the reconstruction error of most layers markedly, and change planes in doing so: an error that
+falls while no sign and no bitmap flips has another cause. What follows, stage 3 and ``finetune``, should bring the
+whole model's output closer to the original's.
 """
 
 from __future__ import annotations

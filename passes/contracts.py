@@ -17,7 +17,6 @@ from . import dump, exact
 from .base import Pass
 from .program import Program
 
-
 _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 
 

@@ -101,8 +101,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turn a causal language model into W(1+1)A4 and run it on generated kernels.\n\n"
     "`lbllm-compile MODEL` is short for `lbllm-compile compile MODEL`. MODEL is a model.py (it is Python and it runs: "
-    "name only files you trust), a Hugging Face directory, a .gguf file or a hub id; write ./run for a file that is "
-    "named like a verb.",
+    "name only files you trust), a Hugging Face directory, a .gguf file or a hub id as hf:ORG/NAME; write ./run for "
+    "a file that is named like a verb.",
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
 
@@ -114,7 +114,9 @@ def main() -> None:
 
 # Options that several verbs share.
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hub id")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")
+]
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile wrote")]
 Target = Annotated[
     str, typer.Option("--target", "-t", help="where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas")

@@ -44,7 +44,7 @@ class CompileOptions:
     """What the command line of a compile can say.
 
     Attributes:
-        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id.
+        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id as ``hf:ORG/NAME``.
         target: what to generate kernels for; several separated by commas.
         out: the directory to write; ``<model name>-lbllm`` by default.
         recipe, preset: see :mod:`lbllm_compile.recipe`.

@@ -270,7 +270,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error, frame=False)}") from error
-    return prepare(UserModel(module, "causal-lm", name, source, tokenizer))
+    return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
 
 
 def _refuse_quantized(directory: Path) -> None:

@@ -97,6 +97,24 @@ def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_a_constant_may_mask_with_minus_infinity(tmp_path):
+    mask = torch.full((3, 40), 0.0)
+    mask[0, 0] = -torch.inf
+
+    def forward(root, input_ids):
+        return aten.linear.default(aten.embedding.default(root.embed.weight, input_ids), root.mask)
+
+    for value, good in ((-torch.inf, True), (torch.inf, False), (torch.nan, False)):
+        mask[0, 0] = value
+        item = program({"embed.weight": normal(11, 40), "mask": mask.clone()}, forward, head="embed")
+        artifact.save(item, tmp_path / "out", lock=LOCK)
+        if good:
+            artifact.load(tmp_path / "out")
+            continue
+        with pytest.raises(ArtifactError, match="'mask' has NaN or infinite values"):
+            artifact.load(tmp_path / "out")
+
+
 def test_large_weights_are_sharded(tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "SHARD_BYTES", 500)
     item = lowered()

@@ -86,6 +86,69 @@ def test_samples(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> 
     assert other.sha256 != data.sha256
 
 
+def test_sampling_goes_on_behind_the_chunks_that_were_finished(
+    model: UserModel, program: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK_BYTES", 4 * calibration._cache_bytes(model.module.config, 10))
+    options = {"tokens": 80, "validation_tokens": 20, "length": 10}
+    whole = calibration.prepare(model, program, **options, cache_dir=tmp_path / "whole")
+    assert len(list((tmp_path / "whole").iterdir())) == 3, "10 sequences, 4 at once"
+    assert len({tuple(row) for row in rows(whole)}) == 10
+
+    class Interrupts(Log):
+        def advance(self, note: str = "") -> None:
+            super().advance(note)
+            if self.steps == 13:  # in the middle of the second chunk
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=Interrupts())
+    assert len(list((tmp_path / "cut").iterdir())) == 1
+    log = Log()
+    resumed = calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=log)
+    assert resumed.sha256 == whole.sha256
+    assert log.tasks == [("sampling the calibration text", 2 * 9)] and log.steps == 2 * 9
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
+def test_what_sampling_holds_is_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.user_model(name)
+    held: list[int] = []
+    made = calibration._preallocated_layer
+
+    def watched(capacity: int) -> object:
+        layer = made(capacity)
+        update = layer.update
+
+        def count(*args: object, **options: object) -> object:
+            result = update(*args, **options)
+            if layer.used == 1:
+                held.append(sum(x.numel() for x in layer.stored))
+            return result
+
+        layer.update = count
+        return layer
+
+    monkeypatch.setattr(calibration, "_preallocated_layer", watched)
+    calibration.sample(model, sequences=3, length=20, seed=0)
+    planned = 3 * calibration._cache_bytes(model.module.config, 20)
+    assert 4 * sum(held) == planned
+    most = calibration.chunk_rows(model.module.config, 128)
+    assert calibration.sampling_bytes(model.module.config, 10**9, 128) == pytest.approx(
+        calibration._CHUNK_BYTES, rel=0.2
+    )
+    assert calibration.sampling_bytes(model.module.config, most, 128) == calibration.sampling_bytes(
+        model.module.config, 2 * most, 128
+    )
+
+
+def test_the_probe_needs_no_calibration_data(model: UserModel, program: SimpleNamespace) -> None:
+    probe = calibration.random_probe(model, program, 3)
+    assert probe["input_ids"].shape == calibration.PROBE_SHAPE
+    assert 0 <= int(probe["input_ids"].min()) and int(probe["input_ids"].max()) < model.config["vocab_size"]
+    assert torch.equal(probe["input_ids"], calibration.random_probe(model, program, 3)["input_ids"])
+
+
 def test_a_damaged_cache_is_replaced(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
     options = {"tokens": 20, "validation_tokens": 10, "length": 10, "cache_dir": tmp_path}
     data = calibration.prepare(model, program, **options)

@@ -31,7 +31,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.passes.base import batches_of
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.program import Program, context_length
 
 _SAMPLER = 2
 """Version of the sampling procedure, part of the cache key."""
@@ -168,7 +168,7 @@ def _vocabulary(model: UserModel) -> int:
 
 
 def _longest(model: UserModel) -> int:
-    return int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 1 << 30)
+    return context_length(model.config) or 1 << 30
 
 
 # Text

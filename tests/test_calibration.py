@@ -145,7 +145,7 @@ def test_what_sampling_holds_is_what_is_planned(name: str, monkeypatch: pytest.M
 def test_the_probe_needs_no_calibration_data(model: UserModel, program: SimpleNamespace) -> None:
     probe = calibration.random_probe(model, program, 3)
     assert probe["input_ids"].shape == calibration.PROBE_SHAPE
-    assert 0 <= int(probe["input_ids"].min()) and int(probe["input_ids"].max()) < model.config["vocab_size"]
+    assert int(probe["input_ids"].min()) >= 0 and int(probe["input_ids"].max()) < model.config["vocab_size"]
     assert torch.equal(probe["input_ids"], calibration.random_probe(model, program, 3)["input_ids"])
 
 

@@ -78,23 +78,28 @@ def command(*args: str) -> Any:
     return json.loads(result.stdout)
 
 
-def answer(directory: str) -> Any:
-    return command("run", directory, "--prompt", "Hello", "--max-tokens", "8")
+def answer(directory: str) -> str:
+    """What the command answers a prompt of five tokens with."""
+    document = command("run", directory, "--prompt", "Hello", "--max-tokens", "8")
+    assert document["prompt_tokens"] == 5
+    return document["text"]
 
 
-def test_compile_run_and_eval_need_no_network(plain: Any, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def plain_answer(plain: Any) -> str:
+    return answer(plain["out"])
+
+
+def test_compile_load_and_run_need_no_network(plain: Any, plain_answer: str) -> None:
     assert {verdict["stage"] for verdict in plain["stages"]} == {"stage 2", "stage 3"}
-    assert answer(plain["out"])["prompt_tokens"] == 5
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    scored = command("eval", plain["out"], "--text", str(folder / "text.txt"), "--seq-len", "64")
-    assert scored["kld_mean"] > 0
+    assert isinstance(plain_answer, str)
 
 
-def test_a_pass_that_negates_the_head_changes_what_run_prints(plain: Any, folder: Path) -> None:
+def test_a_pass_that_negates_the_head_changes_what_run_prints(plain_answer: str, folder: Path) -> None:
     usual = pipeline.render(recipe.passes(recipe.Choices(preset="quick"), "cpu"))
     out = str(folder / "negated")
     report = command(
         str(EXAMPLE), "--pipeline", usual.replace("head,", "head,negate-head,"), "--preset", "quick", "--out", out
     )
     assert [p["name"] for p in report["passes"]].count("negate-head") == 1
-    assert answer(out)["text"] != answer(plain["out"])["text"]
+    assert answer(out) != plain_answer

@@ -367,7 +367,8 @@ def sample(
         with progress.task("sampling the calibration text", len(missing) * (length - 1)) as task:
             for i in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-                chunks[i] = _generate(module, _first_tokens(model, rows[i], generator), length, generator, task)
+                first = _first_tokens(model, range(i * most, i * most + rows[i]), generator)
+                chunks[i] = _generate(module, first, length, generator, task)
                 _write_chunk(files[i], chunks[i], progress)
     return torch.cat([chunks[i] for i in range(len(rows))])
 
@@ -421,12 +422,12 @@ def _write_chunk(file: Path | None, ids: Tensor, progress: Progress) -> None:
         progress.note(f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR")
 
 
-def _first_tokens(model: UserModel, sequences: int, generator: torch.Generator) -> Tensor:
-    """Token ids ``[sequences, 1]`` to start from."""
-    first = torch.randint(_vocabulary(model), (sequences, 1), generator=generator)
+def _first_tokens(model: UserModel, sequences: range, generator: torch.Generator) -> Tensor:
+    """Token ids ``[sequences, 1]`` to start from, of sequences of these numbers."""
+    first = torch.randint(_vocabulary(model), (len(sequences), 1), generator=generator)
     start = model.config.get("bos_token_id")
     if isinstance(start, int) and 0 <= start < _vocabulary(model):
-        first[::2] = start
+        first[sequences.start % 2 :: 2] = start
     return first
 
 
@@ -527,10 +528,13 @@ def _fitting(model: UserModel, program: Program, inputs: Any, origin: str) -> Ba
     """
     batch = frontend.bind_inputs(model.module, inputs, "calibration_inputs")
     free = 1 if _batch_is_dynamic(program) else 0
+
+    def kind(tensor: Tensor) -> tuple[torch.dtype, int, torch.Size]:
+        return tensor.dtype, tensor.dim(), tensor.shape[free:]
+
     for name, example in model.inputs.items():
         tensor = batch.get(name)
-        alike = tensor is not None and tensor.dtype == example.dtype and tensor.dim() == example.dim()
-        if tensor is None or not alike or tensor.shape[free:] != example.shape[free:]:
+        if tensor is None or kind(tensor) != kind(example):
             given = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise CalibrationError(
                 f"{origin} gives {given} for '{name}', where example_inputs() has {example.dtype}"

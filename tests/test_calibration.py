@@ -190,7 +190,11 @@ def test_samples_follow_the_model(name: str) -> None:
     assert agreement > 0.9  # sampling may run in bfloat16
 
 
-def test_every_second_sequence_starts_with_the_start_token(model: UserModel) -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_every_second_sequence_starts_with_the_start_token(
+    model: UserModel, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK_BYTES", at_once * calibration._cache_bytes(model.module.config, 2))
     ids = calibration.sample(model, sequences=8, length=2, seed=0)
     assert ids[::2, 0].tolist() == [1, 1, 1, 1]
     assert len(set(ids[1::2, 0].tolist())) > 1

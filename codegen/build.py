@@ -7,10 +7,8 @@ reference bit for bit on this machine in this process.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +17,16 @@ from torch import Tensor
 
 from . import prove
 from .cache import cache_directory
-from .errors import KernelError, TargetError
+from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
-from .spec import AttentionSpec, LinearSpec, QuantizeSpec
-from .targets import Target, runnable_targets
+from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from .targets import Target
 from .threads import thread_count
-from .tune.database import Database, Key, Result
-from .tune.measure import Measurer, Outcome, Request
-from .tune.search import search
+from .tune.database import Database, Key
+from .tune.measure import Measurer
+from .tune.tuner import Wanted, choose
 
 if TYPE_CHECKING:
     from .kernels.cpu import Bucket, Implementation, Schedule
@@ -40,8 +38,17 @@ PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
 
 
-TIMING_SECONDS = 0.02
-"""How long one candidate is timed."""
+@dataclass(frozen=True)
+class TirKernel:
+    """A kernel as TIR.
+
+    Attributes:
+        name: its symbol; kernels of one name are the same.
+        make: generates it, which takes a good part of a second.
+    """
+
+    name: str
+    make: Callable[[], PrimFunc]
 
 
 class LinearKernel:
@@ -65,10 +72,11 @@ class LinearKernel:
         self._schedules = schedules
         self._functions = functions
 
-    def tir(self, bucket: str) -> tuple[str, PrimFunc]:
-        """Name and TIR function of a token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
-        names = list(self._schedules)
-        return f"{_name(self.spec)}_{names.index(bucket)}", self._implementation.function(self._schedules[bucket])
+    def tir(self, bucket: str) -> TirKernel:
+        """A token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
+        number = list(self._schedules).index(bucket)
+        schedule = self._schedules[bucket]
+        return TirKernel(f"{_name(self.spec)}_{number}", lambda: self._implementation.function(schedule))
 
     def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
         """The kernel's weight layout, bias included: ``uint8 [bytes]``, 64-byte aligned.
@@ -151,9 +159,7 @@ class LinearKernel:
 class QuantizeKernel:
     """The proven kernels of one :class:`QuantizeSpec`."""
 
-    def __init__(
-        self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]
-    ):
+    def __init__(self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]):
         self.spec = spec
         self._target = target
         self._serial = serial
@@ -184,11 +190,11 @@ class QuantizeKernel:
             raise self._explain(x, clip, error) from error
         return values, scale
 
-    def tir(self, parallel: bool) -> tuple[str, PrimFunc]:
-        """Name and TIR function of the kernel ``(x, clip, values, scale)``, for whole programs."""
+    def tir(self, parallel: bool) -> TirKernel:
+        """The kernel ``(x, clip, values, scale)``, for whole programs."""
         from .kernels import cpu
 
-        return _quantizer_name(self.spec, parallel), cpu.quantizer(self.spec, self._target, parallel)
+        return TirKernel(_quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel))
 
     def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
         spec = self.spec
@@ -250,20 +256,18 @@ class KernelSet:
         """
         from .kernels import cpu
 
-        if target.kind != "cpu" or not target.runs_here:
-            raise TargetError(
-                f"this machine cannot run {target.name}; its own targets: {', '.join(runnable_targets())}"
-            )
+        target.check_runs_here()
         progress = progress or NoProgress()
-        implementations = {spec: cpu.linear(spec, target) for spec in dict.fromkeys(linears)}
+        implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
         chosen = _choose_schedules(
             implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
         )
         sources: dict[str, str] = {}
         with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
             linear_kernels = {}
-            for spec, implementation in implementations.items():
+            for spec, candidates in implementations.items():
                 schedules = {bucket: chosen[spec, bucket.name] for bucket in cpu.BUCKETS}
+                implementation = cpu.of_layout(candidates, schedules[cpu.BUCKETS[0]].layout)
                 linear_kernels[spec] = _prove_linear(implementation, target, schedules, sources)
                 task.advance()
             quantize_kernels = {}
@@ -301,20 +305,32 @@ class KernelSet:
             raise KernelError(f"no kernel was built for {spec}; there is no slow path")
         return self._quantizers[spec]
 
-    def attention(self, spec: AttentionSpec, queries: int | None) -> tuple[str, PrimFunc]:
-        """Name and TIR function of an attention kernel, for whole programs.
+    @property
+    def lanes(self) -> int:
+        """fp32 lanes of the target's vectors."""
+        from .kernels import cpu
+
+        return cpu.lanes(self.target)
+
+    def attention(self, spec: AttentionSpec, queries: int | None) -> TirKernel:
+        """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
 
         Args:
             spec: the attention.
             queries: tokens of a call where that is known; few are not worth a parallel launch.
         """
-        from .kernels import attention, cpu
+        from .kernels import attention
 
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
         name += f"_w{spec.window}" if spec.window else ""
-        function = attention.cached_attention(spec, cpu.lanes(self.target), tile, queries is None)
-        return f"{name}_{tile}", function
+        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, self.lanes, tile, queries is None))
+
+    def embedding(self, spec: EmbeddingSpec) -> TirKernel:
+        """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""
+        from .kernels.embedding import embedding
+
+        return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
 
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``build(records=...)``."""
@@ -326,7 +342,7 @@ class KernelSet:
 
 
 def _choose_schedules(
-    implementations: Mapping[LinearSpec, Implementation],
+    implementations: Mapping[LinearSpec, list[Implementation]],
     target: Target,
     cache_dir: Path,
     trials: int,
@@ -334,56 +350,31 @@ def _choose_schedules(
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[LinearSpec, str], Schedule]:
-    """A valid schedule for every linear and token bucket: from records, the database, a search, or the first guess."""
+    """A valid schedule for every linear and token bucket, one layout for all buckets of a linear."""
     from .kernels import cpu
     from .tvm_api import VERSION
 
-    given = {(json.dumps(r["spec"], sort_keys=True), r["tokens"], r["target"]): r["schedule"] for r in records}
-    database = Database(cache_dir)
-    chosen: dict[tuple[LinearSpec, str], Schedule] = {}
-    missing: list[tuple[Key, Bucket, list[Schedule]]] = []
-    for spec, implementation in implementations.items():
-        for bucket in cpu.BUCKETS:
-            key = Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION)
-            space = implementation.schedules(bucket)
-            fields = given.get((json.dumps(dataclasses.asdict(spec), sort_keys=True), bucket.name, target.name))
-            settled = fields is not None
-            if fields is None and (result := database.find(key)):
-                fields, settled = result.schedule, result.sought >= trials
-            stored = None if fields is None else cpu.schedule_from(fields)
-            if stored is None or stored not in space:
-                stored, settled = space[0], False
-            chosen[spec, bucket.name] = stored
-            if not settled:
-                missing.append((key, bucket, [stored, *(s for s in space if s != stored)]))
-    if not missing or trials < 1:
-        return chosen
-    started = time.monotonic()
-    with Measurer() as measurer, progress.task("tune kernels", len(missing)) as task:
-        for done, (key, bucket, space) in enumerate(missing):
-            deadline = math.inf
-            if budget_s is not None:  # an equal share of what is left for each search that is left
-                now = time.monotonic()
-                deadline = now + max(0.0, started + budget_s - now) / (len(missing) - done)
-
-            def measure(schedules: list[Schedule], key: Key = key, bucket: Bucket = bucket) -> list[Outcome]:
-                forms = [dataclasses.asdict(schedule) for schedule in schedules]
-                return measurer.measure(Request(key.spec, target.name, bucket.name, forms, TIMING_SECONDS))
-
-            found = search(space, measure, trials, deadline)
-            if found is None:
-                raise KernelError(
-                    f"no candidate kernel of {key.spec} works on this machine; run 'lbllm-compile doctor'"
-                )
-            for failure in found.failures:
-                progress.note(f"a candidate kernel was discarded: {failure}")
-            chosen[key.spec, bucket.name] = found.schedule
-            fields = dataclasses.asdict(found.schedule)
-            database.add(key, Result(fields, found.microseconds, found.trials, trials))
-            task.advance(
-                f"{key.spec.out_features}x{key.spec.in_features}, {bucket.name} tokens: {found.microseconds:.0f} us"
-            )
-    return chosen
+    wanted = [
+        Wanted(
+            candidates,
+            bucket,
+            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
+        )
+        for spec, candidates in implementations.items()
+        for bucket in cpu.BUCKETS
+    ]
+    with Measurer() as measurer:
+        choices = choose(
+            wanted,
+            target,
+            Database(cache_dir),
+            measurer,
+            trials=trials,
+            budget_s=budget_s,
+            progress=progress,
+            records=records,
+        )
+    return {(choice.spec, choice.bucket.name): choice.schedule for choice in choices}
 
 
 def _prove_linear(

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
-
-GROUPS = (32, 64, 128, 256)
-"""Group sizes the format allows, in input columns."""
+from .sizes import GROUPS, group_count
 
 LEVELS = 4
 """Levels per group."""
@@ -32,11 +30,6 @@ LEVEL_MAX = 127
 
 SCALE_MIN = 2.0**-24
 """Smallest positive fp16 number: a non-zero group never gets a smaller scale."""
-
-
-def group_count(in_features: int, group: int) -> int:
-    """Number of groups along ``K``, the short tail included."""
-    return -(-in_features // group)
 
 
 def pack_plane(bits: Tensor) -> Tensor:

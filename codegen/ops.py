@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .format import QuantizedWeight, group_count
+from .format import QuantizedWeight
+from .sizes import group_count
 
 NAMESPACE = "lbllm"
 

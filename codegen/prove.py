@@ -67,7 +67,14 @@ def _mixture(shape: tuple[int, ...], choices: tuple[float, ...], generator: torc
 def _values(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> Tensor:
     limit = {4: reference.INT4_MAX, 8: reference.INT8_MAX, 16: reference.INT16_MAX}[spec.act_bits]
     shape = (TOKENS, spec.in_features)
-    values = torch.randint(-limit, limit + 1, shape, generator=generator)
+    if spec.act_bits == 4:
+        zeros = torch.randint(limit + 1, (TOKENS, spec.groups), generator=generator)
+        if extreme:
+            zeros = zeros % 2 * limit
+        zeros = zeros.repeat_interleave(spec.group or spec.in_features, 1)[:, : spec.in_features]
+        values = torch.randint(limit + 1, shape, generator=generator) - zeros
+    else:
+        values = torch.randint(-limit, limit + 1, shape, generator=generator)
     if extreme:
         values[0::3] = limit
         values[1::3] = -limit
@@ -139,7 +146,7 @@ def token_counts(lowest: int, highest: int) -> list[int]:
     return sorted({m for m in (lowest, lowest + 1, 5, 7, top) if lowest <= m <= top})
 
 
-def linear_failure(call: Callable[..., Tensor], packed: Tensor, case: LinearCase, counts: list[int]) -> str | None:
+def linear_failure(call: Callable[..., object], packed: Tensor, case: LinearCase, counts: list[int]) -> str | None:
     """What a kernel gets wrong in a case, or None. ``call(values, x_scale, packed, out)`` runs it."""
     for m in counts:
         expected = case.expected[:m]

@@ -5,7 +5,8 @@ quantized dynamically to *values* (small signed integers) times one fp32 *scale*
 
 * 4 bit, asymmetric: ``hi = max(max(x) * clip[0], 0)``, ``lo = min(min(x) * clip[1], 0)`` (both clamped to +-1.5e38),
   ``scale = max(hi - lo, 1e-30) / 15``, ``zero = clamp(round(-lo / scale), 0, 15)``,
-  ``value = clamp(round(x / scale) + zero, 0, 15) - zero``.
+  ``value = clamp(round(x / scale) + zero, 0, 15) - zero``. The values of a group lie in a window of 16 around zero, and
+  kernels rely on it.
 * 8 and 16 bit, symmetric: ``peak = max(hi, -lo)``, ``scale = max(peak, 1e-30) / q`` with ``q = 127`` or ``32767``,
   ``value = clamp(round(x / scale), -q, q)``.
 
@@ -24,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .format import QuantizedWeight, group_count
+from .format import QuantizedWeight
+from .sizes import group_count
 
 RANGE_MAX = 1.5e38
 """Clipped bounds of a group are clamped to this, so that ``hi - lo`` cannot overflow fp32."""
@@ -35,9 +37,6 @@ RANGE_MIN = 1e-30
 INT16_MAX = 32767
 INT8_MAX = 127
 INT4_MAX = 15
-
-ACTIVATION_BITS = (4, 8, 16)
-KV_BITS = (4, 8, 16)
 
 
 def value_dtype(bits: int) -> torch.dtype:

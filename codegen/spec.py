@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import KernelError
-from .format import GROUPS, group_count
-from .reference import ACTIVATION_BITS, KV_BITS
+from .sizes import ACTIVATION_BITS, GROUPS, KV_BITS, group_count
 
 
 @dataclass(frozen=True, order=True)

@@ -7,8 +7,18 @@ is set here, before TVM is loaded.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .errors import KernelError
 from .threads import thread_count
@@ -18,7 +28,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
-    from tvm import relax, s_tir
+    from tvm import relax, rpc, s_tir, tirx
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -31,17 +41,27 @@ except (ImportError, OSError, AttributeError) as error:
 __all__ = [
     "FAST_BUILD",
     "PrimFunc",
+    "RemoteSession",
     "T",
+    "Tracker",
     "VERSION",
+    "assembly",
     "compile_functions",
     "cuda_source",
+    "export_library",
+    "include_paths",
     "intrinsic",
     "llvm_version",
+    "object_code",
+    "prepared",
     "pure_intrinsic",
     "relax",
+    "renew_definitions",
     "s_tir",
     "symbolic_dimension",
+    "tirx",
     "tvm",
+    "tvm_ffi",
 ]
 
 VERSION: str = tvm.__version__
@@ -52,14 +72,28 @@ def llvm_version() -> str:
     return str(tvm.target.codegen.llvm_version_major())
 
 
+def include_paths() -> list[str]:
+    """Folders of the C headers that describe how kernels are called."""
+    return [
+        tvm.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_include_path(),
+        tvm_ffi.libinfo.find_dlpack_include_path(),
+    ]
+
+
 def symbolic_dimension(name: str) -> Any:
     """A size that is known at run time only."""
     return tvm.tirx.Var(name, "int64")
 
 
+def renew_definitions(function: PrimFunc) -> PrimFunc:
+    """The same function with variables and buffers of its own."""
+    return tvm_ffi.get_global_func("s_tir.RenewDefs")(function)
+
+
 FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
-"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and LLVM finds common
-subexpressions itself."""
+"""Passes to leave out: four fifths of a kernel's compile time, for nothing. Our buffers are as small as they get, and
+LLVM finds common subexpressions itself."""
 
 
 def intrinsic(name: str) -> Any:
@@ -97,6 +131,143 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error
+
+
+def prepared(function: Any, *tensors: Any) -> Callable[[], None]:
+    """A call of a compiled function with fixed torch tensors, converted once, which the result keeps alive."""
+    return functools.partial(function, *(tvm_ffi.from_dlpack(tensor) for tensor in tensors))
+
+
+def object_code(functions: dict[str, PrimFunc], target: dict[str, Any]) -> bytes:
+    """Compiles functions, for any CPU that LLVM knows, into an object file; arguments as :func:`compile_functions`."""
+    library = compile_functions(functions, target)
+    with tempfile.TemporaryDirectory(prefix="lbllm-object-") as folder:
+        path = Path(folder) / "kernels.o"
+        library.mod.write_to_file(str(path))
+        return path.read_bytes()
+
+
+def assembly(functions: dict[str, PrimFunc], target: dict[str, Any]) -> str:
+    """Compiles functions, for any CPU that LLVM knows, into assembly; arguments as :func:`compile_functions`."""
+    return compile_functions(functions, target).mod.inspect_source("s")
+
+
+def export_library(library: Any, file: Path, compiler: str | None = None) -> None:
+    """Links a compiled library into a shared object.
+
+    Args:
+        library: from :func:`compile_functions`.
+        file: ends in ``.so``.
+        compiler: a C compiler that links for the target's machine; None for this machine's.
+
+    Raises:
+        KernelError: there is no such compiler, or it cannot link.
+    """
+    if compiler and not shutil.which(compiler):
+        raise KernelError(f"there is no compiler {compiler!r} to link kernels with; install it or pass another --cc")
+    try:
+        library.export_library(str(file), **({"cc": compiler} if compiler else {}))
+    except Exception as error:  # TVM lets through whatever the compiler's start raises
+        last = str(error).strip().rpartition("\n")[2]
+        raise KernelError(
+            f"kernels cannot be linked with {compiler or 'the C compiler of this machine'} ({last}); pass another --cc"
+        ) from error
+
+
+TRACKER_SECONDS = 10.0
+"""How long a tracker may take to answer, and a busy device to become free, in one of TVM's five attempts."""
+
+
+class Tracker:
+    """A TVM RPC tracker and the devices it lends under one key.
+
+    TVM's servers let whoever reaches them run any code: a tracker belongs in a network of trusted machines.
+
+    Args:
+        host, port: where it listens.
+        key: what its devices are registered under.
+
+    Raises:
+        KernelError: it does not answer, or has no such device.
+    """
+
+    def __init__(self, host: str, port: int, key: str):
+        self._where = f"{host}:{port}"
+        self._key = key
+        try:
+            # TVM repeats a refused connection for a minute, and waits forever for whoever is no tracker.
+            socket.create_connection((host, port), TRACKER_SECONDS).close()
+            socket.setdefaulttimeout(TRACKER_SECONDS)
+            self._tracker = rpc.connect_tracker(host, port)
+            known = {entry["key"].partition(":")[2] for entry in self._tracker.summary()["server_info"]}
+        except (OSError, RuntimeError, ValueError) as error:
+            raise KernelError(
+                f"no TVM RPC tracker answers at {self._where} ({error}); start one with"
+                " 'python -m tvm.exec.rpc_tracker' there, or correct --rpc"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(None)
+        if key not in known:
+            offered = f"its keys are {', '.join(sorted(known))}" if known else "no device is registered there"
+            raise KernelError(
+                f"the tracker at {self._where} has no device {key!r}; {offered}; start 'python -m tvm.exec.rpc_server"
+                f" --tracker {self._where} --key {key}' on the device"
+            )
+
+    @contextmanager
+    def session(self, seconds: float) -> Iterator[RemoteSession]:
+        """A session on one of the devices, which its server ends after so long.
+
+        Raises:
+            KernelError: no device becomes free, or it fails.
+        """
+        try:
+            session = self._tracker.request(self._key, session_timeout=math.ceil(seconds))
+        except Exception as error:  # TVM raises its own types and the system's
+            raise KernelError(
+                f"no device {self._key!r} of the tracker at {self._where} can be reached ({error}); see that its"
+                " server runs and is free"
+            ) from error
+        try:
+            yield RemoteSession(session)
+        finally:
+            # The server serves nobody else before; waiting for Python to drop every reference could take long.
+            session.get_function("CloseRPCConnection")()
+
+
+class RemoteSession:
+    """A device of a tracker for a while: files and tensors are uploaded to it, functions run there.
+
+    An error there is one of TVM's here.
+    """
+
+    def __init__(self, session: Any):
+        self._session = session
+        self._device = session.cpu(0)
+
+    def threads(self) -> int:
+        """Size of its thread pool."""
+        return int(self._session.get_function("runtime.NumThreads")())
+
+    def upload(self, tensor: Tensor) -> Any:
+        """A copy of a tensor in the device's memory, 64-byte aligned; its ``numpy()`` fetches it back."""
+        return tvm.runtime.tensor(tensor.contiguous().numpy(), device=self._device)
+
+    def allocate(self, count: int) -> Any:
+        """``uint8 [count]`` in the device's memory, not written yet."""
+        return tvm.runtime.empty((count,), "uint8", self._device)
+
+    def load(self, file: Path) -> Any:
+        """A shared object's functions by name: ``loaded[name](*tensors)`` runs one on uploaded tensors."""
+        self._session.upload(str(file))
+        return self._session.load_module(file.name)
+
+    def times(self, module: Any, name: str, arguments: Sequence[Any], calls: int) -> list[float]:
+        """Seconds of single calls, each with all arguments but the first flushed from the caches before it."""
+        evaluator = module.time_evaluator(
+            name, self._device, number=1, repeat=calls, f_preproc="cache_flush_cpu_non_first_arg"
+        )
+        return [float(seconds) for seconds in evaluator(*arguments).results]
 
 
 _CUDA_COMPILER = "tvm_callback_cuda_compile"

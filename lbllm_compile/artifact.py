@@ -145,7 +145,7 @@ def save(
     records: Sequence[Mapping[str, Any]] = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
-) -> None:
+) -> str:
     """Writes an artifact. It appears complete or not at all; an older artifact in its place is replaced.
 
     Args:
@@ -154,6 +154,9 @@ def save(
         history: ``(pass name, program after it)`` in order.
         records: tuning records, JSON-able.
         sources, binaries: generated kernels by file name, for reading.
+
+    Returns:
+        SHA-256 of the manifest, which stands for the whole artifact.
 
     Raises:
         ArtifactError: the destination is not ours to write.
@@ -190,7 +193,9 @@ def save(
             directory.rename(replaced)
         partial.rename(directory)
         shutil.rmtree(replaced, ignore_errors=True)
-        _remember(_sha256(directory / MANIFEST))
+        digest = _sha256(directory / MANIFEST)
+        _remember(digest)
+        return digest
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write the artifact to '{directory}': {write_failure(error)}") from error
     finally:

@@ -31,7 +31,8 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.passes.base import batches_of
-from lbllm_compile.passes.program import Program, context_length
+from lbllm_compile.passes.program import Program
+from lbllm_compile.runtime.language import context_length
 
 _SAMPLER = 2
 """Version of the sampling procedure, part of the cache key."""

@@ -30,10 +30,13 @@ from lbllm_compile.codegen.errors import LbllmError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from lbllm_compile.codegen.progress import Progress
     from lbllm_compile.driver import CompileOptions
     from lbllm_compile.passes.pipeline import PassRecord
     from lbllm_compile.passes.program import Program
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
+    from lbllm_compile.runtime.generate import Sampling
+    from lbllm_compile.runtime.language import LanguageModel
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -91,6 +94,16 @@ class VerbGroup(TyperGroup):
             _fail(
                 f"this is a bug in lbllm-compile ({reason}); please report it with what --debug adds", EXIT_BUG, debug
             )
+
+
+class TuneGroup(TyperGroup):
+    """A first word that is no verb of ``tune`` belongs to ``search``; without any there is help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = args or ["--help"]
+        if args[0] not in (*self.commands, "--help"):
+            args = ["search", *args]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -321,20 +334,15 @@ def run(
     import time
 
     with _terminal(as_json) as ui:
-        from lbllm_compile import artifact, runtime
+        from lbllm_compile.runtime import Sampling
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
         # What is out of range is refused before anything is read, a prompt that does not fit before kernels are built.
         options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = runtime.Sampling(**options, seed=seed)
+        sampling = Sampling(**options, seed=seed)
         text = _read_prompt() if prompt[0] == "-" else prompt[0]
-        loaded = artifact.load(directory)
-        tokenizer = loaded.program.tokenizer
-        chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-        ids = runtime.encode(tokenizer, text, chat=chat)
-        runtime.check_prompts(loaded.program, [ids], sampling)
-        model = runtime.load(loaded, progress=ui.progress)
+        model, ids = _generator(directory, text, raw, sampling, ui.progress)
         start = time.perf_counter()
         pieces: list[str] = []
         for piece in model.stream(ids, **options, seed=seed):
@@ -347,6 +355,34 @@ def run(
             ui.stdout.write("\n")
         answer = "".join(pieces)
         ui.emit({"prompt": text, "text": answer, "prompt_tokens": len(ids), "seconds": seconds})
+
+
+def _generator(
+    directory: Path, prompt: str, raw: bool, sampling: Sampling, progress: Progress
+) -> tuple[LanguageModel, list[int]]:
+    """A model to generate text with, and the prompt's token ids.
+
+    The model is the program stored for an artifact, which needs no torch, or else the artifact. The prompt is checked
+    before kernels are built.
+    """
+    from lbllm_compile.runtime.language import check_prompts, context_length, encode
+    from lbllm_compile.runtime.native import NativeModel, find
+    from lbllm_compile.runtime.text import TextTokenizer
+
+    def chats(tokenizer: Any) -> bool:
+        return not raw and bool(getattr(tokenizer, "chat_template", None))
+
+    program = find(directory)
+    if program is not None and program.description.plain_tokenizer:
+        model = NativeModel(program, TextTokenizer(directory))
+        return model, model.encode(prompt, chat=chats(model.tokenizer))
+    from lbllm_compile import artifact
+    from lbllm_compile.runtime.loader import prepared
+
+    loaded = artifact.load(directory)
+    ids = encode(loaded.program.tokenizer, prompt, chat=chats(loaded.program.tokenizer))
+    check_prompts([ids], sampling, context_length(loaded.program.config))
+    return prepared(loaded, progress=progress), ids
 
 
 @app.command("eval")
@@ -404,6 +440,83 @@ def passes(
         entries = catalogue.entries([name] if name else None)
         ui.show(*catalogue.render(entries))
         ui.emit({"passes": [e.to_json() for e in entries]})
+
+
+tune_app = typer.Typer(
+    cls=TuneGroup,
+    rich_markup_mode="rich",
+    help="Search the fastest schedules of kernels, and carry results from machine to machine.\n\n"
+    "`lbllm-compile tune --shapes 4096x11008` and `lbllm-compile tune DIR` are short for "
+    "`lbllm-compile tune search …`; write ./export for a directory that is named like a verb.",
+)
+app.add_typer(tune_app, name="tune")
+
+
+@tune_app.command("search")
+def tune_search(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="an artifact whose linears to tune; or give --shapes")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="OUTxIN,…", help="linears to tune, e.g. 4096x11008,576x1536")
+    ] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="a CPU target; `targets` lists them")] = "cpu",
+    kind: Annotated[str | None, typer.Option(help="their weights: bit or int8 [default: bit]")] = None,
+    group: Group = None,
+    act_bits: ActBits = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="RANGE,…", help="numbers of tokens at once: 1, 2-16, 17+ [default: all]")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="at most so many schedules are measured for each")] = 32,
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="at most so long in all, e.g. 90s or 2m")] = None,
+    rpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="measure on a device of this TVM RPC tracker")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="what the device is registered under; stands for its CPU's name in the results")
+    ] = None,
+    cc: Annotated[str | None, typer.Option(help="C compiler that links for the device [default: the target's]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the fastest schedules of linears, and store them for every later compile."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import tune
+
+        options = tune.TuneOptions(
+            shapes, directory, target, kind, group, act_bits, tokens, trials, budget, rpc, key, cc
+        )
+        report = tune.tune(options, ui.progress)
+        ui.show(*tune.render(report))
+        ui.emit(report.to_json())
+
+
+@tune_app.command("export")
+def tune_export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines to write")],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="results of this target alone")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the stored results to FILE."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import tune
+
+        count = tune.export_results(file, target)
+        ui.show(f"{count} results written to {file}")
+        ui.emit({"file": file, "results": count})
+
+
+@tune_app.command("import")
+def tune_import(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="what `tune export` wrote")],
+    as_json: Json = False,
+) -> None:
+    """Take over results of elsewhere, each where it is better than the stored one."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import tune
+
+        merged = tune.import_results(files)
+        ui.show(f"{merged.added} results added, {merged.replaced} replaced by faster ones, {merged.kept} kept")
+        ui.emit(dataclasses.asdict(merged))
 
 
 @app.command()

@@ -115,15 +115,16 @@ def _cpu_family() -> Iterable[Finding]:
 
     families = host.families()
     yield Finding("cpu", "CPU", "ok", f"{host.cpu_name()}, {platform.machine()}")
-    known = sorted({flag for needed in x86.CPU_FLAGS.values() for flag in needed} & host.cpu_flags())
+    known = sorted({flag for needed in host.NEEDED_FLAGS.values() for flag in needed} & host.cpu_flags())
     yield Finding("cpu", "CPU features", "ok" if known else "note", " ".join(known) or "none that the kernels use")
-    if families[0] == next(iter(x86.CPU_FLAGS)):
+    if not {"avx512-vnni", "neon-i8mm"}.isdisjoint(families):
         yield Finding("cpu", "kernel family", "ok", families[0])
     elif families[0] == generic.FAMILY:
-        cost = "no vector kernels for this CPU: generation is several times slower than with AVX2 or AVX-512 VNNI"
+        cost = "no vector kernels for this CPU: generation is several times slower than with AVX2 or NEON dot products"
         yield Finding("cpu", "kernel family", "note", families[0], cost)
     else:
-        cost = "no AVX-512 VNNI: products of more than a few rows (prompts) are slower"
+        missing = "AVX-512 VNNI" if families[0] in x86.CPU_FLAGS else "i8mm"
+        cost = f"no {missing}: products of more than a few rows (prompts) are slower"
         yield Finding("cpu", "kernel family", "note", families[0], cost)
 
 

@@ -31,6 +31,7 @@ from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.report import stages
 from lbllm_compile.runtime.model import CompiledModel
+from lbllm_compile.runtime.prepare import build_native, keep_native, workshop
 
 REHEARSAL_TOKENS = 64
 """Calibration tokens of a preflight on its own."""
@@ -221,16 +222,21 @@ def compile(
             progress=progress,
         )
         clock.lap("kernels")
-        check = sheet.check_outputs(CompiledModel(program, kernels.host), data.probe)
-        artifact.save(
-            program,
-            job.out,
-            lock=lock(job, facts, data, check),
-            history=history,
-            records=kernels.records,
-            sources=kernels.sources,
-            binaries=kernels.binaries,
-        )
+        with workshop() as folder:
+            native = build_native(program, kernels.host, folder, progress)
+            clock.lap("native program")
+            check = sheet.check_outputs(CompiledModel(program, kernels.host, native), data.probe)
+            digest = artifact.save(
+                program,
+                job.out,
+                lock=lock(job, facts, data, check),
+                history=history,
+                records=kernels.records,
+                sources=kernels.sources,
+                binaries=kernels.binaries,
+            )
+            if native is not None:
+                keep_native(native, digest, kernels.host.target.name)
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
         clock.lap("speed and size sheet")
@@ -297,6 +303,9 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
         LbllmError: something the user named is missing or wrong.
     """
     targets = parse_targets(options.target)
+    for target in targets:
+        if target.kind == "cpu":
+            target.check_runs_here()
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
     check_named(options, passes)

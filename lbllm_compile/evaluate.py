@@ -24,8 +24,8 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
-from lbllm_compile.runtime.load import build_kernels
-from lbllm_compile.runtime.model import CompiledModel
+from lbllm_compile.runtime.language import context_length
+from lbllm_compile.runtime.loader import prepared
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``[1, S]`` to logits ``[1, S, V]``."""
@@ -164,10 +164,10 @@ def evaluate(
     loaded = artifact.load(directory)
     if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
         raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    length = chunk_length(seq_len, loaded.program.context_length)
+    length = chunk_length(seq_len, context_length(loaded.program.config))
     pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
     original = find_teacher(loaded, teacher, progress)
-    model = CompiledModel(loaded.program, build_kernels(loaded, progress=progress))
+    model = prepared(loaded, progress=progress)
     scores = compare(model.logits, original, pieces, progress)
     return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (length - 1)}
 

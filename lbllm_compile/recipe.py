@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.format import GROUPS
-from lbllm_compile.codegen.reference import ACTIVATION_BITS
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS, KV_BITS
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.registry import suggestion
@@ -169,7 +168,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         return given
     group = _one_of("group", choices.group, 64, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
-    kv_bits = _one_of("kv-bits", choices.kv_bits, 4, ACTIVATION_BITS)
+    kv_bits = _one_of("kv-bits", choices.kv_bits, 4, KV_BITS)
     make = pipeline.make
     tuning = [make("finetune", {"steps": size.finetune_steps})] if size.finetune_steps else []
     return [

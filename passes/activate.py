@@ -37,8 +37,7 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen import ops as ops
-from ..codegen.format import GROUPS
-from ..codegen.reference import ACTIVATION_BITS
+from ..codegen.sizes import ACTIVATION_BITS, GROUPS
 from .alignment import Together, Whole
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate

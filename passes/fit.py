@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..codegen.errors import LbllmError
-from ..codegen.format import LEVELS, group_count, quantize_levels
+from ..codegen.format import LEVELS, quantize_levels
+from ..codegen.sizes import group_count
 
 SCOUT_ITERATIONS = 3
 """Rounds of expectation maximization from every starting point, before the best one goes on alone."""

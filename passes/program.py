@@ -59,11 +59,6 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
-    @property
-    def context_length(self) -> int | None:
-        """Tokens the model can attend to, as its configuration says; None where it does not say."""
-        return context_length(self.config)
-
     def with_module(self, module: fx.GraphModule, **metadata: Any) -> Program:
         """The same program around another graph, with ``metadata`` added."""
         return replace(self, module=module, metadata={**self.metadata, **metadata})
@@ -111,15 +106,6 @@ class Program:
     def run(self, inputs: Mapping[str, Any]) -> Tensor:
         """Runs the graph once, without past, on a mapping from placeholder name to value."""
         return self.module(*self.arguments(inputs))
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a model of this configuration can attend to; None where it does not say."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen import ops as ops
-from ..codegen.format import GROUPS, QuantizedWeight
+from ..codegen.format import QuantizedWeight
+from ..codegen.sizes import GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .fit import CalibrationError, Fit, factor, fit

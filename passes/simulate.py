@@ -21,8 +21,9 @@ from torch import Tensor, fx
 
 from ..codegen import ops as ops
 from ..codegen import reference
-from ..codegen.format import LEVELS, QuantizedWeight, group_count
+from ..codegen.format import LEVELS, QuantizedWeight
 from ..codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
+from ..codegen.sizes import group_count
 from .layers import Stage, Values
 from .program import get_attribute
 

@@ -153,10 +153,11 @@ def test_a_prompt_on_standard_input_must_be_utf8() -> None:
 
 
 def test_a_prompt_on_standard_input_is_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbllm_compile import artifact, runtime
+    from lbllm_compile import artifact
+    from lbllm_compile.runtime import loader
 
     class Echo:
-        kind, context_length = "causal-lm", None
+        config: Mapping[str, Any] = {}
 
         def tokenizer(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
@@ -165,7 +166,7 @@ def test_a_prompt_on_standard_input_is_utf8_in_every_locale(monkeypatch: pytest.
             return [chr(i) for i in ids]
 
     monkeypatch.setattr(artifact, "load", lambda _: SimpleNamespace(program=Echo()))
-    monkeypatch.setattr(runtime, "load", lambda *_, **__: Echo())
+    monkeypatch.setattr(loader, "prepared", lambda *_, **__: Echo())
     args = ["run", "somewhere", "--prompt", "-", "--json"]
     result = CliRunner(charset="ascii").invoke(cli.app, args, input="grün".encode(), prog_name="lbllm-compile")
     assert result.exit_code == 0, result.stderr

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.emulate import DESCENDING, Emulator, Launch, Sparse, cuda_proof
 from lbllm_compile.codegen.errors import KernelError, TargetError
-from lbllm_compile.codegen.format import GROUPS, QuantizedWeight, codes_to_planes
+from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.kernels import cuda_dp4a
 from lbllm_compile.codegen.kernels.cuda_dp4a import GemmSchedule, GemvSchedule
 from lbllm_compile.codegen.kernels.cuda_quantize import QuantizeSchedule
 from lbllm_compile.codegen.kernels.cuda_text import signature
+from lbllm_compile.codegen.sizes import GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import cuda, cuda_compiler, cuda_device, parse_targets
 

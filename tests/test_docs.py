@@ -56,6 +56,37 @@ def test_documents_name_files_that_exist() -> None:
             assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
+def test_the_documented_cpu_family_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fewer than 60 lines make a family whose kernels agree with the reference."""
+    from lbllm_compile.codegen.build import KernelSet
+    from lbllm_compile.codegen.kernels import cpu, x86
+    from lbllm_compile.codegen.spec import LinearSpec
+    from lbllm_compile.codegen.targets import Target, host
+    from lbllm_compile.codegen.targets import x86 as x86_targets
+
+    text = (ROOT / "docs" / "new-hardware.md").read_text()
+    code, rows = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(f"{code}{rows}".splitlines()) < 60
+    file = tmp_path / "avx512_bw.py"  # TVM reads the source of what it compiles
+    file.write_text(code)
+    names = {**vars(x86), **vars(x86_targets)}
+    exec(compile(code, str(file), "exec"), names)
+    instructions, architecture, flags = (row for row in rows.splitlines() if row)
+    for table, row in (
+        (cpu.INSTRUCTION_SETS, instructions),
+        (x86_targets.ARCHITECTURES, architecture),
+        (host.NEEDED_FLAGS, flags),
+    ):
+        ((name, value),) = eval(f"{{{row}}}", names).items()
+        monkeypatch.setitem(table, name, value)
+    monkeypatch.setattr(host, "families", host.families.__wrapped__)
+    target = Target.parse("cpu:avx512-bw")
+    if not target.runs_here:
+        pytest.skip("no AVX-512 here")
+    specs = [LinearSpec("bit", 47, 300, 128, 4), LinearSpec("int8", 33, 70, 32, 8)]
+    KernelSet.build(specs, [], target, cache_dir=tmp_path, trials=0)
+
+
 def test_the_documented_pipeline_is_the_default_one() -> None:
     from lbllm_compile import recipe
 
@@ -86,6 +117,7 @@ def test_the_readme_names_what_exists() -> None:
     assert offered == {"compile", "CompileOptions", "load"}
     assert all(callable(getattr(lbllm_compile, name)) for name in offered)
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} - {"compile"}
+    commands |= {str(group.name) for group in cli.app.registered_groups}
     assert commands == set(re.findall(r"^\| `([a-z]+)[` ]", text, re.MULTILINE))
 
 

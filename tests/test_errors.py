@@ -475,7 +475,7 @@ def test_a_forged_graph_is_named(good: Path, here: Path) -> None:
     [
         (["run", "--prompt", ""], "the prompt is empty"),
         (["run", "--prompt", "w1 " * 200], "context holds 128"),
-        (["run", "--prompt", "w1", "--seed", str(2**70)], "the seed is"),
+        (["run", "--prompt", "w1", "--seed", "-1"], "the seed is -1"),
         (["eval", "--text", "words.txt", "--chunks", "0"], "--chunks at least 1"),
         (["eval", "--text", "words.txt", "--seq-len", "4096"], "--seq-len cannot be 4096"),
     ],

@@ -17,6 +17,7 @@ from test_runtime import CONTEXT, VOCABULARY, language_model, model
 
 from lbllm_compile import artifact, evaluate
 from lbllm_compile.evaluate import EvaluationError
+from lbllm_compile.runtime import loader
 
 
 def test_scores_are_what_the_definitions_say():
@@ -69,7 +70,7 @@ def test_a_model_with_a_short_context_is_scored_within_it(tmp_path, monkeypatch)
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
     artifact.save(dataclasses.replace(language_model(), tokenizer=tokenizer), tmp_path / "out", lock={})
-    monkeypatch.setattr(evaluate, "build_kernels", lambda *_, **__: ReferenceKernels())
+    monkeypatch.setattr(loader, "build_kernels", lambda *_, **__: ReferenceKernels())
     text = tmp_path / "text"
     text.write_text("w3 w1 w4 " * CONTEXT)
     figures = evaluate.evaluate(tmp_path / "out", text)

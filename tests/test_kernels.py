@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import platform
 
 import pytest
 import torch
 from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, TargetError
-from lbllm_compile.codegen.format import GROUPS, quantize_rows
+from lbllm_compile.codegen.format import quantize_rows
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
-from lbllm_compile.codegen.targets import Target, host, parse_targets, runnable_targets
+from lbllm_compile.codegen.targets import Target, arm, host, parse_targets, runnable_targets, x86
 from test_format import random_weight
 
 FAMILIES = [
     pytest.param(f"cpu:{name}", marks=[] if name in host.families() else pytest.mark.skip(reason=f"no {name} here"))
-    for name in ("avx512-vnni", "avx2", "generic")
+    for name in (*(x86 if platform.machine() in x86.MACHINES else arm).ARCHITECTURES, "generic")
 ]
 
 # (kind, N, K, group, bits, per token, bias): tails in both directions, sizes of one.
@@ -68,11 +71,10 @@ def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
     from lbllm_compile.codegen.tvm_api import compile_functions
 
     spec = LinearSpec("bit", *shape, 4, False, True)
-    implementation = cpu.linear(spec, Target.parse(target))
     cases = prove.linear_cases(spec, seed=2)
-    for bucket in cpu.BUCKETS:
+    for implementation, bucket in itertools.product(cpu.implementations(spec, Target.parse(target)), cpu.BUCKETS):
         space = implementation.schedules(bucket)
-        assert len(space) == len(set(space)) >= 16
+        assert len(space) == len(set(space)) >= 16 and {s.layout for s in space} == {implementation.layout}
         sample = {f"k{i}": schedule for i, schedule in enumerate(spread(space, sampled))}
         functions = {name: implementation.function(schedule) for name, schedule in sample.items()}
         library = compile_functions(functions, Target.parse(target).llvm)
@@ -84,7 +86,7 @@ def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
 
 
 @pytest.mark.parametrize("target", FAMILIES)
-@pytest.mark.parametrize("bits", reference.ACTIVATION_BITS)
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
 def test_quantizers_are_exact(target, bits, tmp_path):
     specs = [QuantizeSpec(k, group, bits) for k, group in ((1, 32), (259, 64), (77, 0))]
     kernels = build([], specs, target, tmp_path)
@@ -235,7 +237,7 @@ def test_the_proof_catches_a_planted_bug(bug, monkeypatch, tmp_path):
     from lbllm_compile.codegen.tvm_api import T
 
     if runnable_targets() == ["cpu:generic"]:
-        pytest.skip("the planted bugs are in the x86 kernels")
+        pytest.skip("the planted bugs are in the vector kernels")
     operand = lut8.Lut8Operand
     if bug == "rounding":
         # A product and a sum that round twice: right to seven digits, and not what the reference says.

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes, group_count, quantize_rows
+from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes, quantize_rows
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, group_count
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -86,7 +87,7 @@ def plain_dot(values, weight, x_scale, w_scale, bias, group):
     st.integers(1, 4),
     st.integers(1, 140),
     st.sampled_from([32, 64]),
-    st.sampled_from(reference.ACTIVATION_BITS),
+    st.sampled_from(ACTIVATION_BITS),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**16),
@@ -119,7 +120,7 @@ finite_rows = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, m
 
 
 @settings(max_examples=150, deadline=None)
-@given(finite_rows, st.sampled_from(reference.ACTIVATION_BITS), st.sampled_from([0, 32]))
+@given(finite_rows, st.sampled_from(ACTIVATION_BITS), st.sampled_from([0, 32]))
 def test_quantized_values_are_in_range_and_close(row, act_bits, group):
     x = torch.tensor([row])
     values, scale = reference.quantize_activation(x, torch.ones(2), act_bits, group)

@@ -1,4 +1,4 @@
-"""Runs generated CUDA kernels on a CPU, to prove them where there is no GPU.
+"""Runs generated CUDA kernels on a CPU, to prove them where there is no GPU (:mod:`.cpu`: those of another CPU).
 
 The kernel's text is compiled by g++ against ``cuda_emulation.h``; ``cuda_runtime.cpp`` runs it with every CUDA thread a
 fiber and sees every memory access, so races, divergent barriers and accesses outside a buffer are errors, not luck. The

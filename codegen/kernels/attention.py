@@ -61,29 +61,46 @@ class _Kernel:
         return T.ramp(start, 1, self.lanes)
 
     def quantize(self, width: int, load: Any, codes: Any, params: Any, quantized: Any, bounds: Any, slot: Any) -> None:
-        """Quantizes one key or value as the reference does. ``load(index)`` gives its channels."""
-        bits = self.spec.bits
+        """Quantizes one key or value as the reference does. ``load(index)`` gives one of its channels or a vector."""
+        bits, lanes = self.spec.bits, self.lanes
         if bits == 16:
             with T.serial(width) as i:
                 clamped = T.max(T.min(load(i), T.float32(_MAX_HALF)), T.float32(-_MAX_HALF))
                 T.buffer_store(codes, T.cast(clamped, "float16"), [*slot, i])
             return
         limit = float((1 << bits) - 1)
-        T.buffer_store(bounds, T.float32(0), [0])
-        T.buffer_store(bounds, T.float32(0), [1])
-        with T.serial(width) as i:
-            T.buffer_store(bounds, T.max(bounds[0], load(i)), [0])
-            T.buffer_store(bounds, T.min(bounds[1], load(i)), [1])
-        spread = (bounds[0] - bounds[1]) / T.float32(limit)
+        vectors, rest = divmod(width, lanes)
+        high, low = self.at(0), self.at(lanes)
+        T.buffer_store(bounds, self.all(T.float32(0)), [high])
+        T.buffer_store(bounds, self.all(T.float32(0)), [low])
+        with T.serial(vectors) as i:
+            x = T.Bind(load(self.at(i * lanes)))
+            T.buffer_store(bounds, T.max(bounds[high], x), [high])
+            T.buffer_store(bounds, T.min(bounds[low], x), [low])
+        with T.serial(rest) as i:
+            T.buffer_store(bounds, T.max(bounds[0], load(vectors * lanes + i)), [0])
+            T.buffer_store(bounds, T.min(bounds[lanes], load(vectors * lanes + i)), [lanes])
+        with T.unroll(lanes - 1) as i:
+            T.buffer_store(bounds, T.max(bounds[0], bounds[i + 1]), [0])
+            T.buffer_store(bounds, T.min(bounds[lanes], bounds[lanes + 1 + i]), [lanes])
+        spread = (bounds[0] - bounds[lanes]) / T.float32(limit)
         half = T.Bind(T.cast(T.max(T.min(spread, T.float32(_MAX_HALF)), T.float32(_MIN_SCALE)), "float16"))
         scale = T.Bind(T.cast(half, "float32"))
-        zero = T.Bind(T.min(T.nearbyint((T.float32(0) - bounds[1]) / scale), T.float32(limit)))
+        zero = T.Bind(T.min(T.nearbyint((T.float32(0) - bounds[lanes]) / scale), T.float32(limit)))
         T.buffer_store(params, half, [*slot, 0])
         T.buffer_store(params, T.cast(zero, "float16"), [*slot, 1])
-        with T.serial(width) as i:
-            shifted = T.nearbyint(load(i) / scale) + zero
-            clamped = T.max(T.min(shifted, T.float32(limit)), T.float32(0))
-            T.buffer_store(quantized, T.cast(T.cast(clamped, "int32"), "uint8"), [i])
+
+        def code(x: Any, wide: Any, suffix: str) -> Any:
+            shifted = T.nearbyint(x / wide(scale)) + wide(zero)
+            clamped = T.max(T.min(shifted, wide(T.float32(limit))), wide(T.float32(0)))
+            return T.cast(T.cast(clamped, "int32" + suffix), "uint8" + suffix)
+
+        with T.serial(vectors) as i:
+            where = self.at(i * lanes)
+            T.buffer_store(quantized, code(load(where), self.all, f"x{lanes}"), [where])
+        with T.serial(rest) as i:
+            where = vectors * lanes + i
+            T.buffer_store(quantized, code(load(where), lambda value: value, ""), [where])
         if bits == 8:
             with T.serial(width) as i:
                 T.buffer_store(codes, quantized[i], [*slot, i])
@@ -147,7 +164,9 @@ class _Kernel:
             T.buffer_store(buffer, T.cast(params[b, h, first + lane, 0], "float32"), [lane])
             T.buffer_store(buffer, T.cast(params[b, h, first + lane, 1], "float32"), [self.lanes + lane])
 
-    def add_value(self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any) -> None:
+    def add_value(
+        self, value_codes: Any, row: Any, scores: Any, sums: Any, stride: Any, b: Any, h: Any, key: Any
+    ) -> None:
         """Adds one value, weighted by every row's score, to the rows' sums; low and high nibbles apart at 4 bits."""
         lanes, bits = self.lanes, self.spec.bits
         padded = self.value_bytes % lanes != 0
@@ -249,7 +268,7 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
 
     def append(source, channels, codes, params, b, h, s, past) -> None:
         quantized = T.alloc_buffer((channels + 1,), "uint8", scope="local")
-        bounds = T.alloc_buffer((2,), "float32", scope="local")
+        bounds = T.alloc_buffer((2 * lanes,), "float32", scope="local")
         k.quantize(channels, lambda i: source[b, h, s, i], codes, params, quantized, bounds, (b, h, past + s))
 
     def load_queries(query, queries, query_sums, b, h, first, last_row) -> None:
@@ -359,7 +378,8 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         for task in loop(batch * spec.kv_heads * tiles):
             attend(
                 query, key_codes, key_params, value_codes, value_params, key_mask, out,
-                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile, length, past, stride,
+                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile,
+                length, past, stride,
             )  # fmt: skip
 
     return kernel

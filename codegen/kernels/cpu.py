@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from ..errors import KernelError, TargetError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
-from ..targets import Target, generic, x86
+from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import dot, quantize
+from . import arm, dot, popcount, quantize, x86
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
+from .isa import InstructionSet
 from .lut8 import Lut8Operand
+from .popcount import PlaneOperand
 from .portable import PortableLinear
-from .x86 import instruction_set
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
 """A W(1+1) matrix, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""
@@ -37,7 +39,13 @@ PARALLEL_PRODUCTS = 1 << 20
 PARALLEL_STAGE_CHUNK = 64
 """Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
 
-SCHEDULE_VERSION = 1
+INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
+"""By family: the instructions for values of 4 or 8 bits."""
+
+ROW_VECTORS = 4
+"""Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
+
+SCHEDULE_VERSION = 2
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
 
@@ -75,8 +83,9 @@ def bucket_named(name: str) -> Bucket:
 
 @dataclass(frozen=True)
 class GemvSchedule:
-    """How a one-token kernel runs; the fields are :func:`.dot.gemv`'s."""
+    """How a one-token kernel of dot products runs; the other fields are :func:`.dot.gemv`'s."""
 
+    layout: str
     rows: int
     chains: int
     prefetch: int
@@ -84,9 +93,20 @@ class GemvSchedule:
 
 
 @dataclass(frozen=True)
-class GemmSchedule:
-    """How a many-token kernel runs; the fields are :func:`.dot.gemm`'s."""
+class PopcountSchedule:
+    """How a one-token kernel of popcounts runs; the other fields are :func:`.popcount.gemv`'s."""
 
+    layout: str
+    rows: int
+    prefetch: int
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """How a many-token kernel runs; the other fields are :func:`.dot.gemm`'s."""
+
+    layout: str
     rows: int
     tokens: int
     chunk: int
@@ -95,25 +115,31 @@ class GemmSchedule:
 
 @dataclass(frozen=True)
 class PortableSchedule:
-    """How a portable kernel runs; the fields are :meth:`.portable.PortableLinear.function`'s."""
+    """How a portable kernel runs; the other fields are :meth:`.portable.PortableLinear.function`'s."""
 
+    layout: str
     rows: int
     parallel: bool
 
 
-Schedule = GemvSchedule | GemmSchedule | PortableSchedule
+Schedule = GemvSchedule | PopcountSchedule | GemmSchedule | PortableSchedule
 
 
 class Implementation(Protocol):
-    """One family's kernels of one linear."""
+    """The kernels of one linear that read one layout of its weights."""
 
     @property
     def spec(self) -> LinearSpec:
         """What is computed."""
         ...
 
+    @property
+    def layout(self) -> str:
+        """The layout's name, the one in the schedules: that of the kernel family it was made for."""
+        ...
+
     def schedules(self, bucket: Bucket) -> list[Schedule]:
-        """Every valid schedule of a bucket, a good guess first."""
+        """Every valid schedule of a bucket, a good guess first; schedules of two layouts differ."""
         ...
 
     def function(self, schedule: Schedule) -> PrimFunc:
@@ -131,64 +157,82 @@ def _parallel_or_not(spec: LinearSpec, bucket: Bucket) -> tuple[bool, bool]:
     return worth, not worth
 
 
+_OPERANDS = {"lut8": Lut8Operand, "popcount": PlaneOperand, "int8": Int8Operand}
+
+
 @dataclass(frozen=True)
-class X86Linear:
-    """A linear on x86: look-up or int8 weights with 8-bit dot products.
+class VectorLinear:
+    """A linear on a CPU with 8-bit dot products, which compute all but one token of the layout ``"popcount"``.
 
     Attributes:
         spec: what is computed.
-        family: ``"avx512-vnni"`` or ``"avx2"``.
+        family: one of :data:`INSTRUCTION_SETS`.
+        layout: ``"lut8"``, ``"popcount"`` or ``"int8"``.
     """
 
     spec: LinearSpec
     family: str
+    layout: str
+
+    @property
+    def isa(self) -> InstructionSet:
+        return INSTRUCTION_SETS[self.family](self.spec.act_bits)
 
     @functools.cached_property
-    def operand(self) -> Lut8Operand | Int8Operand:
+    def operand(self) -> Lut8Operand | PlaneOperand | Int8Operand:
         spec = self.spec
         group = spec.group or spec.in_features
         problem = Problem(spec.out_features, spec.in_features, group, spec.x_scales == 1 < spec.groups, spec.bias)
-        return Lut8Operand(problem) if spec.kind == "bit" else Int8Operand(problem)
+        return _OPERANDS[self.layout](problem)
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         padded_rows = self.operand.problem.row_blocks * SLAB
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
+        # Accumulators plus a few weight and activation vectors should fit the register file.
+        registers, fewest = isa.registers - 2, isa.tokens_per_dot
         found: list[Schedule] = []
         for parallel in _parallel_or_not(self.spec, bucket):
             if bucket.highest == 1:
-                for prefetch in (3072, 0, 1024, 6144):
-                    for rows in (16, 32, 64):
-                        if padded_rows % rows == 0:
-                            found.extend(GemvSchedule(rows, chains, prefetch, parallel) for chains in (4, 2, 1))
+                for prefetch in (0, 3072, 1024, 2048, 4096, 6144, 8192, 12288):
+                    for rows in (16, 32, 48, 64, 96, 128):
+                        if padded_rows % rows:
+                            continue
+                        if self.layout == "popcount":
+                            found.append(PopcountSchedule(self.layout, rows, prefetch, parallel))
+                            continue
+                        fits = [c for c in isa.chains if c * (rows // isa.lanes) <= registers or c == 1]
+                        found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in fits)
                 continue
-            for rows in (32, 16, 64):
-                # Accumulators of a tile plus a few weight and activation vectors should fit the register file.
-                registers = (32 if isa.lanes == 16 else 16) - 2
-                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t * (rows // isa.lanes) <= registers or t == 1]
+            for rows in sorted((32, 16, 48, 64, 96), key=lambda rows: rows // isa.lanes > ROW_VECTORS):
+                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t % fewest == 0]
+                fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
                     continue
                 for tokens in fits:
-                    # TVM cannot lower tiles of a single token where there is a single group.
-                    if tokens > bucket.highest or (tokens == 1 == self.spec.groups):
+                    # TVM cannot lower tiles of a single token where a token has a single scale.
+                    if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
                     # Whole tiles: all or half the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (16, 8) if bucket.highest <= 16 else (120, 480)
+                    sizes = (16, 8) if bucket.highest <= 16 else (120, 60, 240, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
-                    found.extend(GemmSchedule(rows, tokens, chunk, parallel) for chunk in chunks)
+                    found.extend(GemmSchedule(self.layout, rows, tokens, chunk, parallel) for chunk in chunks)
         return found
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        isa = instruction_set(self.family, self.spec.act_bits)
+        isa = self.isa
+        if isinstance(schedule, PopcountSchedule):
+            assert isinstance(self.operand, PlaneOperand)
+            return popcount.gemv(self.operand, isa, **_arguments(schedule))
         if isinstance(schedule, GemvSchedule):
-            return dot.gemv(self.operand, isa, **dataclasses.asdict(schedule))
+            return dot.gemv(self.operand, isa, **_arguments(schedule))
         assert isinstance(schedule, GemmSchedule)
         stage = schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK
-        return dot.gemm(self.operand, isa, **dataclasses.asdict(schedule), parallel_stage=stage)
+        return dot.gemm(self.operand, isa, **_arguments(schedule), parallel_stage=stage)
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         operand = self.operand
         if isinstance(weight, QuantizedWeight):
-            assert isinstance(operand, Lut8Operand)
+            assert not isinstance(operand, Int8Operand)
             packed = operand.pack(weight)
         else:
             assert isinstance(operand, Int8Operand)
@@ -209,19 +253,30 @@ class Portable:
 
     spec: LinearSpec
 
+    layout = "portable"
+
     def schedules(self, bucket: Bucket) -> list[Schedule]:
         counts = [r for r in (16, 8, 4, 32, 64, 2, 1, 128) if r == 1 or r <= self.spec.out_features]
-        return [PortableSchedule(rows, parallel) for parallel in _parallel_or_not(self.spec, bucket) for rows in counts]
+        return [
+            PortableSchedule(self.layout, rows, parallel)
+            for parallel in _parallel_or_not(self.spec, bucket)
+            for rows in counts
+        ]
 
     def function(self, schedule: Schedule) -> PrimFunc:
-        return PortableLinear(self.spec).function(**dataclasses.asdict(schedule))
+        return PortableLinear(self.spec).function(**_arguments(schedule))
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         return PortableLinear(self.spec).pack(weight, bias)
 
 
-def linear(spec: LinearSpec, target: Target) -> Implementation:
-    """The kernels of ``spec`` on a CPU target.
+def _arguments(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule passes to the function that makes its kernel."""
+    return {name: value for name, value in dataclasses.asdict(schedule).items() if name != "layout"}
+
+
+def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
+    """The kernels of ``spec`` on a CPU target, one entry per weight layout, a good guess first.
 
     Raises:
         KernelError: no family computes it.
@@ -238,8 +293,23 @@ def linear(spec: LinearSpec, target: Target) -> Implementation:
             f"{spec.in_features} inputs of 16 bits overflow one integer accumulator; quantize the activations per group"
         )
     if target.family == generic.FAMILY or spec.act_bits == 16:
-        return Portable(spec)
-    return X86Linear(spec, target.family)
+        return [Portable(spec)]
+    if spec.kind == "int8":
+        return [VectorLinear(spec, target.family, "int8")]
+    counts_bits = spec.act_bits == 4 and INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits
+    return [VectorLinear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
+
+
+def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementation:
+    """The implementation that reads a layout.
+
+    Raises:
+        KernelError: none does.
+    """
+    for implementation in candidates:
+        if implementation.layout == layout:
+            return implementation
+    raise KernelError(f"no kernel of {candidates[0].spec} reads the weight layout {layout!r}; recompile with --fresh")
 
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
@@ -249,7 +319,8 @@ def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
 
 def lanes(target: Target) -> int:
     """fp32 lanes of a CPU target's vectors."""
-    return x86.LANES.get(target.family, generic.LANES)
+    instructions = INSTRUCTION_SETS.get(target.family)
+    return instructions(8).lanes if instructions else generic.LANES
 
 
 def schedule_from(record: dict[str, Any]) -> Schedule:
@@ -258,7 +329,7 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
     Raises:
         KernelError: it is none.
     """
-    for kind in (GemvSchedule, GemmSchedule, PortableSchedule):
+    for kind in (GemvSchedule, PopcountSchedule, GemmSchedule, PortableSchedule):
         if {f.name for f in dataclasses.fields(kind)} == set(record):
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")

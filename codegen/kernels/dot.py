@@ -1,23 +1,25 @@
-"""The two loops all x86 dot-product kernels share: GEMV for one token, GEMM for more.
+"""The two loops all dot-product kernels share: GEMV for one token, GEMM for more.
 
 A *row vector* is as many weight rows as the instruction set has 32-bit lanes, a *slab* 16 columns of 16 rows: four
 *fields* of 4 columns, each 64 bytes once decoded (byte ``4 * row + column``). A family supplies an :class:`Operand`
 that knows where a slab lies in its packed weights and how it becomes bytes.
 
 Every call first *stages* the activations: padded to slabs, group after group, so that no tail is left in the loops,
-with ``-128 * sum(values)`` per group, which takes back the offset of the weight bytes.
+with ``-128 * sum(values)`` per group, which takes back the offset of the weight bytes. Where an instruction multiplies
+several tokens at once (:attr:`.isa.InstructionSet.tokens_per_dot`), these lie interleaved.
 
 The output is, per group, one explicit fused multiply-add of the exact int32 dot product, as the reference defines it.
 It is an intrinsic because TVM lets LLVM contract ordinary multiplies and adds.
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..format import group_count
+from ..sizes import group_count
 from ..tvm_api import PrimFunc, T, pure_intrinsic
-from .x86 import InstructionSet
+from .isa import InstructionSet
 
 SLAB = 16
 """Columns of a slab, and rows of a block."""
@@ -127,12 +129,8 @@ def load_float32(isa: InstructionSet, packed: Any, address: Any) -> Any:
     return T.reinterpret(isa.float32, packed[T.ramp(address, 1, 4 * isa.lanes)])
 
 
-def _broadcast_quad(isa: InstructionSet, staged: Any, address: Any) -> Any:
-    """Four activation bytes in every lane."""
-    return isa.broadcast(T.reinterpret("int32", staged[T.ramp(address, 1, 4)]))
-
-
-def _prefetch(packed: Any, address: Any) -> None:
+def prefetch_line(packed: Any, address: Any) -> None:
+    """Asks for the cache line of a packed byte."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(packed[address]), 0, 3, 1))
 
 
@@ -144,26 +142,49 @@ def _stage_group(
     token: Any,
     source: Any,
     width: int,
-    target: Any,
+    target: Callable[[Any], Any],
     padded: int,
     index: Any,
     offset: int,
 ) -> None:
-    """Copies ``width`` values of one token and group to ``staged``, pads with zeros, and forms the correction."""
+    """Copies ``width`` values of one token and group to ``staged``, pads with zeros, and forms the correction.
+
+    ``target`` gives the address of a column in ``staged``.
+    """
     total = T.alloc_buffer((1,), "int32", scope="local")
     T.buffer_store(total, 0, [0])
     with T.serial(width) as i:
-        T.buffer_store(staged, values[token, source + i], [target + i])
+        T.buffer_store(staged, values[token, source + i], [target(i)])
         T.buffer_store(total, total[0] + T.cast(values[token, source + i], "int32"), [0])
     with T.serial(padded - width) as i:
-        T.buffer_store(staged, T.int8(0), [target + width + i])
+        T.buffer_store(staged, T.int8(0), [target(width + i)])
     T.buffer_store(correction, total[0] * (-offset), [index])
 
 
 def _stage_token(
-    p: Problem, isa: InstructionSet, values: Any, staged: Any, correction: Any, token: Any, slot: Any, slots: Any
+    p: Problem,
+    isa: InstructionSet,
+    values: Any,
+    staged: Any,
+    correction: Any,
+    token: Any,
+    slot: Any,
+    slots: Any,
+    together: int,
 ) -> None:
-    """Stages one token: groups are outermost in ``staged`` and ``correction``, then come the ``slots`` tokens."""
+    """Stages one token: groups are outermost in ``staged`` and ``correction``, then come the ``slots`` tokens.
+
+    ``together`` tokens are interleaved: as many columns of each in turn as one multiplication takes.
+    """
+    piece = 4 * isa.pairs_per_dot
+
+    def place(start: Any, padded: int) -> Callable[[Any], Any]:
+        """The address of a column, for groups of ``padded`` bytes a token that start at ``start``."""
+        if together == 1:
+            return lambda column: start + slot * padded + column
+        first = start + slot // together * (together * padded) + slot % together * piece
+        return lambda column: first + column // piece * (together * piece) + column % piece
+
     width, tail = p.group_slabs * SLAB, p.columns % p.group
     with T.serial(p.full_groups) as g:
         _stage_group(
@@ -173,7 +194,7 @@ def _stage_token(
             token=token,
             source=g * p.group,
             width=p.group,
-            target=g * width * slots + slot * width,
+            target=place(g * width * slots, width),
             padded=width,
             index=g * slots + slot,
             offset=isa.offset,
@@ -187,14 +208,14 @@ def _stage_token(
             token=token,
             source=p.full_groups * p.group,
             width=tail,
-            target=p.full_groups * width * slots + slot * padded,
+            target=place(p.full_groups * width * slots, padded),
             padded=padded,
             index=p.full_groups * slots + slot,
             offset=isa.offset,
         )
 
 
-def _row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
+def row_vectors(isa: InstructionSet, rows: int) -> list[tuple[int, int]]:
     """``(block, first row within the block)`` of the row vectors of ``rows`` rows."""
     return [(row // SLAB, row % SLAB) for row in range(0, rows, isa.lanes)]
 
@@ -211,7 +232,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         parallel: split the steps over the thread pool.
     """
     p = operand.problem
-    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    lanes, vectors = isa.lanes, row_vectors(isa, rows)
     steps = p.row_blocks * SLAB // rows
     blocks = rows // SLAB
     group_width, tail = p.group_slabs * SLAB, p.columns % p.group
@@ -236,10 +257,10 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         with T.serial(slabs) if slabs > SLAB else T.unroll(slabs) as t:
             for v, (_, half) in enumerate(vectors):
                 if prefetch and half == 0:
-                    _prefetch(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
+                    prefetch_line(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
                 fields = operand.fields(isa, packed, addresses[v] + 4 * half, t, tables[v])
                 source = g * group_width + t * SLAB
-                pairs = [(w, _broadcast_quad(isa, staged, source + 4 * f)) for f, w in enumerate(fields)]
+                pairs = [(w, isa.quad(staged, source, f)) for f, w in enumerate(fields)]
                 for chain in range(chains):
                     where = slice_(v * chains + chain)
                     T.buffer_store(partial, isa.dot(partial[where], pairs[chain::chains]), [where])
@@ -258,7 +279,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
             y = total[slice_(v)]
             if p.bias:
                 y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
-            _store_row_vector(isa, p.rows, out, 0, row, y)
+            store_row_vector(isa, p.rows, out, 0, row, y)
 
     @T.prim_func(s_tir=True)
     def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):
@@ -269,7 +290,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         out = T.match_buffer(out_, (1, p.rows), "float32", align=4)
         staged = T.alloc_buffer((p.slabs * SLAB,), "int8")
         correction = T.alloc_buffer((p.groups,), "int32")
-        _stage_token(p, isa, values, staged, correction, 0, 0, 1)
+        _stage_token(p, isa, values, staged, correction, 0, 0, 1, 1)
         for step in loop(steps):
             total = T.alloc_buffer((rows,), "float32", scope="local")
             partial = T.alloc_buffer((rows * chains,), "int32", scope="local")
@@ -284,7 +305,7 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
     return kernel
 
 
-def _store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: Any, y: Any) -> None:
+def store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: Any, y: Any) -> None:
     """Writes ``y`` to ``out[token, row : row + lanes]``, only as far as there are rows."""
     if rows % isa.lanes == 0 and rows % 32 == 0:
         T.buffer_store(out, y, [token, T.ramp(row, 1, isa.lanes)])
@@ -304,13 +325,13 @@ def gemm(
         operand: the packed weights.
         isa: the vector instructions.
         rows: rows per step, a multiple of 16 that divides the padded rows.
-        tokens: tokens of the register tile.
+        tokens: tokens of the register tile, a multiple of the instructions' ``tokens_per_dot``.
         chunk: tokens whose fp32 sums are kept at once, a multiple of ``tokens``.
         parallel: split the row steps over the thread pool.
         parallel_stage: split the staging of the tokens over the thread pool, too.
     """
     p = operand.problem
-    lanes, vectors = isa.lanes, _row_vectors(isa, rows)
+    lanes, vectors = isa.lanes, row_vectors(isa, rows)
     steps = p.row_blocks * SLAB // rows
     blocks = rows // SLAB
     group_width, tail = p.group_slabs * SLAB, p.columns % p.group
@@ -319,7 +340,10 @@ def gemm(
     packed_bytes = operand.packed_bytes + (4 * SLAB * p.row_blocks if p.bias else 0)
     scales = 1 if p.per_token else p.groups
     slab_bytes = FIELDS * len(vectors) * 4 * lanes
-    decoded_bytes = max(p.group_slabs, p.tail_slabs) * slab_bytes if operand.decodes else 1
+    together = isa.tokens_per_dot
+    # Fields that must be arranged are worth keeping, too.
+    decodes = operand.decodes or together > 1
+    decoded_bytes = max(p.group_slabs, p.tail_slabs) * slab_bytes if decodes else 1
     last = scales - 1
 
     def decode(packed, decoded, step, g, slabs) -> None:
@@ -328,13 +352,13 @@ def gemm(
             address = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
             tables = operand.tables(isa, packed, address + 4 * half, slabs)
             with T.serial(slabs) as t:
-                for f, w in enumerate(operand.fields(isa, packed, address + 4 * half, t, tables)):
+                for f, w in enumerate(isa.arrange(operand.fields(isa, packed, address + 4 * half, t, tables))):
                     where = t * slab_bytes + (f * len(vectors) + v) * 4 * lanes
                     T.buffer_store(decoded, w, [T.ramp(where, 1, 4 * lanes)])
 
     def slab_fields(packed, decoded, step, g, slabs, t) -> list[list[Any]]:
         """The fields of every row vector: ``[field][vector]``."""
-        if operand.decodes:
+        if decodes:
             return [
                 [
                     decoded[T.ramp(t * slab_bytes + (f * len(vectors) + v) * 4 * lanes, 1, 4 * lanes)]
@@ -356,6 +380,11 @@ def gemm(
         def where(m: int, v: int) -> Any:
             return T.ramp((m * len(vectors) + v) * lanes, 1, lanes)
 
+        def total(m: int, v: int) -> Any:
+            """The int32 sums of a token and row vector."""
+            first, i = m // together * together, m % together
+            return isa.by_token([partial[where(first + k, v)] for k in range(together)])[i]
+
         for m in range(tokens):
             start = T.Bind(isa.broadcast(correction[g * padded + first + m] if isa.offset else 0))
             for v in range(len(vectors)):
@@ -366,12 +395,14 @@ def gemm(
             for f in range(0, FIELDS, isa.pairs_per_dot):
                 used = range(f, f + isa.pairs_per_dot)
                 weights = {(k, v): T.Bind(fields[k][v]) for k in used for v in range(len(vectors))}
-                for m in range(tokens):
-                    source = base + m * (slabs * SLAB) + t * SLAB
-                    quads = {k: T.Bind(_broadcast_quad(isa, staged, source + 4 * k)) for k in used}
+                for m in range(0, tokens, together):
+                    source = base + m * (slabs * SLAB) + t * (SLAB * together)
+                    quads = [T.Bind(quad) for quad in isa.load_values(staged, source, f)]
                     for v in range(len(vectors)):
-                        y = isa.dot(partial[where(m, v)], [(weights[k, v], quads[k]) for k in used])
-                        T.buffer_store(partial, y, [where(m, v)])
+                        places = [where(m + i, v) for i in range(together)]
+                        totals = isa.multiply([partial[i] for i in places], [weights[k, v] for k in used], quads)
+                        for place, y in zip(places, totals, strict=True):
+                            T.buffer_store(partial, y, [place])
         scale = []
         for block, half in vectors:
             address = (step * blocks + block) * operand.block_bytes + g * operand.group_bytes
@@ -380,7 +411,7 @@ def gemm(
             x = T.Bind(T.broadcast(scale_stage[T.min(g, last) * padded + first + m], lanes))
             for v in range(len(vectors)):
                 target = T.ramp(((local + m) * len(vectors) + v) * lanes, 1, lanes)
-                dot = T.cast(partial[where(m, v)], isa.float32)
+                dot = T.cast(total(m, v), isa.float32)
                 T.buffer_store(sums, fused_multiply_add(isa, dot, x * scale[v], sums[target]), [target])
 
     def store(packed, out, sums, step, token, local) -> None:
@@ -389,7 +420,7 @@ def gemm(
             y = sums[T.ramp((local * len(vectors) + v) * lanes, 1, lanes)]
             if p.bias:
                 y = y + load_float32(isa, packed, operand.packed_bytes + row * 4)
-            _store_row_vector(isa, p.rows, out, token, row, y)
+            store_row_vector(isa, p.rows, out, token, row, y)
 
     @T.prim_func(s_tir=True)
     def kernel(values_: T.handle, x_scale_: T.handle, packed_: T.handle, out_: T.handle):
@@ -407,7 +438,7 @@ def gemm(
             row: T.let = T.min(m, m_count - 1)
             for s in T.serial(scales):
                 scale_stage[s * padded + m] = x_scale[row, s]
-            _stage_token(p, isa, values, staged, correction, row, m, padded)
+            _stage_token(p, isa, values, staged, correction, row, m, padded, together)
         for step in loop(steps):
             sums = T.alloc_buffer((chunk * rows,), "float32")
             decoded = T.alloc_buffer((decoded_bytes,), "uint8")
@@ -418,7 +449,7 @@ def gemm(
                 for i in T.serial(count * len(vectors)):
                     sums[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
                 for g in T.serial(p.full_groups):
-                    if operand.decodes:
+                    if decodes:
                         decode(packed, decoded, step, g, p.group_slabs)
                     for i in T.serial(count // tokens):
                         tile(
@@ -426,7 +457,7 @@ def gemm(
                             step, g, p.group_slabs, padded, start + i * tokens, i * tokens,
                         )  # fmt: skip
                 if tail > 0:
-                    if operand.decodes:
+                    if decodes:
                         decode(packed, decoded, step, p.full_groups, p.tail_slabs)
                     for i in T.serial(count // tokens):
                         tile(

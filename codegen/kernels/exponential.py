@@ -1,4 +1,4 @@
-"""The exponential as vector arithmetic: LLVM has no vector form of its own and would call the C library lane by lane."""
+"""The exponential as vector arithmetic: LLVM has no vector form and would call the C library lane by lane."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..tvm_api import T
 from .dot import FIELDS, SLAB, VECTOR_BYTES, Problem, load_float32
-from .x86 import InstructionSet
+from .isa import InstructionSet
 
 SLAB_BYTES = FIELDS * VECTOR_BYTES
 SCALE_BYTES = 4 * SLAB

@@ -2,13 +2,14 @@
 
 Packed layout: blocks of 16 rows in one sequential stream; within a block, group after group:
 
+* 64 bytes of levels, offset by 128: byte ``4 * row + code``;
 * codes, 64 bytes per 16 columns: byte ``4 * row + j`` holds columns ``j``, ``4 + j``, ``8 + j``, ``12 + j`` in its
   2-bit fields, lowest first;
-* 64 bytes of levels, offset by 128: byte ``4 * row + code``;
 * 32 bytes of fp16 scales.
 
-A group of 128 columns takes 608 bytes. Rows are padded to a multiple of 32 with zero levels and scales, columns to 16.
-The bias, fp32, follows the last block.
+That is the order in which they are read: hardware prefetchers lose a stream that jumps back. A group of 128 columns
+takes 608 bytes. Rows are padded to a multiple of 32 with zero levels and scales, columns to 16. The bias, fp32, follows
+the last block.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..format import QuantizedWeight
 from ..tvm_api import T
 from .dot import FIELDS, SLAB, VECTOR_BYTES, Problem
-from .x86 import InstructionSet
+from .isa import InstructionSet
 
 LEVEL_BYTES = 64
 SCALE_BYTES = 32
@@ -53,7 +54,7 @@ class Lut8Operand:
         return self.problem.row_blocks * self.block_bytes
 
     def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
-        levels = packed[T.ramp(address + slabs * VECTOR_BYTES, 1, 4 * isa.lanes)]
+        levels = packed[T.ramp(address, 1, 4 * isa.lanes)]
         by_row = T.Bind(isa.prepare(levels))
         # The same table with row and level index swapped: its look-up index keeps the code in bits 2 and 3, so that
         # the second and fourth field need no shift of their own.
@@ -62,7 +63,8 @@ class Lut8Operand:
 
     def fields(self, isa: InstructionSet, packed: Any, address: Any, slab: Any, tables: Any) -> list[Any]:
         by_row, by_level = tables
-        low = T.Bind(T.reinterpret(isa.int32, packed[T.ramp(address + slab * VECTOR_BYTES, 1, 4 * isa.lanes)]))
+        start = address + LEVEL_BYTES + slab * VECTOR_BYTES
+        low = T.Bind(T.reinterpret(isa.int32, packed[T.ramp(start, 1, 4 * isa.lanes)]))
         high = T.Bind(low >> isa.broadcast(4))
         fields = []
         for codes in (low, high):
@@ -71,7 +73,7 @@ class Lut8Operand:
         return fields
 
     def scale(self, isa: InstructionSet, packed: Any, block: Any, address: Any, half: int, slabs: int) -> Any:
-        start = address + slabs * VECTOR_BYTES + LEVEL_BYTES + 2 * half
+        start = address + LEVEL_BYTES + slabs * VECTOR_BYTES + 2 * half
         halves = T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)])
         return T.cast(halves, isa.float32)
 
@@ -100,4 +102,4 @@ def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     packed = packed.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
     levels = levels.reshape(blocks, SLAB, groups, 4).permute(0, 2, 1, 3).reshape(blocks, groups, -1)
     halves = scale.reshape(blocks, SLAB, groups).permute(0, 2, 1).contiguous().view(torch.uint8)
-    return torch.cat([packed, levels, halves.reshape(blocks, groups, -1)], -1).flatten(1)
+    return torch.cat([levels, packed, halves.reshape(blocks, groups, -1)], -1).flatten(1)

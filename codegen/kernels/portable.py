@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import QuantizedWeight, group_count
+from ..format import QuantizedWeight
 from ..reference import value_dtype
+from ..sizes import group_count
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 

@@ -7,8 +7,8 @@ is nothing for LLVM to contract.
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
 from typing import Any
 
-from ..format import group_count
 from ..reference import INT4_MAX, INT8_MAX, INT16_MAX, RANGE_MAX, RANGE_MIN
+from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
 
 

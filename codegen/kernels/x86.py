@@ -1,72 +1,14 @@
-"""x86 vector instructions the kernels are built from, each a thin wrapper of one LLVM intrinsic or a short idiom.
-
-Weights reach :meth:`InstructionSet.dot` as bytes offset by 128 (``level + 128``, unsigned), activation values as signed
-bytes. Where an instruction needs signed weights, :meth:`InstructionSet.prepare` takes the offset away.
-"""
+"""x86 vector instructions the kernels are built from, each a thin wrapper of one LLVM intrinsic or a short idiom."""
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from ..tvm_api import T, pure_intrinsic
-
-Pair = tuple[Any, Any]
-"""(weight bytes, activation bytes), both ``4 * lanes`` bytes: four columns of one row in each 32-bit lane."""
-
-
-class InstructionSet:
-    """Vectors of ``lanes`` 32-bit lanes and what the kernels do with them.
-
-    Attributes:
-        name: as in target strings.
-        lanes: 32-bit lanes of a vector; one weight row a lane.
-        offset: 128 if :meth:`dot` sums ``(level + 128) * value``, so that the caller must take ``128 * sum(value)``
-            away; 0 if it sums ``level * value``.
-        pairs_per_dot: pairs that :meth:`dot` likes to get at once.
-    """
-
-    name: str
-    lanes: int
-    offset: int
-    pairs_per_dot: int
-
-    @property
-    def int32(self) -> str:
-        return f"int32x{self.lanes}"
-
-    @property
-    def float32(self) -> str:
-        return f"float32x{self.lanes}"
-
-    @property
-    def uint8(self) -> str:
-        return f"uint8x{4 * self.lanes}"
-
-    @property
-    def int8(self) -> str:
-        return f"int8x{4 * self.lanes}"
-
-    def broadcast(self, value: Any) -> Any:
-        """One 32-bit integer constant or expression in every lane."""
-        return T.broadcast(T.int32(value) if isinstance(value, int) else value, self.lanes)
-
-    def row_index(self, scale: int) -> Any:
-        """``(lane % 4) * scale`` in every lane: the row within a 128-bit shuffle block."""
-        return (T.ramp(T.int32(0), 1, self.lanes) & self.broadcast(3)) * self.broadcast(scale)
-
-    def prepare(self, weights: Any) -> Any:
-        """Offset weight bytes in the form :meth:`dot` takes."""
-        return weights
-
-    def shuffle(self, table: Any, index: Any) -> Any:
-        """Byte look-up within 128-bit blocks; ``index`` is a vector of 32-bit lanes."""
-        raise NotImplementedError
-
-    def dot(self, total: Any, pairs: list[Pair]) -> Any:
-        """``total`` plus, in every lane, the products of its four bytes, summed over ``pairs``."""
-        raise NotImplementedError
+from .isa import InstructionSet, Pair
 
 
 class Avx512Vnni(InstructionSet):
@@ -74,8 +16,8 @@ class Avx512Vnni(InstructionSet):
 
     name = "avx512-vnni"
     lanes = 16
+    registers = 32
     offset = 128
-    pairs_per_dot = 1
 
     def shuffle(self, table: Any, index: Any) -> Any:
         return pure_intrinsic(self.uint8, "llvm.x86.avx512.pshuf.b.512", table, T.reinterpret(self.uint8, index))
@@ -88,12 +30,39 @@ class Avx512Vnni(InstructionSet):
         return total
 
 
-class _Avx2(InstructionSet):
-    name = "avx2"
+class Avx512Vpopcnt(Avx512Vnni):
+    """The same with ``vpopcntb``, which LLVM makes of its generic bit count."""
+
+    name = "avx512-vpopcnt"
+    counts_bits = True
+
+
+class _Ymm(InstructionSet):
+    """256-bit ``vpshufb``."""
+
     lanes = 8
+    registers = 16
 
     def shuffle(self, table: Any, index: Any) -> Any:
         return pure_intrinsic(self.uint8, "llvm.x86.avx2.pshuf.b", table, T.reinterpret(self.uint8, index))
+
+
+class AvxVnni(_Ymm):
+    """256-bit ``vpdpbusd``: VEX-encoded by AVX-VNNI; the intrinsic has the name of its AVX-512 form."""
+
+    name = "avx-vnni"
+    offset = 128
+
+    def dot(self, total: Any, pairs: list[Pair]) -> Any:
+        for weights, values in pairs:
+            total = pure_intrinsic(
+                self.int32, "llvm.x86.avx512.vpdpbusd.256", total, weights, T.reinterpret(self.int8, values)
+            )
+        return total
+
+
+class _Avx2(_Ymm):
+    name = "avx2"
 
     def _multiply_add_bytes(self, unsigned: Any, signed: Any) -> Any:
         return pure_intrinsic(
@@ -125,16 +94,11 @@ class Avx2Int8(_Avx2):
     (32512) fit int16; the product of offset levels would saturate."""
 
     offset = 0
-    pairs_per_dot = 1
 
     def _sign(self, a: Any, b: Any) -> Any:
         return pure_intrinsic(
             self.int8, "llvm.x86.avx2.psign.b", T.reinterpret(self.int8, a), T.reinterpret(self.int8, b)
         )
-
-    def prepare(self, weights: Any) -> Any:
-        flipped = T.reinterpret(self.int32, weights) ^ self.broadcast(-0x7F7F7F80)
-        return T.reinterpret(self.uint8, flipped)
 
     def dot(self, total: Any, pairs: list[Pair]) -> Any:
         for weights, values in pairs:
@@ -143,8 +107,10 @@ class Avx2Int8(_Avx2):
         return total
 
 
-def instruction_set(name: str, act_bits: int) -> InstructionSet:
-    """The instruction set of a kernel family (``avx512-vnni`` or ``avx2``) for values of ``act_bits`` (4 or 8) bits."""
-    if name == "avx512-vnni":
-        return Avx512Vnni()
-    return Avx2Int4() if act_bits == 4 else Avx2Int8()
+INSTRUCTION_SETS: dict[str, Callable[[int], InstructionSet]] = {
+    "avx512-vpopcnt": lambda act_bits: Avx512Vpopcnt(),
+    "avx512-vnni": lambda act_bits: Avx512Vnni(),
+    "avx-vnni": lambda act_bits: AvxVnni(),
+    "avx2": lambda act_bits: Avx2Int4() if act_bits == 4 else Avx2Int8(),
+}
+"""The instructions of a kernel family for values of 4 or 8 bits."""

@@ -1,22 +1,42 @@
 """Emits the functions of a program, operator by operator, as Relax: TVM's graph IR, which its virtual machine runs.
 
-What a value is: a Relax variable with a :func:`shape` of integers and symbols. Kernels are calls of TIR functions, added
-once each; everything else is one of Relax's own operators, which :mod:`.compile` turns into fused loops.
+A value is a Relax variable with a :func:`shape` of integers and symbols. Kernels are calls of TIR functions, added once
+each; everything else is one of Relax's own operators, which :mod:`.compile` turns into fused loops.
+
+Weights and KV state are one block of bytes each, so that a file of weights can be mapped into memory as it is. A
+function takes them in one of two ways: as *blocks*, of which :mod:`.launch` makes pointers (a call then takes a handful
+of arguments however deep the model is), or as *tuples* of tensors that lie in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tvm_api import PrimFunc, relax, symbolic_dimension
+from ..tvm_api import PrimFunc, relax, symbolic_dimension, tvm
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
 
 Value = Any
 """A Relax variable holding a tensor."""
+
+BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
+"""Symbols: sequences, new tokens, past and new tokens, slots of the KV state."""
+
+WEIGHTS, STATE = "weights", "state"
+"""The two blocks of bytes."""
+
+ALIGNMENT = 64
+"""Bytes to which weights are aligned."""
+
+OPAQUE = 8
+"""Relax's number for functions that it must neither fuse nor look into."""
+
+KERNEL = "lbllm.kernel"
+"""The attribute that marks kernels, whose loops are scheduled already."""
 
 
 @dataclass(frozen=True)
@@ -27,66 +47,101 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     dtype: str
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor; of one with symbols, per unit of each."""
+        return math.prod(d for d in self.shape if isinstance(d, int)) * tvm.DataType(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a block lie.
+
+    Attributes:
+        tensors: by name.
+        offsets: by name, in bytes; in KV state per sequence and slot.
+        bytes: of the whole block; of KV state per sequence and slot.
+    """
+
+    tensors: dict[str, TensorSpec]
+    offsets: dict[str, int]
+    bytes: int
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec], alignment: int = 1) -> Layout:
+        """One tensor behind the other."""
+        tensors, offsets, end = {}, {}, 0
+        for spec in specs:
+            tensors[spec.name], offsets[spec.name] = spec, end
+            end += -(-spec.bytes // alignment) * alignment
+        return cls(tensors, offsets, end)
+
 
 class ProgramBuilder:
-    """Collects the functions of one program and the kernels they share."""
+    """Collects the functions of one program and the kernels they share.
 
-    def __init__(self) -> None:
-        self._block = relax.BlockBuilder()
+    Args:
+        weights: the layout of the weights.
+        state: the layout of the KV state: tensors ``[batch, heads, capacity, ...]``.
+    """
+
+    def __init__(self, weights: Layout, state: Layout) -> None:
+        self.weights, self.state = weights, state
+        self.block = relax.BlockBuilder()
         self._kernels: dict[str, Any] = {}
 
-    def kernel(self, name: str, function: PrimFunc) -> Any:
-        """Adds a kernel under its name; the same name gives the one that is there."""
+    def kernel(self, name: str, make: Callable[[], PrimFunc]) -> Any:
+        """The kernel of that name, generated where it is not there yet."""
         if name not in self._kernels:
-            # Eight is "opaque": Relax must neither fuse it nor look into it.
-            opaque = function.with_attr("op_pattern", 8).with_attr("global_symbol", name)
-            self._kernels[name] = self._block.add_func(opaque, name)
+            attributes = {"op_pattern": OPAQUE, KERNEL: True, "global_symbol": name}
+            self._kernels[name] = self.block.add_func(make().with_attr(attributes), name)
         return self._kernels[name]
 
     def finish(self) -> Any:
         """The finished module of functions and kernels."""
-        return self._block.finalize()
+        return self.block.finalize()
 
 
 class FunctionBuilder:
-    """Builds one function.
+    """Builds one function. Its parameters are ``inputs``, then :data:`WEIGHTS` and :data:`STATE`.
 
     Args:
         program: what the function becomes part of.
         name: the function's.
         inputs: tensors that change from call to call.
-        tuples: name to the tensors of a tuple that is passed whole: weights, state.
         sizes: values of symbols that are known; other strings in shapes become symbols of the function.
+        blocks: take weights and state as blocks, not as tuples.
     """
 
     def __init__(
-        self,
-        program: ProgramBuilder,
-        name: str,
-        inputs: Sequence[TensorSpec],
-        tuples: dict[str, Sequence[TensorSpec]],
-        sizes: dict[str, int],
+        self, program: ProgramBuilder, name: str, inputs: Sequence[TensorSpec], sizes: dict[str, int], blocks: bool
     ):
         self.program = program
-        self._name = name
         self._symbols: dict[str, Dimension] = dict(sizes)
-        variables = {spec.name: relax.Var(spec.name, self._type(spec)) for spec in inputs}
-        packs = {
-            pack: relax.Var(pack, relax.TupleType([self._type(spec) for spec in specs]))
-            for pack, specs in tuples.items()
+        parameters = {spec.name: relax.Var(spec.name, self._type(spec)) for spec in inputs}
+        self._values: dict[str, Value] = dict(parameters)
+        layouts = {WEIGHTS: program.weights, STATE: program.state}
+        if blocks:
+            specs = (
+                TensorSpec(WEIGHTS, (program.weights.bytes,), "uint8"),
+                TensorSpec(STATE, (BATCH, CAPACITY, program.state.bytes), "uint8"),
+            )
+            parameters |= {spec.name: relax.Var(spec.name, self._type(spec)) for spec in specs}
+        else:
+            types = {
+                name: relax.TupleType([self._type(spec) for spec in layout.tensors.values()])
+                for name, layout in layouts.items()
+            }
+            parameters |= {name: relax.Var(name, members) for name, members in types.items()}
+        self._blocks = blocks
+        self._where = {
+            name: (parameters[block], layout, index)
+            for block, layout in layouts.items()
+            for index, name in enumerate(layout.tensors)
         }
-        self._parameters = [*variables.values(), *packs.values()]
-        self._values: dict[str, Value] = dict(variables)
-        self._members = {
-            spec.name: (packs[pack], i) for pack, specs in tuples.items() for i, spec in enumerate(specs)
-        }
-        self._block = program._block
-        self._scopes = [self._block.function(name, self._parameters), self._block.dataflow()]
+        self._scopes = [program.block.function(name, list(parameters.values())), program.block.dataflow()]
         for scope in self._scopes:
             scope.__enter__()
-
-    def _type(self, spec: TensorSpec) -> Any:
-        return relax.TensorType([self.dimension(d) for d in spec.shape], spec.dtype)
 
     def dimension(self, size: int | str) -> Dimension:
         """An int, or the symbol of that name."""
@@ -94,16 +149,27 @@ class FunctionBuilder:
             return size
         return self._symbols.setdefault(size, symbolic_dimension(size))
 
+    def _type(self, spec: TensorSpec) -> Any:
+        return relax.TensorType([self.dimension(d) for d in spec.shape], spec.dtype)
+
     def value(self, name: str) -> Value:
-        """The variable of an input or of a member of a tuple."""
+        """The variable of an input, of a weight or of a tensor of the KV state."""
         if name not in self._values:
-            pack, index = self._members[name]
-            self._values[name] = self.emit(relax.TupleGetItem(pack, index))
+            block, layout, index = self._where[name]
+            member = self._view(block, layout, name) if self._blocks else relax.TupleGetItem(block, index)
+            self._values[name] = self.emit(member)
         return self._values[name]
+
+    def _view(self, block: Value, layout: Layout, name: str) -> Any:
+        spec, offset = layout.tensors[name], layout.offsets[name]
+        if layout is self.program.state:
+            offset = self.dimension(BATCH) * self.dimension(CAPACITY) * offset
+        shape = [self.dimension(d) for d in spec.shape]
+        return relax.op.memory.view(block, shape, tvm.DataType(spec.dtype), relax.prim_value(offset))
 
     def emit(self, expression: Any) -> Value:
         """Binds an expression to a variable."""
-        return self._block.emit(expression)
+        return self.program.block.emit(expression)
 
     def call(self, kernel: Any, arguments: Sequence[Value], *outputs: tuple[Sequence[Dimension], str]) -> Any:
         """Calls a kernel on tensors; ``outputs`` are the shapes and dtypes of what it writes. Returns one or a list."""
@@ -115,9 +181,9 @@ class FunctionBuilder:
 
     def finish(self, result: Value) -> None:
         """Ends the function with its result."""
-        output = self._block.emit_output(result)
+        output = self.program.block.emit_output(result)
         self._scopes[1].__exit__(None, None, None)
-        self._block.emit_func_output(output)
+        self.program.block.emit_func_output(output)
         self._scopes[0].__exit__(None, None, None)
 
 

@@ -2,103 +2,165 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import KernelError
-from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tvm
+from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
+from .builder import KERNEL
+from .launch import merge_launches
+
+ATTENTION = "attention"
+"""How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
 
 
-def compile_program(module: Any, target: dict[str, Any], lanes: int) -> Any:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        executable: TVM's executable of the virtual machine.
+        workspaces: bytes of working memory that functions of few launches take, by function.
+    """
+
+    executable: Any
+    workspaces: Mapping[str, int]
+
+
+def compile_program(module: Any, target: dict[str, Any], lanes: int, merged: Sequence[str]) -> Compiled:
     """Compiles a module of :class:`~.builder.ProgramBuilder`.
 
     Args:
         module: Relax functions and kernels.
         target: TVM's target description.
         lanes: fp32 lanes of the target's vectors.
-
-    Returns:
-        TVM's executable of the virtual machine.
+        merged: functions of fixed shapes, taking blocks, that are to run in few launches.
 
     Raises:
         KernelError: TVM rejects the program.
     """
     description = tvm.target.Target(target)
-    passes = relax.transform
+    # Storage rewriting reuses a buffer as soon as its last reader has begun. In a merged launch another thread may
+    # still be reading.
+    config = {"tirx.disable_storage_rewrite": True}
     try:
-        with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD):
-            module = passes.FastMathTransform()(module)
-            module = tvm.transform.Sequential(
-                [
-                    passes.LegalizeOps(),
-                    passes.AnnotateTIROpPattern(),
-                    passes.FuseOps(),
-                    passes.FuseTIR(),
-                    passes.RewriteDataflowReshape(),
-                    passes.DeadCodeElimination(),
-                ]
-            )(module)
+        with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
+            module = tvm.transform.Sequential(_fusion())(relax.transform.FastMathTransform()(module))
             module = schedule_loops(module, lanes)
-            module = tvm.transform.Sequential(
-                [
-                    passes.ToNonDataflow(),
-                    passes.RemovePurityChecking(),
-                    passes.CallTIRRewrite(),
-                    passes.StaticPlanBlockMemory(),
-                    passes.LowerAllocTensor(),
-                    passes.KillAfterLastUse(),
-                    passes.LowerRuntimeBuiltin(),
-                    passes.ComputePrimValue(),
-                    passes.VMShapeLower(),
-                    passes.AttachGlobalSymbol(),
-                ]
-            )(module)
-            return relax.build(module, description, relax_pipeline=None)
+            workspaces = {}
+            for name in merged:
+                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(ATTENTION))
+            module = tvm.transform.Sequential(_lowering())(module)
+            return Compiled(relax.build(module, description, relax_pipeline=None), workspaces)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
         raise KernelError(f"TVM cannot compile the program: {error}") from error
 
 
+def _fusion() -> list[Any]:
+    """Operators to loops, and neighbouring loops to one."""
+    passes = relax.transform
+    return [
+        passes.LegalizeOps(skip_ops=["relax.memory.view"]),
+        passes.AnnotateTIROpPattern(),
+        passes.FuseOps(),
+        passes.FuseTIR(),
+        passes.RewriteDataflowReshape(),
+        passes.DeadCodeElimination(),
+    ]
+
+
+def _lowering() -> list[Any]:
+    """What is left to instructions of the virtual machine."""
+    passes = relax.transform
+    return [
+        passes.DeadCodeElimination(),
+        passes.ToNonDataflow(),
+        passes.RemovePurityChecking(),
+        passes.CallTIRRewrite(),
+        passes.StaticPlanBlockMemory(),
+        passes.LowerAllocTensor(),
+        passes.KillAfterLastUse(),
+        passes.LowerRuntimeBuiltin(),
+        passes.ComputePrimValue(),
+        passes.VMShapeLower(),
+        passes.AttachGlobalSymbol(),
+    ]
+
+
 def schedule_loops(module: Any, lanes: int) -> Any:
-    """Schedules every function that fusion made; kernels, which are opaque, stay as they are."""
+    """Schedules every function that fusion made; kernels stay as they are."""
     for name, function in module.functions_items():
-        if isinstance(function, PrimFunc) and int(function.attrs.get("op_pattern", 8)) != 8:
+        if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
             module.update_func(name, schedule(function, lanes))
     return module
 
 
 def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
-    """One loop nest: what is elementwise is computed where it is used, sums once per outer iteration.
+    """One loop nest: what is elementwise is computed where it is used, and sums once per row, in vectors.
 
-    The outer iterations of a function with dynamic shapes are shared among the threads.
+    Rows are all but the innermost dimension of the result. Where their number is not known they are shared among the
+    threads.
     """
     plan = s_tir.Schedule(function)
-    blocks = plan.get_child_blocks(plan.get_sblock("root"))
-    *inner, last = blocks
+    *inner, last = plan.get_child_blocks(plan.get_sblock("root"))
     width = _width(plan, last)
-    kept = []
+    kept, partial_sums = [], []
     for block in inner:
-        if _is_sum(plan, block) or _width(plan, block) != width:
+        if _sums(plan, block):
+            partial = _partial_sums(plan, block, lanes)
+            partial_sums += partial
+            kept += [*partial, block]
+        elif _width(plan, block) < width or not _possible(plan.compute_inline, block):
             kept.append(block)
-        else:
-            plan.compute_inline(block)
     *outer, columns = plan.get_loops(last)
     if outer:
         rows = plan.fuse(*outer)
         for block in reversed(kept):
-            plan.compute_at(block, rows)
-        if not isinstance(plan.get(rows).extent, tvm.tirx.IntImm):
+            _possible(plan.compute_at, block, rows)
+        for block in partial_sums:
+            lane, chunk = plan.get_loops(block)[-2:]
+            plan.reorder(chunk, lane)
+            plan.vectorize(lane)
+        if not isinstance(plan.get(rows).extent, tirx.IntImm):
             plan.parallel(rows)
-    extent = plan.get(columns).extent
-    if isinstance(extent, tvm.tirx.IntImm) and extent.value % lanes == 0:
-        _, vector = plan.split(columns, [None, lanes])
-        plan.vectorize(vector)
+    _vectorize(plan, columns, lanes)
     return plan.mod["main"].with_attr(dict(function.attrs))
 
 
-def _width(plan: Any, block: Any) -> Any:
-    """Extent of a block's innermost spatial loop."""
-    spatial = [v for v in plan.get(block).iter_vars if v.iter_type == tvm.tirx.IterVar.DataPar]
-    return int(spatial[-1].dom.extent) if spatial and isinstance(spatial[-1].dom.extent, tvm.tirx.IntImm) else None
+def _possible(primitive: Callable[..., None], *arguments: Any) -> bool:
+    """Applies a schedule primitive where it is valid; a block that cannot be moved stays a loop nest of its own."""
+    try:
+        primitive(*arguments)
+    except s_tir.ScheduleError:
+        return False
+    return True
 
 
-def _is_sum(plan: Any, block: Any) -> bool:
-    return any(v.iter_type == tvm.tirx.IterVar.CommReduce for v in plan.get(block).iter_vars)
+def _partial_sums(plan: Any, block: Any, lanes: int) -> list[Any]:
+    """Cuts a sum into one for each lane; returns the block of those, or nothing where the lanes do not divide it."""
+    *_, loop = plan.get_loops(block)
+    extent = plan.get(loop).extent
+    if not isinstance(extent, tirx.IntImm) or extent.value % lanes or extent.value == lanes:
+        return []
+    _, lane = plan.split(loop, [None, lanes])
+    return [plan.rfactor(lane, 0)]
+
+
+def _vectorize(plan: Any, loop: Any, lanes: int) -> None:
+    extent = plan.get(loop).extent
+    if isinstance(extent, tirx.IntImm) and extent.value % lanes == 0:
+        _, vector = plan.split(loop, [None, lanes])
+        plan.vectorize(vector)
+
+
+def _width(plan: Any, block: Any) -> float:
+    """Extent of a block's innermost spatial loop; infinite where it is not known."""
+    spatial = [v for v in plan.get(block).iter_vars if v.iter_type == tirx.IterVar.DataPar]
+    extent = spatial[-1].dom.extent if spatial else 1
+    return int(extent) if isinstance(extent, (int, tirx.IntImm)) else math.inf
+
+
+def _sums(plan: Any, block: Any) -> bool:
+    return any(v.iter_type == tirx.IterVar.CommReduce for v in plan.get(block).iter_vars)

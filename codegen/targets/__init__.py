@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TargetError
-from . import cuda, generic, host, x86
+from . import arm, cuda, generic, host, x86
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,10 @@ class Target:
     Attributes:
         kind: ``"cpu"`` or ``"cuda"``.
         name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
-        family: kernel family: ``"avx512-vnni"``, ``"avx2"``, ``"generic"`` or ``"cuda"``.
+        family: instruction set: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
+        triple: LLVM ``mtriple`` of an architecture that is not this machine's; empty for code that could run here.
     """
 
     kind: str
@@ -27,11 +29,14 @@ class Target:
     family: str
     arch: str
     features: tuple[str, ...] = ()
+    triple: str = ""
 
     @property
     def llvm(self) -> dict[str, Any]:
         """TVM's target description of a CPU target."""
         description: dict[str, Any] = {"kind": "llvm"}
+        if self.triple:
+            description["mtriple"] = self.triple
         if self.arch:
             description["mcpu"] = self.arch
         if self.features:
@@ -43,6 +48,15 @@ class Target:
         """Whether this machine's CPU has the instructions (always False for CUDA, which is asked for elsewhere)."""
         return self.kind == "cpu" and self.family in host.families()
 
+    def check_runs_here(self) -> None:
+        """Refuses a target whose kernels cannot be proven and used on this machine.
+
+        Raises:
+            TargetError: this machine's CPU cannot run them.
+        """
+        if not self.runs_here:
+            raise TargetError(f"this machine cannot run {self.name}; its own targets: {', '.join(runnable_targets())}")
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """Parses one target: ``cpu`` (the best family of this machine), ``cpu:FAMILY``, ``cuda`` or ``cuda:sm_NN``.
@@ -53,9 +67,11 @@ class Target:
         kind, _, detail = text.strip().partition(":")
         if kind == "cpu":
             family = detail or host.families()[0]
-            if family in x86.ARCHITECTURES:
-                arch, features = x86.ARCHITECTURES[family]
-                return cls("cpu", f"cpu:{family}", family, arch, features)
+            for cpu in (x86, arm):
+                if family in cpu.ARCHITECTURES:
+                    arch, features = cpu.ARCHITECTURES[family]
+                    triple = "" if platform.machine() in cpu.MACHINES else cpu.TRIPLE
+                    return cls("cpu", f"cpu:{family}", family, arch, features, triple)
             if family == generic.FAMILY:
                 return cls("cpu", f"cpu:{family}", family, *generic.architecture())
         if kind == "cuda":
@@ -86,7 +102,7 @@ def parse_targets(text: str) -> tuple[Target, ...]:
 
 def known_targets() -> list[str]:
     """Every text :meth:`Target.parse` accepts."""
-    families = [*x86.ARCHITECTURES, generic.FAMILY]
+    families = [*x86.ARCHITECTURES, *arm.ARCHITECTURES, generic.FAMILY]
     return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in cuda.ARCHITECTURES)]
 
 

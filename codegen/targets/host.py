@@ -7,7 +7,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-from . import generic, x86
+from . import arm, generic, x86
+
+NEEDED_FLAGS = {**x86.CPU_FLAGS, **arm.CPU_FLAGS}
+"""CPU flags that a kernel family needs, the families of each architecture best first."""
 
 
 @functools.cache
@@ -34,12 +37,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """The CPU's marketing name, or the architecture where the system does not tell."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    """The CPU's marketing name, its part number where Linux gives no name (ARM), or else the architecture."""
+    info = _cpuinfo()
+    if "CPU part" in info:
+        return f"ARM implementer {info.get('CPU implementer', '?')} part {info['CPU part']}"
+    return info.get("model name") or platform.processor() or platform.machine()
 
 
 @functools.cache
 def families() -> tuple[str, ...]:
     """Kernel families this CPU runs, best first; the portable one is always there."""
     flags = cpu_flags()
-    return (*(family for family, needed in x86.CPU_FLAGS.items() if needed <= flags), generic.FAMILY)
+    return (*(family for family, needed in NEEDED_FLAGS.items() if needed <= flags), generic.FAMILY)

@@ -27,6 +27,22 @@ STARTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
+class RemoteDevice:
+    """A device that a TVM RPC tracker lends.
+
+    Attributes:
+        host, port: the tracker's address.
+        key: what the device is registered under; stands for its CPU's name in the database.
+        compiler: C compiler that links for it; None for that of the target's triple, or this machine's.
+    """
+
+    host: str
+    port: int
+    key: str
+    compiler: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """Candidates to measure.
 
@@ -61,20 +77,50 @@ class Outcome:
     failure: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What bounds a candidate of the last request, as measured in the worker.
+
+    Attributes:
+        roofline_microseconds: least time of a call, 0 where nothing measured bounds it.
+        weight_bytes: bytes of packed weights that a call reads.
+        bandwidth: bytes per second that the machine reads.
+        products: 8-bit multiply-adds per second, None where the target has no dot product.
+    """
+
+    roofline_microseconds: float = 0.0
+    weight_bytes: int = 0
+    bandwidth: float = 0.0
+    products: float | None = None
+
+
 class Measurer:
     """Sends candidates to a worker process. Use as a context manager.
 
     Args:
         candidate_seconds: time-out of one candidate.
         command: the worker; for tests.
+        target: canonical target; for the linker of a remote device alone.
+        device: measure there instead of on this machine.
     """
 
-    def __init__(self, candidate_seconds: float = CANDIDATE_SECONDS, command: Sequence[str] | None = None):
+    def __init__(
+        self,
+        candidate_seconds: float = CANDIDATE_SECONDS,
+        command: Sequence[str] | None = None,
+        target: str = "",
+        device: RemoteDevice | None = None,
+    ):
         self._candidate_seconds = candidate_seconds
         self._command = command or [sys.executable, "-m", f"{__package__}.worker"]
+        if device:
+            setup = {"device": dataclasses.asdict(device), "target": target, "seconds": candidate_seconds}
+            self._command = [*self._command, json.dumps(setup)]
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the measurer
+        self._threads = 0
+        self.limits = Limits()
 
     def __enter__(self) -> Measurer:
         return self
@@ -94,6 +140,15 @@ class Measurer:
                 stream.close()
         self._process = None
 
+    def threads(self) -> int:
+        """Size of the thread pool of the machine that is measured on.
+
+        Raises:
+            KernelError: no worker can be started.
+        """
+        self._running()
+        return self._threads
+
     def measure(self, request: Request) -> list[Outcome]:
         """One outcome per candidate. Where a batch kills the worker, its candidates are measured one by one.
 
@@ -102,16 +157,13 @@ class Measurer:
         """
         reply = self._ask(request, self._candidate_seconds * len(request.schedules))
         if reply is not None:
-            return [Outcome(**fields) for fields in reply]
+            self.limits = Limits(**reply["limits"])
+            return [Outcome(**fields) for fields in reply["outcomes"]]
         if len(request.schedules) == 1:
             return [Outcome(None, "it crashed or hung")]
-        singles = [
-            Request(request.spec, request.target, request.bucket, [schedule], request.seconds)
-            for schedule in request.schedules
-        ]
-        return [self.measure(single)[0] for single in singles]
+        return [self.measure(dataclasses.replace(request, schedules=[schedule]))[0] for schedule in request.schedules]
 
-    def _ask(self, request: Request, seconds: float) -> list[dict[str, Any]] | None:
+    def _ask(self, request: Request, seconds: float) -> dict[str, Any] | None:
         """The worker's reply, or None when it died or took too long (it is gone then)."""
         process = self._running()
         assert process.stdin
@@ -144,10 +196,16 @@ class Measurer:
             self._replies = queue.Queue()
             threading.Thread(target=_forward, args=(self._process, self._replies), daemon=True).start()
             try:
-                if self._replies.get(timeout=START_SECONDS) is not None:
-                    return self._process
+                greeting = self._replies.get(timeout=START_SECONDS)
             except queue.Empty:
-                pass
+                greeting = None
+            if greeting is not None:
+                fields = json.loads(greeting)
+                if "failure" in fields:  # it knows why, so another attempt would fail alike
+                    self.close()
+                    raise KernelError(fields["failure"])
+                self._threads = int(fields["threads"])
+                return self._process
             self.close()
         self._complaints.seek(0)
         last = self._complaints.read().decode(errors="replace").strip().rpartition("\n")[2]

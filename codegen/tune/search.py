@@ -1,28 +1,37 @@
-"""What to measure next: a spread of the space first, then the neighbours of the best.
+"""What to measure next: a spread of the space first, then what a model of the times promises most of.
 
-A neighbour differs in one field. The search ends after ``trials`` measurements, when every neighbour of the best has
-been measured, or when :data:`PATIENCE` measurements in a row were no better.
+The search ends after ``trials`` measurements or, once the spread is done, when the best is close enough to what the
+machine can do, or :data:`PATIENCE` measurements in a row were no better.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .measure import Outcome
+from .model import Array, CostModel, distance, encode, expected_gain
 
 BATCH = 4
-"""Candidates measured at once: they share one compile."""
+"""Candidates measured at once: they are compiled side by side."""
 
-PATIENCE = 8
-"""Measurements without a better candidate that end the search, once the spread is done."""
+SPREAD_SHARE = 1 / 3
+"""Share of the trials spent on the spread."""
+
+PATIENCE = 16
+"""Measurements without a better candidate that end the search."""
 
 BETTER = 0.98
 """A candidate must take at most this share of the best time to count as progress."""
+
+FAILED = 4.0
+"""A candidate that gives no time enters the model as that many times the slowest one."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +43,58 @@ class Found:
         microseconds: its time.
         trials: candidates measured.
         failures: what went wrong with candidates that gave no time.
+        times: of all candidates that gave one, the fastest first.
+        complete: the search ended by itself, not by its deadline.
     """
 
     schedule: Any
     microseconds: float
     trials: int
     failures: tuple[str, ...]
+    times: Mapping[Any, float]
+    complete: bool
 
 
-def neighbours(schedule: Any, space: Sequence[Any]) -> list[Any]:
-    """The schedules of the space that differ from one in a single field."""
-    fields = dataclasses.asdict(schedule)
-    return [
-        other
-        for other in space
-        if type(other) is type(schedule)
-        and sum(fields[name] != value for name, value in dataclasses.asdict(other).items()) == 1
-    ]
+def spread(space: Sequence[Any], count: int, seed: int = 0) -> list[Any]:
+    """``count`` schedules far from each other, the first (the best guess) among them.
+
+    Each is the one farthest from its nearest predecessor; ``seed`` decides between equals.
+    """
+    return [space[i] for i in _spread(encode(space), count, seed)]
 
 
-def spread(space: Sequence[Any], count: int) -> list[Any]:
-    """``count`` schedules over the whole space, the first (the best guess) among them."""
-    count = min(count, len(space))
-    return [space[i * len(space) // count] for i in range(count)]
+def _spread(points: Array, count: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    jitter = np.array([generator.random() for _ in points])
+    # Distances are sums of ranks, at least 1e-3 apart in any space that is searched.
+    gaps = distance(points, points[:1]).sum(-1)[:, 0]
+    chosen = [0]
+    while len(chosen) < min(count, len(points)):
+        order = gaps + 1e-3 * jitter
+        order[chosen] = -1
+        chosen.append(int(order.argmax()))
+        gaps = np.minimum(gaps, distance(points, points[chosen[-1:]]).sum(-1)[:, 0])
+    return chosen
+
+
+def _promising(points: Array, measured: dict[int, float], count: int) -> list[int]:
+    """The indices of up to ``count`` points worth measuring, given the times of others.
+
+    Each is the one that promises most if those before it take what the model says.
+    """
+    slowest = max(time for time in measured.values() if time < math.inf)
+    known = {i: math.log(min(time, FAILED * slowest)) for i, time in measured.items()}
+    chosen: list[int] = []
+    while len(chosen) < count and len(known) < len(points):
+        indices = list(known)
+        model = CostModel(points[indices], np.array([known[i] for i in indices]))
+        mean, deviation = model.predict(points)
+        gain = expected_gain(mean, deviation, min(known.values()))
+        gain[indices] = -1
+        best = int(gain.argmax())
+        chosen.append(best)
+        known[best] = float(mean[best])
+    return chosen
 
 
 def search(
@@ -64,6 +102,8 @@ def search(
     measure: Callable[[list[Any]], list[Outcome]],
     trials: int,
     deadline: float = math.inf,
+    close_enough: Callable[[], bool] = lambda: False,
+    seed: int = 0,
 ) -> Found | None:
     """Searches a space for the fastest schedule.
 
@@ -72,32 +112,41 @@ def search(
         measure: measures a few.
         trials: most measurements.
         deadline: :func:`time.monotonic` time after which no batch is started.
+        close_enough: asked after the spread and each later batch whether the best is good enough to stop.
+        seed: decides between equally good choices of what to measure.
 
     Returns:
         The best, or None if no candidate gave a time.
     """
-    times: dict[Any, float] = {}
+    points = encode(space)
+    times: dict[int, float] = {}
     failures: list[str] = []
     since_better = 0
-    initial = spread(space, max(1, trials // 2))
-    queue = list(initial)
-    while queue and len(times) < trials and (not times or time.monotonic() < deadline):
-        batch = queue[: min(BATCH, trials - len(times))]
-        for schedule, outcome in zip(batch, measure(batch), strict=True):
-            best = min(times.values(), default=math.inf)
-            times[schedule] = math.inf if outcome.microseconds is None else outcome.microseconds
-            since_better = 0 if times[schedule] <= BETTER * best else since_better + 1
-            if outcome.failure:
-                failures.append(f"{schedule}: {outcome.failure}")
-        queue = [schedule for schedule in initial if schedule not in times]
-        if queue:
-            continue
-        if since_better >= PATIENCE:
+    first = _spread(points, max(BATCH, round(SPREAD_SHARE * trials)), seed)
+    complete = True
+    while len(times) < min(trials, len(space)):
+        best = min(times.values(), default=math.inf)
+        waiting = [i for i in first if i not in times]
+        count = min(BATCH, trials - len(times))
+        if not waiting and (since_better >= PATIENCE or close_enough()):
             break
-        ranked = sorted(times, key=times.__getitem__)
-        near = [n for schedule in ranked[:2] for n in neighbours(schedule, space)]
-        queue = [n for n in dict.fromkeys(near) if n not in times]
-    best = min(times, key=times.__getitem__, default=None)
-    if best is None or times[best] == math.inf:
+        if times and time.monotonic() >= deadline:
+            complete = False
+            break
+        if waiting:
+            batch = waiting[:count]
+        elif best < math.inf:
+            batch = _promising(points, times, count)
+        else:  # nothing has worked yet
+            batch = [i for i in range(len(space)) if i not in times][:count]
+        for i, outcome in zip(batch, measure([space[i] for i in batch]), strict=True):
+            times[i] = math.inf if outcome.microseconds is None else outcome.microseconds
+            since_better = 0 if times[i] <= BETTER * best else since_better + 1
+            best = min(best, times[i])
+            if outcome.failure:
+                failures.append(f"{space[i]}: {outcome.failure}")
+    ranked = [i for i in sorted(times, key=times.__getitem__) if times[i] < math.inf]
+    if not ranked:
         return None
-    return Found(best, times[best], len(times), tuple(failures))
+    ranking = {space[i]: times[i] for i in ranked}
+    return Found(space[ranked[0]], times[ranked[0]], len(times), tuple(failures), ranking, complete)

@@ -116,7 +116,7 @@ def quantize_spec(node: Node) -> QuantizeSpec:
     return QuantizeSpec(_in_features(node), group, bits)
 
 
-def _quantizer_of(node: Node) -> Node:
+def quantizer_of(node: Node) -> Node:
     """The ``quantize_activation`` that a linear reads."""
     values = node.args[0]
     pair = values.args[0] if isinstance(values, fx.Node) and values.args else None
@@ -131,7 +131,7 @@ def linear_spec(program: Program, node: Node) -> LinearSpec:
     Raises:
         KernelError: no kernel can: its input is not quantized, or its weights are computed.
     """
-    quantizer = quantize_spec(_quantizer_of(node))
+    quantizer = quantize_spec(quantizer_of(node))
     grouped = node.target is _lbllm.grouped_bit_linear.default
     weights = node.args[2:6] if grouped else node.args[2:-1]
     if not all(is_constant(w) for w in weights):

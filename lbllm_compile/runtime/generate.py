@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.threads import one_torch_thread
-from lbllm_compile.passes.base import MAX_SEED
-from lbllm_compile.passes.program import Program
-
-FEW_TOKENS = 16
-"""Up to this many tokens a step, torch's operators between the kernels are too small to share among threads."""
-
-SHORT_CONTEXT = 1024
-"""Up to this many tokens to attend to, for each sequence; attention over more is worth sharing."""
 
 
 class GenerationError(LbllmError):
@@ -54,89 +42,67 @@ class Sampling:
             raise GenerationError(f"the temperature is {self.temperature}; use 0 (greedy) or more")
         if self.top_k < 0:
             raise GenerationError(f"top_k is {self.top_k}; use 0 (all tokens) or more")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise GenerationError(f"the seed is {self.seed}; use 0 to {MAX_SEED}")
+        if self.seed < 0:
+            raise GenerationError(f"the seed is {self.seed}; use 0 or more")
         if not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"top_p is {self.top_p}; use a probability above 0 and at most 1")
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
-    """Token ids of a prompt; with ``chat`` as a user's turn in the tokenizer's chat template.
-
-    Raises:
-        GenerationError: there is no tokenizer, or no chat template.
-    """
-    if tokenizer is None:
-        raise GenerationError("the model has no tokenizer; pass token ids instead of text")
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    if not getattr(tokenizer, "chat_template", None):
-        raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def check_prompts(program: Program, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Checks that a model can answer prompts of token ids; needs no kernels.
-
-    Raises:
-        GenerationError: it is no language model, a prompt is empty, or does not fit the context with the new tokens.
-    """
-    if program.kind != "causal-lm":
-        raise GenerationError("the model is not a language model; call it on its inputs instead")
-    if not prompts or any(not len(p) for p in prompts):
-        raise GenerationError("the prompt is empty; give at least one token")
-    longest, limit = max(len(p) for p in prompts), program.context_length
-    if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise GenerationError(
-            f"the prompt has {longest} tokens and {sampling.max_new_tokens} more were asked for, but the model's"
-            f" context holds {limit}; "
-            + ("shorten the prompt" if longest >= limit else f"ask for at most {limit - longest}")
-        )
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
     """Next token ids ``[B]`` from logits ``[B, V]``."""
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
-    logits = logits.double() / sampling.temperature
+    logits = logits.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = torch.softmax(logits, -1)
+        smallest = np.partition(logits, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
+        logits = np.where(logits < smallest, -np.inf, logits)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    order = np.argsort(-shares, axis=-1, kind="stable")
+    ordered = np.take_along_axis(shares, order, -1)
+    reached = np.cumsum(ordered, -1)
     if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(-1, descending=True)
-        # a token stays while those before it have not reached top_p, so that the first one always stays
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        # A token stays while those before it have not reached top_p, so that the first one always stays.
+        ordered = np.where(reached - ordered >= sampling.top_p, 0.0, ordered)
+        reached = np.cumsum(ordered, -1)
+    drawn = generator.random((len(logits), 1)) * reached[:, -1:]
+    # The first token whose cumulative share exceeds the draw; one of share zero never does.
+    rank = (reached <= drawn).sum(-1).clip(max=(ordered > 0).sum(-1) - 1)
+    return np.take_along_axis(order, rank[:, None], -1)[:, 0]
 
 
-Step = Callable[[Tensor], Tensor]
+Step = Callable[[np.ndarray], np.ndarray]
 """Feeds token ids ``[B, S]`` and returns the logits behind the last of them, ``[B, V]``."""
 
 
-def tokens(step: Step, prompt: Tensor, sampling: Sampling, stop: Sequence[int]) -> Iterator[list[int | None]]:
+def tokens(step: Step, prompt: np.ndarray, sampling: Sampling, stop: Sequence[int]) -> Iterator[list[int | None]]:
     """Generates; yields one token per sequence and step, None where a sequence has ended.
 
     A stop token ends its sequence and is not yielded. Ended sequences are fed their stop token until all have ended.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = np.random.default_rng(sampling.seed)
     stop_ids = frozenset(stop)
     running = [True] * prompt.shape[0]
-    ids, context = prompt, 0
+    ids = prompt
     for _ in range(sampling.max_new_tokens):
-        context += ids.shape[1]
-        small = ids.numel() <= FEW_TOKENS and ids.shape[0] * context <= SHORT_CONTEXT
-        with one_torch_thread() if small else nullcontext():
-            chosen = choose(step(ids), sampling, generator).tolist()
+        chosen = choose(step(ids), sampling, generator).tolist()
         running = [r and token not in stop_ids for r, token in zip(running, chosen, strict=True)]
         if not any(running):
             return
         yield [token if r else None for r, token in zip(running, chosen, strict=True)]
-        ids = torch.tensor(chosen, dtype=torch.int64).unsqueeze(1)
+        ids = np.array(chosen, dtype=np.int64)[:, None]
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids ``[B, S]`` and attention mask ``[B, S]`` (int64), shorter sequences padded on the left."""
+    length = max(len(s) for s in sequences)
+    ids = np.full((len(sequences), length), pad, dtype=np.int64)
+    mask = np.zeros((len(sequences), length), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        if len(sequence):
+            ids[row, length - len(sequence) :] = sequence
+            mask[row, length - len(sequence) :] = 1
+    return ids, mask
 
 
 class TextStream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lbllm_compile.passes.program import STATE, Program, StateSpec
@@ -51,18 +50,6 @@ class KVState:
             new[:, :, : self.past] = old[:, :, : self.past]
             self.tensors[index] = new
         self._capacity = capacity
-
-
-def left_pad(sequences: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids ``[B, S]`` and attention mask ``[B, S]`` (int64), shorter sequences padded on the left."""
-    length = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), length), pad, dtype=torch.int64)
-    mask = torch.zeros((len(sequences), length), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        if len(sequence):
-            ids[row, length - len(sequence) :] = torch.tensor(sequence, dtype=torch.int64)
-            mask[row, length - len(sequence) :] = 1
-    return ids, mask
 
 
 def positions(mask: Tensor) -> Tensor:

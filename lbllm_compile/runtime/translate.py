@@ -15,31 +15,42 @@ import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.build import KernelSet, TirKernel
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.program import builder
-from lbllm_compile.codegen.program.builder import FunctionBuilder, ProgramBuilder, TensorSpec, Value
+from lbllm_compile.codegen.program.builder import (
+    ALIGNMENT,
+    BATCH,
+    CAPACITY,
+    LENGTH,
+    TOTAL,
+    FunctionBuilder,
+    Layout,
+    ProgramBuilder,
+    TensorSpec,
+    Value,
+)
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.program import STATE, Program
 from lbllm_compile.passes.rewrite import Node, calls, constant, is_constant, is_node
-from lbllm_compile.runtime.executor import KERNEL_TARGETS, last_token_graph, linear_spec, quantize_spec
+from lbllm_compile.runtime.executor import (
+    KERNEL_TARGETS,
+    last_token_graph,
+    linear_spec,
+    quantize_spec,
+    quantizer_of,
+)
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
-
-BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
-"""Symbols: sequences, new tokens, past and new tokens, slots of the KV state."""
-
-WEIGHTS, STATES = "weights", "state"
-"""Tuples that every function takes behind its inputs."""
 
 
 class UntranslatableError(KernelError):
@@ -55,6 +66,7 @@ class Form:
         batch, length: sequences and tokens of a call; None for any number.
         last: give the logits of the last token only.
         bucket: token bucket whose kernels are called.
+        blocks: takes weights and state as blocks, and runs in few launches.
     """
 
     name: str
@@ -62,14 +74,17 @@ class Form:
     length: int | None
     last: bool
     bucket: str
+    blocks: bool = False
 
 
 FORMS = (
-    Form("token", 1, 1, True, "1"),
+    Form("token", 1, 1, True, "1", blocks=True),
+    Form("token_by_kernel", 1, 1, True, "1"),
     Form("tokens", None, None, True, "17+"),
     Form("logits", None, None, False, "17+"),
 )
-"""Decoding of one sequence, a prompt or a batch of sequences, and all logits."""
+"""Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a prompt or a batch of sequences; and
+all logits."""
 
 
 @dataclass
@@ -77,16 +92,27 @@ class Translation:
     """What a lowered graph became.
 
     Attributes:
-        module: Relax functions, one per form, and the kernels.
-        weights: tensors of the tuple :data:`WEIGHTS`, in order, by name.
-        states: tensors of the tuple :data:`STATES`, with symbols for what the caller chooses.
-        inputs: the other arguments of every function, in order.
+        functions: builds the Relax functions, one per form, and the kernels, which takes a while.
+        weights: every weight by name.
+        layout: where each lies in the block of weights.
+        state: where each tensor of the KV state lies.
+        inputs: the arguments of every function before the two blocks, in order.
+        vocabulary: rows of the token embedding.
     """
 
-    module: Any
+    functions: Callable[[], Any]
     weights: Mapping[str, Tensor]
-    states: Sequence[TensorSpec]
+    layout: Layout
+    state: Layout
     inputs: Sequence[TensorSpec]
+    vocabulary: int
+
+    def write_weights(self, file: BinaryIO) -> None:
+        """Writes the block of weights."""
+        for name, tensor in self.weights.items():
+            file.seek(self.layout.offsets[name])
+            file.write(tensor.view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+        file.truncate(self.layout.bytes)
 
 
 def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translation:
@@ -97,13 +123,30 @@ def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORM
     """
     if program.kind != "causal-lm":
         raise UntranslatableError("only language models become a program")
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target not in _OPERATORS:
+            raise _refusal(node, f"the operator {node.target} has no translation")
     weights = _Weights(program, kernels)
-    states = [_state_spec(n) for n in program.state_placeholders()]
+    layout = Layout.of(weights.specs(), ALIGNMENT)
+    state = Layout.of(_state_spec(n) for n in program.state_placeholders())
     inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
-    whole = ProgramBuilder()
-    for form in forms:
-        _Translator(program, kernels, whole, weights, form, inputs, states).run()
-    return Translation(whole.finish(), weights.tensors, states, inputs)
+
+    def functions() -> Any:
+        whole = ProgramBuilder(layout, state)
+        for form in forms:
+            _Translator(program, kernels, whole, weights, form, inputs).run()
+        return whole.finish()
+
+    return Translation(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
+
+
+def _vocabulary(program: Program) -> int:
+    """Rows of the table that ``input_ids`` index."""
+    (ids,) = (n for n in program.placeholders() if n.target == "input_ids")
+    for node in calls(program.graph, _lbllm.int8_embedding.default, _aten.embedding.default):
+        if ids in (node.args[-1], *node.args[-1].all_input_nodes):
+            return constant(program.module, node.args[0]).shape[0]
+    raise UntranslatableError("the graph looks its tokens up in no table")
 
 
 def _state_spec(node: Node) -> TensorSpec:
@@ -131,13 +174,11 @@ class _Weights:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        module, packed = self.program.module, set()
         for node in calls(self.program.graph, *KERNEL_TARGETS[1:]):
             self.tensors[self.packed_name(node)] = self._pack(node)
-            packed.update(node.args[2:-1])
         for node in self.program.graph.nodes:
-            if node.op == "get_attr" and any(user.op != "output" and node not in packed for user in node.users):
-                self.tensors[node.target] = constant(module, node).detach().contiguous()
+            if node.op == "get_attr" and not all(_packs(user) for user in node.users):
+                self.tensors[node.target] = constant(self.program.module, node).detach().contiguous()
 
     def packed_name(self, node: Node) -> str:
         """Name of a linear's packed weights."""
@@ -158,6 +199,13 @@ class _Weights:
         return self.kernels.linear(spec).pack(weight, constant(self.program.module, node.args[-2]))
 
 
+def _packs(node: Node) -> bool:
+    """Whether a node's weights are in a kernel's packed ones: a linear, or what joins the weights of one."""
+    if node.target in KERNEL_TARGETS[1:]:
+        return True
+    return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
+
+
 def _refusal(node: Node, why: str) -> UntranslatableError:
     return UntranslatableError(f"{why}: {describe(node)}")
 
@@ -173,7 +221,6 @@ class _Translator:
         weights: _Weights,
         form: Form,
         inputs: Sequence[TensorSpec],
-        states: Sequence[TensorSpec],
     ):
         self.kernels, self.whole, self.form, self.weights = kernels, whole, form, weights
         self.module = program.module
@@ -185,29 +232,19 @@ class _Translator:
         self.program = program.with_module(self.module)
         sizes = {BATCH: form.batch, LENGTH: form.length}
         known = {name: size for name, size in sizes.items() if size is not None}
-        self.function = FunctionBuilder(
-            whole, form.name, inputs, {WEIGHTS: weights.specs(), STATES: states}, known
-        )
+        self.function = FunctionBuilder(whole, form.name, inputs, known, form.blocks)
         self.values: dict[Node, Any] = {}
+        self.leading: dict[Node, list[Any]] = {}
 
     def run(self) -> None:
         for node in self.module.graph.nodes:
             if node.op == "output":
                 self.function.finish(self.values[node.args[0]])
             elif node.op == "call_function":
-                handler = _OPERATORS.get(node.target)
-                if handler is None:
-                    raise _refusal(node, f"the operator {node.target} has no translation")
-                if not self._is_weight_arithmetic(node):
-                    self.values[node] = handler(self, node)
+                if node.target in KERNEL_TARGETS or not _packs(node):
+                    self.values[node] = _OPERATORS[node.target](self, node)
             elif node.op == "placeholder" and node.target != "past":
                 self.values[node] = self.function.value(node.target)
-
-    def _is_weight_arithmetic(self, node: Node) -> bool:
-        """Whether a node only joins stored weights of a kernel, which packing has done."""
-        return node.target is _aten.cat.default and is_constant(node) and all(
-            user.target in KERNEL_TARGETS for user in node.users
-        )
 
     def value(self, argument: Any) -> Any:
         """The translation of an operand: a value, a dimension, a number, or a list of them."""
@@ -218,6 +255,10 @@ class _Translator:
         if argument not in self.values:
             self.values[argument] = self.function.value(argument.target)
         return self.values[argument]
+
+    def call(self, kernel: TirKernel, arguments: Sequence[Value], *outputs: tuple[Sequence[Any], str]) -> Any:
+        """Calls a kernel, see :meth:`FunctionBuilder.call`."""
+        return self.function.call(self.whole.kernel(kernel.name, kernel.make), arguments, *outputs)
 
     def emit(self, expression: Any) -> Value:
         return self.function.emit(expression)
@@ -418,7 +459,7 @@ def _gelu(t: _Translator, node: Node) -> Value:
 
 
 def _layer_norm(t: _Translator, node: Node) -> Value:
-    x, sizes, weight, bias, epsilon = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])
+    x, sizes, weight, bias, epsilon = (*node.args, *(None, None, None, None, 1e-5)[len(node.args) :])[:5]
     if weight is None or bias is None:
         raise _refusal(node, "a layer norm without weight and bias has no translation")
     axes = [-(i + 1) for i in reversed(range(len(sizes)))]
@@ -430,12 +471,9 @@ def _embedding(t: _Translator, node: Node) -> Value:
 
 
 def _int8_embedding(t: _Translator, node: Node) -> Value:
-    from lbllm_compile.codegen.kernels.embedding import embedding
-
     rows, scale, ids = t.value(node.args)
     spec = EmbeddingSpec(*builder.shape(rows))
-    kernel = t.whole.kernel(f"embedding_{spec.rows}x{spec.columns}", embedding(spec))
-    return t.function.call(kernel, [rows, scale, ids], ([*builder.shape(ids), spec.columns], "float32"))
+    return t.call(t.kernels.embedding(spec), [rows, scale, ids], ([*builder.shape(ids), spec.columns], "float32"))
 
 
 def _flat(t: _Translator, x: Value) -> tuple[Value, list[Any], Any]:
@@ -449,11 +487,10 @@ def _flat(t: _Translator, x: Value) -> tuple[Value, list[Any], Any]:
 
 def _quantize(t: _Translator, node: Node) -> list[Value]:
     spec = quantize_spec(node)
-    x, _, count = _flat(t, t.value(node.args[0]))
-    name, function = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
-    kernel = t.whole.kernel(name, function)
+    x, t.leading[node], count = _flat(t, t.value(node.args[0]))
+    kernel = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
     kind = "int16" if spec.bits == 16 else "int8"
-    return t.function.call(
+    return t.call(
         kernel, [x, t.value(node.args[1])], ([count, spec.in_features], kind), ([count, spec.scales], "float32")
     )
 
@@ -461,14 +498,12 @@ def _quantize(t: _Translator, node: Node) -> list[Value]:
 def _linear(t: _Translator, node: Node) -> Value:
     values, scale = t.value(node.args[:2])
     spec = linear_spec(t.program, node)
-    name, function = t.kernels.linear(spec).tir(t.form.bucket)
-    # A quantizer's result stays two-dimensional until here; the graph's own leading dimensions come back.
     count = builder.shape(values)[0]
     packed = t.function.value(t.weights.packed_name(node))
-    flat = t.function.call(t.whole.kernel(name, function), [values, scale, packed], ([count, spec.out_features], "float32"))
-    leading = [t.function.dimension(BATCH), t.function.dimension(LENGTH)]
-    if t.form.last and node.meta.get("lbllm_linear") is not None and node.meta["lbllm_linear"].role == "head":
-        leading[1] = 1
+    output = ([count, spec.out_features], "float32")
+    flat = t.call(t.kernels.linear(spec).tir(t.form.bucket), [values, scale, packed], output)
+    # A quantizer's result has two dimensions; here the graph's own come back.
+    leading = t.leading[quantizer_of(node)]
     return t.emit(relax.op.reshape(flat, [*leading, spec.out_features]))
 
 
@@ -479,9 +514,8 @@ def _attention(t: _Translator, node: Node) -> Value:
     spec = AttentionSpec(heads, builder.shape(key)[1], width, builder.shape(value)[3], bits, window, scale)
     if bits == 16:
         state = [state[0], state[0], state[2], state[2]]
-    name, function = t.kernels.attention(spec, t.form.length)
     output = ([*builder.shape(query)[:3], spec.value_width], "float32")
-    return t.function.call(t.whole.kernel(name, function), [query, key, value, *state, mask], output)
+    return t.call(t.kernels.attention(spec, t.form.length), [query, key, value, *state, mask], output)
 
 
 _OPERATORS: dict[Any, Handler] = {

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from lbllm_compile import artifact
 from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.runtime.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
+from lbllm_compile.runtime.native import NativeProgram, find
 
 
 def load(
-    directory: str | Path | artifact.Artifact,
-    *,
-    target: str = "cpu",
-    kernels: Kernels | None = None,
-    progress: Progress | None = None,
+    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Progress | None = None
 ) -> CompiledModel:
-    """Loads an artifact: checks it, builds and proves its kernels on this machine, packs its weights.
+    """Loads an artifact: checks it, builds and proves its kernels on this machine, prepares its native program.
+
+    The program is stored, so that this takes long only once.
 
     Args:
-        directory: what a compile wrote; or that, already read and checked.
+        directory: what a compile wrote.
         target: what to run on; ``cpu`` picks the best kernels of this machine.
         kernels: kernels to use instead of building them (they must cover the program's).
         progress: told about each kernel.
@@ -30,8 +30,37 @@ def load(
         KernelError: a kernel cannot be built or proved here. There is no slow path.
         TargetError: this machine cannot run the target.
     """
-    loaded = directory if isinstance(directory, artifact.Artifact) else artifact.load(directory)
-    return CompiledModel(loaded.program, kernels or build_kernels(loaded, target, progress))
+    return prepared(artifact.load(directory), target=target, kernels=kernels, progress=progress)
+
+
+def prepared(
+    loaded: artifact.Artifact,
+    *,
+    target: str = "cpu",
+    kernels: Kernels | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """A model that runs, from an artifact that has been read and checked; otherwise as :func:`load`."""
+    native = find(loaded.directory, target)
+    kernels = kernels or build_kernels(loaded, target, progress)
+    if native is None:
+        native = _prepare(loaded, kernels, progress)
+    return CompiledModel(loaded.program, kernels, native)
+
+
+def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None) -> NativeProgram | None:
+    """Builds and stores the native program of an artifact; None where the graph or the kernels do not allow one."""
+    # TVM takes seconds to import
+    from lbllm_compile.codegen.build import KernelSet
+    from lbllm_compile.runtime.prepare import build_native, keep_native, workshop
+
+    if not isinstance(kernels, KernelSet):
+        return None
+    with workshop() as folder:
+        native = build_native(loaded.program, kernels, folder, progress)
+        if native is not None:
+            keep_native(native, loaded.digest, kernels.target.name)
+        return native
 
 
 def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Progress | None = None) -> Kernels:
@@ -42,7 +71,6 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     """
     # TVM takes seconds to import, and reading an artifact does not need it
     from lbllm_compile.codegen.build import KernelSet
-    from lbllm_compile.codegen.targets import Target
 
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
     if progress is not None and not any(record["target"] == chosen.name for record in records):

@@ -1,0 +1,269 @@
+"""llama.cpp as a yardstick, through the libraries that the optional package ``llama-cpp-python`` brings.
+
+:class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize`, :func:`bits_per_weight` and
+:func:`decode_times` compare whole models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lbllm_compile.codegen.errors import LbllmError
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q2_k": 10, "tq2_0": 35}
+"""ggml's tensor types."""
+
+FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "tq2_0": 37}
+"""llama.cpp's file types: the type most of a file's tensors are asked to get."""
+
+BLOCK = 256
+"""Columns of a ``q2_k`` or ``tq2_0`` block; rows that it does not divide fall back to a larger type."""
+
+GRAPH_NODES = 8
+SUCCESS = 0
+
+
+def missing() -> str:
+    """Why llama.cpp cannot be compared with here, empty if it can."""
+    return "" if importlib.util.find_spec("llama_cpp") else "install the extra 'bench' (llama-cpp-python)"
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_init": (ctypes.c_void_p, (_InitParams,)),
+    "ggml_free": (None, (ctypes.c_void_p,)),
+    "ggml_tensor_overhead": (ctypes.c_size_t, ()),
+    "ggml_graph_overhead_custom": (ctypes.c_size_t, (ctypes.c_size_t, ctypes.c_bool)),
+    "ggml_new_tensor_2d": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)),
+    "ggml_get_data": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "ggml_mul_mat": (ctypes.c_void_p, (ctypes.c_void_p,) * 3),
+    "ggml_new_graph_custom": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool)),
+    "ggml_build_forward_expand": (None, (ctypes.c_void_p,) * 2),
+    "ggml_row_size": (ctypes.c_size_t, (ctypes.c_int, ctypes.c_int64)),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 3, ctypes.c_void_p),
+    ),
+    "ggml_backend_cpu_init": (ctypes.c_void_p, ()),
+    "ggml_backend_cpu_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int)),
+    "ggml_backend_graph_compute": (ctypes.c_int, (ctypes.c_void_p,) * 2),
+    "ggml_backend_free": (None, (ctypes.c_void_p,)),
+}
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    """The functions of ggml named above, typed.
+
+    Raises:
+        LbllmError: the package is not there, or has another ggml than this module knows.
+    """
+    if why := missing():
+        raise LbllmError(f"llama.cpp is not there; {why}")
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec and spec.origin
+    folder = Path(spec.origin).parent / "lib"
+    libraries = [ctypes.CDLL(str(folder / f"lib{name}.so"), ctypes.RTLD_GLOBAL) for name in ("ggml-base", "ggml-cpu")]
+    found: dict[str, Any] = {}
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
+        if function is None:
+            raise LbllmError(f"this llama-cpp-python has no {name}; install the version of constraints.txt")
+        function.restype, function.argtypes = result, arguments
+        found[name] = function
+    return found
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    """Bytes of one row of a matrix of a type."""
+    return _functions()["ggml_row_size"](TYPES[kind], columns)
+
+
+class Products:
+    """ggml graphs that each multiply fp32 activations with a quantized matrix.
+
+    Args:
+        kind: one of :data:`TYPES`.
+        rows, columns: of the matrix.
+        tokens: ``M``.
+        copies: graphs, each with a matrix of its own.
+        threads: of ggml's pool.
+
+    Attributes:
+        calls: one function a graph, which computes it.
+    """
+
+    def __init__(self, kind: str, rows: int, columns: int, tokens: int, copies: int, threads: int):
+        ggml = self._ggml = _functions()
+        size = row_bytes(kind, columns) * rows
+        each = size + 4 * tokens * (rows + columns) + 4 * ggml["ggml_tensor_overhead"]() + 4096
+        each += ggml["ggml_graph_overhead_custom"](GRAPH_NODES, False)
+        self._context = ggml["ggml_init"](_InitParams(each * copies, None, False))
+        self._backend = ggml["ggml_backend_cpu_init"]()
+        if not self._context or not self._backend:
+            raise LbllmError("ggml could not allocate its matrices")
+        ggml["ggml_backend_cpu_set_n_threads"](self._backend, threads)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(rows, columns, generator=generator)
+        packed = torch.empty(size, dtype=torch.uint8)
+        ggml["ggml_quantize_chunk"](TYPES[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, columns, None)
+        x = torch.randn(tokens, columns, generator=generator)
+        self.calls: list[Callable[[], None]] = []
+        for _ in range(copies):
+            matrix = ggml["ggml_new_tensor_2d"](self._context, TYPES[kind], columns, rows)
+            ctypes.memmove(ggml["ggml_get_data"](matrix), packed.data_ptr(), size)
+            inputs = ggml["ggml_new_tensor_2d"](self._context, TYPES["f32"], columns, tokens)
+            ctypes.memmove(ggml["ggml_get_data"](inputs), x.data_ptr(), 4 * x.numel())
+            graph = ggml["ggml_new_graph_custom"](self._context, GRAPH_NODES, False)
+            ggml["ggml_build_forward_expand"](graph, ggml["ggml_mul_mat"](self._context, matrix, inputs))
+            self.calls.append(functools.partial(self._compute, graph))
+
+    def _compute(self, graph: Any) -> None:
+        if self._ggml["ggml_backend_graph_compute"](self._backend, graph) != SUCCESS:
+            raise LbllmError("ggml failed to compute a product")
+
+    def __del__(self) -> None:
+        if getattr(self, "_backend", None):
+            self._ggml["ggml_backend_free"](self._backend)
+        if getattr(self, "_context", None):
+            self._ggml["ggml_free"](self._context)
+
+
+def write_gguf(model: torch.nn.Module, path: Path) -> None:
+    """Writes a ``LlamaForCausalLM`` as fp16 GGUF without a tokenizer, which speed does not depend on.
+
+    Raises:
+        LbllmError: it is another architecture.
+    """
+    import gguf
+
+    config: Any = model.config
+    if config.model_type != "llama":
+        raise LbllmError(f"only llama models are written as GGUF here, not {config.model_type}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_file_type(FILE_TYPES["f16"])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        array = tensor.float().numpy()
+        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+            if part in name:  # llama.cpp rotates neighbouring channels, transformers those half a head apart
+                array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
+            raise LbllmError(f"GGUF has no name for {name}")
+        writer.add_tensor(target, array.astype(np.float32 if array.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """llama.cpp talks on standard error, whatever it is told."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
+    """Writes another file type of a GGUF file.
+
+    Args:
+        source: an fp16 or fp32 file.
+        destination: replaced if it exists.
+        kind: one of :data:`FILE_TYPES`.
+        threads: to use.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = FILE_TYPES[kind], threads
+    with _silenced():
+        status = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), parameters)
+    if status:
+        raise LbllmError(f"llama.cpp could not quantize {source} to {kind}")
+
+
+def bits_per_weight(path: Path) -> tuple[float, dict[str, float]]:
+    """Bits per weight of the decoder linears of a GGUF file, as stored.
+
+    Returns:
+        The average, and the share of the weights that each tensor type has: small models do not get the type that their
+        file is named after where its blocks do not divide a row.
+    """
+    import gguf
+
+    linears = [t for t in gguf.GGUFReader(str(path)).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    weights = sum(int(t.n_elements) for t in linears)
+    shares: dict[str, float] = {}
+    for tensor in linears:
+        name = tensor.tensor_type.name
+        shares[name] = shares.get(name, 0.0) + int(tensor.n_elements) / weights
+    return 8 * sum(int(t.n_bytes) for t in linears) / weights, shares
+
+
+def decode_times(path: Path, prompt: int, tokens: int, threads: int) -> tuple[float, list[float]]:
+    """Times a model on token ids drawn at random.
+
+    Args:
+        path: a GGUF file.
+        prompt: tokens of the prompt.
+        tokens: tokens to decode after it, one by one.
+        threads: to use.
+
+    Returns:
+        Seconds of the prompt and of each decoded token.
+    """
+    import llama_cpp
+
+    with _silenced():
+        model = llama_cpp.Llama(
+            str(path), n_ctx=prompt + tokens, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+    ids = np.random.default_rng(0).integers(0, model.n_vocab(), prompt + tokens).tolist()
+    start = time.perf_counter()
+    model.eval(ids[:prompt])
+    prefill = time.perf_counter() - start
+    times = []
+    for token in ids[prompt:]:
+        start = time.perf_counter()
+        model.eval([token])
+        times.append(time.perf_counter() - start)
+    model.close()
+    return prefill, times

@@ -1,0 +1,371 @@
+"""Joins the calls of a function into few launches, because a parallel launch costs as much as a small kernel.
+
+A function of fixed shapes is a sequence of kernel calls. It is cut into segments, one for each decoder layer, and a
+segment becomes one TIR function with one parallel region, in which every thread walks through the whole segment:
+
+* A kernel with a parallel loop does its share of it and waits for the others at a barrier. What it writes is shared.
+* Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
+  What a later segment needs is written by the first thread alone, and the others wait.
+
+Weights, KV state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
+layers of a model, which differ in nothing else, share one TIR function, and those that follow one another one launch.
+
+Given::
+
+    %h = call_tir(norm, %x, weights[0:2304]);  %q = call_tir(quantize, %h);  %y = call_tir(linear, %q, weights[...])
+
+Result::
+
+    %workspace = call_tir_inplace(segment, %weights, %state, %workspace, [[0, 2304, ...], [9504, 11808, ...], ...])
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import KernelError
+from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
+from .builder import ALIGNMENT, STATE, WEIGHTS
+
+WORKSPACE = "workspace"
+"""The parameter with shared results: the last one of a function of few launches."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies.
+
+    Attributes:
+        block: name of an input, of a block or, for a result, of nothing yet.
+        offset: in bytes within a block; in KV state per slot.
+        shape, dtype: of the tensor.
+        result: number of the kernel result it is (part of), -1 for inputs, weights and state.
+    """
+
+    block: str
+    offset: int
+    shape: tuple[Any, ...]
+    dtype: str
+    result: int = -1
+
+
+@dataclass
+class _Call:
+    """One kernel call: the kernel, what it reads and the results it writes, in the order of its parameters."""
+
+    name: str
+    kernel: PrimFunc
+    reads: list[_Place]
+    writes: list[_Place]
+    parallel: bool
+
+
+@dataclass
+class _Segment:
+    calls: list[_Call] = field(default_factory=list)
+
+
+def merge_launches(module: Any, name: str, begins_segment: Callable[[str], bool]) -> tuple[Any, int]:
+    """Rewrites one function of a module, after its loops have been scheduled.
+
+    Args:
+        module: Relax functions and TIR kernels; changed in place.
+        name: of the function, whose shapes are fixed except for state and mask.
+        begins_segment: whether a kernel of that name is the first of a segment.
+
+    Returns:
+        ``(module, workspace)``: the function takes an additional last parameter, ``workspace`` bytes of memory.
+
+    Raises:
+        KernelError: the function has something else than kernel calls, reshapes and views.
+    """
+    function = module[name]
+    calls, result = _calls(module, function)
+    segments: list[_Segment] = [_Segment()]
+    for call in calls:
+        if begins_segment(call.name) and segments[-1].calls:
+            segments.append(_Segment())
+        segments[-1].calls.append(call)
+    return _Rewrite(module, name, function, segments, result).run()
+
+
+def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
+    """The kernel calls of a function in order, and where its result lies."""
+    places: dict[Any, Any] = {p: _Place(p.name, 0, tuple(p.ty.shape), str(p.ty.dtype)) for p in function.params}
+    calls: list[_Call] = []
+    numbers = itertools.count()
+    for binding in itertools.chain.from_iterable(block.bindings for block in function.body.blocks):
+        value, kind = binding.value, binding.var.ty
+        if isinstance(value, relax.Var):
+            places[binding.var] = places[value]
+        elif isinstance(value, relax.TupleGetItem):
+            places[binding.var] = places[value.tuple_value][value.index]
+        elif _is_call(value, "relax.reshape"):
+            old = places[value.args[0]]
+            places[binding.var] = _Place(old.block, old.offset, tuple(kind.shape), old.dtype, old.result)
+        elif _is_call(value, "relax.memory.view"):
+            block = places[value.args[0]].block
+            places[binding.var] = _Place(block, _offset(value.args[3]), tuple(kind.shape), str(kind.dtype))
+        elif _is_call(value, "relax.call_tir"):
+            kernel = module[value.args[0]]
+            types = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
+            writes = [_Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
+            places[binding.var] = writes if isinstance(kind, relax.TupleType) else writes[0]
+            reads = [places[a] for a in value.args[1]]
+            calls.append(_Call(value.args[0].name_hint, kernel, reads, writes, _has_parallel_loop(kernel.body)))
+        else:
+            raise KernelError(f"a function of few launches cannot hold {value}")
+    return calls, places[function.body.body]
+
+
+def _is_call(value: Any, name: str) -> bool:
+    return isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "") == name
+
+
+def _offset(value: Any) -> int:
+    """The offset of a view: bytes, or for KV state what the number of slots is multiplied with."""
+    factors = [value] if isinstance(value, tirx.IntImm) else [getattr(value, "a", None), getattr(value, "b", None)]
+    (number,) = (int(f) for f in factors if isinstance(f, tirx.IntImm))
+    return number
+
+
+def _has_parallel_loop(statement: Any) -> bool:
+    return any(isinstance(s, tirx.For) and s.kind == tirx.ForKind.PARALLEL for s in _top_statements(statement))
+
+
+def _top_statements(statement: Any) -> Iterator[Any]:
+    """The statements that a body runs in sequence, within blocks and attributes but not within loops."""
+    if isinstance(statement, tirx.SeqStmt):
+        for part in statement.seq:
+            yield from _top_statements(part)
+    elif isinstance(statement, tirx.AttrStmt):
+        yield from _top_statements(statement.body)
+    elif isinstance(statement, s_tir.SBlockRealize):
+        yield from _top_statements(statement.block.body)
+    else:
+        yield statement
+
+
+def _with_barriers(statement: Any) -> Any:
+    """The same statements, each parallel loop with a barrier behind it."""
+    if isinstance(statement, tirx.SeqStmt):
+        return tirx.SeqStmt([_with_barriers(part) for part in statement.seq])
+    if isinstance(statement, tirx.AttrStmt):
+        return tirx.AttrStmt(statement.node, statement.attr_key, statement.value, _with_barriers(statement.body))
+    if isinstance(statement, s_tir.SBlockRealize):
+        block = statement.block
+        inner = s_tir.SBlock(
+            block.iter_vars, block.reads, block.writes, block.name_hint, _with_barriers(block.body), block.init,
+            block.alloc_buffers, block.match_buffers, block.annotations,
+        )  # fmt: skip
+        return s_tir.SBlockRealize(statement.iter_values, statement.predicate, inner)
+    if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
+        return _barrier_behind(statement)
+    return statement
+
+
+def _pragma(key: str, body: Any) -> Any:
+    return tirx.AttrStmt(tvm.runtime.convert(""), f"pragma_{key}", tirx.IntImm("int32", 1), body)
+
+
+def _barrier_behind(loop: Any) -> Any:
+    return _pragma("parallel_barrier_when_finish", loop)
+
+
+def _first_thread(body: Any) -> Any:
+    """A statement that the first thread runs while the others wait for it."""
+    index = tirx.Var("thread", "int32")
+    zero = tirx.IntImm("int32", 0)
+    # Two iterations, because a loop with one is no loop to TVM, and every thread would run its body.
+    guarded = tirx.IfThenElse(tirx.EQ(index, zero), body, None)
+    return _barrier_behind(tirx.For(index, zero, tirx.IntImm("int32", 2), tirx.ForKind.PARALLEL, guarded))
+
+
+class _Rewrite:
+    """Builds the segments' TIR functions and the function that calls them."""
+
+    def __init__(self, module: Any, name: str, function: Any, segments: Sequence[_Segment], result: _Place):
+        self.module, self.name, self.function = module, name, function
+        self.segments, self.result = segments, result
+        self.home = {w.result: i for i, s in enumerate(segments) for c in s.calls for w in c.writes}
+        self.shared_results = {w.result for s in segments for c in s.calls if c.parallel for w in c.writes}
+        for i, segment in enumerate(segments):
+            for call in segment.calls:
+                self.shared_results.update(r.result for r in call.reads if r.result >= 0 and self.home[r.result] != i)
+        for call in (c for s in segments for c in s.calls if not c.parallel):
+            # The first thread alone runs a kernel of which anything is shared.
+            if any(w.result in self.shared_results for w in call.writes):
+                self.shared_results.update(w.result for w in call.writes)
+        self.shared_results.discard(result.result)
+        self.offsets, self.workspace = self._plan()
+        self.functions: dict[str, Any] = {}
+
+    def _plan(self) -> tuple[dict[int, int], int]:
+        """Offsets of shared results in the workspace: those of a segment lie side by side, and what no later segment
+        reads is overwritten by the next but one, so that segments alternate between two regions."""
+        lasting, passing = {}, {}
+        for i, segment in enumerate(self.segments):
+            for write in (w for call in segment.calls for w in call.writes if w.result in self.shared_results):
+                last = max((j for j, s in enumerate(self.segments) for c in s.calls for r in c.reads
+                            if r.result == write.result), default=i)  # fmt: skip
+                (passing if last <= i + 1 else lasting)[write.result] = (i, write)
+        offsets: dict[int, int] = {}
+        end = 0
+        for number, (_, write) in lasting.items():
+            offsets[number], end = end, end + _aligned(write)
+        sizes = [0, 0]
+        base: dict[int, int] = {}
+        for number, (i, write) in passing.items():
+            offset = base.get(i, 0)
+            base[i] = offset + _aligned(write)
+            offsets[number] = offset
+            sizes[i % 2] = max(sizes[i % 2], base[i])
+        for number, (i, _) in passing.items():
+            offsets[number] += end + (sizes[0] if i % 2 else 0)
+        return offsets, end + sum(sizes)
+
+    def run(self) -> tuple[Any, int]:
+        builder = relax.BlockBuilder(self.module)
+        parameters = [*self.function.params, relax.Var(WORKSPACE, relax.TensorType([self.workspace], "uint8"))]
+        last = len(self.segments) - 1
+        built = [_SegmentFunction(self, segment, i == last).build() for i, segment in enumerate(self.segments)]
+        calls = [(self._share(builder, function), offsets) for function, offsets in built]
+        with builder.function(f"{self.name}_merged", parameters):
+            with builder.dataflow():
+                workspace = parameters[-1]
+                for handle, group in itertools.groupby(calls, lambda call: call[0]):
+                    table = relax.const(np.array([offsets for _, offsets in group], np.int64), "int64")
+                    arguments = [*parameters[:-1], workspace, table]
+                    if handle is calls[-1][0]:
+                        kind = relax.TensorType(list(self.result.shape), self.result.dtype)
+                        result = builder.emit_output(relax.call_tir(handle, arguments, kind))
+                    else:
+                        kind, index = relax.TensorType([self.workspace], "uint8"), len(parameters) - 1
+                        workspace = builder.emit(relax.call_tir_inplace(handle, arguments, index, kind))
+            builder.emit_func_output(result)
+        module = builder.get()
+        merged = module[f"{self.name}_merged"]
+        del module[f"{self.name}_merged"]
+        module.update_func(module.get_global_var(self.name), merged.with_attr("global_symbol", self.name))
+        return module, self.workspace
+
+    def _share(self, builder: Any, function: PrimFunc) -> Any:
+        """The handle of a segment's function; equal functions are one."""
+        key = tvm_ffi.structural_hash(function)
+        for candidate, handle in self.functions.setdefault(key, []):
+            if tvm_ffi.structural_equal(candidate, function):
+                return handle
+        name = f"{self.name}_segment_{sum(map(len, self.functions.values()))}"
+        handle = builder.add_func(function.with_attr("global_symbol", name), name)
+        self.functions[key].append((function, handle))
+        return handle
+
+
+def _aligned(place: _Place) -> int:
+    size = math.prod(int(d) for d in place.shape) * tvm.DataType(place.dtype).itemsize
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class _SegmentFunction:
+    """Builds the TIR function of one segment: ``(*inputs, weights, state, workspace, table[, out])``.
+
+    It runs the segment once for every row of ``table``, int64 ``[repeats, offsets]``.
+    """
+
+    def __init__(self, rewrite: _Rewrite, segment: _Segment, last: bool):
+        self.rewrite, self.segment = rewrite, segment
+        # A symbol of the whole function becomes one of this function.
+        self.symbols: dict[Any, Any] = {}
+        self.parameters = {
+            p.name: self._buffer(p.name, tuple(p.ty.shape), str(p.ty.dtype)) for p in rewrite.function.params
+        }
+        self.parameters[WORKSPACE] = self._buffer(WORKSPACE, (rewrite.workspace,), "uint8")
+        self.out = self._buffer("out", rewrite.result.shape, rewrite.result.dtype) if last else None
+        self.offsets: dict[tuple[str, Any], Any] = {}
+        self.private: dict[int, Any] = {}
+
+    def _dimension(self, size: Any, dtype: str) -> Any:
+        if isinstance(size, (int, tirx.IntImm)):
+            return tirx.IntImm(dtype, int(size))
+        symbol = self.symbols.setdefault(size, tirx.Var(size.name, "int64"))
+        return symbol if dtype == "int64" else tirx.Cast(dtype, symbol)
+
+    def _buffer(self, name: str, shape: Sequence[Any], dtype: str) -> Any:
+        return tirx.decl_buffer([self._dimension(d, "int64") for d in shape], dtype, name)
+
+    def build(self) -> tuple[PrimFunc, list[int]]:
+        """The function and the row of offsets of this segment."""
+        private, statements = [], []
+        for call in self.segment.calls:
+            for write in call.writes:
+                if self._is_private(write):
+                    buffer = self._buffer(f"private_{write.result}", write.shape, write.dtype)
+                    self.private[write.result] = buffer
+                    private.append(tirx.AllocBuffer(buffer))
+            statements.append(self._inline(call))
+        repeats, repeat = tirx.Var("repeats", "int64"), tirx.Var("repeat", "int64")
+        zero = tirx.IntImm("int64", 0)
+        table = tirx.decl_buffer([repeats, tirx.IntImm("int64", len(self.offsets))], "int64", "table")
+        offsets = [
+            tirx.Bind(variable, tirx.BufferLoad(table, [repeat, tirx.IntImm("int64", i)]))
+            for i, variable in enumerate(self.offsets.values())
+        ]
+        loop = tirx.For(repeat, zero, repeats, tirx.ForKind.SERIAL, tirx.SeqStmt([*offsets, *statements]))
+        region = _pragma("parallel_launch_point", tirx.SeqStmt([*private, loop]))
+        outputs = [self.out] if self.out is not None else []
+        function = PrimFunc([*self.parameters.values(), table, *outputs], region).with_attr("s_tir", True)
+        return function, [offset for _, offset in self.offsets]
+
+    def _is_private(self, place: _Place) -> bool:
+        rewrite = self.rewrite
+        return place.result not in rewrite.shared_results and place.result != rewrite.result.result
+
+    def _inline(self, call: _Call) -> Any:
+        """The statements of one call, on the segment's memory."""
+        places = [*call.reads, *call.writes]
+        # Two calls of one kernel must not share variables.
+        kernel, shapes = renew_definitions(call.kernel), {}
+        for parameter, place in zip(kernel.params, places, strict=True):
+            old = parameter.ty
+            shape = [self._dimension(d, str(o.ty)) for d, o in zip(place.shape, old.shape, strict=True)]
+            shapes[parameter] = tirx.decl_buffer(shape, place.dtype, parameter.name, data_alignment=old.data_alignment)
+        kernel = kernel.specialize(shapes)
+        views = [
+            tirx.DeclBuffer(parameter, data=self._pointer(place))
+            for parameter, place in zip(kernel.params, places, strict=True)
+        ]
+        body = kernel.body
+        shared = [w for w in call.writes if not self._is_private(w)]
+        if call.parallel:
+            body = _with_barriers(body)
+        elif shared:
+            return _first_thread(tirx.SeqStmt([*views, body]))
+        return tirx.SeqStmt([*views, body])
+
+    def _pointer(self, place: _Place) -> Any:
+        """The address of a tensor."""
+        if place.result in self.private:
+            return self.private[place.result].data
+        if place.result >= 0 and place.result == self.rewrite.result.result:
+            return self.out.data
+        if place.result >= 0:
+            return self._address(WORKSPACE, self.rewrite.offsets[place.result])
+        if place.block in (WEIGHTS, STATE):
+            return self._address(place.block, place.offset)
+        return self.parameters[place.block].data
+
+    def _address(self, block: str, offset: int) -> Any:
+        """A pointer into a block, at an offset from the table."""
+        variable = self.offsets.setdefault((block, offset), tirx.Var(f"offset_{len(self.offsets)}", "int64"))
+        buffer = self.parameters[block]
+        if block != STATE:
+            return tirx.address_of(tirx.BufferLoad(buffer, [variable]))
+        # One sequence: bytes lie in the order of slots within each tensor, not across them.
+        zero, slots = tirx.IntImm("int64", 0), buffer.shape[1]
+        return tirx.address_of(tirx.BufferLoad(buffer, [zero, zero, variable * slots]))

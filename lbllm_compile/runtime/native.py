@@ -1,0 +1,297 @@
+"""Runs a native program: a lowered graph that was translated, compiled and stored with its packed weights.
+
+Needs neither torch nor TVM's compiler. The weights are mapped into memory, not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbllm_compile import __version__, codegen
+from lbllm_compile.codegen.cache import cache_directory
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.targets import Target, host
+from lbllm_compile.codegen.tvm_runtime import Machine, array
+from lbllm_compile.runtime.generate import GenerationError
+from lbllm_compile.runtime.language import LanguageModel
+
+MANIFEST = "manifest.json"
+"""The file of an artifact that lists all others."""
+
+LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"
+"""Files of a stored program."""
+
+MIN_CAPACITY = 64
+"""Tokens a fresh state has room for at least."""
+
+CAPACITY_MULTIPLE = 16
+"""Capacities are multiples of this, as the attention kernels want them."""
+
+PART_TOKENS = 1024
+"""Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
+
+ALIGNMENT = 64
+"""Bytes to which working memory is aligned."""
+
+
+FORMAT_VERSION = 1
+"""Counts changes of what a stored program is; part of its key."""
+
+
+def programs_directory() -> Path:
+    """Where programs are stored."""
+    return cache_directory() / "programs"
+
+
+def stored_at(digest: str, target: str) -> Path:
+    """Where the program of an artifact is stored for a target on this machine.
+
+    Args:
+        digest: SHA-256 of the artifact's manifest.
+        target: the target's name.
+    """
+    facts = (digest, *machine_facts(target))
+    return programs_directory() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def machine_facts(target: str) -> tuple[str | int, ...]:
+    """What a program for a target depends on besides the model: the CPU, TVM, and the code that generates kernels."""
+    generators = hashlib.sha256()
+    for file in sorted(Path(codegen.__file__).parent.rglob("*.py")):
+        generators.update(file.read_bytes())
+    tvm = metadata.version("apache-tvm")
+    return target, *sorted(host.cpu_flags()), __version__, tvm, FORMAT_VERSION, generators.hexdigest()
+
+
+def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
+    """The stored program of an artifact, where there is one and the artifact's files have the sizes they had.
+
+    Raises:
+        TargetError: the target is unknown.
+        KernelError: the stored program is damaged.
+    """
+    try:
+        manifest = (directory / MANIFEST).read_bytes()
+        files = json.loads(manifest)["files"]
+        whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    place = stored_at(hashlib.sha256(manifest).hexdigest(), Target.parse(target).name)
+    return NativeProgram(place) if whole and (place / DESCRIPTION).is_file() else None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tensor within a block of bytes.
+
+    Attributes:
+        name: of the weight or state.
+        shape: dimensions; in KV state ``"batch"`` and ``"capacity"`` stand for what a session chooses.
+        dtype: numpy's name of the dtype.
+        offset: in bytes; in KV state per sequence and slot.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a stored program says of itself.
+
+    Attributes:
+        inputs: arguments of its functions before the two blocks: some of ``input_ids``, ``attention_mask``,
+            ``position_ids``.
+        weights, state: tensors of the two blocks.
+        state_bytes: of the KV state per sequence and slot.
+        workspaces: bytes of working memory of the functions that take some.
+        vocabulary: rows of the token embedding.
+        config: the model's configuration.
+        plain_tokenizer: whether :class:`~.text.TextTokenizer` does what the model's tokenizer does.
+    """
+
+    inputs: tuple[str, ...]
+    weights: tuple[Member, ...]
+    state: tuple[Member, ...]
+    state_bytes: int
+    workspaces: Mapping[str, int]
+    vocabulary: int
+    config: Mapping[str, Any]
+    plain_tokenizer: bool
+
+    @classmethod
+    def from_json(cls, text: str) -> Description:
+        fields = json.loads(text)
+        for block in ("weights", "state"):
+            fields[block] = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in fields[block])
+        return cls(**{**fields, "inputs": tuple(fields["inputs"])})
+
+
+class NativeProgram:
+    """A program in memory.
+
+    Args:
+        directory: what :func:`lbllm_compile.runtime.prepare.prepare` wrote.
+
+    Raises:
+        KernelError: it cannot be loaded.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            self.description = Description.from_json((directory / DESCRIPTION).read_text())
+            # Copy on write: the kernels' interface wants memory that could be written.
+            self._block = np.memmap(directory / WEIGHTS, np.uint8, "c")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise KernelError(f"the stored program {directory} is damaged ({error}); delete it") from error
+        self.machine = Machine(directory / LIBRARY)
+        self._weights = self.machine.tensor(self._block)
+        members = [(m, m.shape, m.offset) for m in self.description.weights]
+        self._weight_tuple = self.machine.tuple([_view(self._block, *m) for m in members])
+
+    def session(self, batch: int, capacity: int = 0) -> NativeSession:
+        """An empty conversation with ``batch`` sequences and room for ``capacity`` tokens, which grows."""
+        return NativeSession(self, batch, capacity)
+
+    def call(self, name: str, inputs: Mapping[str, np.ndarray], state: State) -> np.ndarray:
+        """Runs a function of the program on its inputs and a KV state, which it changes."""
+        machine, description = self.machine, self.description
+        arguments = [machine.tensor(inputs[name]) for name in description.inputs]
+        function = machine.function(name)
+        if name in description.workspaces:
+            return array(function(*arguments, self._weights, state.block, state.workspace(name)))
+        return array(function(*arguments, self._weight_tuple, state.tuple))
+
+
+def _view(block: np.ndarray, member: Member, shape: Sequence[int], offset: int) -> np.ndarray:
+    dtype = np.dtype(member.dtype)
+    return block[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """``size`` zero bytes at an aligned address."""
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
+
+
+class State:
+    """Quantized keys and values of one batch of sequences, and the working memory of a step.
+
+    Attributes:
+        capacity: tokens there is room for.
+        block, tuple: the same memory in the two forms in which functions take it.
+    """
+
+    def __init__(self, program: NativeProgram, batch: int, capacity: int):
+        self._program, self._batch = program, batch
+        self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        description, machine = program.description, program.machine
+        memory = _aligned(batch * self.capacity * description.state_bytes)
+        sizes = {"batch": batch, "capacity": self.capacity}
+        self.arrays = [
+            _view(memory, m, [sizes[d] if isinstance(d, str) else d for d in m.shape], m.offset * batch * self.capacity)
+            for m in description.state
+        ]
+        self.block = machine.tensor(memory.reshape(batch, self.capacity, description.state_bytes))
+        self.tuple = machine.tuple(self.arrays)
+        self._workspaces: dict[str, Any] = {}
+
+    def workspace(self, name: str) -> Any:
+        """The working memory of a function."""
+        if name not in self._workspaces:
+            self._workspaces[name] = self._program.machine.tensor(_aligned(self._program.description.workspaces[name]))
+        return self._workspaces[name]
+
+    def grown(self, tokens: int, past: int) -> State:
+        """A state with room for ``tokens``, at least twice as much as before, that holds the first ``past`` slots."""
+        larger = State(self._program, self._batch, max(tokens, 2 * self.capacity))
+        for old, new in zip(self.arrays, larger.arrays, strict=True):
+            new[:, :, :past] = old[:, :, :past]
+        return larger
+
+
+class NativeSession:
+    """One generation in progress: the KV state and the attention mask of a batch of sequences.
+
+    Attributes:
+        past: tokens stored so far, padding included.
+    """
+
+    def __init__(self, program: NativeProgram, batch: int, capacity: int):
+        self._program = program
+        self.state = State(program, batch, capacity)
+        self.past = 0
+        self._mask = np.zeros((batch, self.state.capacity), np.int64)
+        self._lengths = np.zeros((batch, 1), np.int64)
+        self._prompt_mask: np.ndarray | None = None
+
+    def start(self, mask: np.ndarray) -> None:
+        """Sets which tokens of the prompt, fed next, are not padding: ``[B, S]``."""
+        self._prompt_mask = np.asarray(mask, np.int64)
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
+        one = ids.shape == (1, 1)
+        return self._feed(ids, "token" if one else "tokens")[-1][:, -1]
+
+    def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
+        """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""
+        return self._feed(ids, "token_by_kernel")[-1][:, -1]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
+        return np.concatenate(self._feed(ids, "logits"), 1)
+
+    def _feed(self, ids: np.ndarray, function: str) -> list[np.ndarray]:
+        """Feeds token ids part by part; returns what the function gives for each part."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        vocabulary = self._program.description.vocabulary
+        if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+            raise GenerationError(f"a token id is outside the vocabulary, 0 to {vocabulary - 1}")
+        mask = np.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
+        self._prompt_mask = None
+        return [
+            self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], function)
+            for i in range(0, ids.shape[1], PART_TOKENS)
+        ]
+
+    def _feed_part(self, ids: np.ndarray, new: np.ndarray, function: str) -> np.ndarray:
+        past, end = self.past, self.past + ids.shape[1]
+        if end > self.state.capacity:
+            self.state = self.state.grown(end, past)
+            self._mask = np.pad(self._mask, ((0, 0), (0, self.state.capacity - self._mask.shape[1])))
+        self._mask[:, past:end] = new
+        inputs = {
+            "input_ids": np.ascontiguousarray(ids),
+            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
+            "position_ids": (self._lengths + new.cumsum(1) - 1).clip(min=0),
+        }
+        result = self._program.call(function, inputs, self.state)
+        self._lengths += new.sum(1, keepdims=True)
+        self.past = end
+        return result
+
+
+class NativeModel(LanguageModel):
+    """A stored program and a tokenizer."""
+
+    def __init__(self, program: NativeProgram, tokenizer: Any):
+        self.program = program
+        self.config = program.description.config
+        self.tokenizer = tokenizer
+
+    def session(self, batch: int, capacity: int = 0) -> NativeSession:
+        return self.program.session(batch, capacity)

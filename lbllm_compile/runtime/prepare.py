@@ -1,0 +1,168 @@
+"""Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
+
+This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.native`). The kernels in
+it were proven one by one before. The program that runs many of them in one launch is proven here: on probe tokens it
+must give, to the bit, what the same kernels give when they are called one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cache import write_atomically
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.program.builder import Layout
+from lbllm_compile.codegen.program.compile import compile_program
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.passes import graph_json
+from lbllm_compile.passes.program import Program
+from lbllm_compile.runtime import text
+from lbllm_compile.runtime.native import (
+    DESCRIPTION,
+    LIBRARY,
+    WEIGHTS,
+    Description,
+    Member,
+    NativeProgram,
+    machine_facts,
+    programs_directory,
+    stored_at,
+)
+from lbllm_compile.runtime.translate import FORMS, Translation, UntranslatableError, translate
+
+PROBE_PROMPT, PROBE_STEPS = 5, 6
+"""Tokens of the proof's prompt, and steps behind it."""
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A folder beside the stored programs to build one in; what is still there at the end is removed."""
+    programs_directory().mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=programs_directory()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_native(
+    program: Program, kernels: KernelSet, folder: Path, progress: Progress | None = None
+) -> NativeProgram | None:
+    """Builds, stores and proves the native program of a lowered graph.
+
+    Returns:
+        The program; None where the graph has something that no program can hold, which ``progress`` is told.
+
+    Raises:
+        KernelError: it cannot be compiled, or the proof fails.
+    """
+    progress = progress or NoProgress()
+    if program.kind != "causal-lm":
+        return None
+    with progress.task("preparing the program", 4) as task:
+        try:
+            translation = translate(program, kernels)
+        except UntranslatableError as error:
+            progress.note(f"the model runs operator by operator in torch, which is slower: {error}")
+            return None
+        task.advance("translated")
+        workspaces = _library(program, kernels, translation, folder / LIBRARY)
+        task.advance("compiled")
+        with (folder / WEIGHTS).open("wb") as file:
+            translation.write_weights(file)
+        description = _describe(program, translation, workspaces)
+        (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
+        task.advance("stored")
+        native = NativeProgram(folder)
+        prove(native)
+        task.advance("proven")
+    return native
+
+
+def keep_native(native: NativeProgram, digest: str, target: str) -> None:
+    """Moves a program that was built in a workshop to where :func:`.native.find` looks for it.
+
+    Args:
+        native: from :func:`build_native`.
+        digest: the artifact's.
+        target: the target's name.
+    """
+    place = stored_at(digest, target)
+    shutil.rmtree(place, ignore_errors=True)
+    native.directory.rename(place)
+    native.directory = place
+
+
+def _library(program: Program, kernels: KernelSet, translation: Translation, place: Path) -> dict[str, int]:
+    """Puts the program's library at ``place``; returns the working memory its functions take.
+
+    A library depends on the graph and the schedules and not on the weights, so one that was compiled before for the
+    same graph is used again.
+    """
+    facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    stored = programs_directory() / f"{key}.so"
+    memory = stored.with_suffix(".json")
+    if not memory.is_file():
+        merged = [form.name for form in FORMS if form.blocks]
+        compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged)
+        compiled.executable.export_library(str(place))
+        write_atomically(stored, place.read_bytes())
+        write_atomically(memory, json.dumps(dict(compiled.workspaces)).encode())
+    else:
+        place.write_bytes(stored.read_bytes())
+    return json.loads(memory.read_bytes())
+
+
+def _describe(program: Program, translation: Translation, workspaces: dict[str, int]) -> Description:
+    return Description(
+        inputs=tuple(spec.name for spec in translation.inputs),
+        weights=_members(translation.layout),
+        state=_members(translation.state),
+        state_bytes=translation.state.bytes,
+        workspaces=workspaces,
+        vocabulary=translation.vocabulary,
+        config=dict(program.config),
+        plain_tokenizer=_has_plain_tokenizer(program),
+    )
+
+
+def _has_plain_tokenizer(program: Program) -> bool:
+    if program.tokenizer is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        return text.agrees(program.tokenizer, Path(folder))
+
+
+def _members(layout: Layout) -> tuple[Member, ...]:
+    return tuple(Member(n, spec.shape, spec.dtype, layout.offsets[n]) for n, spec in layout.tensors.items())
+
+
+def prove(native: NativeProgram) -> None:
+    """Runs the same tokens in few launches and kernel by kernel, which must agree to the bit.
+
+    Raises:
+        KernelError: they do not.
+    """
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, native.description.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
+    few, many = (native.session(1) for _ in range(2))
+    for session in (few, many):
+        session.step(ids[:, :PROBE_PROMPT])
+    for i in range(PROBE_PROMPT, PROBE_PROMPT + PROBE_STEPS):
+        ours, theirs = few.step(ids[:, i : i + 1]), many.step_by_kernel(ids[:, i : i + 1])
+        same_state = all(np.array_equal(a, b) for a, b in zip(few.state.arrays, many.state.arrays, strict=True))
+        if not np.array_equal(ours, theirs) or not same_state:
+            raise KernelError(
+                "the compiled program does not give what its kernels give one by one; please report this CPU"
+            )

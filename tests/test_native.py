@@ -1,0 +1,310 @@
+"""The native program agrees with the eager model, runs without torch, and is proven before it is kept."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from lbllm_compile.codegen import reference
+from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.kernels import attention
+from lbllm_compile.codegen.program.builder import Layout, TensorSpec
+from lbllm_compile.codegen.spec import AttentionSpec
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.tvm_api import compile_functions
+from test_runtime import VOCABULARY as TOY_VOCABULARY
+from test_runtime import language_model
+from test_zoo import DECODE_STEPS, agree, inputs, oracle, stages
+from zoo import ZOO
+
+from lbllm_compile import artifact
+from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, prepare, text, translate
+from lbllm_compile.runtime.executor import requirements
+from lbllm_compile.runtime.native import NativeModel, NativeProgram
+from lbllm_compile.runtime.translate import UntranslatableError
+
+ROOT = Path(__file__).parent.parent
+TRANSLATED = [
+    name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in ZOO if name != "mixtral"
+]
+
+
+NO_KERNELS = KernelSet(Target.parse("cpu"), {}, {}, [], {})
+
+
+def build(program, folder, progress=None) -> NativeProgram | None:
+    needed = requirements(program)
+    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    return prepare.build_native(program, kernels, folder, progress)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LBLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@functools.cache
+def program(name: str) -> NativeProgram:
+    found = build(stages(name)[1], Path(tempfile.mkdtemp(dir=native.cache_directory())))
+    assert found is not None
+    return found
+
+
+@functools.cache
+def toy() -> NativeProgram:
+    found = build(language_model(), Path(tempfile.mkdtemp(dir=native.cache_directory())))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_prompt_gives_the_eager_models_logits(name):
+    for batch, length in ((1, 1), (1, 7), (3, 33)):
+        item = inputs(batch, length)
+        session = program(name).session(batch)
+        session.start(item["attention_mask"].numpy())
+        logits = torch.from_numpy(session.logits(item["input_ids"].numpy()))
+        agree(logits, oracle(name)(item), item["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_decoding_gives_the_eager_models_logits(name):
+    """One sequence decodes in few launches, a padded batch kernel by kernel."""
+    for batch, prefill in ((1, 7), (3, 12)):
+        item = inputs(batch, prefill + DECODE_STEPS)
+        ids, mask = item["input_ids"].numpy(), item["attention_mask"]
+        session = program(name).session(batch)
+        session.start(mask[:, :prefill].numpy())
+        steps = [session.step(ids[:, :prefill])]
+        steps += [session.step(ids[:, i : i + 1]) for i in range(prefill, prefill + DECODE_STEPS)]
+        expected = oracle(name)(item)[:, prefill - 1 :]
+        agree(torch.from_numpy(np.stack(steps, 1)), expected, torch.ones(batch, DECODE_STEPS + 1, dtype=torch.bool))
+
+
+def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):
+    class Notes:
+        def __init__(self):
+            self.said = []
+
+        def note(self, message):
+            self.said.append(message)
+
+        def task(self, *_):
+            from contextlib import nullcontext
+            from types import SimpleNamespace
+
+            return nullcontext(SimpleNamespace(advance=lambda *_: None))
+
+    notes = Notes()
+    assert prepare.build_native(stages("mixtral")[1], NO_KERNELS, tmp_path, notes) is None
+    assert len(notes.said) == 1 and "operator by operator in torch" in notes.said[0] and "zoo" not in notes.said[0]
+
+
+def test_a_reshape_is_solved_with_symbols():
+    class Symbol:
+        def same_as(self, other):
+            return self is other
+
+        def __mul__(self, other):
+            return ("product", self, other)
+
+    batch, length = Symbol(), Symbol()
+    assert translate._infer([batch, length, 72], [batch, length, -1, 18]) == [batch, length, 4, 18]
+    assert translate._infer([batch, 6, 4], [batch, -1]) == [batch, 24]
+    assert translate._infer([batch, length, 8], [batch, 8, -1]) == [batch, 8, length]
+    for old, new in (([batch, 7], [-1, 2]), ([batch, 4], [length, -1])):
+        with pytest.raises(UntranslatableError, match="cannot be solved"):
+            translate._infer(old, new)
+
+
+def test_a_layout_aligns_its_tensors():
+    layout = Layout.of([TensorSpec("a", (3,), "float32"), TensorSpec("b", (5, 2), "int8")], alignment=64)
+    assert layout.offsets == {"a": 0, "b": 64} and layout.bytes == 128
+
+
+@pytest.mark.parametrize("broken", ["logits", "state"])
+def test_a_program_that_differs_from_its_kernels_is_refused(broken, monkeypatch):
+    step_by_kernel = native.NativeSession.step_by_kernel
+
+    def wrong(self, ids):
+        logits = step_by_kernel(self, ids)
+        if broken == "logits":
+            return logits + 1
+        self.state.arrays[0][0, 0, 1] ^= 1
+        return logits
+
+    monkeypatch.setattr(native.NativeSession, "step_by_kernel", wrong)
+    with pytest.raises(KernelError, match="does not give what its kernels give"):
+        prepare.prove(toy())
+
+
+def test_the_state_grows_and_keeps_what_it_holds(monkeypatch):
+    ids = np.random.default_rng(3).integers(1, TOY_VOCABULARY, (2, 90))
+    small, roomy = toy().session(2), toy().session(2, 90)
+    assert small.state.capacity == native.MIN_CAPACITY
+    steps = [(small.step(ids[:, i : i + 8]), roomy.step(ids[:, i : i + 8])) for i in range(0, 88, 8)]
+    assert all(np.array_equal(a, b) for a, b in steps)
+    assert small.past == 88 <= small.state.capacity
+
+
+def test_a_long_prompt_is_fed_in_parts(monkeypatch):
+    ids = np.random.default_rng(4).integers(1, TOY_VOCABULARY, (1, 50))
+    whole = toy().session(1).logits(ids)
+    monkeypatch.setattr(native, "PART_TOKENS", 16)
+    np.testing.assert_allclose(toy().session(1).logits(ids), whole, atol=0.05)
+    assert toy().session(1).logits(ids).shape == whole.shape
+
+
+@pytest.mark.parametrize("token", [-1, TOY_VOCABULARY])
+def test_a_token_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(GenerationError, match="outside the vocabulary"):
+        toy().session(1).step(np.array([[token]]))
+
+
+def test_greedy_text_is_the_executors(tmp_path):
+    """The same tokens as the executor in torch, prompts of different lengths together."""
+    from reference_kernels import ReferenceKernels
+
+    prompts, sampling = [[5, 3, 8], [9], [4, 4, 4, 4, 7, 2]], Sampling(max_new_tokens=12)
+    torch_tokens = list(CompiledModel(language_model(), ReferenceKernels()).generate_ids(prompts, sampling, ()))
+    assert list(NativeModel(toy(), None).generate_ids(prompts, sampling, ())) == torch_tokens
+
+
+# Stored programs
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """An artifact with a tokenizer, loaded once."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(TOY_VOCABULARY)}, unk_token="w0")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")
+    out = tmp_path_factory.mktemp("stored") / "out"
+    item = language_model()
+    artifact.save(type(item)(item.module, item.kind, "toy", config=item.config, tokenizer=tokenizer), out, lock={})
+    return out, load(out)
+
+
+def test_a_load_stores_the_program_and_the_next_one_finds_it(stored, monkeypatch):
+    out, model = stored
+    assert model.native is not None and native.find(out) is not None
+    monkeypatch.setattr(prepare, "build_native", lambda *_: pytest.fail("built again"))
+    assert load(out).native.directory == model.native.directory
+
+
+def test_an_artifact_of_another_size_has_no_stored_program(stored, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(stored[0], copy)
+    assert native.find(copy) is not None
+    with (copy / "graph.json").open("ab") as file:
+        file.write(b" ")
+    assert native.find(copy) is None
+
+
+def test_a_damaged_stored_program_is_named(stored, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / native.DESCRIPTION).write_text("{}")
+    with pytest.raises(KernelError, match=r"stored program .*broken is damaged"):
+        NativeProgram(broken)
+
+
+def test_run_needs_neither_torch_nor_the_compiler(stored):
+    """The same text as the loaded artifact's, from a process in which torch and TVM's compiler cannot be imported."""
+    out, model = stored
+    script = textwrap.dedent(
+        f"""
+        import sys
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("torch", "transformers") or name.startswith("tvm."):
+                    raise ImportError(f"{{name}} is imported")
+        sys.meta_path.insert(0, Refuse())
+        from lbllm_compile.cli import main
+        sys.argv = ["lbllm-compile", "run", {str(out)!r}, "--prompt", "w5 w3 w8", "--max-tokens", "6", "--raw"]
+        main()
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == model.generate("w5 w3 w8", max_new_tokens=6).strip()
+
+
+def test_a_plain_tokenizer_does_what_the_transformers_one_does(stored, tmp_path):
+    tokenizer = stored[1].tokenizer
+    assert text.agrees(tokenizer, tmp_path)
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, unk_token="w0", eos_token="w1")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {{ eos_token }}{% endfor %}"
+    folder = tmp_path / "chat"
+    assert text.agrees(tokenizer, folder)
+    plain = text.TextTokenizer(folder)
+    assert plain.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w1"
+    assert plain.eos_token_id == 1
+
+
+# The attention kernel
+
+ATTENTIONS = [
+    AttentionSpec(9, 3, 64, 64, 4, 0, 0.125),
+    AttentionSpec(4, 2, 18, 18, 4, 8, 0.2),
+    AttentionSpec(4, 4, 16, 20, 8, 0, 0.25),
+    AttentionSpec(2, 1, 33, 33, 4, 3, 0.17),
+    AttentionSpec(3, 1, 7, 9, 16, 0, 0.38),
+]
+
+
+def attention_state(spec: AttentionSpec, batch: int, past: int, capacity: int, generator) -> list[torch.Tensor]:
+    tensors = []
+    for width in (spec.key_width, spec.value_width):
+        stored = reference.quantize_kv(torch.randn(batch, spec.kv_heads, past, width, generator=generator), spec.bits)
+        for part in stored:
+            whole = torch.zeros((batch, spec.kv_heads, capacity, *part.shape[3:]), dtype=part.dtype)
+            whole[:, :, :past] = part
+            tensors.append(whole)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "spec", ATTENTIONS, ids=lambda s: f"{s.heads}x{s.kv_heads}x{s.key_width}-kv{s.bits}-w{s.window}"
+)
+def test_attention_agrees_with_the_reference(spec):
+    generator = torch.Generator().manual_seed(spec.key_width)
+    target = Target.parse("cpu")
+    for queries in (1, None):
+        tile = attention.tile_rows(spec, queries)
+        kernel = attention.cached_attention(spec, 16, tile, parallel=queries is None)
+        function = compile_functions({"kernel": kernel}, target.llvm)["kernel"]
+        for batch, length, past in ((1, 1, 0), (1, 1, 40), (2, 7, 0), (3, 33, 5)):
+            shapes = [(spec.heads, spec.key_width), (spec.kv_heads, spec.key_width), (spec.kv_heads, spec.value_width)]
+            new = [torch.randn(batch, heads, length, width, generator=generator) for heads, width in shapes]
+            mask = torch.ones(batch, past + length, dtype=torch.int64)
+            for row in range(batch - 1):
+                mask[row, : 3 * (row + 1)] = 0
+            capacity = -(-(past + length) // attention.CAPACITY_MULTIPLE) * attention.CAPACITY_MULTIPLE
+            expected_state = attention_state(spec, batch, past, capacity, generator)
+            state = [t.clone() for t in expected_state]
+            arguments = (mask, past, spec.scale, spec.window, spec.bits)
+            expected = reference.cached_attention(*new, *expected_state, *arguments)
+            given = state if spec.bits < 16 else [state[0], state[0], state[2], state[2]]
+            out = torch.full_like(expected, float("nan"))
+            function(*new, *given, mask, out)
+            assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
+            seen = reference.attention_mask(mask, length, past, spec.window).any(-1).expand(batch, spec.heads, length)
+            torch.testing.assert_close(out[seen], expected[seen], rtol=1e-5, atol=1e-5)
+            assert not out[~seen].any()

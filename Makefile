@@ -59,5 +59,5 @@ lint: .venv-test/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-test build dist demo-out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test build dist demo-out demo-out.lbllm-work *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

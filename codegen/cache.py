@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,18 @@ def cache_directory() -> Path:
     return (
         Path(configured).expanduser() if configured else platformdirs.user_cache_path("lbllm-compile", appauthor=False)
     )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_failure(error: Exception) -> str:
+    """Why a file could not be written, in words. safetensors tells the system's error number in its text alone."""
+    told = re.search(r"os error (\d+)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if code in _FULL:
+        return "the disk is full"
+    return os.strerror(code) if code else str(error)
 
 
 def write_atomically(path: Path, contents: bytes) -> None:

@@ -26,7 +26,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile.codegen.cache import cache_directory
+from lbllm_compile.codegen.cache import cache_directory, write_failure
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.passes import graph_json
+from lbllm_compile.passes.contracts import Propagation, describe, first_line
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.rewrite import calls
@@ -75,14 +76,14 @@ class Artifact:
         directory: where it was read from.
         program: the lowered program with its tokenizer and canonical weights.
         lock: contents of ``lbllm.lock``.
-        records: tuning records.
+        records: tuning records: what was built, and the schedule that was found for it.
         digest: SHA-256 of the manifest, which stands for the whole artifact.
     """
 
     directory: Path
     program: Program
     lock: Mapping[str, Any]
-    records: Any = field(default_factory=list)
+    records: Sequence[Mapping[str, Any]] = ()
     digest: str = ""
 
 
@@ -141,7 +142,7 @@ def save(
     *,
     lock: Mapping[str, Any],
     history: Sequence[tuple[str, Program]] = (),
-    records: Any = (),
+    records: Sequence[Mapping[str, Any]] = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
 ) -> str:
@@ -177,7 +178,7 @@ def save(
         _write_weights(partial, state)
         _write_json(partial / "program.json", {"kind": program.kind, "name": program.name, **_facts(program)})
         _write_json(partial / "lbllm.lock", dict(lock))
-        _write_json(partial / "tuning.json", records if isinstance(records, Mapping) else list(records))
+        _write_json(partial / "tuning.json", list(records))
         for name, source in (sources or {}).items():
             _write(partial / "kernels" / _kernel_name(name, ".py"), source)
         for name, binary in (binaries or {}).items():
@@ -195,8 +196,8 @@ def save(
         digest = _sha256(directory / MANIFEST)
         _remember(digest)
         return digest
-    except OSError as error:
-        raise ArtifactError(f"cannot write the artifact to '{directory}': {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot write the artifact to '{directory}': {write_failure(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -234,15 +235,38 @@ def load(directory: str | Path) -> Artifact:
             metadata={k: v for k, v in described.items() if k not in ("kind", "name")},
         )
         _check_weights(program, state)
+        _check_shapes(program)
     except LbllmError as error:
         raise ArtifactError(f"the artifact '{directory}' is damaged: {error}") from error
     if any(f in files for f in ("tokenizer.json", "tokenizer_config.json")):
         program = _with_tokenizer(program, directory)
-    return Artifact(directory, program, lock, _read_json(directory / "tuning.json"), digest)
+    return Artifact(directory, program, lock, _read_records(directory / "tuning.json"), digest)
+
+
+def read_file(directory: Path, name: str) -> bytes:
+    """One file of an artifact, checked against the manifest.
+
+    Raises:
+        ArtifactError: the directory is no artifact, or the file is not in it, altered or truncated.
+    """
+    files = listed_files(directory)
+    if name not in files:
+        raise ArtifactError(f"'{directory}' has no {name}; compile the model again")
+    _check_file(directory, name, files[name])
+    return (directory / name).read_bytes()
+
+
+def listed_files(directory: Path) -> dict[str, Any]:
+    """What the manifest says of every file, by its name.
+
+    Raises:
+        ArtifactError: the directory is no artifact of this version.
+    """
+    return _read_manifest(directory)[0]["files"]
 
 
 def compiled_here(loaded: Artifact) -> bool:
-    """Whether this user wrote the artifact on this machine, so that its record of the source is the user's own word."""
+    """Whether this user's cache records the artifact as written here: then the source it names is the user's word."""
     return (_own_artifacts() / loaded.digest).is_file()
 
 
@@ -392,6 +416,19 @@ def _read_json(path: Path) -> Any:
         raise ArtifactError(f"'{path}' is not JSON; copy or compile the artifact again") from error
 
 
+_RECORD = {"spec": dict, "tokens": str, "target": str, "schedule": dict}
+"""What a tuning record must have; whether a schedule is one is for those to say who use it."""
+
+
+def _read_records(path: Path) -> list[Mapping[str, Any]]:
+    records = _read_json(path)
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and all(isinstance(r.get(name), kind) for name, kind in _RECORD.items()) for r in records
+    ):
+        raise ArtifactError(f"'{path}' does not hold tuning records; compile the model again")
+    return records
+
+
 def _read_weights(directory: Path, names: Sequence[str]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in names:
@@ -418,11 +455,36 @@ def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
         raise ArtifactError(f"the graph does not use the stored weight '{unused[0]}'")
     for path, weight in stored_weights(program).items():
         weight.validate(path)
+    for path, tensor in state.items():
+        # A constant of several dimensions may be a mask, which hides with minus infinity.
+        values = (
+            tensor.masked_fill(tensor == -torch.inf, 0) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        )
+        if not bool(torch.isfinite(values).all()):
+            raise ArtifactError(f"the weight '{path}' has NaN or infinite values")
     operands: list[Any] = []
     operands += [n.args[2:4] for n in calls(program.graph, torch.ops.lbllm.int8_linear.default)]
     operands += [n.args[0:2] for n in calls(program.graph, torch.ops.lbllm.int8_embedding.default)]
     for rows, scale in operands:
         _check_rows(rows.target, state[rows.target], state[scale.target])
+
+
+def _check_shapes(program: Program) -> None:
+    """Every operator of a language model takes what it gets, as far as shapes and dtypes tell.
+
+    Raises:
+        ArtifactError: naming the node that does not.
+    """
+    if program.kind != "causal-lm":
+        return  # only its caller knows what inputs it takes
+    ids = torch.zeros((2, 3), dtype=torch.int64)
+    propagation = Propagation(program.module)
+    try:
+        propagation.shapes(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids})
+    except Exception as error:
+        raise ArtifactError(
+            f"the graph does not run at {describe(propagation.current)}: {first_line(error)[:200]}"
+        ) from error
 
 
 def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:

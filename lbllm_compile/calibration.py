@@ -1,9 +1,10 @@
 """What a model is calibrated on: its own samples, a text, a data set, or example inputs.
 
 By default a language model writes its own calibration text, so that no data is needed (LLM-QAT, arXiv 2305.17888,
-section 3.1): it samples at temperature 1, half of the sequences from its start token, half from random tokens. That
-text is cached, under a key of the weights, the seed and the sizes. ``FILE.txt``, ``FILE.jsonl``, ``FILE.parquet`` and
-``hf:NAME`` name other texts.
+section 3.1): it samples at temperature 1, half of the sequences from its start token, half from random tokens. It
+does so in chunks of sequences whose keys and values fit a fixed share of memory; each finished chunk is cached, under a
+key of the weights, the seed and the sizes, so that an interrupted sampling goes on where it was. ``FILE.txt``,
+``FILE.jsonl``, ``FILE.parquet`` and ``hf:NAME`` name other texts.
 
 All sequences are equally long and none is padded. Calibration and validation sequences never overlap.
 """
@@ -27,12 +28,20 @@ from torch import Tensor, nn
 from lbllm_compile import frontend
 from lbllm_compile.codegen.cache import cache_directory, write_atomically
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
-from lbllm_compile.passes.base import NoProgress, Progress, batches_of
+from lbllm_compile.passes.base import batches_of
 from lbllm_compile.passes.program import Program
+from lbllm_compile.runtime.language import context_length
 
-_SAMPLER = 1
+_SAMPLER = 2
 """Version of the sampling procedure, part of the cache key."""
+
+_CHUNK_BYTES = 2 << 30
+"""Most that keys and values of the sequences sampled at once take, counted in float32 on every machine."""
+
+_LOGIT_COPIES = 4
+"""Float32 copies of a step's logits while tokens are drawn: logits, probabilities, their sums, and one in passing."""
 
 _OVERSAMPLING = 8
 """How many times the wanted tokens are read from a text before sequences are picked from them."""
@@ -45,6 +54,9 @@ _MODULE_ROWS = 64
 
 PROBE_SHAPE = (2, 16)
 """Sequences and tokens of the probe batch."""
+
+_PROBE_ROWS = 4
+"""Rows of the probe batch of a plain module."""
 
 Batch = Mapping[str, Tensor]
 
@@ -137,6 +149,16 @@ def prepare(
     )
 
 
+def random_probe(model: UserModel, program: Program, seed: int) -> Batch:
+    """A small batch that needs no calibration data: random tokens, or the example inputs of a plain module."""
+    if model.kind != "causal-lm":
+        return _some_rows(model.inputs, program)
+    rows, columns = PROBE_SHAPE
+    shape = (rows, min(columns, _longest(model)))
+    generator = torch.Generator().manual_seed(seed)
+    return language_model_inputs(torch.randint(_vocabulary(model), shape, generator=generator))
+
+
 def _rows(batch: Batch) -> int:
     tensor = next(iter(batch.values()))
     return tensor.numel() if "input_ids" in batch else tensor.shape[0]
@@ -147,7 +169,7 @@ def _vocabulary(model: UserModel) -> int:
 
 
 def _longest(model: UserModel) -> int:
-    return int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 1 << 30)
+    return context_length(model.config) or 1 << 30
 
 
 # Text
@@ -212,7 +234,7 @@ def _read_json_lines(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    _require("pyarrow", f"reading '{path}'")
+    _require("pyarrow", "data", f"reading '{path}'")
     import pyarrow
     import pyarrow.parquet
 
@@ -227,7 +249,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _read_data_set(name: str) -> Iterator[str]:
-    _require("datasets", f"reading the data set '{name}'")
+    _require("datasets", "hub", f"reading the data set '{name}'")
     import datasets  # pyright: ignore[reportMissingImports]
 
     try:
@@ -243,9 +265,11 @@ def _read_data_set(name: str) -> Iterator[str]:
         raise CalibrationError(f"the data set '{name}' cannot be read: {reason}") from error
 
 
-def _require(package: str, purpose: str) -> None:
+def _require(package: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise CalibrationError(f"{purpose} needs the package {package}; install it with `pip install {package}`")
+        raise CalibrationError(
+            f"{purpose} needs the package {package}; install it with `pip install 'lbllm-compile[{extra}]'`"
+        )
 
 
 def _sequences_of_text(
@@ -308,29 +332,12 @@ def _cached_samples(
     cache_dir: Path | None,
     progress: Progress,
 ) -> Tensor:
-    from safetensors.torch import load_file, save
-
-    sequences = sum(counts)
     directory = cache_dir or cache_directory() / "calibration"
-    key = json.dumps([_SAMPLER, frontend.weights_hash(model.module), sequences, length, seed, device.type])
-    path = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        try:
-            ids = load_file(path)["input_ids"].long()
-        except Exception as error:
-            progress.note(f"the cached calibration text {path} is damaged ({error}); it is sampled again")
-        else:
-            if ids.shape == (sequences, length):
-                return ids
-    ids = sample(model, sequences, length, seed, device, progress)
-    try:
-        write_atomically(path, save({"input_ids": ids.int()}))
-    except OSError as error:
-        progress.note(f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR")
-    return ids
+    key = json.dumps([_SAMPLER, frontend.weights_hash(model.module), length, seed, device.type])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return sample(model, sum(counts), length, seed, device, progress, directory / digest)
 
 
-@torch.inference_mode()
 def sample(
     model: UserModel,
     sequences: int,
@@ -338,22 +345,98 @@ def sample(
     seed: int,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    kept: Path | None = None,
 ) -> Tensor:
     """Samples token ids ``int64 [sequences, length]`` from a language model at temperature 1.
 
     Every second sequence starts with the model's start token (where it has one), the others with a random token. The
     weights are bfloat16 where the device multiplies that natively: the text needs to be likely, not exact.
+
+    Args:
+        kept: start of the names of the files in which finished chunks are kept, and looked for first; None keeps none.
     """
-    device = torch.device(device)
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(_vocabulary(model), (sequences, 1), generator=generator)
+    progress = progress or NoProgress()
+    most = chunk_rows(model.module.config, length)  # type: ignore[arg-type]
+    rows = [min(most, sequences - start) for start in range(0, sequences, most)]
+    files = [None if kept is None else kept.with_name(f"{kept.name}-{i}x{n}.safetensors") for i, n in enumerate(rows)]
+    chunks = {
+        i: ids for i, file in enumerate(files) if (ids := _read_chunk(file, (rows[i], length), progress)) is not None
+    }
+    missing = [i for i in range(len(rows)) if i not in chunks]
+    if missing:
+        module = _sampling_module(model.module, torch.device(device))
+        with progress.task("sampling the calibration text", len(missing) * (length - 1)) as task:
+            for i in missing:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+                first = _first_tokens(model, range(i * most, i * most + rows[i]), generator)
+                chunks[i] = _generate(module, first, length, generator, task)
+                _write_chunk(files[i], chunks[i], progress)
+    return torch.cat([chunks[i] for i in range(len(rows))])
+
+
+def chunk_rows(config: Any, length: int) -> int:
+    """Sequences of ``length`` tokens that are sampled at once.
+
+    Args:
+        config: the model's transformers configuration.
+    """
+    return max(1, _CHUNK_BYTES // _cache_bytes(config, length))
+
+
+def _cache_bytes(config: Any, length: int) -> int:
+    """Float32 keys and values of one sequence."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * 4 * config.num_hidden_layers * kept * width * length
+
+
+def sampling_bytes(config: Any, sequences: int, length: int) -> int:
+    """Memory that sampling a calibration text takes at most, the model itself not counted."""
+    rows = min(sequences, chunk_rows(config, length))
+    return rows * (_cache_bytes(config, length) + 4 * _LOGIT_COPIES * config.get_text_config().vocab_size)
+
+
+def _read_chunk(file: Path | None, shape: tuple[int, int], progress: Progress) -> Tensor | None:
+    """A finished chunk of token ids; None where there is none, or where it is damaged."""
+    from safetensors.torch import load_file
+
+    if file is None or not file.is_file():
+        return None
+    try:
+        ids = load_file(file)["input_ids"].long()
+    except Exception as error:
+        progress.note(f"the cached calibration text {file} is damaged ({error}); it is sampled again")
+        return None
+    return ids if ids.shape == shape else None
+
+
+def _write_chunk(file: Path | None, ids: Tensor, progress: Progress) -> None:
+    from safetensors.torch import save
+
+    if file is None:
+        return
+    try:
+        write_atomically(file, save({"input_ids": ids.int()}))
+    except OSError as error:
+        progress.note(f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR")
+
+
+def _first_tokens(model: UserModel, sequences: range, generator: torch.Generator) -> Tensor:
+    """Token ids ``[sequences, 1]`` to start from, of sequences of these numbers."""
+    first = torch.randint(_vocabulary(model), (len(sequences), 1), generator=generator)
     start = model.config.get("bos_token_id")
     if isinstance(start, int) and 0 <= start < _vocabulary(model):
-        first[::2] = start
-    module = model.module
+        first[sequences.start % 2 :: 2] = start
+    return first
+
+
+def _sampling_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, in bfloat16 where that is fast."""
     if device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False):
-        module = _bfloat16_copy(module, device)
-    return _generate(module, first, length, generator, progress or NoProgress())
+        return _bfloat16_copy(module, device)
+    return module
 
 
 def _bfloat16_copy(module: nn.Module, device: torch.device) -> nn.Module:
@@ -363,18 +446,18 @@ def _bfloat16_copy(module: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _generate(module: nn.Module, first: Tensor, length: int, generator: torch.Generator, progress: Progress) -> Tensor:
+@torch.inference_mode()
+def _generate(module: nn.Module, first: Tensor, length: int, generator: torch.Generator, task: Task) -> Tensor:
     from transformers.cache_utils import Cache
 
     device = next(module.parameters()).device
     layers = module.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     cache = Cache(layers=[_preallocated_layer(length) for _ in range(layers)])
     ids = first
-    with progress.task("sampling the calibration text", length - 1) as task:
-        for _ in range(length - 1):
-            logits = module(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-            ids = torch.cat([ids, _draw(logits.float().cpu(), generator)], 1)
-            task.advance()
+    for _ in range(length - 1):
+        logits = module(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+        ids = torch.cat([ids, _draw(logits.float().cpu(), generator)], 1)
+        task.advance()
     return ids
 
 
@@ -413,7 +496,7 @@ def _module_set(model: UserModel, program: Program, tokens: int, validation_toke
     """Batches for a module that is no language model: the user's, or gaussian ones like its example."""
     if model.calibration_inputs is not None:
         origin = f"calibration_inputs() of {model.source}"
-        batches = [frontend.bind_inputs(model.module, inputs) for inputs in model.calibration_inputs()]
+        batches = [_fitting(model, program, inputs, origin) for inputs in model.calibration_inputs()]
         if len(batches) < 2:
             raise CalibrationError(f"{origin} yields {len(batches)} batches; at least 2 are needed")
         held_out = max(1, len(batches) // 9)
@@ -430,8 +513,35 @@ def _module_set(model: UserModel, program: Program, tokens: int, validation_toke
         for name, tensor in batch.items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    probe = next(batches_of(validation[0], 4)) if _batch_is_dynamic(program) else validation[0]
-    return CalibrationSet(fit, validation, probe, origin, digest.hexdigest())
+    return CalibrationSet(fit, validation, _some_rows(validation[0], program), origin, digest.hexdigest())
+
+
+def _some_rows(batch: Batch, program: Program) -> Batch:
+    """A few rows of a plain module's batch; all of it where the batch size is fixed."""
+    return next(batches_of(batch, _PROBE_ROWS)) if _batch_is_dynamic(program) else batch
+
+
+def _fitting(model: UserModel, program: Program, inputs: Any, origin: str) -> Batch:
+    """One of the user's batches, which must be like the example inputs that the program was captured with.
+
+    Raises:
+        CalibrationError: it has other sizes or another dtype.
+    """
+    batch = frontend.bind_inputs(model.module, inputs, "calibration_inputs")
+    free = 1 if _batch_is_dynamic(program) else 0
+
+    def kind(tensor: Tensor) -> tuple[torch.dtype, int, torch.Size]:
+        return tensor.dtype, tensor.dim(), tensor.shape[free:]
+
+    for name, example in model.inputs.items():
+        tensor = batch.get(name)
+        if tensor is None or kind(tensor) != kind(example):
+            given = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise CalibrationError(
+                f"{origin} gives {given} for '{name}', where example_inputs() has {example.dtype}"
+                f" {tuple(example.shape)}; only the batch size may differ"
+            )
+    return batch
 
 
 def _batch_is_dynamic(program: Program) -> bool:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lbllm_compile.codegen.cache import write_failure
 from lbllm_compile.codegen.errors import LbllmError
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ class WorkDir:
             try:
                 stored = json.loads(record.read_text())
             except ValueError:
-                raise WorkDirError(f"{record} is damaged; pass --fresh to start over") from None
+                stored = None
+            if not isinstance(stored, dict):
+                raise WorkDirError(f"{record} is damaged; pass --fresh to start over")
             changed = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
             if changed and self.finished():
                 raise WorkDirError(
@@ -100,20 +103,28 @@ class WorkDir:
         return tensors, metrics
 
     def save(self, stage: str, index: int, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
-        """Stores a finished piece; when this returns it survives a kill and a power cut."""
+        """Stores a finished piece; when this returns it survives a kill and a power cut.
+
+        Raises:
+            WorkDirError: it cannot be written, as when the disk is full.
+        """
         file = self._file(stage, index)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".partial")
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"metrics": json.dumps(metrics, sort_keys=True)})
-        _replace(temporary, file)
+        try:
+            save_file(contiguous, temporary, metadata={"metrics": json.dumps(metrics, sort_keys=True)})
+            _replace(temporary, file)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            raise WorkDirError(
+                f"cannot keep finished work in {self.path}: {write_failure(error)}; make room or pass another"
+                " --work-dir, and run the same command again to resume"
+            ) from error
 
     def finished(self) -> dict[str, int]:
         """Number of finished pieces by stage."""
-        stages = self.path / "stages"
-        if not stages.is_dir():
-            return {}
-        return {s.name: len(list(s.glob("*.safetensors"))) for s in sorted(stages.iterdir()) if s.is_dir()}
+        return finished(self.path)
 
     def release(self) -> None:
         """Lets another compile use the directory; what is finished stays."""
@@ -129,20 +140,36 @@ class WorkDir:
             self.path.rmdir()
 
 
+def finished(path: Path) -> dict[str, int]:
+    """Number of finished pieces by stage in the work directory ``path``, which need not exist."""
+    stages = path / "stages"
+    if not stages.is_dir():
+        return {}
+    return {s.name: len(list(s.glob("*.safetensors"))) for s in sorted(stages.iterdir()) if s.is_dir()}
+
+
 def check_work_dir(path: Path) -> None:
     """Checks that ``path`` can be a work directory; writes nothing.
 
     Raises:
         WorkDirError: it holds other things, or cannot be written.
     """
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise WorkDirError(
-            f"cannot use {path} as work directory: '{existing}' is not a directory that can be written; pass another"
-            " --work-dir"
-        )
-    if existing == path.absolute():
+    if check_writable(path, "work directory", "--work-dir"):
         _refuse_foreign(path)
+
+
+def check_writable(path: Path, role: str, option: str) -> bool:
+    """Checks that files can be put into a directory that may not exist yet; returns whether it does.
+
+    Raises:
+        WorkDirError: it is something else or cannot be written; the message names its role and the option.
+    """
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise WorkDirError(
+            f"cannot use {path} as {role}: '{existing}' is not a directory that can be written; pass another {option}"
+        )
+    return existing == path.absolute()
 
 
 def _make(path: Path) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lbllm_compile.passes.pipeline import PassRecord
     from lbllm_compile.passes.program import Program
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
+    from lbllm_compile.runtime.generate import Sampling
     from lbllm_compile.runtime.language import LanguageModel
 
 EXIT_BUG = 1
@@ -69,8 +70,8 @@ class VerbGroup(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            _fail(f"interrupted{_where()}; run the same command again to resume", EXIT_INTERRUPTED, debug)
+        except KeyboardInterrupt as error:
+            _fail(f"interrupted{_where()}{_kept(error)}", EXIT_INTERRUPTED, debug)
         except _UsageError as error:
             _fail(_usage_text(error), EXIT_USER, debug)
         except LbllmError as error:
@@ -85,9 +86,9 @@ class VerbGroup(TyperGroup):
             _fail(f"cannot access{where}: {error.strerror or error}", EXIT_USER, debug)
         except ImportError as error:
             _fail(f"{error}; `lbllm-compile doctor` says which packages are broken or missing", EXIT_BUG, debug)
-        except MemoryError:
-            _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
         except Exception as error:
+            if _is_lack_of_memory(error):
+                _fail("out of memory; `lbllm-compile plan MODEL` says what a compile needs", EXIT_BUG, debug)
             text = str(error).strip().splitlines()
             reason = f"{type(error).__name__}{': ' + text[0] if text else ''}"
             _fail(
@@ -113,20 +114,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turn a causal language model into W(1+1)A4 and run it on generated kernels.\n\n"
     "`lbllm-compile MODEL` is short for `lbllm-compile compile MODEL`. MODEL is a model.py (it is Python and it runs: "
-    "name only files you trust), a Hugging Face directory, a .gguf file or a hub id; write ./run for a file that is "
-    "named like a verb.",
+    "name only files you trust), a Hugging Face directory, a .gguf file or a hub id as hf:ORG/NAME; write ./run for "
+    "a file that is named like a verb.",
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line of the process."""
     app(prog_name="lbllm-compile")
 
 
 # Options that several verbs share.
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hub id")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")
+]
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile wrote")]
 Target = Annotated[
     str, typer.Option("--target", "-t", help="where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas")
@@ -335,15 +338,14 @@ def run(
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        Sampling(max_new_tokens=max_tokens, **options)  # refuses what is out of range before anything is loaded
+        # What is out of range is refused before anything is read, a prompt that does not fit before kernels are built.
+        options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = Sampling(**options, seed=seed)
         text = _read_prompt() if prompt[0] == "-" else prompt[0]
-        model = _generator(directory, ui.progress)
-        chat = not raw and bool(getattr(model.tokenizer, "chat_template", None))
-        ids = model.encode(text, chat=chat)
+        model, ids = _generator(directory, text, raw, sampling, ui.progress)
         start = time.perf_counter()
         pieces: list[str] = []
-        for piece in model.stream(ids, max_new_tokens=max_tokens, **options):
+        for piece in model.stream(ids, **options, seed=seed):
             pieces.append(piece)
             if not ui.json:
                 ui.stdout.write(piece)
@@ -355,17 +357,32 @@ def run(
         ui.emit({"prompt": text, "text": answer, "prompt_tokens": len(ids), "seconds": seconds})
 
 
-def _generator(directory: Path, progress: Progress) -> LanguageModel:
-    """A model to generate text with: the program stored for an artifact, which needs no torch, or the artifact."""
+def _generator(
+    directory: Path, prompt: str, raw: bool, sampling: Sampling, progress: Progress
+) -> tuple[LanguageModel, list[int]]:
+    """A model to generate text with, and the prompt's token ids.
+
+    The model is the program stored for an artifact, which needs no torch, or else the artifact. The prompt is checked
+    before kernels are built.
+    """
+    from lbllm_compile.runtime.language import check_prompts, context_length, encode
     from lbllm_compile.runtime.native import NativeModel, find
     from lbllm_compile.runtime.text import TextTokenizer
 
+    def chats(tokenizer: Any) -> bool:
+        return not raw and bool(getattr(tokenizer, "chat_template", None))
+
     program = find(directory)
     if program is not None and program.description.plain_tokenizer:
-        return NativeModel(program, TextTokenizer(directory))
-    from lbllm_compile.runtime import load
+        model = NativeModel(program, TextTokenizer(directory))
+        return model, model.encode(prompt, chat=chats(model.tokenizer))
+    from lbllm_compile import artifact
+    from lbllm_compile.runtime.loader import prepared
 
-    return load(directory, progress=progress)
+    loaded = artifact.load(directory)
+    ids = encode(loaded.program.tokenizer, prompt, chat=chats(loaded.program.tokenizer))
+    check_prompts([ids], sampling, context_length(loaded.program.config))
+    return prepared(loaded, progress=progress), ids
 
 
 @app.command("eval")
@@ -614,11 +631,27 @@ def _usage_text(error: Any) -> str:
 
 
 def _where() -> str:
-    """Where an interrupt hit, e.g. `` in stage 2, layer 3 of 30 (what is finished is kept)``."""
+    """Where an interrupt hit, e.g. `` in stage 2: training weights, 3 of 30``."""
     stopped = _active[0].progress.stopped if _active else None
     if stopped is None:
         return ""
-    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total} (what is finished is kept)"
+    return f" in {stopped.title}, {stopped.done + 1} of {stopped.total}"
+
+
+def _kept(error: KeyboardInterrupt) -> str:
+    """What a compile has finished (:class:`lbllm_compile.driver.Interrupted`); nothing where there is nothing."""
+    count = getattr(error, "kept", 0)
+    pieces = "one finished piece of work is" if count == 1 else f"{count} finished pieces of work are"
+    return f"; {pieces} kept, run the same command again to resume" if count else ""
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch says so by a plain RuntimeError on the CPU and by one of its own on a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

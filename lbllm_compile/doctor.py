@@ -78,16 +78,16 @@ def target_rows() -> list[dict[str, Any]]:
     cuda = _cuda_architectures()
     rows = []
     for text in targets.known_targets():
-        target = targets.Target.parse(text)
-        here = target.arch in cuda if target.kind == "cuda" else target.runs_here
+        meant = targets.parse_targets(text)
+        names = ", ".join(target.name for target in meant)
         rows.append(
             {
                 "target": text,
-                "means": target.name if target.name != text else "",
-                "kernels": target.family,
-                "arch": target.arch,
-                "features": " ".join(target.features),
-                "runs_here": here,
+                "means": names if names != text else "",
+                "kernels": meant[0].family,
+                "arch": ", ".join(target.arch for target in meant),
+                "features": " ".join(meant[0].features),
+                "runs_here": any(t.arch in cuda if t.kind == "cuda" else t.runs_here for t in meant),
             }
         )
     return rows
@@ -160,17 +160,27 @@ def _compilers() -> Iterable[Finding]:
     else:
         cost = "kernels cannot be linked into libraries and kept: install gcc or clang"
         yield Finding("compilers", "C compiler", "missing", "none (cc, gcc, clang)", cost)
-    for name in ("nvcc", "ptxas"):
-        path = shutil.which(name)
-        lines = _lines([name, "--version"]) if path else []
-        release = next((line for line in lines if "release" in line), path or "")
-        yield Finding("compilers", name, "ok" if path else "note", release or "not found", "" if path else _NVCC[name])
+    if _why_broken("lbllm_compile.codegen.targets.cuda_compiler"):
+        yield Finding(
+            "compilers", "CUDA compiler", "note", "unknown", "it cannot be looked for, because torch does not load"
+        )
+        return
+    from lbllm_compile.codegen.targets import cuda_compiler
 
-
-_NVCC = {
-    "nvcc": "CUDA kernels are compiled with NVRTC where that is installed, and not at all elsewhere",
-    "ptxas": "CUDA kernels are not checked for spills and cannot be assembled to cubin",
-}
+    nvcc, nvrtc = cuda_compiler.find_tool("nvcc"), cuda_compiler.nvrtc_version()
+    neither = (
+        "CUDA targets cannot be compiled: install the CUDA toolkit, or pip install cuda-bindings nvidia-cuda-nvrtc"
+    )
+    if nvcc:
+        lines = _lines([nvcc, "--version"])
+        release = next((line for line in lines if "release" in line), "")
+        yield Finding("compilers", "nvcc", "ok", ", ".join(part for part in (release, nvcc) if part))
+    else:
+        cost = "CUDA kernels are compiled with NVRTC instead" if nvrtc else neither
+        yield Finding("compilers", "nvcc", "note", "not found", cost)
+    if nvrtc or not nvcc:
+        cost = "" if nvrtc else neither
+        yield Finding("compilers", "NVRTC", "ok" if nvrtc else "note", nvrtc or "not found", cost)
 
 
 def _packages() -> Iterable[Finding]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
+import re
 import resource
 import sys
 import time
@@ -23,15 +25,19 @@ from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import build_kernels
 from lbllm_compile.passes import dump, pipeline
-from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.base import MAX_SEED, Pass, PassContext
 from lbllm_compile.passes.pipeline import Listener, PassRecord
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.report import stages
 from lbllm_compile.runtime.model import CompiledModel
 from lbllm_compile.runtime.prepare import build_native, keep_native, workshop
 
 REHEARSAL_TOKENS = 64
 """Calibration tokens of a preflight on its own."""
+
+_DUMP = re.compile(r"\d{3}_[a-z0-9-]+\.txt")
+"""Names of the files that :class:`Dumps` writes, and may delete."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class CompileOptions:
     """What the command line of a compile can say.
 
     Attributes:
-        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id.
+        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id as ``hf:ORG/NAME``.
         target: what to generate kernels for; several separated by commas.
         out: the directory to write; ``<model name>-lbllm`` by default.
         recipe, preset: see :mod:`lbllm_compile.recipe`.
@@ -72,6 +78,19 @@ class CompileOptions:
     time_passes: bool = False
     fresh: bool = False
 
+    def __post_init__(self) -> None:
+        """Takes paths as text and text as paths.
+
+        Raises:
+            OptionError: the seed is out of range.
+        """
+        object.__setattr__(self, "model", str(self.model))
+        for name in ("out", "work_dir", "dump_dir"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        if not 0 <= self.seed <= MAX_SEED:
+            raise recipe.OptionError(f"--seed cannot be {self.seed}; choose 0 to {MAX_SEED}")
+
 
 @dataclass(frozen=True)
 class CompileReport:
@@ -98,10 +117,23 @@ class CompileReport:
             "out": str(self.out),
             "passes": [dataclasses.asdict(r) for r in self.records],
             "sheet": dict(self.sheet),
+            "stages": [dataclasses.asdict(v) for v in stages.verdicts(self.records)],
             "resumed": self.resumed,
             "seconds": dict(self.seconds),
             "peak_memory": self.peak_memory,
         }
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt of a compile that had begun.
+
+    Attributes:
+        kept: finished pieces of work that the same compile will take over.
+    """
+
+    def __init__(self, kept: int):
+        super().__init__()
+        self.kept = kept
 
 
 class Clock:
@@ -127,6 +159,7 @@ class Job:
         targets: parsed ``options.target``.
         program: the captured model, before the first pass.
         out: where the artifact goes.
+        work: where finished pieces of work are kept.
     """
 
     options: CompileOptions
@@ -136,6 +169,7 @@ class Job:
     targets: tuple[Target, ...]
     program: Program
     out: Path
+    work: Path
 
     @property
     def preset(self) -> recipe.Preset:
@@ -156,9 +190,12 @@ def compile(
     """
     progress = progress or NoProgress()
     clock = Clock()
-    dumps = Dumps(options.dump_dir)
     job = prepare(options, progress)
     clock.lap("capture")
+    if options.fresh or not checkpoint.finished(job.work):
+        probe = calibration.random_probe(job.model, job.program, options.seed)
+        preflight.rehearse(job.program, job.passes, probe, job.targets, seed=options.seed, progress=progress)
+        clock.lap("preflight")
     data = calibration.prepare(
         job.model,
         job.program,
@@ -172,11 +209,9 @@ def compile(
     )
     clock.lap("calibration data")
     facts = fingerprint(job, data)
-    work = WorkDir(options.work_dir or job.out.with_name(job.out.name + ".lbllm-work"), facts, fresh=options.fresh)
+    work = WorkDir(job.work, facts, fresh=options.fresh)
     try:
-        if not work.finished():
-            preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
-            clock.lap("preflight")
+        dumps = Dumps(options.dump_dir)
         program, records, history = _transform(job, data, work, dumps, progress, listener)
         clock.lap("passes")
         kernels = build_kernels(
@@ -205,8 +240,10 @@ def compile(
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
         clock.lap("speed and size sheet")
-    except BaseException:
+    except BaseException as error:
         work.release()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(sum(work.finished().values())) from error
         raise
     work.remove()
     return CompileReport(job.out, records, figures, work.reused, clock.seconds, peak_memory())
@@ -284,13 +321,15 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
         check_print_after(options, passes)
         out = options.out or Path(f"{model.name}-lbllm")
         artifact.check_destination(out)
+        work = options.work_dir or out.with_name(out.name + ".lbllm-work")
+        check_apart(out, work, options.dump_dir)
         program = frontend.capture(model)
         task.advance("captured")
-    return Job(options, model, choices, passes, targets, program, out)
+    return Job(options, model, choices, passes, targets, program, out, work)
 
 
 def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
-    """Checks the calibration text, the work directory and the passes to print after, as far as no model is needed.
+    """Checks the calibration text, the directories and the passes to print after, as far as no model is needed.
 
     Nothing is written, no text is tokenized and the network is not asked.
 
@@ -299,7 +338,8 @@ def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
 
     Raises:
         CalibrationError: the text is missing, of no known kind or unreadable, or a package that reads it is missing.
-        WorkDirError: the directory holds other things or cannot be written.
+        WorkDirError: the work directory holds other things or cannot be written.
+        LbllmError: the directory for dumps does, or one of the directories lies inside another.
         OptionError: a pass to print after is not in the pipeline.
     """
     if options.calibration is not None:
@@ -310,9 +350,28 @@ def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
             next(iter(texts), None)
     if options.work_dir is not None:
         checkpoint.check_work_dir(options.work_dir)
+    if options.dump_dir is not None:
+        check_dump_dir(options.dump_dir)
+    check_apart(options.out, options.work_dir, options.dump_dir)
     # A model.py may bring a recipe with another pipeline.
     if options.pipeline is not None or not options.model.endswith(".py"):
         check_print_after(options, passes)
+
+
+def check_apart(out: Path | None, work: Path | None, dumps: Path | None) -> None:
+    """Checks that artifact, work directory and dumps do not lie inside one another; None is not known yet or not asked.
+
+    Raises:
+        LbllmError: two of them do.
+    """
+    roles = {"the artifact": out, "the work directory": work, "the dumps": dumps}
+    placed = [(role, path, path.resolve()) for role, path in roles.items() if path is not None]
+    for (role, path, place), (other_role, other, other_place) in itertools.combinations(placed, 2):
+        if place == other_place or place in other_place.parents or other_place in place.parents:
+            raise LbllmError(
+                f"{role} '{path}' and {other_role} '{other}' would lie inside one another; choose --out, --work-dir"
+                " and --dump-dir apart"
+            )
 
 
 def check_print_after(options: CompileOptions, passes: Sequence[Pass]) -> None:
@@ -363,8 +422,21 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def check_dump_dir(path: Path) -> None:
+    """Checks that dumps may be written to ``path``, where earlier dumps are replaced; writes nothing.
+
+    Raises:
+        LbllmError: it holds files that are not such dumps, or cannot be written.
+    """
+    if not checkpoint.check_writable(path, "directory for dumps", "--dump-dir"):
+        return
+    foreign = sorted(p.name for p in path.iterdir() if not _DUMP.fullmatch(p.name) or not p.is_file())
+    if foreign:
+        raise LbllmError(f"{path} holds other files ('{foreign[0]}'); pass an empty --dump-dir")
+
+
 class Dumps:
-    """Numbered text files of the graph after every pass.
+    """Numbered text files of the graph after every pass, in place of those of an earlier compile.
 
     Raises:
         LbllmError: the directory holds files that are not such dumps, or cannot be written.
@@ -374,13 +446,8 @@ class Dumps:
         self._directory = directory
         if directory is None:
             return
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            foreign = [p.name for p in directory.iterdir() if not (p.suffix == ".txt" and p.name[:3].isdigit())]
-        except OSError as error:
-            raise LbllmError(f"cannot write dumps to {directory}: {error.strerror}; pass another --dump-dir") from error
-        if foreign:
-            raise LbllmError(f"{directory} holds other files ('{foreign[0]}'); pass an empty --dump-dir")
+        check_dump_dir(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         for old in directory.iterdir():
             old.unlink()
 

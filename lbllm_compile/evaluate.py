@@ -24,6 +24,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
+from lbllm_compile.runtime.language import context_length
 from lbllm_compile.runtime.loader import prepared
 
 Logits = Callable[[Tensor], Tensor]
@@ -95,12 +96,21 @@ def cut(ids: Sequence[int], seq_len: int, chunks: int) -> list[Tensor]:
     Raises:
         EvaluationError: not even one chunk fits, or a number is out of range.
     """
-    if seq_len < 2 or chunks < 1:
-        raise EvaluationError("--seq-len must be at least 2 and --chunks at least 1")
+    check_numbers(seq_len, chunks)
     if len(ids) < seq_len:
         raise EvaluationError(f"the text has {len(ids)} tokens, fewer than one chunk of {seq_len}; use a longer text")
     count = min(chunks, len(ids) // seq_len)
     return [torch.tensor([ids[i * seq_len : (i + 1) * seq_len]]) for i in range(count)]
+
+
+def check_numbers(seq_len: int | None, chunks: int) -> None:
+    """Checks what a text is to be cut into.
+
+    Raises:
+        EvaluationError: a number is out of range.
+    """
+    if chunks < 1 or (seq_len is not None and seq_len < 2):
+        raise EvaluationError("--seq-len must be at least 2 and --chunks at least 1")
 
 
 def chunk_length(asked: int | None, context: int | None) -> int:
@@ -149,14 +159,15 @@ def evaluate(
         ArtifactError, KernelError: the artifact cannot be loaded or run.
     """
     progress = progress or NoProgress()
+    check_numbers(seq_len, chunks)
     content = read_text(Path(text))
     loaded = artifact.load(directory)
     if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
         raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    model = prepared(loaded, progress=progress)
-    length = chunk_length(seq_len, model.context_length)
+    length = chunk_length(seq_len, context_length(loaded.program.config))
     pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
     original = find_teacher(loaded, teacher, progress)
+    model = prepared(loaded, progress=progress)
     scores = compare(model.logits, original, pieces, progress)
     return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (length - 1)}
 
@@ -214,7 +225,7 @@ def _cannot_use(loaded: artifact.Artifact, source: Any) -> str:
     path = Path(source)
     is_code = not path.is_dir() and path.suffix != ".gguf"
     if is_code and not artifact.compiled_here(loaded):
-        return f"'{source}' is code and the artifact was compiled on another machine"
+        return f"'{source}' is code, and this user's cache does not record that it compiled this artifact from it"
     return ""
 
 

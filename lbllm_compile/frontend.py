@@ -27,6 +27,7 @@ import inspect
 import io
 import json
 import linecache
+import os
 import re
 import sys
 import traceback
@@ -47,7 +48,10 @@ from lbllm_compile.passes.program import Program, set_attribute
 LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Placeholders of a captured language model, in order."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hf:"
+"""What a hub id starts with. A plain ``ORG/NAME`` is a path: a mistyped one must not become a download."""
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _HOOKS = ("weights", "tokenizer", "example_inputs", "calibration_text", "calibration_inputs")
 _ACCEPTED = "a model.py, a Hugging Face directory, a .gguf file, or a hub id as hf:ORG/NAME"
 _CHECK_TOLERANCE = 1e-4
@@ -97,15 +101,14 @@ def load(source: str | Path) -> UserModel:
     """Reads the model that ``source`` names.
 
     Args:
-        source: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, ``hf:ORG/NAME``, or ``ORG/NAME`` where
-            neither it nor ``ORG`` exists on this machine.
+        source: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, or ``hf:ORG/NAME``.
 
     Raises:
         ModelError: there is nothing of that name, or it is not a usable model; the message says what to do.
     """
     text = str(source)
-    if text.startswith("hf:"):
-        return _load_pretrained(text[3:], name=text[3:].split("/")[-1], local=False)
+    if text.startswith(HUB):
+        return _load_pretrained(hub_id(text), name=text.split("/")[-1], local=False)
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -117,9 +120,19 @@ def load(source: str | Path) -> UserModel:
         if path.suffix == ".gguf":
             return _load_gguf(path)
         raise ModelError(f"'{path}' is neither a .py nor a .gguf file; name {_ACCEPTED}")
-    if _HUB_ID.fullmatch(text) and path.suffix not in (".py", ".gguf") and not path.parent.exists():
-        return _load_pretrained(text, name=text.split("/")[-1], local=False)
     raise ModelError(f"there is no file or directory '{text}'; name {_ACCEPTED}")
+
+
+def hub_id(source: str) -> str:
+    """``ORG/NAME`` of ``hf:ORG/NAME``.
+
+    Raises:
+        ModelError: it is no such name.
+    """
+    name = source.removeprefix(HUB)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"'{source}' is not a hub id; write it as hf:ORG/NAME")
+    return name
 
 
 def _load_python(path: Path) -> UserModel:
@@ -147,7 +160,12 @@ def _load_python(path: Path) -> UserModel:
                 f"the model of '{path}' is on the meta device but there is no weights(); define weights() to return the"
                 " path of its .safetensors, or build the model on the CPU"
             )
-        module = _materialize(module, Path(_call_hook(path, "weights", hooks["weights"])))
+        stored = _call_hook(path, "weights", hooks["weights"])
+        if not isinstance(stored, (str, os.PathLike)):
+            raise ModelError(
+                f"weights() in '{path}' returned {_a(type(stored).__name__)}; return the path of the .safetensors"
+            )
+        module = _materialize(module, Path(stored))
     kind = "causal-lm" if _is_causal_lm(module) else "module"
     inputs: dict[str, Tensor] = {}
     if kind == "module":
@@ -157,7 +175,7 @@ def _load_python(path: Path) -> UserModel:
                 " it to return the tensors to call the model with"
             )
         inputs = bind_inputs(module, _call_hook(path, "example_inputs", hooks["example_inputs"]))
-    tokenizer = _call_hook(path, "tokenizer", hooks["tokenizer"]) if hooks["tokenizer"] else None
+    tokenizer = _tokenizer(path, hooks["tokenizer"]) if hooks["tokenizer"] else None
     return prepare(
         UserModel(
             module=module,
@@ -167,8 +185,8 @@ def _load_python(path: Path) -> UserModel:
             tokenizer=tokenizer,
             inputs=inputs,
             recipe=dict(recipe),
-            calibration_text=hooks["calibration_text"],
-            calibration_inputs=hooks["calibration_inputs"],
+            calibration_text=_iterated(path, "calibration_text", hooks["calibration_text"]),
+            calibration_inputs=_iterated(path, "calibration_inputs", hooks["calibration_inputs"]),
         )
     )
 
@@ -187,7 +205,7 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[spec.name]
         where = f"{error.filename or path}, line {error.lineno}"
         raise ModelError(f"syntax error in {where}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ModelError(f"'{path}' cannot be imported: {_reason(error, path)}") from error
     return module
@@ -199,8 +217,41 @@ def _call_hook(path: Path, name: str, hook: Callable[[], Any]) -> Any:
             return hook()
     except LbllmError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{name}() in '{path}' failed: {_reason(error, path)}") from error
+
+
+_END = object()
+
+
+def _iterated(path: Path, name: str, hook: Callable[[], Any] | None) -> Callable[[], Iterator[Any]] | None:
+    """A hook that gives an iterable, as a function whose iterator answers every mistake in one sentence."""
+    if hook is None:
+        return None
+
+    def items() -> Iterator[Any]:
+        given = _call_hook(path, name, hook)
+        if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping, Tensor)):
+            raise ModelError(
+                f"{name}() in '{path}' returned {_a(type(given).__name__)}; return a list or yield one item at a time"
+            )
+        iterator = iter(given)
+        while (item := _call_hook(path, name, functools.partial(next, iterator, _END))) is not _END:
+            yield item
+
+    return items
+
+
+def _tokenizer(path: Path, hook: Callable[[], Any]) -> Any:
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = _call_hook(path, "tokenizer", hook)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"tokenizer() in '{path}' returned {_a(type(tokenizer).__name__)}; return a transformers tokenizer, e.g. of"
+            " AutoTokenizer.from_pretrained()"
+        )
+    return tokenizer
 
 
 def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
@@ -219,7 +270,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error, frame=False)}") from error
-    return prepare(UserModel(module, "causal-lm", name, source, tokenizer))
+    return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
 
 
 def _refuse_quantized(directory: Path) -> None:
@@ -364,33 +415,36 @@ def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
-def bind_inputs(module: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """Example inputs by forward argument.
+def bind_inputs(module: nn.Module, inputs: Any, hook: str = "example_inputs") -> dict[str, Tensor]:
+    """A batch of inputs by forward argument.
 
     Args:
         module: the model they are for.
         inputs: a tensor, a tuple or list of tensors, or a mapping from argument to tensor.
+        hook: where they come from, for messages.
 
     Raises:
-        ModelError: they are something else, or do not fit the forward's signature.
+        ModelError: they are something else, do not fit the forward's signature, or are not finite.
     """
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     positional, named = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     if not isinstance(positional, (tuple, list)):
         raise ModelError(
-            f"example_inputs() returned {_a(type(inputs).__name__)}; return a tensor, a tuple of tensors or a dict"
+            f"{hook}() gives {_a(type(inputs).__name__)}; each batch must be a tensor, a tuple of tensors or a dict"
         )
     try:
         bound = inspect.signature(module.forward).bind(*positional, **named).arguments
     except TypeError as error:
-        raise ModelError(f"example_inputs() does not fit forward(): {error}") from error
+        raise ModelError(f"{hook}() does not fit forward(): {error}") from error
     for name, value in bound.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"the example input '{name}' is {_a(type(value).__name__)}; every input must be a tensor"
+                f"the input '{name}' of {hook}() is {_a(type(value).__name__)}; every input must be a tensor"
                 " (bake other values into build_model())"
             )
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"the input '{name}' of {hook}() has NaN or infinite values; give finite ones")
     return dict(bound)
 
 

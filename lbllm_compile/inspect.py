@@ -1,6 +1,7 @@
 """Looks into an artifact: its graph after any pass, what that pass changed, and a table of its linears.
 
-Only the stored graphs are read, not the weights, so this is quick and works for artifacts of any target.
+Only the stored graphs are read (and checked against the manifest), not the weights, so this is quick and works for
+artifacts of any target.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor, fx
 
+from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.passes import dump, graph_json
 from lbllm_compile.passes.annotate import LINEAR
@@ -23,7 +25,7 @@ from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.report import graph, terminal
 
-_FILE = re.compile(r"(\d{3})_([a-z0-9-]+)\.json")
+_FILE = re.compile(r"passes/(\d{3})_([a-z0-9-]+)\.json")
 _DIMENSION = re.compile(r"[\w*+]+(?=\]$)")
 
 
@@ -33,11 +35,11 @@ class InspectError(LbllmError):
 
 @dataclass(frozen=True)
 class StoredPass:
-    """One ``passes/NNN_name.json`` of an artifact."""
+    """One ``passes/NNN_name.json`` of an artifact, by its place in it."""
 
     index: int
     name: str
-    file: Path
+    file: str
 
 
 class _NoWeights(Mapping[str, Tensor]):
@@ -60,27 +62,24 @@ def stored_passes(directory: Path) -> list[StoredPass]:
     """The graphs of an artifact, in pipeline order.
 
     Raises:
-        InspectError: the directory is no artifact.
+        ArtifactError: the directory is no artifact.
     """
-    if not (directory / "graph.json").is_file():
-        raise InspectError(
-            f"'{directory}' is no artifact (it has no graph.json); name a directory that a compile wrote"
-        )
-    found = []
-    for file in sorted((directory / "passes").glob("*.json")):
-        match = _FILE.fullmatch(file.name)
-        if match:
-            found.append(StoredPass(int(match.group(1)), match.group(2), file))
-    return found
+    matches = [m for name in sorted(artifact.listed_files(directory)) if (m := _FILE.fullmatch(name))]
+    return [StoredPass(int(m.group(1)), m.group(2), m.group()) for m in matches]
 
 
-def read_graph(file: Path) -> Program:
+def read_graph(directory: Path, file: str) -> Program:
     """A stored graph without its weights.
 
     Raises:
-        GraphFormatError: the file is damaged or uses what a stored graph may not use.
+        ArtifactError: the file is missing, truncated or altered.
+        InspectError: it uses what a stored graph may not use.
     """
-    return Program(graph_json.loads(file.read_bytes(), _NoWeights()), name=file.stem)
+    content = artifact.read_file(directory, file)
+    try:
+        return Program(graph_json.loads(content, _NoWeights()), name=Path(file).stem)
+    except graph_json.GraphFormatError as error:
+        raise InspectError(f"'{directory / file}' is damaged: {error}") from error
 
 
 def look(
@@ -97,12 +96,13 @@ def look(
         The view for people, and the same as a JSON-able document.
 
     Raises:
-        InspectError: no artifact, no such pass, no such layer.
+        ArtifactError: no artifact, or a damaged one.
+        InspectError: no such pass, no such layer.
     """
     passes = stored_passes(directory)
     before: Program | None = None
     if name is None:
-        after, title = read_graph(directory / "graph.json"), "The graph that runs"
+        after, title = read_graph(directory, "graph.json"), "The graph that runs"
     else:
         position = next((i for i, p in enumerate(passes) if p.name == name), None)
         if position is None:
@@ -110,8 +110,8 @@ def look(
             raise InspectError(
                 f"'{directory}' has no graph of a pass '{name}'{suggestion(name, known)}; it has {', '.join(known)}"
             )
-        after, title = read_graph(passes[position].file), f"After {name}"
-        before = read_graph(passes[position - 1].file) if position else None
+        after, title = read_graph(directory, passes[position].file), f"After {name}"
+        before = read_graph(directory, passes[position - 1].file) if position else None
     try:
         view = graph.view(after, before, title=f"{title}: {graph.summary(after, before)}", layer=layer)
     except ValueError as error:

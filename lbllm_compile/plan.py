@@ -25,6 +25,7 @@ from rich.text import Text
 from torch import nn
 
 from lbllm_compile import frontend, recipe
+from lbllm_compile.calibration import sampling_bytes
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
 from lbllm_compile.passes import annotate, canonicalize
@@ -155,6 +156,7 @@ def make_plan(options: CompileOptions) -> Plan:
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
     activations = 2 * 4 * width * (tokens + held_out)
     together, saved = _together_bytes(found, passes, preset)
+    training = max(_TRAINING_BYTES * largest, together) + activations
     speed = matmul_speed()
     return Plan(
         model=options.model,
@@ -166,7 +168,7 @@ def make_plan(options: CompileOptions) -> Plan:
         targets=targets,
         linears=linears,
         artifact=artifact,
-        peak_memory=_BASE_BYTES + 2 * 4 * parameters + max(_TRAINING_BYTES * largest, together) + activations,
+        peak_memory=_BASE_BYTES + 2 * 4 * parameters + max(training, _sampling_bytes(model, preset, options)),
         memory_available=memory()[1],
         disk=2 * artifact + sum(4 * x.weights for x in found if x.info.role == "decoder") // 4 + saved,
         disk_available=shutil.disk_usage(_existing(options.out or Path())).free,
@@ -191,6 +193,14 @@ def _together_bytes(found: Sequence[_Linear], passes: Sequence[Pass], preset: re
     outputs = max((x.shape[-2] for x in found if x.info.role == "head"), default=0)
     logits = 4 * 4 * max(sizes) * preset.sequence_length * outputs
     return 2 * 4 * weights + 6 * levels + logits, 4 * levels
+
+
+def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: CompileOptions) -> int:
+    """What it takes that the model writes its own calibration text; 0 where it does not."""
+    if model.kind != "causal-lm" or options.calibration is not None or model.calibration_text is not None:
+        return 0
+    config: Any = model.module.config
+    return sampling_bytes(config, preset.sequences + preset.validation_sequences, preset.sequence_length)
 
 
 def survey(model: frontend.UserModel, keep_dense: Sequence[str] = ()) -> list[_Linear]:
@@ -263,15 +273,16 @@ def _layer_of(path: str, prefix: str) -> int | None:
 
 def _skeleton(source: str) -> frontend.UserModel:
     """The model without its weights where its configuration is enough, else the model itself."""
-    path = Path(source).expanduser()
-    if path.suffix == ".py" or not (path.suffix == ".gguf" or (path / "config.json").is_file()):
+    path, hub = Path(source).expanduser(), source.startswith(frontend.HUB)
+    if not hub and not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
         return frontend.load(source)
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    name = frontend.hub_id(source) if hub else ""
     try:
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                return frontend.load(source)
+        if hub:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        elif path.is_file():
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         else:
             config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

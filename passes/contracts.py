@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..codegen.errors import LbllmError
 from . import dump, exact
 from .base import Pass
 from .program import Program
+
+_fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class ContractError(LbllmError):
@@ -43,33 +46,57 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
         program.module.recompile()
     except Exception as error:
         raise ContractError(f"the pass '{item.name}' left a malformed graph: {error}") from error
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    arguments = [
-        mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(probe)
-    ]
-    propagation = _Propagation(program.module)
+    propagation = Propagation(program.module)
     try:
-        with mode, torch.no_grad():
-            propagation.run(*arguments)
+        shapes = propagation.shapes(program, probe)
     except Exception as error:
         node = propagation.current
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ContractError(
-            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {reason}",
+            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {first_line(error)}",
             dump.excerpt(program, node) if node is not None else "",
         ) from error
+    for node, text in shapes.items():
+        node.meta["shape"] = text
 
 
-class _Propagation(fx.Interpreter):
-    """Runs a graph on fake tensors, remembering the node it is at and noting shapes."""
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class Propagation(fx.Interpreter):
+    """Runs a graph on fake tensors.
+
+    Attributes:
+        current: the node it is at, or failed at.
+    """
 
     current: fx.Node | None = None
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self._shapes: dict[fx.Node, str] = {}
+
+    def shapes(self, program: Program, inputs: Mapping[str, Any]) -> dict[fx.Node, str]:
+        """Dtype and shape of every tensor for inputs of these shapes; raises what an operator raises."""
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        arguments = [
+            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(inputs)
+        ]
+        # What fails is raised; torch would also log it, with a traceback.
+        silenced, _fake_log.disabled = _fake_log.disabled, True
+        try:
+            with mode, torch.no_grad():
+                self.run(*arguments)
+        finally:
+            _fake_log.disabled = silenced
+        return self._shapes
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            n.meta["shape"] = dump.shape_text(value)
+            self._shapes[n] = dump.shape_text(value)
         return value
 
 

@@ -87,7 +87,6 @@ class Distill(Pass):
         )
         summary = {
             "layers": len(rows),
-            "layers_10_percent_better": layers_better(rows, 0.1),
             "mean_before": sum(r["before"] for r in rows) / len(rows),
             "mean_after": sum(r["after"] for r in rows) / len(rows),
         }

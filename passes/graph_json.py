@@ -370,6 +370,9 @@ class _Decoder:
             known = {a.name for a in schema}
             if len(node.args) > len(schema) or not set(node.kwargs) <= known:
                 raise GraphFormatError(f"{what} has arguments that {node.target} does not take")
+            for argument in schema[len(node.args) :]:
+                if argument.name not in node.kwargs and not argument.has_default_value():
+                    raise GraphFormatError(f"{what} lacks the argument '{argument.name}' of {node.target}")
         elif node.kwargs or (node.op in ("placeholder", "get_attr") and node.args):
             raise GraphFormatError(f"{what} has arguments where none belong")
         elif node.op == "output" and len(node.args) != 1:

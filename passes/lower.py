@@ -66,6 +66,15 @@ SIMULATED = (
 )
 """Operators that only simulate; none is left in a lowered graph."""
 
+INTEGER = (
+    _lbllm.quantize_activation.default,
+    _lbllm.bit_linear.default,
+    _lbllm.grouped_bit_linear.default,
+    _lbllm.int8_linear.default,
+    _lbllm.int8_embedding.default,
+)
+"""What they become."""
+
 
 @dataclass(frozen=True)
 class Lower(Pass):
@@ -84,6 +93,8 @@ class Lower(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         simulated, program = program, program.copy()
         graph = program.graph
+        if calls(graph, *INTEGER):
+            raise PassError("the graph has integer operators already; run 'lower' once")
         _check_quantized(graph)
         counts: dict[str, int] = {}
         lowered: dict[str, Node] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo import VOCABULARY, user_model
 
 from lbllm_compile import frontend
+from lbllm_compile.report.stages import of_output
 
 
 @functools.cache
@@ -83,4 +84,4 @@ def same_tensors(a: Program, b: Program) -> bool:
 
 def improved(summary: Mapping[str, Any]) -> bool:
     """Whether a training brought the whole model closer to the float model on held-out data."""
-    return summary["kl_after"] < summary["kl_before"]
+    return of_output([summary]).passed

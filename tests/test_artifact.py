@@ -37,6 +37,7 @@ def lowered(seed: int = 0):
     return item
 
 
+RECORDS = [{"spec": {"kind": "bit"}, "tokens": "1", "target": "cpu:avx2", "schedule": {"rows": 4}}]
 LOCK = {"model": "0" * 64, "source": "/nowhere/model.py", "seed": "0"}
 
 
@@ -50,7 +51,7 @@ def saved(tmp_path):
     item = lowered()
     out = tmp_path / "model-lbllm"
     artifact.save(
-        item, out, lock=LOCK, history=[("lower", item)], records=[{"tile": 4}], sources={"linear0": "# text"},
+        item, out, lock=LOCK, history=[("lower", item)], records=RECORDS, sources={"linear0": "# text"},
         binaries={"k.cubin": b"\x7fELF"},
     )  # fmt: skip
     return item, out
@@ -63,7 +64,7 @@ def test_what_is_saved_comes_back(saved):
     assert torch.equal(loaded.program.run(inputs), item.run(inputs))
     assert (loaded.program.kind, loaded.program.name) == (item.kind, item.name)
     assert loaded.program.metadata == {"target": "cpu"}
-    assert (dict(loaded.lock), loaded.records) == (LOCK, [{"tile": 4}])
+    assert (dict(loaded.lock), loaded.records) == (LOCK, RECORDS)
     assert loaded.digest == hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
 
 
@@ -96,6 +97,24 @@ def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_a_constant_may_mask_with_minus_infinity(tmp_path):
+    mask = torch.full((3, 40), 0.0)
+    mask[0, 0] = -torch.inf
+
+    def forward(root, input_ids):
+        return aten.linear.default(aten.embedding.default(root.embed.weight, input_ids), root.mask)
+
+    for value, good in ((-torch.inf, True), (torch.inf, False), (torch.nan, False)):
+        mask[0, 0] = value
+        item = program({"embed.weight": normal(11, 40), "mask": mask.clone()}, forward, head="embed")
+        artifact.save(item, tmp_path / "out", lock=LOCK)
+        if good:
+            artifact.load(tmp_path / "out")
+            continue
+        with pytest.raises(ArtifactError, match="'mask' has NaN or infinite values"):
+            artifact.load(tmp_path / "out")
+
+
 def test_large_weights_are_sharded(tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "SHARD_BYTES", 500)
     item = lowered()
@@ -116,7 +135,7 @@ def test_a_failing_save_leaves_the_older_artifact(saved, monkeypatch):
     item, out = saved
     before = (out / "manifest.json").read_bytes()
     monkeypatch.setattr(artifact, "_write_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(ArtifactError, match=r"cannot write the artifact .*No space left"):
+    with pytest.raises(ArtifactError, match=r"cannot write the artifact .*the disk is full"):
         artifact.save(item, out, lock=LOCK)
     assert (out / "manifest.json").read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == [out.name]

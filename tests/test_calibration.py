@@ -86,6 +86,69 @@ def test_samples(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> 
     assert other.sha256 != data.sha256
 
 
+def test_sampling_goes_on_behind_the_chunks_that_were_finished(
+    model: UserModel, program: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK_BYTES", 4 * calibration._cache_bytes(model.module.config, 10))
+    options = {"tokens": 80, "validation_tokens": 20, "length": 10}
+    whole = calibration.prepare(model, program, **options, cache_dir=tmp_path / "whole")
+    assert len(list((tmp_path / "whole").iterdir())) == 3, "10 sequences, 4 at once"
+    assert len({tuple(row) for row in rows(whole)}) == 10
+
+    class Interrupts(Log):
+        def advance(self, note: str = "") -> None:
+            super().advance(note)
+            if self.steps == 13:  # in the middle of the second chunk
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=Interrupts())
+    assert len(list((tmp_path / "cut").iterdir())) == 1
+    log = Log()
+    resumed = calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=log)
+    assert resumed.sha256 == whole.sha256
+    assert log.tasks == [("sampling the calibration text", 2 * 9)] and log.steps == 2 * 9
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
+def test_what_sampling_holds_is_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.user_model(name)
+    held: list[int] = []
+    made = calibration._preallocated_layer
+
+    def watched(capacity: int) -> object:
+        layer = made(capacity)
+        update = layer.update
+
+        def count(*args: object, **options: object) -> object:
+            result = update(*args, **options)
+            if layer.used == 1:
+                held.append(sum(x.numel() for x in layer.stored))
+            return result
+
+        layer.update = count
+        return layer
+
+    monkeypatch.setattr(calibration, "_preallocated_layer", watched)
+    calibration.sample(model, sequences=3, length=20, seed=0)
+    planned = 3 * calibration._cache_bytes(model.module.config, 20)
+    assert 4 * sum(held) == planned
+    most = calibration.chunk_rows(model.module.config, 128)
+    assert calibration.sampling_bytes(model.module.config, 10**9, 128) == pytest.approx(
+        calibration._CHUNK_BYTES, rel=0.2
+    )
+    assert calibration.sampling_bytes(model.module.config, most, 128) == calibration.sampling_bytes(
+        model.module.config, 2 * most, 128
+    )
+
+
+def test_the_probe_needs_no_calibration_data(model: UserModel, program: SimpleNamespace) -> None:
+    probe = calibration.random_probe(model, program, 3)
+    assert probe["input_ids"].shape == calibration.PROBE_SHAPE
+    assert int(probe["input_ids"].min()) >= 0 and int(probe["input_ids"].max()) < model.config["vocab_size"]
+    assert torch.equal(probe["input_ids"], calibration.random_probe(model, program, 3)["input_ids"])
+
+
 def test_a_damaged_cache_is_replaced(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
     options = {"tokens": 20, "validation_tokens": 10, "length": 10, "cache_dir": tmp_path}
     data = calibration.prepare(model, program, **options)
@@ -127,7 +190,11 @@ def test_samples_follow_the_model(name: str) -> None:
     assert agreement > 0.9  # sampling may run in bfloat16
 
 
-def test_every_second_sequence_starts_with_the_start_token(model: UserModel) -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_every_second_sequence_starts_with_the_start_token(
+    model: UserModel, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(calibration, "_CHUNK_BYTES", at_once * calibration._cache_bytes(model.module.config, 2))
     ids = calibration.sample(model, sequences=8, length=2, seed=0)
     assert ids[::2, 0].tolist() == [1, 1, 1, 1]
     assert len(set(ids[1::2, 0].tolist())) > 1
@@ -212,7 +279,9 @@ def test_bad_texts(
         calibration.prepare(model, program, str(path), length=32)
 
 
-@pytest.mark.parametrize(("source", "package"), [("{}/a.parquet", "pyarrow"), ("hf:wikitext", "datasets")])
+@pytest.mark.parametrize(
+    ("source", "package", "extra"), [("{}/a.parquet", "pyarrow", "data"), ("hf:wikitext", "datasets", "hub")]
+)
 def test_missing_packages_are_named(
     model: UserModel,
     program: SimpleNamespace,
@@ -220,10 +289,13 @@ def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch,
     source: str,
     package: str,
+    extra: str,
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(CalibrationError, match=f"needs the package {package}; install it with `pip install {package}`"):
+    with pytest.raises(
+        CalibrationError, match=rf"package {package}; install it with `pip install 'lbllm-compile\[{extra}\]'`"
+    ):
         calibration.prepare(model, program, source.format(tmp_path))
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.targets import cuda_compiler, parse_targets
 from lbllm_compile.passes import canonicalize, pipeline
 from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
 from lbllm_compile.passes.base import PassContext
@@ -25,8 +30,8 @@ from rich.console import Console
 from torch import fx
 from typer.testing import CliRunner, Result
 
-from lbllm_compile import cli, frontend, plan
-from lbllm_compile.report import catalogue, graph, summary, terminal
+from lbllm_compile import cli, doctor, driver, frontend, plan, recipe
+from lbllm_compile.report import catalogue, graph, stages, summary, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,8 +44,6 @@ def invoke(*args: str) -> Result:
 
 
 def test_the_first_word_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbllm_compile import driver
-
     seen: list[Any] = []
 
     def stop(options: driver.CompileOptions, **_: object) -> None:
@@ -56,8 +59,6 @@ def test_the_first_word_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbllm_compile import driver
-
     seen: list[driver.CompileOptions] = []
 
     def stop(options: driver.CompileOptions, **_: object) -> None:
@@ -152,18 +153,20 @@ def test_a_prompt_on_standard_input_must_be_utf8() -> None:
 
 
 def test_a_prompt_on_standard_input_is_utf8_in_every_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbllm_compile import runtime
+    from lbllm_compile import artifact
+    from lbllm_compile.runtime import loader
 
     class Echo:
-        tokenizer = None
+        config: Mapping[str, Any] = {}
 
-        def encode(self, text: str, *, chat: bool) -> list[int]:
-            return [ord(c) for c in text]
+        def tokenizer(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
 
         def stream(self, ids: list[int], **_: object) -> list[str]:
             return [chr(i) for i in ids]
 
-    monkeypatch.setattr(runtime, "load", lambda *_, **__: Echo())
+    monkeypatch.setattr(artifact, "load", lambda _: SimpleNamespace(program=Echo()))
+    monkeypatch.setattr(loader, "prepared", lambda *_, **__: Echo())
     args = ["run", "somewhere", "--prompt", "-", "--json"]
     result = CliRunner(charset="ascii").invoke(cli.app, args, input="grün".encode(), prog_name="lbllm-compile")
     assert result.exit_code == 0, result.stderr
@@ -208,17 +211,23 @@ class Raises:
         (LbllmError("the moon is full; wait"), 2, "lbllm-compile: the moon is full; wait\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "lbllm-compile: cannot access '/x': Permission denied\n"),
         (ValueError("secret detail\nsecond line"), 1, "a bug in lbllm-compile (ValueError: secret detail)"),
+        (KeyboardInterrupt(), 130, "interrupted in ptq, 3 of 30\n"),
+        (driver.Interrupted(0), 130, "interrupted in ptq, 3 of 30\n"),
         (
-            KeyboardInterrupt(),
+            driver.Interrupted(4),
             130,
-            "interrupted in ptq, 3 of 30 (what is finished is kept); run the same command again to resume\n",
+            "in ptq, 3 of 30; 4 finished pieces of work are kept, run the same command again to resume\n",
         ),
         (MemoryError(), 1, "out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "out of memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory"),
     ],
 )
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str) -> None:
-    from lbllm_compile import driver
-
     monkeypatch.setattr(driver, "compile", Raises(error))
     result = invoke("model.py", "--json")
     assert result.exit_code == code
@@ -228,6 +237,33 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     traced = invoke("model.py", "--debug")
     assert traced.exit_code == code
     assert "Traceback" in traced.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "eval", "plan"])
+def test_only_a_compile_speaks_of_resuming(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lbllm_compile.artifact.load", stop)
+    monkeypatch.setattr("lbllm_compile.evaluate.evaluate", stop)
+    monkeypatch.setattr(plan, "make_plan", stop)
+    args = {"run": ["--prompt", "x"], "eval": ["--text", "x"], "plan": []}[verb]
+    result = invoke(verb, "somewhere", *args)
+    assert (result.exit_code, result.stderr) == (130, "lbllm-compile: interrupted\n")
+
+
+def test_an_interrupt_while_the_command_line_loads_is_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from lbllm_compile.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lbllm-compile: interrupted\n")
 
 
 def test_what_a_model_prints_stays_off_stdout(tmp_path: Path) -> None:
@@ -253,6 +289,8 @@ def test_targets_doctor_and_passes_speak_json() -> None:
     findings = json.loads(invoke("doctor", "--json").stdout)["findings"]
     assert {"CPU features", "C compiler", "nvcc", "TVM", "memory"} <= {f["name"] for f in findings}
     assert all(f["cost"] for f in findings if f["status"] != "ok")
+    (cuda,) = (row for row in targets if row["target"] == "cuda")
+    assert cuda["means"] == ", ".join(t.name for t in parse_targets("cuda"))
     passes = json.loads(invoke("passes", "--json").stdout)["passes"]
     assert [p["name"] for p in passes][:4] == ["canonicalize", "annotate", "observe", "ptq"]
 
@@ -262,7 +300,38 @@ def test_every_pass_explains_itself(entry: catalogue.Entry) -> None:
     assert entry.summary.endswith(".")
     assert entry.snippet.startswith("Given:")
     assert "Result:" in entry.snippet
+    assert not re.search(r"::$|:\w+:`|``", entry.description, re.MULTILINE)
+    assert [o.name for o in entry.options if not o.meaning] == []
     assert pipeline.parse(entry.name)
+
+
+def test_a_pass_is_shown_with_what_its_options_mean() -> None:
+    result = invoke("passes", "distill")
+    assert result.exit_code == 0, result.stderr
+    assert "peak learning rate of latent weights, in standard deviations of the matrix" in result.stdout
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_the_doctor_finds_the_compiler_that_a_compile_would_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda_compiler, "_nvrtc", lambda: None)
+    (lacking, _) = (f for f in doctor._compilers() if f.name in ("nvcc", "NVRTC"))
+    assert (lacking.status, lacking.value) == ("note", "not found") and "pip install cuda-bindings" in lacking.cost
+    monkeypatch.setattr(cuda_compiler, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda: (0, 12, 8)))
+    found = {f.name: f for f in doctor._compilers()}
+    assert (found["NVRTC"].status, found["NVRTC"].value) == ("ok", "12.8")
+    assert found["nvcc"].cost == "CUDA kernels are compiled with NVRTC instead"
+    monkeypatch.setenv(variable, str(tmp_path))
+    found = {f.name: f for f in doctor._compilers()}
+    assert found["nvcc"].value == f"Cuda compilation tools, release 99.1, {nvcc}"
 
 
 def facts(info: LinearInfo) -> tuple[str, int | None, int, str]:
@@ -284,6 +353,44 @@ def test_the_plan_says_what_annotate_does(name: str) -> None:
         (head,) = planned.keys() - expected.keys()
         planned[next(iter(expected.keys() - planned.keys()))] = planned.pop(head)
     assert planned == expected
+
+
+def test_the_plan_of_a_hub_model_reads_its_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def configuration(name: str, **_: object) -> Any:
+        asked.append(name)
+        return zoo.ZOO["llama"].build().config
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were asked for")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", configuration)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", download)
+    result = plan.make_plan(driver.CompileOptions("hf:some/model"))
+    assert asked == ["some/model"] and result.layers == zoo.LAYERS
+
+
+def test_the_plan_counts_what_sampling_takes(tmp_path: Path) -> None:
+    # Many wide heads on few weights, so that keys and values are the most that is held.
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64}
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        architectures=["LlamaForCausalLM"],
+        **heads,
+    )
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("words")
+    sampled = driver.CompileOptions(str(tmp_path / "model"), preset="quick")
+    read = dataclasses.replace(sampled, calibration=str(tmp_path / "text.txt"))
+    size = recipe.PRESETS["quick"]
+    tokens = (size.sequences + size.validation_sequences) * size.sequence_length
+    keys_and_values = 2 * 4 * config.num_hidden_layers * 32 * 64 * tokens
+    low, high = (plan.make_plan(options).peak_memory for options in (read, sampled))
+    assert low < plan._BASE_BYTES + keys_and_values < high
 
 
 # Waiting
@@ -436,3 +543,29 @@ def test_rows_of_linears_become_rows_of_layers() -> None:
         {"layer": None, "linear": "head", "after": 9.0, "before": 9.0, "seconds": 1.0},
     ]
     assert [list(row.items()) for row in summary.by_layer(rows)] == [[("layer", 0), ("before", 4.0), ("after", 1.5)]]
+
+
+def test_the_end_of_a_compile_says_whether_the_stages_did_their_part() -> None:
+    def record(name: str, rows: list[dict[str, float]], **figures: float) -> pipeline.PassRecord:
+        return pipeline.PassRecord(1, name, name, 1.0, 0.0, 9, 9, "calibrating", 0.1, rows, figures)
+
+    def layer(after: float, flips: float = 0.01) -> dict[str, float]:
+        return {"before": 1.0, "after": after, "sign_flips": flips, "bitmap_flips": 0.0}
+
+    def passed(*records: pipeline.PassRecord) -> list[bool]:
+        return [verdict.passed for verdict in stages.verdicts(records)]
+
+    untrained, tuned = {"kl_before": 0.5, "kl_after": 0.5}, {"kl_before": 0.5, "kl_after": 0.4}
+    good = record("distill", [layer(0.8)] * 4 + [layer(0.95)])
+    assert passed(good, record("activate", [], **untrained), record("finetune", [], **tuned)) == [True, True]
+    assert passed(record("distill", [layer(0.8)] * 3 + [layer(0.95)] * 2)) == [False]
+    assert passed(record("distill", [layer(0.8, flips=0.0)])) == [False]
+    assert passed(record("activate", [], **untrained)) == [False]
+    assert passed(record("activate", [], error_before=0.2, error_after=0.1)) == [True]
+    assert passed(record("ptq", [{"before": 1.0}])) == []
+    console, stream = text_console()
+    report = driver.CompileReport(Path("o"), [good], {}, 0)
+    for part in summary.compile_report(report):
+        console.print(part)
+    assert "4 of 5 layers have flipped bits and a held-out error lower by 10% or more" in stream.getvalue()
+    assert report.to_json()["stages"][0]["passed"]

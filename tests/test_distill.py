@@ -10,8 +10,9 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import stored_levels
 from lbllm_compile.passes import layers, simulate, training
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
-from lbllm_compile.passes.distill import layers_better
 from stages import Memory, annotated, apply, context, quantized, same_tensors
+
+from lbllm_compile.report.stages import of_layers
 
 _TEXT = "distill{epochs=2,precision=float32}"
 
@@ -138,7 +139,8 @@ def trained(student, data: PassContext) -> PassResult:
 
 
 def test_distill_lowers_the_held_out_error_of_the_layers(trained):
-    assert layers_better(trained.rows, 0.05) == len(trained.rows) == 2
+    verdict = of_layers(trained.rows)
+    assert verdict.passed and verdict.text.startswith("2 of 2 layers have flipped bits"), verdict
     for row in trained.rows:
         assert row["after"] < row["start"] <= row["before"] and row["step"] > 0
         assert 0 < row["sign_flips"] < 0.2 and 0 < row["bitmap_flips"] < 0.2
@@ -148,7 +150,7 @@ def test_without_learning_rate_nothing_improves(student, data):
     rates = "lr_weight=0,lr_bitmap=0,lr_levels=0"
     for text in (f"distill{{epochs=1,{rates}}}", "distill{epochs=0}"):
         result = apply(student, text, data)
-        assert layers_better(result.rows, 0.05) == 0
+        assert not of_layers(result.rows).passed
         assert all(row["sign_flips"] == row["bitmap_flips"] == 0 for row in result.rows)
         assert same_tensors(result.program, student)
 

@@ -44,7 +44,9 @@ def test_the_documented_pass_works(documented: type[Pass]) -> None:
     assert torch.equal(twice.apply(program, context).program.run({"x": x}), program.run({"x": x}))
     entry = catalogue.describe(documented)
     assert "%neg = aten.neg(%logits)" in entry.snippet
-    assert [o.name for o in entry.options] == ["twice"]
+    assert [(o.name, o.meaning) for o in entry.options] == [
+        ("twice", "negate a second time, which gives the original back.")
+    ]
 
 
 def test_documents_name_files_that_exist() -> None:

@@ -193,12 +193,15 @@ def sampling():
     return Sampling(max_new_tokens=6)
 
 
+def stored_simulation(out, model, kind):
+    """The simulated program: the stored graph after ``merge``, on the weights of what runs."""
+    stored = next((out / "passes").glob("*_merge.json"))
+    return Program(graph_json.loads(stored.read_bytes(), dict(model.program.parameters())), kind=kind)
+
+
 def test_lowered_and_simulated_agree(compiled):
-    """Simulated is the stored graph after ``merge``; lowered is what runs."""
     model = lbllm_compile.load(compiled.out)
-    stored = next((compiled.out / "passes").glob("*_merge.json"))
-    state = dict(model.program.parameters())
-    simulated = Program(graph_json.loads(stored.read_bytes(), state), kind="causal-lm")
+    simulated = stored_simulation(compiled.out, model, "causal-lm")
     ids = torch.randint(0, 259, (8, 48), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)}
@@ -291,6 +294,96 @@ def test_a_pass_that_only_the_models_recipe_runs_may_be_printed_after(tmp_path, 
     assert "finetune" in [p.name for p in driver.prepare(named).passes]
 
 
+def test_the_rehearsal_comes_before_sampling_and_only_once(model_file, tmp_path, monkeypatch):
+    from lbllm_compile import calibration, preflight
+    from lbllm_compile.checkpoint import WorkDir
+
+    calls = []
+
+    def rehearse(program, passes, probe, *rest, **options):
+        calls.append("rehearse")
+        assert probe["input_ids"].shape == calibration.PROBE_SHAPE and int(probe["input_ids"].max()) < 259
+
+    def sample(*rest, **options):
+        calls.append("sample")
+        raise LbllmError("enough")
+
+    monkeypatch.setattr(preflight, "rehearse", rehearse)
+    monkeypatch.setattr(calibration, "prepare", sample)
+    work = WorkDir(tmp_path / "w", {"model": "another"})
+    work.save("ptq", 0, {"x": torch.ones(1)}, {})
+    work.release()
+    resumed = options(model_file, tmp_path / "out", work_dir=tmp_path / "w")
+    for chosen in (dataclasses.replace(resumed, work_dir=None), resumed, dataclasses.replace(resumed, fresh=True)):
+        with pytest.raises(LbllmError, match="enough"):
+            driver.compile(chosen)
+    assert calls == ["rehearse", "sample", "sample", "rehearse", "sample"]
+
+
+def test_a_model_that_does_not_go_through_costs_no_sampling(model_file, tmp_path, monkeypatch):
+    from lbllm_compile import calibration
+
+    monkeypatch.setattr(calibration, "prepare", None)
+    text = "canonicalize,annotate,observe,ptq{group=64},activate{group=128},head,lower,cache"
+    with pytest.raises(LbllmError, match="group cannot be 128"):
+        driver.compile(options(model_file, tmp_path / "out", pipeline=text))
+
+
+def test_an_interrupt_says_what_is_kept(model_file, tmp_path, monkeypatch):
+    def stop(job, data, work, *rest):
+        work.save("ptq", 0, {"x": torch.ones(1)}, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver.preflight, "rehearse", lambda *_, **__: None)
+    monkeypatch.setattr(driver, "_transform", stop)
+    with pytest.raises(driver.Interrupted) as caught:
+        driver.compile(options(model_file, tmp_path / "out"))
+    assert caught.value.kept == 1
+
+
+def test_paths_may_be_text_and_text_paths():
+    chosen = driver.CompileOptions(model=Path("m.py"), out="o", work_dir="w", dump_dir="d")
+    assert (chosen.model, chosen.out, chosen.work_dir, chosen.dump_dir) == ("m.py", Path("o"), Path("w"), Path("d"))
+
+
+class TestDumps:
+    """``--dump-dir`` replaces earlier dumps and touches nothing else, and nothing before the long work starts."""
+
+    def prepare(self, model_file, directory):
+        return driver.prepare(options(model_file, directory / "out", dump_dir=directory / "dumps"))
+
+    def test_a_users_files_are_left_alone(self, model_file, tmp_path):
+        (tmp_path / "dumps").mkdir()
+        (tmp_path / "dumps" / "2024-taxes.txt").write_text("mine")
+        with pytest.raises(LbllmError, match=r"holds other files.*2024-taxes\.txt"):
+            self.prepare(model_file, tmp_path)
+        with pytest.raises(LbllmError, match="holds other files"):
+            driver.Dumps(tmp_path / "dumps")
+        assert (tmp_path / "dumps" / "2024-taxes.txt").read_text() == "mine"
+
+    def test_a_refused_compile_writes_and_deletes_nothing(self, model_file, tmp_path):
+        self.prepare(model_file, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "dumps").mkdir()
+        (tmp_path / "dumps" / "001_ptq.txt").write_text("earlier")
+        self.prepare(model_file, tmp_path)
+        assert (tmp_path / "dumps" / "001_ptq.txt").exists()
+        driver.Dumps(tmp_path / "dumps")
+        assert list((tmp_path / "dumps").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "work", "dumps"),
+    [("o", "o", None), ("o", "o/w", None), ("w/o", "w", None), ("o", None, "o"), ("o", None, "o/d"), ("d/o", None, "d"),
+     ("o", "w", "w"), ("o", None, "o.lbllm-work"), (None, None, "small-lbllm")],
+)  # fmt: skip
+def test_directories_that_would_get_in_each_others_way_are_refused(model_file, tmp_path, monkeypatch, out, work, dumps):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver.frontend, "capture", None)
+    with pytest.raises(LbllmError, match="would lie inside one another"):
+        driver.prepare(options(model_file, out, work_dir=work, dump_dir=dumps))
+
+
 def test_checking_a_work_directory_leaves_it_as_it_is(model_file, tmp_path):
     from lbllm_compile.checkpoint import WorkDir
 
@@ -308,5 +401,8 @@ def test_checking_a_work_directory_leaves_it_as_it_is(model_file, tmp_path):
 def test_a_plain_module_compiles_and_loads(tmp_path):
     report = driver.compile(options(ROOT / "examples" / "mlp.py", tmp_path / "mlp"))
     model = lbllm_compile.load(tmp_path / "mlp")
-    assert model(torch.randn(3, 259)).shape == (3, 33)
+    x = torch.randn((3, 259), generator=torch.Generator().manual_seed(0))
+    assert model(x).shape == (3, 33)
     assert 0 < report.sheet["relative_error"] < 1
+    simulated = stored_simulation(tmp_path / "mlp", model, "module").run({"x": x})
+    assert float((model(x) - simulated).norm() / simulated.norm()) <= 1e-4

@@ -18,10 +18,13 @@ import tokenizers
 import torch
 import transformers
 import zoo
+from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.passes import PassContext, pipeline
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from typer.testing import CliRunner
 
-from lbllm_compile import artifact, cli, frontend
+from lbllm_compile import artifact, checkpoint, cli, frontend, preflight
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +98,18 @@ MODELS = {
         + "def nan(model):\n    model[0].weight.data[3, 5] = float('nan')\n    return model\n",
         ["'0.weight'", "NaN"],
     ),
+    "an import that exits": ("import sys\nsys.exit(0)\n", ["cannot be imported", "SystemExit", "model.py:2"]),
+    "build_model exits": ("import sys\ndef build_model():\n    sys.exit()\n", ["build_model()", "model.py:3"]),
+    "a tokenizer that is a text": (
+        LANGUAGE + "def tokenizer():\n    return 'w'\n",
+        ["tokenizer()", "str", "transformers tokenizer"],
+    ),
+    "weights that are nowhere": (
+        "import torch\ndef build_model():\n    return torch.nn.Linear(8, 8, device='meta')\n"
+        "def example_inputs():\n    return torch.ones(2, 8)\ndef weights():\n    pass\n",
+        ["weights()", "returned None", ".safetensors"],
+    ),
+    "NaN inputs": (LINEAR.replace("ones(2, 40)", "full((2, 40), torch.nan)"), ["'input'", "example_inputs()", "NaN"]),
     "a recipe that is no dict": (LINEAR + "recipe = 'quick'\n", ["'recipe'", "dict"]),
     "a recipe with an unknown option": (LINEAR + "recipe = {'grup': 64}\n", ["grup", "group"]),
     "a forward that depends on data": (
@@ -119,6 +134,13 @@ def test_models(here: Path, name: str) -> None:
     assert [part for part in expected if part not in sentence] == [], sentence
 
 
+def test_a_mistyped_path_is_not_looked_up_on_the_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    for verb in ("compile", "plan", "preflight"):
+        sentence = fails(verb, "modles/llama")
+        assert "there is no file or directory 'modles/llama'" in sentence and "hf:ORG/NAME" in sentence
+
+
 def test_files_that_are_no_model(here: Path) -> None:
     assert "there is no file or directory 'missing.py'" in fails("missing.py")
     (here / "notes.txt").write_text("hello")
@@ -131,6 +153,59 @@ def test_files_that_are_no_model(here: Path) -> None:
     assert "has no config.json" in fails("empty")
     (here / "empty" / "config.json").write_text("{")
     assert "'empty/config.json' is not a model configuration" in fails("empty")
+
+
+HOOKS = {
+    "text that raises": (LANGUAGE, "def calibration_text():\n    return 1 / 0\n", ["calibration_text()", "model.py:"]),
+    "text that is nothing": (LANGUAGE, "def calibration_text():\n    pass\n", ["calibration_text()", "returned None"]),
+    "text that is one string": (LANGUAGE, "def calibration_text():\n    return 'w1'\n", ["returned a str", "list"]),
+    "text that breaks off": (
+        LANGUAGE,
+        "def calibration_text():\n    yield 'w1'\n    raise OSError('no disk')\n",
+        ["calibration_text()", "no disk", "model.py:"],
+    ),
+    "text that is no string": (LANGUAGE, "def calibration_text():\n    yield 3\n", ["int instead of strings"]),
+    "text that exits": (LANGUAGE, "def calibration_text():\n    yield 'w1'\n    exit()\n", ["calibration_text()"]),
+    "inputs that raise": (
+        LINEAR,
+        "def calibration_inputs():\n    yield 1 / 0\n",
+        ["calibration_inputs()", "model.py:"],
+    ),
+    "inputs of another width": (
+        LINEAR,
+        "def calibration_inputs():\n    for _ in range(4): yield torch.ones(2, 41)\n",
+        ["calibration_inputs()", "(2, 41)", "(2, 40)"],
+    ),
+    "inputs of another dtype": (
+        LINEAR,
+        "def calibration_inputs():\n    return [torch.ones(2, 40).double()] * 4\n",
+        ["float64", "float32"],
+    ),
+    "inputs that are NaN": (
+        LINEAR,
+        "def calibration_inputs():\n    return [torch.full((2, 40), torch.nan)] * 4\n",
+        ["calibration_inputs()", "NaN"],
+    ),
+    "inputs that are no tensors": (
+        LINEAR,
+        "def calibration_inputs():\n    return [3] * 4\n",
+        ["gives an int", "tensor"],
+    ),
+}
+
+
+@pytest.fixture
+def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the rehearsal, which comes before the calibration data."""
+    monkeypatch.setattr(preflight, "rehearse", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_calibration_hooks(here: Path, unrehearsed: None, name: str) -> None:
+    model, hook, expected = HOOKS[name]
+    (here / "model.py").write_text(model + hook)
+    sentence = fails("model.py", "--preset", "quick")
+    assert [part for part in expected if part not in sentence] == [], sentence
 
 
 # Options
@@ -162,6 +237,14 @@ OPTIONS = {
     "output holds other things": (["--out", "."], "not an lbllm artifact"),
     "dumps over other files": (["--dump-dir", "."], "pass an empty --dump-dir"),
     "work directory is a file": (["--work-dir", "linear.py"], "linear.py"),
+    "work directory in the output": (["--work-dir", "o/work", "--out", "o"], "would lie inside one another"),
+    "dumps into the output": (["--dump-dir", "o", "--out", "o"], "would lie inside one another"),
+    "a seed out of range": (["--seed", str(2**70)], "--seed cannot be"),
+    "a negative seed": (["--seed", "-1"], "--seed cannot be -1"),
+    "lowering twice": (
+        ["--pipeline", "canonicalize,annotate,observe,ptq,activate{steps=0},lower,lower"],
+        "run 'lower' once",
+    ),
     "text for a model without a vocabulary": (["--calibration", "words.txt"], "no language model"),
 }
 
@@ -242,7 +325,7 @@ TEXTS: dict[str, tuple[str, bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_calibration_texts(here: Path, name: str) -> None:
+def test_calibration_texts(here: Path, unrehearsed: None, name: str) -> None:
     file, content, expected = TEXTS[name]
     if content is not None:
         (here / file).write_bytes(content)
@@ -310,6 +393,36 @@ def forged_weights(directory: Path) -> None:
     rewrite(directory, weights(directory).name, lambda content: content[: len(content) // 2])
 
 
+def change_weight(directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Changes one stored tensor, the first whose path ends so, and corrects the manifest."""
+    state = load(weights(directory).read_bytes())
+    path = next(p for p in state if p.endswith(name))
+    state[path] = change(state[path])
+    rewrite(directory, weights(directory).name, lambda _: save(state, metadata={"format": "pt"}))
+
+
+def spoil(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+def lacking_argument(directory: Path) -> None:
+    def change(text: bytes) -> bytes:
+        document = json.loads(text)
+        node = next(n for n in document["nodes"] if n["target"] == "aten.mul.Tensor")
+        node["args"] = node["args"][:1]
+        return json.dumps(document).encode()
+
+    rewrite(directory, "graph.json", change)
+
+
+def records(text: bytes) -> Callable[[Path], None]:
+    return lambda directory: rewrite(directory, "tuning.json", lambda _: text)
+
+
 def other_version(directory: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
@@ -325,7 +438,53 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an operator outside the allow-list": (foreign_operator, "from_file"),
     "a graph that is no JSON": (lambda d: rewrite(d, "graph.json", lambda _: b"["), "not JSON"),
     "forged weights": (forged_weights, "not a safetensors file"),
+    "tuning records of something else": (records(b'[{"a": 1}]'), "does not hold tuning records"),
+    "tuning records that are numbers": (records(b"[3]"), "does not hold tuning records"),
+    "a norm of another shape": (lambda d: change_weight(d, "norm.weight", lambda t: t[:-1].clone()), "does not run at"),
+    "a NaN norm": (lambda d: change_weight(d, "norm.weight", spoil(float("nan"))), "NaN or infinite"),
+    "an infinite norm": (lambda d: change_weight(d, "norm.weight", spoil(-float("inf"))), "NaN or infinite"),
+    "a NaN clip factor": (lambda d: change_weight(d, "input_clip", spoil(float("nan"))), "NaN or infinite"),
+    "an operator that lacks an argument": (lacking_argument, "lacks the argument 'other'"),
 }
+
+
+LOOKED_INTO = {
+    "a truncated graph": (lambda p: p.write_bytes(p.read_bytes()[:-5]), [], "graph.json"),
+    "an altered graph": (lambda p: p.write_text(p.read_text().replace("1", "2", 1)), [], "graph.json"),
+    "a truncated graph of a pass": (lambda p: p.write_bytes(b"{"), ["--pass", "merge"], "passes/004_merge.json"),
+    "a graph that is gone": (lambda p: p.unlink(), ["--pass", "merge"], "passes/004_merge.json"),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_INTO)
+def test_damaged_graphs_are_not_shown(good: Path, here: Path, name: str) -> None:
+    damage, options, file = LOOKED_INTO[name]
+    shutil.copytree(good, here / "copy")
+    damage(here / "copy" / file)
+    assert f"'copy/{file}'" in fails("inspect", "copy", *options)
+
+
+def test_a_forged_graph_is_named(good: Path, here: Path) -> None:
+    shutil.copytree(good, here / "copy")
+    rewrite(here / "copy", "passes/004_merge.json", lambda _: b"[")
+    assert "'copy/passes/004_merge.json' is damaged" in fails("inspect", "copy", "--pass", "merge")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["run", "--prompt", ""], "the prompt is empty"),
+        (["run", "--prompt", "w1 " * 200], "context holds 128"),
+        (["run", "--prompt", "w1", "--seed", "-1"], "the seed is -1"),
+        (["eval", "--text", "words.txt", "--chunks", "0"], "--chunks at least 1"),
+        (["eval", "--text", "words.txt", "--seq-len", "4096"], "--seq-len cannot be 4096"),
+    ],
+)
+def test_what_needs_no_kernels_is_refused_before_they_are_built(
+    good: Path, here: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(KernelSet, "build", None)
+    assert expected in fails(args[0], str(good), *args[1:])
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -340,7 +499,7 @@ def test_damaged_artifacts(good: Path, here: Path, name: str) -> None:
 def test_what_is_no_artifact(good: Path, here: Path) -> None:
     assert "no artifact at 'nowhere'" in fails("run", "nowhere", "--prompt", "w1")
     assert "not an lbllm artifact" in fails("run", ".", "--prompt", "w1")
-    assert "is no artifact" in fails("inspect", ".")
+    assert "not an lbllm artifact" in fails("inspect", ".")
     assert "missing option '--prompt'" in fails("run", str(good))
     assert "no graph of a pass 'lowr' (did you mean 'lower'?)" in fails("inspect", str(good), "--pass", "lowr")
     assert "no decoder layer 7" in fails("inspect", str(good), "--layer", "7")
@@ -374,6 +533,34 @@ def test_a_good_artifact_can_be_looked_into(good: Path) -> None:
     text = CliRunner().invoke(cli.app, ["inspect", str(good)])
     assert text.exit_code == 0, text.stderr
     assert "decoder layer 0  (1 alike)" in text.stdout
+
+
+# The machine
+
+
+def test_a_full_disk_while_work_is_kept(here: Path, unrehearsed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "the disk is full; make room" in fails("linear.py", "--preset", "quick")
+    assert not list(here.rglob("*.partial"))
+
+
+def test_a_full_disk_while_the_artifact_is_written(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(artifact.ArtifactError, match=r"cannot write the artifact to .*: the disk is full"):
+        artifact.save(artifact.load(good).program, tmp_path / "out", lock={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_directory_whose_record_is_no_record(here: Path, unrehearsed: None) -> None:
+    (here / "w").mkdir()
+    (here / "w" / "fingerprint.json").write_text("[]")
+    assert "is damaged; pass --fresh" in fails("linear.py", "--preset", "quick", "--work-dir", "w")
 
 
 # The real command

@@ -122,7 +122,7 @@ def test_code_that_a_foreign_artifact_names_is_not_run(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
     notes = Notes()
     assert evaluate.find_teacher(artifact.load(tmp_path / "out"), None, notes) is None
-    assert "is code and the artifact was compiled on another machine" in notes.notes[0]
+    assert "is code, and this user's cache does not record" in notes.notes[0]
     assert not (tmp_path / "ran").exists()
 
 

@@ -84,7 +84,7 @@ MISTAKES = {
     "no example": ("from torch import nn\ndef build_model(): return nn.Linear(4, 4)\n", r"has no example_inputs\(\)"),
     "example of another type": (
         "from torch import nn\ndef build_model(): return nn.Linear(4, 4)\ndef example_inputs(): return 3\n",
-        "returned an int; return a tensor",
+        r"example_inputs\(\) gives an int; each batch must be a tensor",
     ),
     "example of another name": (
         "import torch\ndef build_model(): return torch.nn.Linear(4, 4)\n"
@@ -317,17 +317,23 @@ def test_damaged_directories(tmp_path: Path, damage: Callable[[Path], None], mes
 
 
 @pytest.mark.parametrize(
-    "name", ["none.py", "none.gguf", "none", "./none", "examples/none", "org/none.py", "/none/none", "a/b/c"]
+    "name",
+    ["none.py", "none.gguf", "none", "./none", "examples/none", "org/none.py", "/none/none", "a/b/c", "nobody/nothing"],
 )
 def test_missing_files_never_become_downloads(name: str) -> None:
-    with pytest.raises(ModelError, match="there is no file or directory"):
+    with pytest.raises(ModelError, match=r"there is no file or directory.*hf:ORG/NAME"):
         frontend.load(name)
 
 
-@pytest.mark.parametrize("name", ["hf:nobody/nothing", "nobody/nothing"])
-def test_hub_ids_obey_the_offline_switch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_hub_ids_obey_the_offline_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="the hub model 'nobody/nothing' cannot be loaded"):
+        frontend.load("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:a/b/c", "hf:../model", "hf:/etc"])
+def test_malformed_hub_ids(name: str) -> None:
+    with pytest.raises(ModelError, match="is not a hub id; write it as hf:ORG/NAME"):
         frontend.load(name)
 
 

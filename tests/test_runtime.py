@@ -11,6 +11,7 @@ import torch
 from graphs import context, normal, program, token_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.lower import IN_FEATURES, Lower
@@ -346,3 +347,22 @@ def test_text_goes_in_and_comes_out():
 def test_left_padding():
     ids, mask = left_pad([[1, 2, 3], [4]], pad=9)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path, monkeypatch):
+    class Notes:
+        def __init__(self):
+            self.notes = []
+
+        def note(self, text):
+            self.notes.append(text)
+
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(KernelSet, "build", lambda *_, **__: ReferenceKernels())
+    record = {"spec": {}, "tokens": "1", "schedule": {}}
+    for target, expected in (("cpu:generic", 0), ("cuda:sm_80", 1)):
+        artifact.save(language_model(), tmp_path / "out", lock={}, records=[{**record, "target": target}])
+        progress = Notes()
+        runtime.load(tmp_path / "out", target="cpu:generic", progress=progress)
+        assert len(progress.notes) == expected
+    assert "the artifact was not tuned for cpu:generic" in progress.notes[0]

@@ -80,20 +80,17 @@ class CudaCompiler:
             KernelError: there is neither.
         """
         flags = " ".join(FLAGS)
-        homes = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
-        search = os.pathsep.join([*map(str, homes), os.environ.get("PATH", os.defpath)])
-        nvcc = shutil.which("nvcc", path=search)
+        nvcc = find_tool("nvcc")
         if nvcc:
             version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
             return cls(nvcc, f"{version.strip()} {flags}")
-        nvrtc = _nvrtc()
-        if nvrtc is None:
+        version = nvrtc_version()
+        if version is None:
             raise KernelError(
                 "a CUDA target needs nvcc or NVRTC; install the CUDA toolkit, or: pip install cuda-bindings"
                 " nvidia-cuda-nvrtc"
             )
-        _, major, minor = nvrtc.nvrtcVersion()
-        return cls(None, f"nvrtc {major}.{minor} {flags}")
+        return cls(None, f"nvrtc {version} {flags}")
 
     def compile(self, source: str, arch: str) -> Binary:
         """Compiles one kernel for one architecture.
@@ -144,6 +141,21 @@ def _nvrtc_output(program: Any, size: Any, fill: Any) -> bytes:
     buffer = bytearray(count)
     fill(program, buffer)
     return bytes(buffer)
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit: in ``CUDA_HOME``, in ``CUDA_PATH`` or on the search path."""
+    homes = [Path(home) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    return shutil.which(name, path=os.pathsep.join([*map(str, homes), os.environ.get("PATH", os.defpath)]))
+
+
+def nvrtc_version() -> str | None:
+    """Version of NVRTC, e.g. ``"12.8"``; None where it does not load."""
+    nvrtc = _nvrtc()
+    if nvrtc is None:
+        return None
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
 
 
 def _nvrtc() -> Any | None:

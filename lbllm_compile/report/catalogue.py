@@ -17,15 +17,17 @@ from rich.text import Text
 
 from lbllm_compile.passes import registry
 from lbllm_compile.passes.base import Pass
+from lbllm_compile.report import terminal
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a pass: its type in words and its default as pipeline text."""
+    """One option of a pass: its type in words, its default as pipeline text, and what it means."""
 
     name: str
     type: str
     default: str
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,12 @@ def entries(names: Sequence[str] | None = None) -> list[Entry]:
 
 def describe(cls: type[Pass]) -> Entry:
     """Reads a pass's description, options and contract."""
-    text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or "")
+    text = _plain(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""))
     return Entry(
         name=cls.name,
         contract=str(cls.contract),
         options=tuple(_options(cls)),
-        summary=re.sub(rf"^``{re.escape(cls.name)}``(, |: )", "", " ".join(text.split("\n\n")[0].split())),
+        summary=re.sub(rf"^`{re.escape(cls.name)}`(, |: )", "", " ".join(text.split("\n\n")[0].split())),
         snippet=_snippet(text),
         description=text,
         source=cls.__module__,
@@ -77,7 +79,12 @@ def describe(cls: type[Pass]) -> Entry:
 def render(found: Sequence[Entry]) -> list[RenderableType]:
     """The catalogue for people; a single pass is shown with its whole description."""
     if len(found) == 1:
-        return [_heading(found[0]), Padding(Text(found[0].description), (0, 0, 0, 2))]
+        entry = found[0]
+        parts = [_heading(entry), Padding(Text(entry.description), (0, 0, 0, 2))]
+        if entry.options:
+            rows = [[o.name, o.default, o.type, o.meaning] for o in entry.options]
+            parts += [Text(), terminal.table("Options", ["option", "default", "type", "meaning"], rows)]
+        return parts
     parts: list[RenderableType] = []
     for entry in found:
         parts += [_heading(entry), Padding(Text(entry.summary), (0, 0, 0, 2))]
@@ -95,13 +102,13 @@ def _heading(entry: Entry) -> Text:
 
 
 def _options(cls: type[Pass]) -> list[Option]:
-    hints = typing.get_type_hints(cls)
+    hints, meanings = typing.get_type_hints(cls), _meanings(cls)
     result = []
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if isinstance(default, tuple):
             default = "|".join(str(v) for v in default)
-        result.append(Option(field.name, _type_text(hints[field.name]), str(default)))
+        result.append(Option(field.name, _type_text(hints[field.name]), str(default), meanings.get(field.name, "")))
     return result
 
 
@@ -109,6 +116,26 @@ def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(str(v) for v in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _plain(text: str) -> str:
+    """reStructuredText as text: roles and literals in single backquotes, no double colons at ends of lines."""
+    text = re.sub(r":\w+:`~?\.*([^`]+)`", r"`\1`", text).replace("``", "`")
+    return re.sub(r"::$", ":", text, flags=re.MULTILINE)
+
+
+_ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", re.MULTILINE)
+"""An entry under ``Attributes:`` of a docstring, with the lines that go on with it."""
+
+
+def _meanings(cls: type[Pass]) -> dict[str, str]:
+    """What the class's docstring says of each option."""
+    _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    return {
+        name: " ".join(_plain(text).split())
+        for names, text in _ATTRIBUTE.findall(attributes)
+        for name in names.split(", ")
+    }
 
 
 def _snippet(text: str) -> str:
@@ -125,4 +152,4 @@ def _snippet(text: str) -> str:
         if line.strip() and own <= indent and not line.lstrip().startswith("Result:"):
             break
         end += 1
-    return inspect.cleandoc("\n".join(line.replace("::", ":") for line in lines[start:end])).strip()
+    return inspect.cleandoc("\n".join(lines[start:end])).strip()

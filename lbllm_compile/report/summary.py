@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
-from lbllm_compile.report import terminal
+from lbllm_compile.report import stages, terminal
 
 if TYPE_CHECKING:
     from lbllm_compile.driver import CompileReport
@@ -24,6 +24,9 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
         rows = by_layer(record.rows) if record.contract == "calibrating" else []
         if rows:
             parts += [Text(), terminal.rows_table(f"{record.text}, by decoder layer", rows)]
+    if judged := stages.verdicts(report.records):
+        rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in judged]
+        parts += [Text(), terminal.table("What training achieved", ["", "", ""], rows)]
     if times:
         phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
         phases.append(["in all", terminal.duration(sum(report.seconds.values()))])

@@ -42,6 +42,8 @@ class Sampling:
             raise GenerationError(f"the temperature is {self.temperature}; use 0 (greedy) or more")
         if self.top_k < 0:
             raise GenerationError(f"top_k is {self.top_k}; use 0 (all tokens) or more")
+        if self.seed < 0:
+            raise GenerationError(f"the seed is {self.seed}; use 0 or more")
         if not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"top_p is {self.top_p}; use a probability above 0 and at most 1")
 

@@ -23,6 +23,46 @@ class Steps(Protocol):
         ...
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model of this configuration can attend to; None where it does not say."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Token ids of a prompt; see :meth:`LanguageModel.encode`."""
+    if tokenizer is None:
+        raise GenerationError("the model has no tokenizer; pass token ids instead of text")
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int | None) -> None:
+    """Checks that prompts of token ids can be answered within a context of ``limit`` tokens; needs no model.
+
+    Raises:
+        GenerationError: one is empty, or does not fit together with the new tokens.
+    """
+    if not prompts or any(not len(p) for p in prompts):
+        raise GenerationError("the prompt is empty; give at least one token")
+    longest = max(len(p) for p in prompts)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise GenerationError(
+            f"the prompt has {longest} tokens and {sampling.max_new_tokens} more were asked for, but the model's"
+            f" context holds {limit}; "
+            + ("shorten the prompt" if longest >= limit else f"ask for at most {limit - longest}")
+        )
+
+
 class LanguageModel(ABC):
     """Text and tokens in, text and tokens out.
 
@@ -42,11 +82,7 @@ class LanguageModel(ABC):
     @property
     def context_length(self) -> int | None:
         """Tokens the model can attend to, as its configuration says; None where it does not say."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = self.config.get(key)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        return context_length(self.config)
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt; with ``chat`` as a user's turn in the tokenizer's chat template.
@@ -54,16 +90,7 @@ class LanguageModel(ABC):
         Raises:
             GenerationError: there is no tokenizer, or no chat template.
         """
-        if self.tokenizer is None:
-            raise GenerationError("the model has no tokenizer; pass token ids instead of text")
-        if not chat:
-            return self.tokenizer(prompt)["input_ids"]
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, prompt, chat=chat)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -86,17 +113,9 @@ class LanguageModel(ABC):
             GenerationError: a prompt is empty, or does not fit the context together with the new tokens.
         """
         sampling = sampling or Sampling()
-        if not prompts or any(not len(p) for p in prompts):
-            raise GenerationError("the prompt is empty; give at least one token")
-        longest, limit = max(len(p) for p in prompts), self.context_length
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise GenerationError(
-                f"the prompt has {longest} tokens and {sampling.max_new_tokens} more were asked for, but the model's"
-                f" context holds {limit}; "
-                + ("shorten the prompt" if longest >= limit else f"ask for at most {limit - longest}")
-            )
+        check_prompts(prompts, sampling, self.context_length)
         ids, mask = left_pad(prompts)
-        session = self.session(len(prompts), longest + sampling.max_new_tokens)
+        session = self.session(len(prompts), ids.shape[1] + sampling.max_new_tokens)
         session.start(mask)
         return tokens(session.step, ids, sampling, self.stop_tokens() if stop is None else stop)
 

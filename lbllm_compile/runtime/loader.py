@@ -72,8 +72,10 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     # TVM takes seconds to import, and reading an artifact does not need it
     from lbllm_compile.codegen.build import KernelSet
 
-    needed = requirements(loaded.program)
-    records = loaded.records if isinstance(loaded.records, list) else None
-    return KernelSet.build(
-        needed.linears, needed.quantizers, Target.parse(target), trials=0, records=records, progress=progress
-    )
+    needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
+    if progress is not None and not any(record["target"] == chosen.name for record in records):
+        progress.note(
+            f"the artifact was not tuned for {chosen.name}; its kernels take the first schedule that works, which may"
+            f" be slow (compile with --target {chosen.name} to tune them)"
+        )
+    return KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)

@@ -28,7 +28,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
 try:
     import tvm
     import tvm_ffi
-    from tvm import relax, rpc, s_tir, tirx
+    from tvm import relax, rpc, s_tir, te, tirx
     from tvm.script import tirx as T
     from tvm.tirx import PrimFunc
     from tvm.tirx.build import split_host_device_mods
@@ -59,6 +59,7 @@ __all__ = [
     "renew_definitions",
     "s_tir",
     "symbolic_dimension",
+    "te",
     "tirx",
     "tvm",
     "tvm_ffi",
@@ -69,6 +70,7 @@ VERSION: str = tvm.__version__
 # TVM's annotations admit less than its functions take: lists of numbers, say, where they name expressions.
 relax: Any = relax
 s_tir: Any = s_tir
+te: Any = te
 tirx: Any = tirx
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tvm_api import PrimFunc, relax, symbolic_dimension, tvm
+from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
@@ -170,6 +170,22 @@ class FunctionBuilder:
     def emit(self, expression: Any) -> Value:
         """Binds an expression to a variable."""
         return self.program.block.emit(expression)
+
+    def mean_of_squares(self, x: Value) -> Value:
+        """``mean(x * x)`` over the last dimension, which stays with size one.
+
+        One loop and not two operators: a compiler that sees both may round once where it would round twice, and whether
+        it sees both differs between a launch for each kernel and one for many.
+        """
+
+        def expression(tensor: Any) -> Any:
+            width = tensor.shape[-1]
+            k = te.reduce_axis((0, width), "k")
+            shape = [*tensor.shape[:-1], 1]
+            total = te.compute(shape, lambda *i: te.sum(tensor[(*i[:-1], k)] * tensor[(*i[:-1], k)], axis=k))
+            return te.compute(shape, lambda *i: total[i] / tirx.Cast(tensor.dtype, width))
+
+        return self.program.block.emit_te(expression, x)
 
     def call(self, kernel: Any, arguments: Sequence[Value], *outputs: tuple[Sequence[Dimension], str]) -> Any:
         """Calls a kernel on tensors; ``outputs`` are the shapes and dtypes of what it writes. Returns one or a list."""

@@ -117,6 +117,7 @@ class Description:
         state_bytes: of the KV state per sequence and slot.
         workspaces: bytes of working memory of the functions that take some.
         vocabulary: rows of the token embedding.
+        merged: whether one token is decoded in few launches, else with one for every kernel.
         config: the model's configuration.
         plain_tokenizer: whether :class:`~.text.TextTokenizer` does what the model's tokenizer does.
     """
@@ -127,6 +128,7 @@ class Description:
     state_bytes: int
     workspaces: Mapping[str, int]
     vocabulary: int
+    merged: bool
     config: Mapping[str, Any]
     plain_tokenizer: bool
 
@@ -242,8 +244,9 @@ class NativeSession:
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
-        one = ids.shape == (1, 1)
-        return self._feed(ids, "token" if one else "tokens")[-1][:, -1]
+        if ids.shape != (1, 1):
+            return self._feed(ids, "tokens")[-1][:, -1]
+        return self._feed(ids, "token")[-1][:, -1] if self._program.description.merged else self.step_by_kernel(ids)
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
         """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""

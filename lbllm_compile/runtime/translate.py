@@ -40,7 +40,7 @@ from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.passes.rewrite import Node, argument, calls, constant, is_constant, is_node
+from lbllm_compile.passes.rewrite import Node, argument, calls, constant, is_call, is_constant, is_node
 from lbllm_compile.runtime.executor import (
     KERNEL_TARGETS,
     last_token_graph,
@@ -313,8 +313,10 @@ def _power(t: _Translator, node: Node) -> Value:
 
 
 def _mean(t: _Translator, node: Node) -> Value:
-    keep = node.args[2] if len(node.args) > 2 else False
-    return t.emit(relax.op.mean(t.value(node.args[0]), list(node.args[1]), keep))
+    x, dimensions, keep = node.args[0], list(node.args[1]), argument(node, 2, "keepdim", False)
+    if keep and dimensions == [-1] and is_call(x, _aten.pow.Tensor_Scalar) and x.args[1] == 2:
+        return t.function.mean_of_squares(t.value(x.args[0]))
+    return t.emit(relax.op.mean(t.value(x), dimensions, keep))
 
 
 def _reshape(t: _Translator, node: Node) -> Value:

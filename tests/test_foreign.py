@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lbllm_compile.codegen import prove, reference
+from lbllm_compile.codegen import prove
 from lbllm_compile.codegen.emulate.cpu import AARCH64, HERE, ForeignLibrary, Machine
 from lbllm_compile.codegen.errors import KernelError, TargetError
-from lbllm_compile.codegen.format import GROUPS
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.cpu import Bucket, Implementation, Schedule
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, arm, host, known_targets, x86
 from lbllm_compile.codegen.tune.search import spread
@@ -141,7 +141,7 @@ def test_popcounts_are_made_of_bit_counts_and_nothing_wider_than_a_byte(family):
 
 
 @pytest.mark.parametrize("foreign", VECTOR)
-@pytest.mark.parametrize("bits", reference.ACTIVATION_BITS)
+@pytest.mark.parametrize("bits", ACTIVATION_BITS)
 def test_quantizers_contract_nothing(foreign, bits):
     function = cpu.quantizer(QuantizeSpec(100, 64, bits), foreign.target, False)
     found = instructions({"quantize": function}, foreign.target)

@@ -222,6 +222,20 @@ def test_an_artifact_of_another_size_has_no_stored_program(stored, tmp_path):
     assert native.find(copy) is None
 
 
+def test_programs_that_nothing_uses_are_removed(stored, monkeypatch):
+    import os
+
+    used = stored[1].native.directory
+    unused = native.programs_directory() / "unused"
+    unused.mkdir()
+    (unused / native.DESCRIPTION).write_text("{}")
+    for file in (unused / native.DESCRIPTION, used / native.DESCRIPTION):
+        os.utime(file, (0, 0))
+    assert native.find(stored[0]) is not None
+    prepare._forget_unused()
+    assert used.is_dir() and not unused.exists()
+
+
 def test_a_damaged_stored_program_is_named(stored, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

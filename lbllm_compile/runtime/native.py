@@ -5,9 +5,11 @@ Needs neither torch nor TVM's compiler. The weights are mapped into memory, not 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -86,7 +88,11 @@ def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     place = stored_at(hashlib.sha256(manifest).hexdigest(), Target.parse(target).name)
-    return NativeProgram(place) if whole and (place / DESCRIPTION).is_file() else None
+    if not whole or not (place / DESCRIPTION).is_file():
+        return None
+    with contextlib.suppress(OSError):  # when it was used last; a cache that cannot be written does not tell
+        os.utime(place / DESCRIPTION)
+    return NativeProgram(place)
 
 
 @dataclass(frozen=True)

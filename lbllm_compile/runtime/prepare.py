@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ from lbllm_compile.runtime.translate import FORMS, Translation, UntranslatableEr
 
 PROBE_PROMPT, PROBE_STEPS = 5, 6
 """Tokens of the proof's prompt, and steps behind it."""
+
+
+UNUSED_DAYS = 30
+"""A stored program that was not used for so long is removed when another is stored."""
 
 
 @contextmanager
@@ -107,9 +112,25 @@ def keep_native(native: NativeProgram, digest: str, target: str) -> None:
         target: the target's name.
     """
     place = stored_at(digest, target)
-    shutil.rmtree(place, ignore_errors=True)
-    native.directory.rename(place)
+    try:
+        native.directory.rename(place)
+    except OSError:  # another process was faster; its program is the same
+        return
     native.directory = place
+    _forget_unused()
+
+
+def _forget_unused() -> None:
+    """Removes programs, and folders of builds that were killed, that nothing has used for :data:`UNUSED_DAYS`."""
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for path in programs_directory().iterdir():
+        mark = path / DESCRIPTION if (path / DESCRIPTION).is_file() else path
+        if mark.stat().st_mtime >= oldest:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _library(program: Program, kernels: KernelSet, translation: Translation, place: Path) -> dict[str, int]:

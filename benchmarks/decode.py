@@ -45,7 +45,7 @@ SMALL_KIND = "q2_k"
 
 TORCH_BITS = {"torch fp32": 32.0, "torch bf16": 16.0}
 
-PACKAGES = ("torch", "transformers", "apache-tvm", "llama-cpp-python")
+PACKAGES = ("torch", "transformers", "apache-tvm")
 
 LLAMA_CPP = "llama.cpp "
 """Start of the names of llama.cpp's decoders."""
@@ -195,7 +195,7 @@ def machine() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
-    return facts
+    return facts if llama.missing() else facts | llama.facts()
 
 
 def _print_speeds(run: Mapping[str, Any], settings: Settings) -> None:

@@ -40,6 +40,14 @@ def missing() -> str:
     return "" if importlib.util.find_spec("llama_cpp") else "install the extra 'bench' (llama-cpp-python)"
 
 
+def facts() -> dict[str, str]:
+    """Version of the package, and which instructions its libraries were built for."""
+    import llama_cpp
+
+    features = llama_cpp.llama_print_system_info().decode()
+    return {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": features.strip(" |")}
+
+
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 

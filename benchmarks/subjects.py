@@ -53,6 +53,9 @@ CONTEXT = 2048
 BITS = 4
 """Of activations, keys and values of a model of random weights."""
 
+PROBE_TOKENS = 8
+"""Tokens on which passes look at shapes."""
+
 LEVELS = (-1.5, -0.45, 0.45, 1.5)
 """Levels of a group, in standard deviations: about those of the best four-level quantizer of a normal distribution."""
 
@@ -126,7 +129,7 @@ def random_model(shape: str) -> Any:
 
 
 def round_to_nearest(weight: Tensor, group: int) -> QuantizedWeight:
-    """The nearest of a group's four :data:`LEVELS`, for a weight ``[N, K]``; no quality, but the format of a compile."""
+    """The nearest of a group's four :data:`LEVELS`, for a weight ``[N, K]``: a compile's format without its quality."""
     import torch
     from lbllm_compile.codegen.format import QuantizedWeight
 
@@ -141,7 +144,7 @@ def round_to_nearest(weight: Tensor, group: int) -> QuantizedWeight:
 
 def lowered(model: Any, name: str, group: int) -> Program:
     """The program that a compile would give, with weights rounded to nearest instead of calibrated."""
-    from lbllm_compile import frontend
+    import torch
     from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.activate import insert_quantizers
     from lbllm_compile.passes.annotate import LINEAR
@@ -150,9 +153,13 @@ def lowered(model: Any, name: str, group: int) -> Program:
     from lbllm_compile.passes.program import get_attribute
     from lbllm_compile.passes.ptq import FIELDS, rewrite
 
+    from lbllm_compile import frontend
+
+    context = PassContext(probe=frontend.language_model_inputs(torch.arange(PROBE_TOKENS)[None]))
+
     def apply(program: Program, passes: str) -> Program:
         for each in pipeline.parse(passes):
-            program = each.apply(program, PassContext()).program
+            program = each.apply(program, context).program
         return program
 
     program = frontend.capture(frontend.prepare(frontend.UserModel(model, "causal-lm", name, name)))
@@ -178,7 +185,11 @@ def prepare(wish: Wish, directory: Path) -> Subject:
     """
     command = [sys.executable, "-m", "benchmarks.subjects", str(directory)]
     done = subprocess.run(
-        command, env=harness.environment(wish.threads), input=json.dumps(asdict(wish)), stdout=subprocess.PIPE, text=True
+        command,
+        env=harness.environment(wish.threads),
+        input=json.dumps(asdict(wish)),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         raise LbllmError("the model could not be prepared; what was printed says why")
@@ -186,9 +197,10 @@ def prepare(wish: Wish, directory: Path) -> Subject:
 
 
 def _prepare_here(wish: Wish, directory: Path) -> Subject:
-    from lbllm_compile import artifact, runtime
     from lbllm_compile.codegen.build import KernelSet
     from lbllm_compile.codegen.targets import Target
+
+    from lbllm_compile import runtime
     from lbllm_compile.evaluate import bits_per_weight
     from lbllm_compile.runtime.executor import requirements
     from lbllm_compile.runtime.prepare import build_native

@@ -192,13 +192,17 @@ def _measure_here(settings: Settings, measure: Callable[[Settings], Iterable[dic
     print(json.dumps(document))
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Environment variables of a child process that imports what this one can and uses so many threads."""
+    count = str(threads)
+    counts = {"TVM_NUM_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    return os.environ | counts | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 def _measure_with(threads: int, module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The document of a child process with so many threads."""
-    count = str(threads)
-    environment = os.environ | {"TVM_NUM_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", module, *arguments, "--child"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment(threads), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     return json.loads(done.stdout.strip().splitlines()[-1])

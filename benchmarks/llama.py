@@ -1,7 +1,7 @@
 """llama.cpp as a yardstick, through the libraries that the optional package ``llama-cpp-python`` brings.
 
 :class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize`, :func:`bits_per_weight` and
-:func:`decode_times` compare whole models.
+:class:`Decoder` are for whole models. Decoding needs no torch, whose memory would count as llama.cpp's.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import functools
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from lbllm_compile.codegen.errors import LbllmError
+
+if TYPE_CHECKING:
+    import torch
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q2_k": 10, "tq2_0": 35}
 """ggml's tensor types."""
@@ -37,6 +38,14 @@ SUCCESS = 0
 def missing() -> str:
     """Why llama.cpp cannot be compared with here, empty if it can."""
     return "" if importlib.util.find_spec("llama_cpp") else "install the extra 'bench' (llama-cpp-python)"
+
+
+def facts() -> dict[str, str]:
+    """Version of the package, and which instructions its libraries were built for."""
+    import llama_cpp
+
+    features = llama_cpp.llama_print_system_info().decode()
+    return {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": features.strip(" |")}
 
 
 class _InitParams(ctypes.Structure):
@@ -108,6 +117,8 @@ class Products:
     """
 
     def __init__(self, kind: str, rows: int, columns: int, tokens: int, copies: int, threads: int):
+        import torch
+
         ggml = self._ggml = _functions()
         size = row_bytes(kind, columns) * rows
         each = size + 4 * tokens * (rows + columns) + 4 * ggml["ggml_tensor_overhead"]() + 4096
@@ -238,32 +249,36 @@ def bits_per_weight(path: Path) -> tuple[float, dict[str, float]]:
     return 8 * sum(int(t.n_bytes) for t in linears) / weights, shares
 
 
-def decode_times(path: Path, prompt: int, tokens: int, threads: int) -> tuple[float, list[float]]:
-    """Times a model on token ids drawn at random.
+class Decoder:
+    """A model in llama.cpp with a KV cache for one sequence.
 
     Args:
         path: a GGUF file.
-        prompt: tokens of the prompt.
-        tokens: tokens to decode after it, one by one.
+        capacity: tokens of the cache.
         threads: to use.
-
-    Returns:
-        Seconds of the prompt and of each decoded token.
     """
-    import llama_cpp
 
-    with _silenced():
-        model = llama_cpp.Llama(
-            str(path), n_ctx=prompt + tokens, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-    ids = np.random.default_rng(0).integers(0, model.n_vocab(), prompt + tokens).tolist()
-    start = time.perf_counter()
-    model.eval(ids[:prompt])
-    prefill = time.perf_counter() - start
-    times = []
-    for token in ids[prompt:]:
-        start = time.perf_counter()
-        model.eval([token])
-        times.append(time.perf_counter() - start)
-    model.close()
-    return prefill, times
+    def __init__(self, path: Path, capacity: int, threads: int):
+        import llama_cpp
+
+        with _silenced():
+            self._model = llama_cpp.Llama(
+                str(path), n_ctx=capacity, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        self._llama, self._context = llama_cpp, self._model.ctx
+        self.vocabulary = self._model.n_vocab()
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds token ids ``[S]``, at most 512; returns the logits behind the last one, ``[V]``, until the next call.
+
+        Raises:
+            LbllmError: llama.cpp failed.
+        """
+        tokens = (ctypes.c_int32 * len(ids))(*ids.tolist())
+        if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))) != SUCCESS:
+            raise LbllmError(f"llama.cpp failed to process {len(ids)} tokens")
+        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), (self.vocabulary,))

@@ -1,11 +1,13 @@
-"""The yardsticks of the benchmarks: a C twin that computes something else is no limit."""
+"""The yardsticks of the benchmarks: what computes something else is no limit and no rival."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 
-from benchmarks import limits
+from benchmarks import decode, decoders, limits, subjects
 
 needs_twins = pytest.mark.skipif(bool(limits.missing()), reason=limits.missing() or "-")
 
@@ -58,3 +60,73 @@ def test_a_quick_run_says_how_contenders_compare(name, tmp_path):
     (document,) = json.loads((tmp_path / "results.json").read_text())
     assert {"lut8", "torch fp32", "torch bf16"} <= {row["contender"] for row in document["results"]}
     assert all(1.0 in case["multiples"].values() for case in document["ratios"])
+
+
+def test_torch_decodes_with_a_cache_what_the_model_gives_without():
+    model = subjects.random_model("tiny")
+    decoder = decoders.TorchDecoder(model)
+    ids = torch.arange(9)
+    whole = model(input_ids=ids[None]).logits[0]
+    for _ in range(2):
+        decoder.reset()
+        for piece in (ids[:6], ids[6:7], ids[7:8], ids[8:]):
+            logits = decoder.feed(piece.numpy())
+        torch.testing.assert_close(torch.from_numpy(logits), whole[-1])
+
+
+def test_a_decoder_is_timed_and_weighed_on_request(monkeypatch, capsys):
+    loading = decoders.Loading("torch bf16", "shape:tiny", capacity=16, threads=torch.get_num_threads())
+    requests = [asdict(loading), {"prompt": 5, "steps": 3}, "memory"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(r) + "\n" for r in requests)))
+    decoders.serve()
+    loaded, times, memory = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert loaded["load_seconds"] > 0 and times["prefill"] > 0 and len(times["steps"]) == 3
+    assert memory.keys() == loaded["bare"].keys()
+    assert memory == {} or memory["peak"] >= memory["resident"] > 0
+
+
+def test_a_decoder_that_cannot_be_loaded_is_an_error(tmp_path):
+    with pytest.raises(LbllmError, match="the process of native ended"):
+        decoders.Child(decoders.Loading("native", str(tmp_path), capacity=16, threads=1))
+
+
+@pytest.mark.parametrize("columns", [128, 100])
+def test_random_weights_are_rounded_to_the_nearest_level(columns):
+    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
+    rounded = subjects.round_to_nearest(weight, 64)
+    levels = (rounded.levels.float() * rounded.scale.float().unsqueeze(-1)).repeat_interleave(64, 1)[:, :columns]
+    distances = (weight.unsqueeze(-1) - levels).abs()
+    chosen = distances.gather(-1, rounded.codes().long().unsqueeze(-1)).squeeze(-1)
+    # levels are stored in few bits, borders are exact
+    assert (chosen <= distances.amin(-1) + 0.02).all()
+
+
+def test_models_are_compared_by_medians():
+    settings = decode.Settings(prompt=2, steps=2, prefill=8)
+    rows = [
+        decode.result("native", 2.75, settings, [0.1, 0.1, 0.1, 0.4], [0.5]),
+        decode.result("torch fp32", 32.0, settings, [0.4] * 4, [4.0, 1.0, 1.0]),
+        decode.result("llama.cpp q4_0", 4.5, settings, [0.2] * 4, [1.0], {"shares": {"Q4_0": 1.0}}),
+        decode.result("llama.cpp q2_k", 2.9, settings, [0.3] * 4, [0.25], {"shares": {"Q2_K": 1.0}}),
+    ]
+    assert rows[0]["decode_tokens_per_second"] == pytest.approx(10)
+    assert rows[0]["slowest_round_tokens_per_second"] == pytest.approx(4)
+    ratios = decode.ratios(rows)
+    assert ratios["decode"]["multiples"]["torch fp32"] == pytest.approx(4)
+    assert (ratios["decode"]["fastest"], ratios["prefill"]["fastest"]) == ("llama.cpp q4_0", "llama.cpp q2_k")
+    assert ratios["decode"]["over_fastest"] == pytest.approx(2)
+    assert ratios["prefill"]["over_fastest"] == pytest.approx(0.5)
+    assert "fastest" not in decode.ratios(rows[:2])["decode"]
+
+
+@pytest.mark.slow
+def test_a_quick_run_compares_decoders(tmp_path):
+    arguments = ["--quick", "--threads", "1", "--shape", "tiny", "--json", str(tmp_path / "results.json")]
+    environment = os.environ | {"PYTHONPATH": ":".join(p for p in sys.path if p), "LBLLM_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.decode", *arguments]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    document = json.loads((tmp_path / "results.json").read_text())
+    (run,) = document["runs"]
+    assert {"native", "torch fp32", "torch bf16"} <= {row["contender"] for row in run["results"]}
+    assert run["ratios"]["decode"]["multiples"]["native"] == 1
+    assert document["processes"][0]["load_seconds"] > 0

@@ -1,0 +1,291 @@
+"""Times decoding and prefill of a compiled model against torch and llama.cpp, from the prompt's ids to the logits.
+
+    python -m benchmarks.decode --artifact DIR --original MODEL [--threads 1 2] [--json FILE]
+    python -m benchmarks.decode --shape 1.1b      # random weights, rounded to nearest instead of calibrated
+
+Everyone is fed the same token ids, one sequence, and chooses none. *Decoding*: 64 tokens one by one behind a prompt of
+32, the median over the tokens of all rounds. *Prefill*: a prompt of 512, the median of the rounds. Torch runs the
+original model as transformers' ``generate`` does. Every decoder lives in a process of its own; they take turns, and a
+turn starts with a pause, in which the threads of the others stop spinning. The first round does not count.
+
+Memory and loading are those of fresh processes that load a model and decode once. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lbllm_compile.codegen.errors import LbllmError
+from rich.table import Table
+
+from . import harness, llama, subjects
+from .decoders import Child, Loading
+
+OWN = "native"
+"""Name of what is generated."""
+
+KINDS = ("q4_0", "q8_0", "q2_k", "tq2_0")
+"""File types of llama.cpp to compare with."""
+
+SMALL_KIND = "q2_k"
+"""The one whose memory is compared: two bits a weight, in files of the type that is in use."""
+
+TORCH_BITS = {"torch fp32": 32.0, "torch bf16": 16.0}
+
+PACKAGES = ("torch", "transformers", "apache-tvm")
+
+LLAMA_CPP = "llama.cpp "
+"""Start of the names of llama.cpp's decoders."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure.
+
+    Attributes:
+        prompt: tokens before decoding.
+        steps: tokens to decode in a round.
+        prefill: tokens of the prompt whose speed is measured.
+        rounds: that count.
+        processes: fresh processes whose loading and memory are measured.
+    """
+
+    prompt: int = 32
+    steps: int = 64
+    prefill: int = 512
+    rounds: int = 20
+    processes: int = 5
+
+
+QUICK = Settings(steps=4, prefill=64, rounds=1, processes=1)
+"""A smoke test."""
+
+
+def contenders(subject: subjects.Subject) -> dict[str, tuple[str, str, float]]:
+    """By name: kind and source for :class:`.decoders.Loading`, and bits of a decoder weight."""
+    found = {OWN: ("native", subject.native, subject.bits)}
+    found |= {name: (name, subject.original, bits) for name, bits in TORCH_BITS.items()}
+    return found | {f"{LLAMA_CPP}{k}": ("llama.cpp", file["path"], file["bits"]) for k, file in subject.gguf.items()}
+
+
+def speeds(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+    """Tokens per second of every contender, in turns."""
+    competing = contenders(subject)
+    capacity = max(settings.prompt + settings.steps, settings.prefill)
+    steps: dict[str, list[float]] = {name: [] for name in competing}
+    prompts: dict[str, list[float]] = {name: [] for name in competing}
+    with contextlib.ExitStack() as stack:
+        children = {}
+        for name, (kind, source, _) in competing.items():  # one after the other: loading takes memory for a while
+            children[name] = stack.enter_context(Child(Loading(kind, source, capacity, threads)))
+        for index in range(settings.rounds + (not quick)):
+            for name, child in children.items():
+                time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
+                # behind its prompt, decoding is warm; it in turn warms the threads for the long prompt
+                decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps})
+                prompt = child.ask({"prompt": settings.prefill, "steps": 0})
+                if quick or index:
+                    steps[name] += decoded["steps"]
+                    prompts[name].append(prompt["prefill"])
+            harness.CONSOLE.print(f"[dim]{threads} threads, round {index} of {settings.rounds}[/dim]")
+    return [
+        result(name, bits, settings, steps[name], prompts[name], subject.gguf.get(name.removeprefix(LLAMA_CPP)))
+        for name, (_, _, bits) in competing.items()
+    ]
+
+
+def result(
+    name: str,
+    bits: float,
+    settings: Settings,
+    steps: Sequence[float],
+    prompts: Sequence[float],
+    file: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One row of the results, JSON-able.
+
+    Args:
+        steps: seconds of every decoded token.
+        prompts: seconds of every long prompt.
+        file: of llama.cpp, as :class:`.subjects.Subject` has it.
+    """
+    each = settings.steps
+    rounds = sorted(each / sum(steps[i : i + each]) for i in range(0, len(steps), each))
+    return {
+        "contender": name,
+        "bits_per_decoder_weight": bits,
+        **({"tensor_types": file["shares"]} if file else {}),
+        "decode_tokens_per_second": 1 / statistics.median(steps),
+        "slowest_round_tokens_per_second": rounds[0],
+        "fastest_round_tokens_per_second": rounds[-1],
+        "prefill_tokens_per_second": settings.prefill / statistics.median(prompts),
+        "decoded": len(steps),
+        "prompts": len(prompts),
+    }
+
+
+def processes(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+    """Memory and loading of what is generated and of llama.cpp's smallest usual type, in fresh processes.
+
+    Bytes and seconds are medians. ``bare`` is the process with all its packages before it loads the model;
+    ``first_logits_seconds`` is loading and the short prompt, because mapped weights are read when they are used.
+    """
+    found = []
+    for name, (kind, source, _) in contenders(subject).items():
+        if name not in (OWN, LLAMA_CPP + SMALL_KIND):
+            continue
+        measured = []
+        for _ in range(settings.processes + (not quick)):
+            time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
+            loading = Loading(kind, source, settings.prompt + settings.steps, threads)
+            with Child(loading) as child:
+                times = child.ask({"prompt": settings.prompt, "steps": settings.steps})
+                measured.append(
+                    {
+                        "load_seconds": child.loaded["load_seconds"],
+                        "first_logits_seconds": child.loaded["load_seconds"] + times["prefill"],
+                        **{f"bare_{name}": size for name, size in child.loaded["bare"].items()},
+                        **child.ask("memory"),
+                    }
+                )
+        if not quick:
+            measured = measured[1:]  # the first may have read files
+        medians = {field: statistics.median(m[field] for m in measured) for field in measured[0]}
+        found.append({"contender": name, "processes": len(measured), **medians})
+    return found
+
+
+def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How much faster what is generated is than each other contender, and than the fastest of llama.cpp's types.
+
+    Returns:
+        For ``decode`` and ``prefill``: ``multiples`` by contender, and where llama.cpp takes part ``fastest``, its
+        fastest type, and ``over_fastest``.
+    """
+    found = {}
+    for what in ("decode", "prefill"):
+        speed = {row["contender"]: row[f"{what}_tokens_per_second"] for row in results}
+        multiples = {name: speed[OWN] / value for name, value in speed.items()}
+        found[what] = {"multiples": multiples}
+        types = [name for name in speed if name.startswith(LLAMA_CPP)]
+        if types:
+            fastest = max(types, key=lambda name: speed[name])
+            found[what] |= {"fastest": fastest, "over_fastest": multiples[fastest]}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What is measured on, and with which versions."""
+    from lbllm_compile.codegen.targets import host
+
+    facts: dict[str, Any] = {"cpu": host.cpu_name(), "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[package] = metadata.version(package)
+    return facts if llama.missing() else facts | llama.facts()
+
+
+def _print_speeds(run: Mapping[str, Any], settings: Settings) -> None:
+    table = Table(title=f"{run['threads']} threads: tokens per second (native's as a multiple)", title_justify="left")
+    for column in (
+        "",
+        "bits per decoder weight",
+        f"decode, {settings.steps} behind {settings.prompt}",
+        "rounds",
+        f"prefill of {settings.prefill}",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    for row in run["results"]:
+        name = row["contender"]
+        cells = [f"{row['bits_per_decoder_weight']:.2f}"]
+        for what in ("decode", "prefill"):
+            cells.append(f"{row[f'{what}_tokens_per_second']:.1f} ({run['ratios'][what]['multiples'][name]:.2f})")
+        slowest, fastest = row["slowest_round_tokens_per_second"], row["fastest_round_tokens_per_second"]
+        table.add_row(name, *cells[:2], f"{slowest:.1f} to {fastest:.1f}", cells[2])
+    harness.CONSOLE.print(table)
+
+
+def _print_processes(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title="fresh processes: MB resident, and milliseconds with files in the cache", title_justify="left")
+    for column in ("", "before loading", "decoding", "peak", "load", "load and prompt"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        sizes = [f"{row[f] / 1e6:.0f}" if f in row else "-" for f in ("bare_resident", "resident", "peak")]
+        times = [f"{1e3 * row[f]:.0f}" for f in ("load_seconds", "first_logits_seconds")]
+        table.add_row(row["contender"], *sizes, *times)
+    harness.CONSOLE.print(table)
+
+
+def _print_verdicts(runs: Sequence[Mapping[str, Any]]) -> None:
+    for run in runs:
+        for what, found in run["ratios"].items():
+            if "fastest" in found:
+                verdict = f"{found['over_fastest']:.2f} times {found['fastest']}, the fastest of llama.cpp's types"
+                harness.CONSOLE.print(f"{run['threads']} threads, {what}: {verdict}")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return QUICK if options.quick else Settings(rounds=options.rounds)
+
+
+def _wish(options: argparse.Namespace, kinds: Sequence[str]) -> subjects.Wish:
+    artifact, original = str(options.artifact), options.original
+    if options.shape:
+        artifact, original = "", subjects.SHAPE + options.shape
+    trials = 0 if options.quick else options.trials
+    return subjects.Wish(artifact, original, options.group, trials, tuple(kinds), os.cpu_count() or 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", type=Path, default=Path("demo-out"), metavar="DIR", help="what a compile wrote")
+    parser.add_argument("--original", default="examples/smollm2.py", metavar="MODEL", help="what it was compiled from")
+    parser.add_argument("--shape", choices=sorted(subjects.SHAPES), help="random weights instead of an artifact")
+    parser.add_argument("--group", type=int, default=64, help="columns per group of random weights")
+    parser.add_argument("--trials", type=int, default=16, help="schedules to try per kernel of random weights")
+    parser.add_argument("--rounds", type=int, default=Settings.rounds, help="rounds that count")
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}), metavar="N")
+    parser.add_argument("--quick", action="store_true", help="check that everything runs; the figures mean nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of to stdout")
+    options = parser.parse_args()
+    settings = _settings(options)
+    absent = llama.missing()
+    document: dict[str, Any] = {"machine": machine(), "absent": absent, "runs": []}
+    try:
+        with tempfile.TemporaryDirectory(prefix="lbllm-decode-") as folder:
+            subject = subjects.prepare(_wish(options, () if absent else KINDS), Path(folder))
+            document |= {"original": subject.original, "parameters": subject.parameters}
+            for threads in options.threads:
+                results = speeds(subject, settings, threads, options.quick)
+                run = {"threads": threads, "results": results, "ratios": ratios(results)}
+                document["runs"].append(run)
+                _print_speeds(run, settings)
+            document["processes"] = processes(subject, settings, max(options.threads), options.quick)
+    except LbllmError as error:
+        sys.exit(str(error))
+    _print_processes(document["processes"])
+    if absent:
+        harness.CONSOLE.print(f"llama.cpp left out: {absent}")
+    _print_verdicts(document["runs"])
+    text = json.dumps(document, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

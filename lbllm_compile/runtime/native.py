@@ -172,11 +172,10 @@ class NativeProgram:
         """An empty conversation with ``batch`` sequences and room for ``capacity`` tokens, which grows."""
         return NativeSession(self, batch, capacity)
 
-    def call(self, name: str, inputs: Mapping[str, np.ndarray], state: State) -> np.ndarray:
-        """Runs a function of the program on its inputs and a KV state, which it changes."""
-        machine, description = self.machine, self.description
-        arguments = [machine.tensor(inputs[name]) for name in description.inputs]
-        function = machine.function(name)
+    def call(self, name: str, inputs: Mapping[str, Any], state: State) -> np.ndarray:
+        """Runs a function of the program on input tensors, by name, and a KV state, which it changes."""
+        description, function = self.description, self.machine.function(name)
+        arguments = [inputs[name] for name in description.inputs]
         if name in description.workspaces:
             return array(function(*arguments, self._weights, state.block, state.workspace(name)))
         return array(function(*arguments, self._weight_tuple, state.tuple))
@@ -243,6 +242,10 @@ class NativeSession:
         self._mask = np.zeros((batch, self.state.capacity), np.int64)
         self._lengths = np.zeros((batch, 1), np.int64)
         self._prompt_mask: np.ndarray | None = None
+        # A step of one token writes to the same memory every time, so that its tensors are made once.
+        self._token, self._position = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
+        tensor = program.machine.tensor
+        self._one = {"input_ids": tensor(self._token), "position_ids": tensor(self._position)}
 
     def start(self, mask: np.ndarray) -> None:
         """Sets which tokens of the prompt, fed next, are not padding: ``[B, S]``."""
@@ -250,13 +253,13 @@ class NativeSession:
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
-        if ids.shape != (1, 1):
+        if ids.shape != (1, 1) or self._prompt_mask is not None:
             return self._feed(ids, "tokens")[-1][:, -1]
-        return self._feed(ids, "token")[-1][:, -1] if self._program.description.merged else self.step_by_kernel(ids)
+        return self._feed_one(ids, "token") if self._program.description.merged else self.step_by_kernel(ids)
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
         """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""
-        return self._feed(ids, "token_by_kernel")[-1][:, -1]
+        return self._feed_one(ids, "token_by_kernel")
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
@@ -265,9 +268,8 @@ class NativeSession:
     def _feed(self, ids: np.ndarray, function: str) -> list[np.ndarray]:
         """Feeds token ids part by part; returns what the function gives for each part."""
         ids = np.ascontiguousarray(ids, np.int64)
-        vocabulary = self._program.description.vocabulary
-        if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-            raise GenerationError(f"a token id is outside the vocabulary, 0 to {vocabulary - 1}")
+        if ids.size:
+            self._check(int(ids.min()), int(ids.max()))
         mask = np.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         self._prompt_mask = None
         return [
@@ -275,21 +277,45 @@ class NativeSession:
             for i in range(0, ids.shape[1], PART_TOKENS)
         ]
 
-    def _feed_part(self, ids: np.ndarray, new: np.ndarray, function: str) -> np.ndarray:
-        past, end = self.past, self.past + ids.shape[1]
+    def _check(self, lowest: int, highest: int) -> None:
+        """Refuses token ids that the kernels, which check nothing, would look up outside the embedding."""
+        vocabulary = self._program.description.vocabulary
+        if lowest < 0 or highest >= vocabulary:
+            raise GenerationError(f"a token id is outside the vocabulary, 0 to {vocabulary - 1}")
+
+    def _make_room(self, end: int) -> None:
         if end > self.state.capacity:
-            self.state = self.state.grown(end, past)
+            self.state = self.state.grown(end, self.past)
             self._mask = np.pad(self._mask, ((0, 0), (0, self.state.capacity - self._mask.shape[1])))
-        self._mask[:, past:end] = new
+
+    def _feed_part(self, ids: np.ndarray, new: np.ndarray, function: str) -> np.ndarray:
+        end = self.past + ids.shape[1]
+        self._make_room(end)
+        self._mask[:, self.past : end] = new
+        tensor = self._program.machine.tensor
         inputs = {
-            "input_ids": np.ascontiguousarray(ids),
-            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
-            "position_ids": (self._lengths + new.cumsum(1) - 1).clip(min=0),
+            "input_ids": tensor(np.ascontiguousarray(ids)),
+            "attention_mask": tensor(np.ascontiguousarray(self._mask[:, :end])),
+            "position_ids": tensor((self._lengths + new.cumsum(1) - 1).clip(min=0)),
         }
         result = self._program.call(function, inputs, self.state)
         self._lengths += new.sum(1, keepdims=True)
         self.past = end
         return result
+
+    def _feed_one(self, ids: np.ndarray, function: str) -> np.ndarray:
+        """Feeds one token of one sequence; returns its logits, ``[1, V]``."""
+        token = int(ids[0, 0])
+        self._check(token, token)
+        end = self.past + 1
+        self._make_room(end)
+        self._mask[0, self.past] = 1
+        self._token[0, 0], self._position[0, 0] = token, self._lengths[0, 0]
+        mask = self._program.machine.tensor(self._mask[:, :end])
+        result = self._program.call(function, {**self._one, "attention_mask": mask}, self.state)
+        self._lengths += 1
+        self.past = end
+        return result[:, 0]
 
 
 class NativeModel(LanguageModel):

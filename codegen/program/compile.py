@@ -13,7 +13,7 @@ from .builder import KERNEL
 from .launch import merge_launches
 
 ATTENTION = "attention"
-"""How the names of attention kernels begin. There is one in every decoder layer."""
+"""How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Joins the calls of a function into few launches, because a parallel launch costs as much as a small kernel.
 
-A function of fixed shapes is a sequence of kernel calls. It is cut into segments, one for each decoder layer, where the
-fewest results cross, and a segment becomes one TIR function with one parallel region, in which every thread walks
-through the whole segment:
+A function of fixed shapes is a sequence of kernel calls. It is cut into segments, one for each decoder layer, and a
+segment becomes one TIR function with one parallel region, in which every thread walks through the whole segment:
 
 * A kernel with a parallel loop does its share of it and waits for the others at a barrier. What it writes is shared.
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
@@ -25,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,16 +68,16 @@ class _Call:
 
 @dataclass
 class _Segment:
-    calls: Sequence[_Call]
+    calls: list[_Call] = field(default_factory=list)
 
 
-def merge_launches(module: Any, name: str, is_mark: Callable[[str], bool]) -> tuple[Any, int]:
+def merge_launches(module: Any, name: str, begins_segment: Callable[[str], bool]) -> tuple[Any, int]:
     """Rewrites one function of a module, after its loops have been scheduled.
 
     Args:
         module: Relax functions and TIR kernels; changed in place.
         name: of the function, whose shapes are fixed except for state and mask.
-        is_mark: whether a kernel of that name comes once in every segment.
+        begins_segment: whether a kernel of that name is the first of a segment.
 
     Returns:
         ``(module, workspace)``: the function takes an additional last parameter, ``workspace`` bytes of memory.
@@ -88,23 +87,12 @@ def merge_launches(module: Any, name: str, is_mark: Callable[[str], bool]) -> tu
     """
     function = module[name]
     calls, result = _calls(module, function)
-    marks = [i for i, call in enumerate(calls) if is_mark(call.name)]
-    cuts = [0, *(_best_cut(calls, a, b) for a, b in itertools.pairwise(marks)), len(calls)]
-    segments = [_Segment(calls[a:b]) for a, b in itertools.pairwise(cuts)]
+    segments: list[_Segment] = [_Segment()]
+    for call in calls:
+        if begins_segment(call.name) and segments[-1].calls:
+            segments.append(_Segment())
+        segments[-1].calls.append(call)
     return _Rewrite(module, name, function, segments, result).run()
-
-
-def _best_cut(calls: Sequence[_Call], first: int, last: int) -> int:
-    """The position behind call ``first`` and not behind call ``last`` that the fewest results cross."""
-    written = {w.result for call in calls[: first + 1] for w in call.writes}
-    read = [{r.result for r in call.reads} for call in calls]
-    later = set().union(*read[last:])
-    crossing = {}
-    for position in range(first + 1, last + 1):
-        rest = later.union(*read[position:last])
-        crossing[position] = len(written & rest)
-        written |= {w.result for w in calls[position].writes}
-    return min(crossing, key=crossing.__getitem__)
 
 
 def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:

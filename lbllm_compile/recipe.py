@@ -66,7 +66,7 @@ PRESETS = {
         activate_steps=8,
         finetune_steps=0,
         tune_trials=16,
-        tune_seconds=36,
+        tune_seconds=90,
     ),
     "default": Preset(
         sequences=256,

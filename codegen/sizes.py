@@ -1,4 +1,4 @@
-"""The sizes the format allows, for modules that only describe work and need no torch."""
+"""Sizes that the format allows and that kernels count on, for modules that need no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ ACTIVATION_BITS = (4, 8, 16)
 
 KV_BITS = (4, 8, 16)
 """Bits of a cached key or value."""
+
+ALIGNMENT = 64
+"""Bytes to which packed weights and working memory are aligned."""
+
+CAPACITY_MULTIPLE = 16
+"""Capacities of KV caches are multiples of this: attention kernels read blocks of keys whole."""
 
 
 def group_count(in_features: int, group: int) -> int:

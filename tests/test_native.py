@@ -20,6 +20,7 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.kernels import attention
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
@@ -108,6 +109,20 @@ def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):
     notes = Notes()
     assert prepare.build_native(stages("mixtral")[1], NO_KERNELS, tmp_path, notes) is None
     assert len(notes.said) == 1 and "operator by operator in torch" in notes.said[0] and "zoo" not in notes.said[0]
+
+
+def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(tmp_path, monkeypatch):
+    """The operator is known; that this use of it is not shows when it is translated."""
+
+    def refuse(_, node):
+        raise translate._refusal(node, "this form of the operator has no translation")
+
+    monkeypatch.setitem(translate._OPERATORS, torch.ops.aten.add.Tensor, refuse)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "empty"))
+    notes = Notes()
+    with prepare.workshop() as folder:
+        assert build(language_model(), folder, notes) is None
+    assert len(notes.said) == 1 and "this form of the operator has no translation" in notes.said[0]
 
 
 def test_a_reshape_is_solved_with_symbols():
@@ -315,7 +330,7 @@ def test_attention_agrees_with_the_reference(spec):
             mask = torch.ones(batch, past + length, dtype=torch.int64)
             for row in range(batch - 1):
                 mask[row, : 3 * (row + 1)] = 0
-            capacity = -(-(past + length) // attention.CAPACITY_MULTIPLE) * attention.CAPACITY_MULTIPLE
+            capacity = -(-(past + length) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
             expected_state = attention_state(spec, batch, past, capacity, generator)
             state = [t.clone() for t in expected_state]
             arguments = (mask, past, spec.scale, spec.window, spec.bits)

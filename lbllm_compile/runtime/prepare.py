@@ -1,8 +1,8 @@
 """Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
 
 This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.native`). The kernels in
-it were proven one by one before. The program that runs many of them in one launch is proven here: on probe tokens it
-must give, to the bit, what the same kernels give when they are called one after the other.
+it were proven one by one before. The program that runs many of them in one launch is held against them here: where it
+does not give, to the bit, what the same kernels give when they are called one after the other, it is not used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from lbllm_compile.runtime.translate import FORMS, Translation, UntranslatableEr
 PROBE_PROMPT, PROBE_STEPS = 5, 6
 """Tokens of the proof's prompt, and steps behind it."""
 
-
 UNUSED_DAYS = 30
 """A stored program that was not used for so long is removed when another is stored."""
 
@@ -76,11 +75,12 @@ def build_native(
     with progress.task("preparing the program", 4) as task:
         try:
             translation = translate(program, kernels)
+            task.advance("translated")
+            # Only here is every operator translated, and one may have a form that cannot be.
+            workspaces = _library(program, kernels, translation, folder / LIBRARY)
         except UntranslatableError as error:
             progress.note(f"the model runs operator by operator in torch, which is slower: {error}")
             return None
-        task.advance("translated")
-        workspaces = _library(program, kernels, translation, folder / LIBRARY)
         task.advance("compiled")
         with (folder / WEIGHTS).open("wb") as file:
             translation.write_weights(file)

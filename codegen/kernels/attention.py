@@ -23,9 +23,6 @@ HIDDEN = -3.0e38
 SHOWN = 3.0e38
 """The upper bound of other scores."""
 
-CAPACITY_MULTIPLE = 16
-"""Cache capacities are multiples of this: blocks of keys are read whole."""
-
 SUMS = 24
 """fp32 sums that the vector registers hold beside what is multiplied; has many divisors."""
 
@@ -261,13 +258,13 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
     """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
 
     ``query`` fp32 ``[B, H, S, D]``, ``key`` ``[B, Hkv, S, D]``, ``value`` ``[B, Hkv, S, Dv]``; the state as the
-    reference lays it out, changed in place, its capacity a multiple of :data:`CAPACITY_MULTIPLE`; ``key_mask`` int64
-    ``[B, T]`` with ``T = past + S``; ``out`` fp32 ``[B, H, S, Dv]``. Numbers of 16 bits have no parameters; the codes
-    are passed again in their place.
+    reference lays it out, changed in place, its capacity a multiple of :data:`~..sizes.CAPACITY_MULTIPLE`;
+    ``key_mask`` int64 ``[B, T]`` with ``T = past + S``; ``out`` fp32 ``[B, H, S, Dv]``. Numbers of 16 bits have no
+    parameters; the codes are passed again in their place.
 
     Args:
         spec: the attention.
-        lanes: fp32 lanes of the target's vectors, a divisor of :data:`CAPACITY_MULTIPLE`.
+        lanes: fp32 lanes of the target's vectors, a divisor of that multiple.
         tile: query rows of a task.
         parallel: split the tasks over the thread pool.
     """

@@ -29,9 +29,6 @@ BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
 WEIGHTS, STATE = "weights", "state"
 """The two blocks of bytes."""
 
-ALIGNMENT = 64
-"""Bytes to which weights are aligned."""
-
 OPAQUE = 8
 """Relax's number for functions that it must neither fuse nor look into."""
 

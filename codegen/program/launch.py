@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import KernelError
+from ..sizes import ALIGNMENT
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
-from .builder import ALIGNMENT, STATE, WEIGHTS
+from .builder import STATE, WEIGHTS
 
 WORKSPACE = "workspace"
 """The parameter with shared results: the last one of a function of few launches."""

@@ -21,6 +21,7 @@ import numpy as np
 from lbllm_compile import __version__, codegen
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE
 from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.tvm_runtime import Machine, array
 from lbllm_compile.runtime.generate import GenerationError
@@ -35,14 +36,8 @@ LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"
 MIN_CAPACITY = 64
 """Tokens a fresh state has room for at least."""
 
-CAPACITY_MULTIPLE = 16
-"""Capacities are multiples of this, as the attention kernels want them."""
-
 PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
-
-ALIGNMENT = 64
-"""Bytes to which working memory is aligned."""
 
 
 FORMAT_VERSION = 1

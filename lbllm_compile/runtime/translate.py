@@ -25,7 +25,6 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.program import builder
 from lbllm_compile.codegen.program.builder import (
-    ALIGNMENT,
     BATCH,
     CAPACITY,
     LENGTH,
@@ -36,6 +35,7 @@ from lbllm_compile.codegen.program.builder import (
     TensorSpec,
     Value,
 )
+from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
@@ -189,8 +189,6 @@ class _Weights:
         return [TensorSpec(name, tuple(t.shape), _dtype(t.dtype)) for name, t in self.tensors.items()]
 
     def _pack(self, node: Node) -> Tensor:
-        if node.target is _lbllm.grouped_bit_linear.default:
-            raise _refusal(node, "mixture-of-experts linears have no translation")
         spec = linear_spec(self.program, node)
         parts = [constant(self.program.module, a) for a in node.args[2:-2]]
         weight: Any = tuple(parts)
@@ -263,9 +261,9 @@ class _Translator:
     def emit(self, expression: Any) -> Value:
         return self.function.emit(expression)
 
-    def operands(self, node: Node, count: int = 2) -> list[Value]:
-        """The first operands as tensors; numbers become constants of the other operand's dtype."""
-        found = [self.value(a) for a in node.args[:count]]
+    def operands(self, node: Node) -> list[Value]:
+        """Both operands as tensors; a number becomes a constant of the other operand's dtype."""
+        found = [self.value(a) for a in node.args[:2]]
         tensors = [v for v in found if isinstance(v, relax.Expr) and hasattr(v.ty, "shape")]
         if not tensors:
             raise _refusal(node, "arithmetic on sizes has no translation")

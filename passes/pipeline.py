@@ -187,13 +187,15 @@ def run(
 ) -> tuple[Program, list[PassRecord]]:
     """Applies passes in order, checking each.
 
-    The program after ``annotate`` becomes ``context.teacher`` unless one is set already.
+    The float program after a pass that ``sets_teacher`` (``annotate``, ``smooth``) becomes ``context.teacher``, unless
+    the caller has set one.
 
     Raises:
         ContractError: a pass broke what it promised, or left a graph that does not lint or propagate.
         LbllmError: a pass refused the program.
     """
     records: list[PassRecord] = []
+    given = context.teacher is not None
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
         start = time.perf_counter()
@@ -222,6 +224,6 @@ def run(
         if listener is not None:
             listener(record, program, after)
         program, outputs = after, new_outputs
-        if item.name == "annotate" and context.teacher is None:
+        if item.sets_teacher and not given:
             context.teacher = program
     return program, records

@@ -200,7 +200,11 @@ class QuantizeKernel:
         spec = self.spec
         if len(knees) != spec.knees:
             return KernelError(f"the kernel of {spec} takes {'one tensor of' if spec.knees else 'no'} knees")
-        expected = [("x", x, (x.shape[0], spec.in_features)), ("clip", clip, (2,)), *(("knees", k, (2,)) for k in knees)]
+        expected = [
+            ("x", x, (x.shape[0], spec.in_features)),
+            ("clip", clip, (2,)),
+            *(("knees", k, (2,)) for k in knees),
+        ]
         for name, tensor, shape in expected:
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 return KernelError(

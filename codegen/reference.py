@@ -55,7 +55,7 @@ def value_dtype(bits: int) -> torch.dtype:
     return torch.int16 if bits == 16 else torch.int8
 
 
-def _grouped(x: Tensor, group: int) -> Tensor:
+def in_groups(x: Tensor, group: int) -> Tensor:
     """``[..., K]`` to ``[..., G, group]``, the tail padded with zeros (zero never widens a clipped range)."""
     k = x.shape[-1]
     return F.pad(x, (0, -k % group)).unflatten(-1, (group_count(k, group), group))
@@ -151,7 +151,7 @@ def quantize_activation(
         FormatError: knees with other than 4 bits.
     """
     k = x.shape[-1]
-    grouped = _grouped(x.float(), group or k)
+    grouped = in_groups(x.float(), group or k)
     high, low = clipped_range(grouped, clip)
     if knees is not None:
         if bits != 4:
@@ -205,8 +205,8 @@ def _scaled_group_sum(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, bi
 
 def _integer_accumulators(values: Tensor, weight: Tensor, group: int) -> Tensor:
     """Group dot products ``[G, M, N]`` of integer ``values [M, K]`` and ``weight [N, K]``, as exact float64."""
-    a = _grouped(values.double(), group).transpose(0, 1)
-    b = _grouped(weight.double(), group).permute(1, 2, 0)
+    a = in_groups(values.double(), group).transpose(0, 1)
+    b = in_groups(weight.double(), group).permute(1, 2, 0)
     return torch.bmm(a, b)
 
 

@@ -151,11 +151,6 @@ def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowe
             new.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
 
 
-def activation_knees(quantizer: Node) -> list[Node]:
-    """The knees that a quantizer of activations, simulated or not, reads: one weight, or none."""
-    return [knees for knees in quantizer.args[4:] if knees is not None]
-
-
 def _in_features(program: Program, weight: Node) -> int:
     """``K`` of an unpacked weight."""
     if is_call(weight, _lbllm.unpack_weight.default):

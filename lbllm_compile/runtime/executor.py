@@ -21,9 +21,9 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
-from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED, activation_knees
+from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
 from lbllm_compile.passes.program import Program, copy_module, get_attribute
-from lbllm_compile.passes.rewrite import Node, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.rewrite import Node, activation_knees, calls, constant, is_call, is_constant, is_node
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -259,7 +259,8 @@ def _bind(program: Program, kernels: Kernels) -> None:
         node.target, node.args = bound, arguments
     for node in calls(graph, _lbllm.quantize_activation.default):
         spec = quantize_spec(node)
-        node.target, node.args = _Quantize(kernels.quantizer(spec), spec.in_features), (*node.args[:2], *activation_knees(node))
+        node.args = (*node.args[:2], *activation_knees(node))
+        node.target = _Quantize(kernels.quantizer(spec), spec.in_features)
     graph.eliminate_dead_code()
 
 

@@ -39,9 +39,17 @@ from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
-from lbllm_compile.passes.lower import activation_knees
 from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.passes.rewrite import Node, argument, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.rewrite import (
+    Node,
+    activation_knees,
+    argument,
+    calls,
+    constant,
+    is_call,
+    is_constant,
+    is_node,
+)
 from lbllm_compile.runtime.executor import (
     KERNEL_TARGETS,
     last_token_graph,

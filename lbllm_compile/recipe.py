@@ -53,7 +53,7 @@ RECIPES = {
         whole=True,
     ),
     "lbllm-paper": Recipe(
-        "the three LBLLM stages as the paper has them, layer by layer; groups of 128, activation scales per token with"
+        "the three LBLLM stages alone, layer by layer as in the paper; groups of 128, activation scales per token, with"
         " knees, 4-bit KV cache, int8 lm_head",
         group=128,
         per_token=True,

@@ -93,7 +93,7 @@ class Activate(Pass):
     batch: Positive = 4
     ranges: Literal["clip", "knees"] = "clip"
     lr_clip: Rate = 5e-2
-    lr_knees: Rate = 5e-2
+    lr_knees: Rate = 2e-2
     lr_levels: Rate = 5e-3
     precision: Precision = "auto"
 

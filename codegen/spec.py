@@ -19,7 +19,7 @@ class LinearSpec:
         in_features: ``K``.
         group: inputs per integer accumulator. For ``"bit"`` the weight's group; for ``"int8"`` the activations' group,
             0 when the whole token is one.
-        act_bits: 4, 8 or 16.
+        act_bits: of the values: 4, 8 or 16; 8 where 4-bit activations have knees.
         per_token: one activation scale a token (``x_scale`` has one column) instead of one per group.
         bias: a float32 bias ``[N]`` is added last.
 

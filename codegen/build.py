@@ -165,8 +165,8 @@ class QuantizeKernel:
         self._serial = serial
         self._parallel = parallel
 
-    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes ``x [..., K]`` (float32, contiguous) with clip factors ``[2]``.
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes ``x [..., K]`` (float32, contiguous) with clip factors ``[2]`` and, if the spec has them, knees.
 
         Returns:
             ``(values [..., K], scale [..., G])``.
@@ -176,29 +176,36 @@ class QuantizeKernel:
         """
         spec = self.spec
         if x.dim() != 2:
-            values, scale = self(x.reshape(-1, x.shape[-1]), clip)
+            values, scale = self(x.reshape(-1, x.shape[-1]), clip, *knees)
             return values.reshape(x.shape), scale.reshape(*x.shape[:-1], spec.scales)
         m = x.shape[0]
-        values = torch.empty((m, spec.in_features), dtype=value_dtype(spec.bits))
+        values = torch.empty((m, spec.in_features), dtype=value_dtype(spec.value_bits))
         scale = torch.empty((m, spec.scales), dtype=torch.float32)
         if m == 0:
             return values, scale
         wide = m > 1 and m * spec.in_features >= PARALLEL_QUANTIZER_ELEMENTS
         try:
-            (self._parallel if wide else self._serial)(x, clip, values, scale)
+            (self._parallel if wide else self._serial)(x, clip, *knees, values, scale)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise self._explain(x, clip, error) from error
+            raise self._explain(x, clip, knees, error) from error
         return values, scale
 
     def tir(self, parallel: bool) -> TirKernel:
-        """The kernel ``(x, clip, values, scale)``, for whole programs."""
+        """The kernel ``(x, clip, [knees,] values, scale)``, for whole programs."""
         from .kernels import cpu
 
         return TirKernel(_quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel))
 
-    def _explain(self, x: Tensor, clip: Tensor, error: Exception) -> KernelError:
+    def _explain(self, x: Tensor, clip: Tensor, knees: tuple[Tensor, ...], error: Exception) -> KernelError:
         spec = self.spec
-        for name, tensor, shape in (("x", x, (x.shape[0], spec.in_features)), ("clip", clip, (2,))):
+        if len(knees) != spec.knees:
+            return KernelError(f"the kernel of {spec} takes {'one tensor of' if spec.knees else 'no'} knees")
+        expected = [
+            ("x", x, (x.shape[0], spec.in_features)),
+            ("clip", clip, (2,)),
+            *(("knees", k, (2,)) for k in knees),
+        ]
+        for name, tensor, shape in expected:
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 return KernelError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel of {spec} needs torch.float32 {shape}"
@@ -417,7 +424,8 @@ def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]
 
 def _quantizer_name(spec: QuantizeSpec, parallel: bool) -> str:
     """A symbol and file name for a quantizer."""
-    return f"quantize{spec.bits}_{spec.in_features}_g{spec.group}_{'parallel' if parallel else 'serial'}"
+    kind = "knees" if spec.knees else "quantize"
+    return f"{kind}{spec.bits}_{spec.in_features}_g{spec.group}_{'parallel' if parallel else 'serial'}"
 
 
 def _name(spec: LinearSpec) -> str:

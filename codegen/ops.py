@@ -37,10 +37,12 @@ _library.define(
     "unpack_weight(Tensor sign, Tensor bitmap, Tensor levels, Tensor scale, int in_features, int group) -> Tensor"
 )
 _library.define("unpack_rows(Tensor weight, Tensor scale) -> Tensor")
-_library.define("fake_quantize(Tensor x, Tensor clip, int bits, int group) -> Tensor")
+_library.define("fake_quantize(Tensor x, Tensor clip, int bits, int group, Tensor? knees=None) -> Tensor")
 _library.define("fake_quantize_kv(Tensor x, int bits) -> Tensor")
 _library.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
-_library.define("quantize_activation(Tensor x, Tensor clip, int bits, int group) -> (Tensor, Tensor)")
+_library.define(
+    "quantize_activation(Tensor x, Tensor clip, int bits, int group, Tensor? knees=None) -> (Tensor, Tensor)"
+)
 _library.define(
     "bit_linear(Tensor values, Tensor x_scale, Tensor sign, Tensor bitmap, Tensor levels, Tensor scale,"
     " Tensor? bias, int group) -> Tensor"
@@ -86,8 +88,8 @@ def _unpack_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @_implement("fake_quantize")
-def _fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
-    values, scale = reference.quantize_activation(x, clip, bits, group)
+def _fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None) -> Tensor:
+    values, scale = reference.quantize_activation(x, clip, bits, group, knees)
     return reference.dequantize_activation(values, scale, group).to(x.dtype)
 
 
@@ -107,8 +109,10 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 @_implement("quantize_activation")
-def _quantize_activation(x: Tensor, clip: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    return reference.quantize_activation(x, clip, bits, group)
+def _quantize_activation(
+    x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return reference.quantize_activation(x, clip, bits, group, knees)
 
 
 @_implement("bit_linear")
@@ -181,7 +185,7 @@ def _(weight, scale):
 
 
 @_fake("fake_quantize")
-def _(x, clip, bits, group):
+def _(x, clip, bits, group, knees=None):
     return torch.empty_like(x)
 
 
@@ -196,7 +200,7 @@ def _(x, weight, offsets):
 
 
 @_fake("quantize_activation")
-def _(x, clip, bits, group):
+def _(x, clip, bits, group, knees=None):
     groups = group_count(x.shape[-1], group) if group else 1
     return (
         x.new_empty(x.shape, dtype=reference.value_dtype(bits)),

@@ -158,29 +158,39 @@ def linear_failure(call: Callable[..., object], packed: Tensor, case: LinearCase
     return None
 
 
-def quantizer_inputs(spec: QuantizeSpec, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs ``(x [TOKENS, K], clip [2])`` a quantizer must agree on: ordinary, huge, tiny, constant and one-sided."""
+def quantizer_inputs(spec: QuantizeSpec, seed: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs ``(x [TOKENS, K], clip [2])`` a quantizer must agree on: ordinary, huge, tiny, constant and one-sided.
+
+    With knees the third is ``knees [2]``.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, spec.in_features, generator=generator)
     x[1], x[2], x[3], x[4] = 0.0, x[2].abs(), -x[3].abs(), 1.0
     x[5] = x[5].round()
-    for factor, clip in (
-        (1.0, (1.0, 1.0)),
-        (1.0, (0.9, 0.3)),
-        (1e37, (1.0, 1.0)),
-        (1e-32, (0.7, 1.0)),
-        (1e-40, (1.0, 1.0)),
+    x[6, ::29] *= 100.0
+    for factor, clip, knees in (
+        (1.0, (1.0, 1.0), (0.3, 0.3)),
+        (1.0, (0.9, 0.3), (0.05, 0.9)),
+        (1e37, (1.0, 1.0), (0.999, 0.01)),
+        (1e-32, (0.7, 1.0), (0.5, 0.25)),
+        (1e-40, (1.0, 1.0), (0.2, 0.2)),
     ):
-        yield x * factor, torch.tensor(clip)
+        inputs = x * factor, torch.tensor(clip)
+        yield (*inputs, torch.tensor(knees)) if spec.knees else inputs
+
+
+def quantized(spec: QuantizeSpec, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+    """What a quantizer must give for one of its inputs."""
+    return reference.quantize_activation(x, clip, spec.bits, spec.group, *knees)
 
 
 def quantizer_failure(call: Callable[..., None], spec: QuantizeSpec, counts: list[int]) -> str | None:
-    """What a quantizer gets wrong, or None. ``call(x, clip, values, scale)`` runs it."""
-    for x, clip in quantizer_inputs(spec):
-        values, scale = reference.quantize_activation(x, clip, spec.bits, spec.group)
+    """What a quantizer gets wrong, or None. ``call(x, clip, values, scale)`` runs it, with knees behind ``clip``."""
+    for x, *factors in quantizer_inputs(spec):
+        values, scale = quantized(spec, x, *factors)
         for m in counts:
             got_values, got_scale = torch.empty_like(values[:m]), torch.empty_like(scale[:m])
-            call(x[:m], clip, got_values, got_scale)
+            call(x[:m], *factors, got_values, got_scale)
             if not (agree(got_values, values[:m]) and agree(got_scale, scale[:m])):
                 return f"quantized values differ with {m} tokens"
     return None

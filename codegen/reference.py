@@ -9,6 +9,8 @@ quantized dynamically to *values* (small signed integers) times one fp32 *scale*
   kernels rely on it.
 * 8 and 16 bit, symmetric: ``peak = max(hi, -lo)``, ``scale = max(peak, 1e-30) / q`` with ``q = 127`` or ``32767``,
   ``value = clamp(round(x / scale), -q, q)``.
+* 4 bit with *knees*: ``scale`` as for 8 bits, and a code picks one of 16 int8 values of the group's own *table*
+  (:func:`knee_table`); ``value`` is the entry next to ``x``.
 
 All divisions are fp32 IEEE divisions, rounding is half to even, and no multiply and add are contracted. The sum that
 rounds stays in fp32 until it is clamped, so that large quotients saturate. Inputs must be finite: for NaN or infinite
@@ -21,10 +23,13 @@ one correctly rounded fp32 fused multiply-add per group, so every kernel that ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import FormatError
 from .format import QuantizedWeight
 from .sizes import group_count
 
@@ -38,19 +43,98 @@ INT16_MAX = 32767
 INT8_MAX = 127
 INT4_MAX = 15
 
+CORE_CODES = 8
+"""Codes between the knees, ends included."""
+
+TAIL_CODES = 4
+"""Codes beyond each knee."""
+
 
 def value_dtype(bits: int) -> torch.dtype:
     """Storage type of quantized activation values: int8 for 4 and 8 bits, int16 for 16 bits."""
     return torch.int16 if bits == 16 else torch.int8
 
 
-def _grouped(x: Tensor, group: int) -> Tensor:
+def in_groups(x: Tensor, group: int) -> Tensor:
     """``[..., K]`` to ``[..., G, group]``, the tail padded with zeros (zero never widens a clipped range)."""
     k = x.shape[-1]
     return F.pad(x, (0, -k % group)).unflatten(-1, (group_count(k, group), group))
 
 
-def quantize_activation(x: Tensor, clip: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def clipped_range(grouped: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+    """``hi`` and ``lo`` of every group of ``grouped [..., G, group]``, float32 ``[..., G]``."""
+    high = (grouped.amax(-1) * clip[0]).clamp(0.0, RANGE_MAX)
+    low = (grouped.amin(-1) * clip[1]).clamp(-RANGE_MAX, 0.0)
+    return high, low
+
+
+@dataclass(frozen=True)
+class KneeTable:
+    """What the codes of one group mean with knees.
+
+    Attributes:
+        values: float32 ``[..., 16]``, ascending integers in [-127, 127].
+        scale: float32 ``[...]``: what they are multiples of.
+        zero: float32 ``[...]``: place of zero among the core's eight codes, an integer from 0 to 7.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Float32 ``[..., 15]``: an input above the first ``i`` of them has code ``i``."""
+        return (self.values[..., 1:] + self.values[..., :-1]) * 0.5 * self.scale.unsqueeze(-1)
+
+
+def knee_table(high: Tensor, low: Tensor, knees: Tensor) -> KneeTable:
+    """The tables of groups with the ranges ``low <= 0 <= high [...]``.
+
+    LBLLM (arXiv 2604.19167, equation 2) cuts a token's range at two learned knees into a negative tail, a core and a
+    positive tail, each of them uniform with a step and an offset of its own. Where the 16 codes go is not stated there;
+    here the tails have four each and the core eight. Ours, too, are: knees as shares of the range's ends; zero as a
+    code of the core (activations of exactly zero are common, and so cost nothing); steps between a tail and the core as
+    wide as the tail's own; positions that are integers times the 8-bit scale, so that the products stay those of 8-bit
+    activations. In fp32, with ``top = high / scale`` and ``bottom = low / scale``::
+
+        step = max(min(top * knees[1], 127) - max(bottom * knees[0], -127), 1e-30) / 7
+        zero = clamp(round(-max(bottom * knees[0], -127) / step), 0, 7)
+        H, L = round(top), round(bottom)
+        core[i] = clamp(round((i - zero) * step), L, H)               i = 0 .. 7
+        positive tail[j] = round((core[7] * (4 - j) + H * j) / 4)     j = 1 .. 4
+        negative tail[j] = round((core[0] * (4 - j) + L * j) / 4)     j = 4 .. 1
+
+    The sums are exact, so nothing depends on whether they are contracted. An input has the code of the entry next to
+    it; one that lies on the middle of two, ``(T[i] + T[i + 1]) / 2 * scale``, has the lower one.
+
+    Args:
+        high, low: float32 ``[...]``, as :func:`clipped_range` gives them.
+        knees: float32 ``[2]``: shares in (0, 1) of ``low`` and of ``high`` at which core and tails meet.
+    """
+    scale = torch.maximum(high, -low).clamp_min(RANGE_MIN) / INT8_MAX
+    top, bottom = high / scale, low / scale
+    upper, lower = (top * knees[1]).clamp_max(INT8_MAX), (bottom * knees[0]).clamp_min(-INT8_MAX)
+    step = (upper - lower).clamp_min(RANGE_MIN) / (CORE_CODES - 1)
+    zero = (-lower / step).round().clamp(0, CORE_CODES - 1)
+    top, bottom = top.round().unsqueeze(-1), bottom.round().unsqueeze(-1)
+    codes = torch.arange(CORE_CODES, dtype=torch.float32, device=high.device)
+    core = ((codes - zero.unsqueeze(-1)) * step.unsqueeze(-1)).round()
+    core = torch.minimum(torch.maximum(core, bottom), top)
+    outward = torch.arange(1, TAIL_CODES + 1, dtype=torch.float32, device=high.device)
+    above = (core[..., -1:] * (TAIL_CODES - outward) + top * outward) / TAIL_CODES
+    below = (core[..., :1] * (TAIL_CODES - outward) + bottom * outward) / TAIL_CODES
+    return KneeTable(torch.cat([below.round().flip(-1), core, above.round()], -1), scale, zero)
+
+
+def knee_codes(grouped: Tensor, table: KneeTable) -> Tensor:
+    """Codes 0 to 15 of ``grouped [..., G, group]``, int64."""
+    return torch.searchsorted(table.thresholds.contiguous(), grouped.contiguous())
+
+
+def quantize_activation(
+    x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantizes ``x [..., K]`` (fp32) per token and group (see the module docstring).
 
     Args:
@@ -58,15 +142,23 @@ def quantize_activation(x: Tensor, clip: Tensor, bits: int, group: int) -> tuple
         clip: float32 ``[2]``: factors in (0, 1] on the group's maximum and minimum.
         bits: 4, 8 or 16.
         group: channels per scale; 0 means one scale for the whole token.
+        knees: float32 ``[2]``, for 4 bits alone: see :func:`knee_table`.
 
     Returns:
         ``(values, scale)``: int8 (int16 for 16 bits) ``[..., K]`` and float32 ``[..., G]``.
+
+    Raises:
+        FormatError: knees with other than 4 bits.
     """
     k = x.shape[-1]
-    grouped = _grouped(x.float(), group or k)
-    high = (grouped.amax(-1) * clip[0]).clamp(0.0, RANGE_MAX)
-    low = (grouped.amin(-1) * clip[1]).clamp(-RANGE_MAX, 0.0)
-    if bits == 4:
+    grouped = in_groups(x.float(), group or k)
+    high, low = clipped_range(grouped, clip)
+    if knees is not None:
+        if bits != 4:
+            raise FormatError(f"{bits}-bit activations have no knees; only those of 4 bits do")
+        table = knee_table(high, low, knees)
+        values, scale = table.values.gather(-1, knee_codes(grouped, table)), table.scale
+    elif bits == 4:
         scale = (high - low).clamp_min(RANGE_MIN) / INT4_MAX
         zero = (-low / scale).round().clamp(0, INT4_MAX).unsqueeze(-1)
         values = ((grouped / scale.unsqueeze(-1)).round() + zero).clamp(0, INT4_MAX) - zero
@@ -113,8 +205,8 @@ def _scaled_group_sum(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, bi
 
 def _integer_accumulators(values: Tensor, weight: Tensor, group: int) -> Tensor:
     """Group dot products ``[G, M, N]`` of integer ``values [M, K]`` and ``weight [N, K]``, as exact float64."""
-    a = _grouped(values.double(), group).transpose(0, 1)
-    b = _grouped(weight.double(), group).permute(1, 2, 0)
+    a = in_groups(values.double(), group).transpose(0, 1)
+    b = in_groups(weight.double(), group).permute(1, 2, 0)
     return torch.bmm(a, b)
 
 

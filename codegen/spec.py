@@ -19,7 +19,7 @@ class LinearSpec:
         in_features: ``K``.
         group: inputs per integer accumulator. For ``"bit"`` the weight's group; for ``"int8"`` the activations' group,
             0 when the whole token is one.
-        act_bits: 4, 8 or 16.
+        act_bits: of the values: 4, 8 or 16; 8 where 4-bit activations have knees.
         per_token: one activation scale a token (``x_scale`` has one column) instead of one per group.
         bias: a float32 bias ``[N]`` is added last.
 
@@ -64,6 +64,7 @@ class QuantizeSpec:
         in_features: ``K``.
         group: channels per scale, 0 for one scale a token.
         bits: 4, 8 or 16.
+        knees: 4-bit codes index a table of 8-bit values.
 
     Raises:
         KernelError: a field is outside what the operator defines.
@@ -72,6 +73,7 @@ class QuantizeSpec:
     in_features: int
     group: int
     bits: int = 4
+    knees: bool = False
 
     def __post_init__(self) -> None:
         if self.in_features < 1:
@@ -80,6 +82,13 @@ class QuantizeSpec:
             raise KernelError(f"group size {self.group} is not 0 or one of {GROUPS}")
         if self.bits not in ACTIVATION_BITS:
             raise KernelError(f"{self.bits}-bit activations do not exist; use one of {ACTIVATION_BITS}")
+        if self.knees and self.bits != 4:
+            raise KernelError(f"{self.bits}-bit activations have no knees; only those of 4 bits do")
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of the values, which a linear multiplies."""
+        return 8 if self.knees else self.bits
 
     @property
     def scales(self) -> int:

@@ -134,7 +134,7 @@ ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile
 Target = Annotated[
     str, typer.Option("--target", "-t", help="where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas")
 ]
-Recipe = Annotated[str | None, typer.Option(help="named pipeline [default: lbllm]")]
+Recipe = Annotated[str | None, typer.Option(help="named pipeline: lbllm or lbllm-paper [default: lbllm]")]
 PresetName = Annotated[
     str | None, typer.Option("--preset", help="how much work: quick, default or best [default: default]")
 ]
@@ -433,13 +433,14 @@ def passes(
     name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="show everything about one pass")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the passes a pipeline may name: what each does to a graph, its options and its numeric contract."""
+    """List the passes a pipeline may name, what each does to a graph, its options and its contract; and the recipes."""
     with _terminal(as_json) as ui:
         from lbllm_compile.report import catalogue
 
         entries = catalogue.entries([name] if name else None)
-        ui.show(*catalogue.render(entries))
-        ui.emit({"passes": [e.to_json() for e in entries]})
+        recipes = [] if name else catalogue.recipes()
+        ui.show(*catalogue.render(entries), *catalogue.render_recipes(recipes))
+        ui.emit({"passes": [e.to_json() for e in entries], "recipes": [dataclasses.asdict(r) for r in recipes]})
 
 
 tune_app = typer.Typer(

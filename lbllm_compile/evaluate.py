@@ -240,8 +240,8 @@ def bits_per_weight(program: Program) -> dict[str, float]:
         if path in planes:
             continue
         other_bits += 8 * tensor.numel() * tensor.element_size()
-        # scales of int8 rows and clip factors describe other weights
-        other_weights += 0 if path.endswith((".row_scale", ".input_clip")) else tensor.numel()
+        # scales of int8 rows, clip factors and knees describe other weights
+        other_weights += 0 if path.endswith((".row_scale", ".input_clip", ".input_knees")) else tensor.numel()
     whole = (decoder_bits + other_bits) / max(1, decoder_weights + other_weights)
     return {"bits_per_weight": decoder_bits / max(1, decoder_weights), "bits_per_weight_file": whole}
 

@@ -23,6 +23,7 @@ from lbllm_compile.passes import dump, graph_json
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.passes.rewrite import activation_knees
 from lbllm_compile.report import graph, terminal
 
 _FILE = re.compile(r"passes/(\d{3})_([a-z0-9-]+)\.json")
@@ -179,7 +180,8 @@ def _input_text(node: fx.Node) -> str:
     if dump.target_text(source) not in ("lbllm.fake_quantize", "lbllm.quantize_activation"):
         return "float"
     bits, group = _integers(source)[-2:]
-    return f"A{bits} per token" + (f" and {group}" if group else "")
+    knees = ", knees" if activation_knees(source) else ""
+    return f"A{bits} per token" + (f" and {group}" if group else "") + knees
 
 
 def _integers(node: fx.Node) -> list[int]:

@@ -304,11 +304,12 @@ def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
     before = 4 * linear.weights
     group = _option(passes, "ptq", "group", None)
     bits = _option(passes, "activate", "bits", None)
+    knees = " with knees" if _option(passes, "activate", "ranges", "clip") == "knees" else ""
     head = _option(passes, "head", "bits", None)
     if info.role == "decoder" and group is not None:
         groups = -(-columns // group)
         after = info.matrices * rows * (2 * -(-columns // 8) + 6 * groups)
-        text = f"W(1+1) g{group}" + (f", A{bits}" if bits else "")
+        text = f"W(1+1) g{group}" + (f", A{bits}{knees}" if bits else "")
     elif info.role == "head" and head == 8:
         after, text = rows * (columns + 4), "int8 per row, A8"
     else:

@@ -10,7 +10,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -20,11 +20,49 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.registry import suggestion
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named pipeline.
+
+    Attributes:
+        description: what it is.
+        group: input columns per group of weights.
+        per_token: activations have one scale per token instead of one per token and group.
+        ranges: see the pass ``activate``.
+        activate_epochs: passes over the calibration set in which stage 3 trains layer by layer.
+        whole: stage 3 and ``finetune`` train all layers together, as the preset says.
+    """
+
+    description: str
+    group: int
+    per_token: bool
+    ranges: Literal["clip", "knees"]
+    activate_epochs: int
+    whole: bool
+
+
 RECIPES = {
-    "lbllm": "the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per token and group, 4-bit"
-    " KV cache, int8 lm_head"
+    "lbllm": Recipe(
+        "the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per token and group, 4-bit"
+        " KV cache, int8 lm_head",
+        group=64,
+        per_token=False,
+        ranges="clip",
+        activate_epochs=0,
+        whole=True,
+    ),
+    "lbllm-paper": Recipe(
+        "the three LBLLM stages alone, layer by layer as in the paper; groups of 128, activation scales per token, with"
+        " knees, 4-bit KV cache, int8 lm_head",
+        group=128,
+        per_token=True,
+        ranges="knees",
+        activate_epochs=1,
+        whole=False,
+    ),
 }
-"""Known recipes and what they are."""
+"""Known recipes by name."""
 
 
 class OptionError(LbllmError):
@@ -166,19 +204,33 @@ def passes(choices: Choices, target: str) -> list[Pass]:
                 " run; add 'lower' behind it"
             )
         return given
-    group = _one_of("group", choices.group, 64, GROUPS)
+    recipe = RECIPES[choices.recipe]
+    group = _one_of("group", choices.group, recipe.group, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
     kv_bits = _one_of("kv-bits", choices.kv_bits, 4, KV_BITS)
+    if recipe.ranges == "knees" and act_bits != 4:
+        raise OptionError(
+            f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have knees; use 4 or"
+            " --recipe lbllm"
+        )
+    activate = {
+        "bits": act_bits,
+        "kv": kv_bits,
+        "group": 0 if recipe.per_token else group,
+        "ranges": recipe.ranges,
+        "epochs": recipe.activate_epochs,
+        "steps": size.activate_steps if recipe.whole else 0,
+    }
     make = pipeline.make
-    tuning = [make("finetune", {"steps": size.finetune_steps})] if size.finetune_steps else []
+    tuned = recipe.whole and size.finetune_steps
     return [
         make("canonicalize", {}),
         make("annotate", {"keep_dense": choices.keep_dense}),
         make("observe", {}),
         make("ptq", {"group": group}),
         make("distill", {"epochs": size.distill_epochs}),
-        make("activate", {"bits": act_bits, "kv": kv_bits, "group": group, "steps": size.activate_steps}),
-        *tuning,
+        make("activate", activate),
+        *([make("finetune", {"steps": size.finetune_steps})] if tuned else []),
         make("head", {}),
         make("merge", {}),
         make("lower", {"target": target}),

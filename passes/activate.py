@@ -20,6 +20,11 @@ Result::
     %key4, %value4 = lbllm.fake_quantize_kv(%key, 4), lbllm.fake_quantize_kv(%value, 4)
     %out = aten.scaled_dot_product_attention(%query, expand(%key4), expand(%value4))
 
+With ``ranges=knees``, four bits are not uniform over the range but in three regions, as in the paper (equation 2): a
+core and two tails, which meet at knees that train, too. They stand behind the group, ``fake_quantize(%x, %clip, 4, 0,
+%knees)``, and start where the error is smallest on calibration inputs. What is the paper's in them and what is ours is
+told at :func:`..codegen.reference.knee_table`. A linear then multiplies int8 values, as with 8-bit activations.
+
 The state that does best on held-out sequences is kept, the untrained one included. Errors of the layers are reported as
 by ``distill``, and the divergence of the whole model's output, with untrained quantizers and with trained ones.
 
@@ -31,7 +36,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -42,13 +47,14 @@ from .alignment import Together, Whole
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .chains import Chains, paired_layers, train_layers, with_tensors
+from .knees import UNPLACED, place_knees
 from .layers import Layers, Stage
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import is_call, make_attribute, make_call
-from .simulate import LOGIT, LevelWeight, Lifted, clip_factors
+from .simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 2 << 20
@@ -70,8 +76,11 @@ class Activate(Pass):
             while the model's output drifts away, so ``steps`` alone are the default.
         steps: batches on which all layers then train together on the whole model's output.
         batch: sequences per step.
+        ranges: ``clip`` for codes that are uniform over a clipped range, ``knees`` for three uniform regions of it (4
+            bits only).
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
-        lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels. Layer by layer, both rates are
+        lr_knees: of the knees' logits; 0 keeps the knees where they started.
+        lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels. Layer by layer, all rates are
             scaled to the number of steps.
         precision: of the matrix products on the calibration set.
     """
@@ -82,7 +91,9 @@ class Activate(Pass):
     epochs: Count = 0
     steps: Count = 8
     batch: Positive = 4
+    ranges: Literal["clip", "knees"] = "clip"
     lr_clip: Rate = 5e-2
+    lr_knees: Rate = 2e-2
     lr_levels: Rate = 5e-3
     precision: Precision = "auto"
 
@@ -94,13 +105,16 @@ class Activate(Pass):
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program)
-        program = insert_quantizers(program, self.bits, self.group, self.kv)
+        program = insert_quantizers(program, self.bits, self.group, self.kv, self.ranges == "knees")
         pair = paired_layers(self.name, program, context)
+        if self.ranges == "knees":
+            place_knees(program, context.calibration[0], context.progress)
         together = Together(
             steps=self.steps,
             every=max(self.steps, 1),
             lr_levels=self.lr_levels,
             lr_clip=self.lr_clip,
+            lr_knees=self.lr_knees,
             title="stage 3: training on the whole model's output",
             stream=STREAM - 1,
         )
@@ -139,6 +153,8 @@ class Activate(Pass):
         for option, value in (("bits", self.bits), ("kv", self.kv)):
             if value not in ACTIVATION_BITS:
                 raise PassError(f"activate: {option} cannot be {value}; choose one of 4, 8, 16")
+        if self.ranges == "knees" and self.bits != 4:
+            raise PassError(f"activate: {self.bits}-bit activations have no knees; use bits=4 or ranges=clip")
         linears = [n for users in decoder_linears(program.graph).values() for n in users]
         if any(is_call(n.args[0], _lbllm.fake_quantize.default) for n in linears):
             raise PassError("the activations are quantized already; use 'activate' once")
@@ -154,20 +170,25 @@ class Activate(Pass):
     def _train(
         self, lifted: Lifted, teacher: Stage, chains: Chains, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Trains one layer; returns its packed levels, its clip factors and figures."""
+        """Trains one layer; returns its packed levels, its clip factors, its knees and figures."""
         start = time.perf_counter()
         packed = {path: lifted.stored(path) for path in lifted.weights}
         levels = {path: LevelWeight.of(weight) for path, weight in packed.items()}
         logits = {path: torch.full((2,), LOGIT) for path in lifted.clips}
+        placed = {path: get_attribute(lifted.stage.module, path) for path in lifted.knees}
+        knees = {path: knee_logits(shares) for path, shares in placed.items()}
         scale = step_scale(self.epochs * len(chains.student))
         groups = [Group(tuple(logits.values()), self.lr_clip * scale, high=LOGIT)] if logits else []
+        if knees:
+            groups.append(Group(tuple(knees.values()), self.lr_knees * scale, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for path, weight in levels.items():
             deviation = float(get_attribute(teacher.module, path).float().std())
             groups.append(Group((weight.levels,), self.lr_levels * deviation * scale))
 
         def parameters() -> dict[str, Tensor]:
-            clips = {path: clip_factors(logit) for path, logit in logits.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | clips
+            ranges = {path: clip_factors(logit) for path, logit in logits.items()}
+            ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
+            return {path: weight.simulate() for path, weight in levels.items()} | ranges
 
         def loss(index: int) -> Tensor:
             return reconstruction(lifted.run(chains.student[index], parameters()), chains.target(lifted.stage, index))
@@ -177,6 +198,8 @@ class Activate(Pass):
 
         outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
+        trained = outcome.step and self.lr_knees > 0
+        tensors.update({path: knee_shares(knees[path]) if trained else shares for path, shares in placed.items()})
         for path, weight in levels.items():
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]
             tensors.update({f"{path}.{name}": getattr(folded, name) for name in FIELDS})
@@ -185,21 +208,29 @@ class Activate(Pass):
             "after": outcome.after,
             "step": outcome.step,
             "clips": {path: [round(v, 4) for v in tensors[path].tolist()] for path in lifted.clips},
+            **({"knees": {path: [round(v, 4) for v in tensors[path].tolist()] for path in knees}} if knees else {}),
             "seconds": time.perf_counter() - start,
         }
         return tensors, metrics
 
 
-def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int) -> Program:
-    """Puts quantizers, without clipping, in front of the decoder linears and on a language model's keys and values."""
+def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, knees: bool = False) -> Program:
+    """Puts quantizers, without clipping, in front of the decoder linears and on a language model's keys and values.
+
+    Args:
+        knees: give the linears' quantizers knees, which :func:`.knees.place_knees` must place.
+    """
     program = program.copy()
     graph = program.graph
     for source, linears in decoder_linears(graph).items():
-        path = f"{linears[0].meta[LINEAR].path}.input_clip"
-        set_attribute(program.module, path, torch.ones(2))
+        path = linears[0].meta[LINEAR].path
+        factors = {"clip": torch.ones(2)} | ({"knees": torch.full((2,), UNPLACED)} if knees else {})
+        for name, tensor in factors.items():
+            set_attribute(program.module, f"{path}.input_{name}", tensor)
         with graph.inserting_before(linears[0]):
-            clip = make_attribute(graph, path, linears[0])
-            quantized = make_call(graph, _lbllm.fake_quantize.default, (source, clip, bits, group), linears[0])
+            clip, *rest = [make_attribute(graph, f"{path}.input_{name}", linears[0]) for name in factors]
+            arguments = (source, clip, bits, group, *rest)
+            quantized = make_call(graph, _lbllm.fake_quantize.default, arguments, linears[0])
         for linear in linears:
             linear.update_arg(0, quantized)
     if program.kind == "causal-lm":

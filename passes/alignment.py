@@ -23,7 +23,17 @@ from .precision import Precision, restored
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .rewrite import calls
-from .simulate import LOGIT, LevelWeight, Lifted, clip_factors, clip_logits, lift
+from .simulate import (
+    KNEE_LOGIT,
+    LOGIT,
+    LevelWeight,
+    Lifted,
+    clip_factors,
+    clip_logits,
+    knee_logits,
+    knee_shares,
+    lift,
+)
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -163,13 +173,13 @@ def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> Start:
         trained: stored tensors of all layers, ``<path>.sign`` and so on, and clip factors by path; none if the layers
             have not trained.
     """
-    clips = {path for lifted in whole.layers for path in lifted.clips}
+    ranges = {path for lifted in whole.layers for path in lifted.ranges}
     before = whole.validate(_parameters(whole, {}))
     best = Start({}, "levels and clips as before", before, before)
     if not trained:
         return best
     for with_levels, with_clips in ((True, False), (False, True), (True, True)):
-        kept = {path: t for path, t in trained.items() if (with_clips if path in clips else with_levels)}
+        kept = {path: t for path, t in trained.items() if (with_clips if path in ranges else with_levels)}
         reached = whole.validate(_parameters(whole, kept))
         if reached < best.divergence:
             words = "trained" if with_levels else "as before", "trained" if with_clips else "as before"
@@ -188,6 +198,7 @@ class Together:
         lr_clip: of the clip factors' logits.
         title: of the progress bar.
         stream: generator stream that decides the order of the batches.
+        lr_knees: of the knees' logits, where activations have knees.
         stage: name of the checkpoints.
     """
 
@@ -197,6 +208,7 @@ class Together:
     lr_clip: float
     title: str
     stream: int
+    lr_knees: float = 0.0
     stage: str = "together"
 
     def run(
@@ -225,19 +237,23 @@ class Together:
         return done
 
     def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
-        stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.clips}
+        stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
         stored.update(start.tensors)
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
+        knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
             path: LevelWeight.of(weight_of(layer, path, stored)) for layer in whole.layers for path in layer.weights
         }
         groups = [Group(tuple(logits.values()), self.lr_clip, high=LOGIT)] if logits else []
+        if knees:
+            groups.append(Group(tuple(knees.values()), self.lr_knees, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for weight in levels.values():
             groups.append(Group((weight.levels,), self.lr_levels * float(weight.simulate().std())))
 
         def current() -> dict[str, Tensor]:
-            clips = {path: clip_factors(logit) for path, logit in logits.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | clips
+            ranges = {path: clip_factors(logit) for path, logit in logits.items()}
+            ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
+            return {path: weight.simulate() for path, weight in levels.items()} | ranges
 
         with context.progress.task(self.title, max(self.steps, 1)) as task:
             outcome = train(
@@ -256,6 +272,8 @@ class Together:
             )
         if outcome.step and self.lr_clip > 0:
             stored.update({path: clip_factors(logit) for path, logit in logits.items()})
+        if outcome.step and self.lr_knees > 0:
+            stored.update({path: knee_shares(logit) for path, logit in knees.items()})
         if outcome.step and self.lr_levels > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
@@ -263,7 +281,7 @@ class Together:
 
 
 def _parameters(whole: Whole, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantized weights and clip factors of all layers: those in ``stored``, else as the program has them."""
+    """Dequantized weights, clip factors and knees of all layers: those in ``stored``, else as the program has them."""
     return {path: value for lifted in whole.layers for path, value in parameters_of(lifted, stored).items()}
 
 

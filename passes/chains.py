@@ -171,8 +171,8 @@ def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> Quant
 
 
 def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's dequantized weights and clip factors: those in ``tensors``, else as the program stores them."""
+    """A layer's dequantized weights, clip factors and knees: those in ``tensors``, else as the program stores them."""
     parameters = {path: weight_of(lifted, path, tensors).dequantize() for path in lifted.weights}
-    for path in lifted.clips:
+    for path in lifted.ranges:
         parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

@@ -40,9 +40,9 @@ class _Exact(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if is_call(n, _lbllm.fake_quantize.default):
-            x, clip, bits, group = self._values(n)
-            values, scale = self._activations[n] = reference.quantize_activation(x, clip, bits, group)
-            return reference.dequantize_activation(values, scale, group).to(x.dtype)
+            x, *options = self._values(n)
+            values, scale = self._activations[n] = reference.quantize_activation(x, *options)
+            return reference.dequantize_activation(values, scale, group=options[2]).to(x.dtype)
         if is_call(n, _lbllm.unpack_weight.default):
             weight = self._weights[n] = QuantizedWeight(*self._values(n))
             return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()

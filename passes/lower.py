@@ -131,7 +131,7 @@ def _check_quantized(graph: fx.Graph) -> None:
 def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowered: dict[str, Node]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it; notes the new node by the old name."""
     graph = program.graph
-    _, _, _, group = quantizer.args
+    group = quantizer.args[3]
     with graph.inserting_before(quantizer):
         pair = make_call(graph, _lbllm.quantize_activation.default, quantizer.args, quantizer)
         values = make_call(graph, operator.getitem, (pair, 0), quantizer)
@@ -194,9 +194,9 @@ class _Comparison(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if is_call(n, _lbllm.fake_quantize.default):
-            x, clip, bits, group = self.fetch_args_kwargs_from_env(n)[0]
+            x, *options = self.fetch_args_kwargs_from_env(n)[0]
             rows = x.reshape(-1, x.shape[-1])[:_CHECKED_ROWS].float()
-            self.inputs[n] = reference.quantize_activation(rows, clip, bits, group)
+            self.inputs[n] = reference.quantize_activation(rows, *options)
         elif n.name in self.lowered:
             self._compare(n, result)
         return result

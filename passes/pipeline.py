@@ -116,6 +116,9 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
             raise PipelineError(f"the pass '{name}' has no option '{key}'{hint}")
         if typing.get_origin(hints[key]) is tuple and isinstance(value, str):
             value = tuple(value.split("|")) if value else ()
+        if typing.get_origin(hints[key]) is typing.Literal:
+            # pydantic reads text as an integer, but not as one of some integers
+            value = next((choice for choice in typing.get_args(hints[key]) if str(choice) == value), value)
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:

@@ -39,6 +39,12 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def activation_knees(quantizer: Node) -> list[Node]:
+    """The knees that a quantizer of activations, simulated or not, reads: one weight, or none."""
+    knees = argument(quantizer, 4, "knees")
+    return [] if knees is None else [knees]
+
+
 def make_call(
     graph: fx.Graph,
     target: Callable[..., Any],

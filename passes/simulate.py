@@ -6,12 +6,12 @@ as the packed format would; the backward pass goes straight through the rounding
 A weight has a latent value, a relaxed bitmap in [0, 1] and four levels per group; what they stand for and their
 gradients are in ``codegen/latent.py``.
 
-:func:`lift` turns a stage of a quantized program into a function of its weights and clip factors.
+:func:`lift` turns a stage of a quantized program into a function of its weights, clip factors and knees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..codegen.latent import decide, gradients, level_gradients, matrix, pick, s
 from ..codegen.sizes import group_count
 from .layers import Stage, Values
 from .program import get_attribute
+from .rewrite import activation_knees
 
 LATENT_MARGIN = 0.05
 """Smallest distance of a starting latent from its threshold, in widths of its pair."""
@@ -35,6 +36,9 @@ BITMAP_MARGIN = 0.02
 
 LOGIT = 2.0
 """A clip factor is ``sigmoid(logit) / sigmoid(LOGIT)``: 1, no clipping, where training starts."""
+
+KNEE_LOGIT = 4.0
+"""Largest magnitude of a knee's logit: a knee stays between 0.018 and 0.982 of the range."""
 
 _lbllm = torch.ops.lbllm
 
@@ -227,9 +231,70 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, torch.stack([(by_high * high).sum(), (by_low * low).sum()]), None, None
 
 
-def fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
+_TAIL = torch.arange(reference.TAIL_CODES, 0, -1) / reference.TAIL_CODES
+_NO_TAIL = torch.zeros(reference.CORE_CODES + reference.TAIL_CODES)
+
+OF_LOW, OF_HIGH = torch.cat([_TAIL, _NO_TAIL]), torch.cat([_NO_TAIL, _TAIL.flip(0)])
+"""Share of the range's lower and upper end in the position of every code."""
+
+OF_CORE_END = 1 - OF_LOW - OF_HIGH
+"""Share of a core position: one within the core, less the further out a tail's code is."""
+
+CORE_PLACE = torch.arange(-reference.TAIL_CODES, reference.CORE_CODES + reference.TAIL_CODES).clamp(
+    0, reference.CORE_CODES - 1
+)
+"""The core's code that a code lies at, or whose end of the core its tail begins at."""
+
+
+class _FakeQuantizeKnees(torch.autograd.Function):
+    """``lbllm.fake_quantize`` with knees, with gradients for the input, the clip factors and the knees.
+
+    The position of a code is linear in both ends of the range and in both knees: with ``step = (r_high * high - r_low *
+    low) / 7`` it is ``OF_CORE_END * (CORE_PLACE - zero) * step + OF_HIGH * high + OF_LOW * low``. Its derivative is
+    that of what is computed wherever no input changes its code, up to the rounding of positions to int8 and of the zero
+    point, which gradients pass straight through. An input that changes its code does so half way between two positions,
+    where the error stays the same, so the mean squared error has no other derivative. The paper (LBLLM, arXiv
+    2604.19167) decides regions by the knees themselves and adds a soft mask for inputs that change them; that term
+    would be the difference of two regions' values for one input, here of neighbours at the same distance.
+
+    The input's gradient passes straight through within the range. Maximum and minimum count as constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, knees: Tensor, group: int) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            grouped = reference.in_groups(x.float(), group or x.shape[-1])
+            table = reference.knee_table(*reference.clipped_range(grouped, clip), knees)
+            codes = reference.knee_codes(grouped, table)
+            out = table.values.gather(-1, codes) * table.scale.unsqueeze(-1)
+        ctx.save_for_backward(x, clip, knees, codes.to(torch.uint8), table.zero)
+        ctx.group = group
+        return out.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, clip, knees, codes, zero = ctx.saved_tensors
+        width = ctx.group or x.shape[-1]
+        grouped, grad_grouped = reference.in_groups(x.float(), width), reference.in_groups(grad.float(), width)
+        high, low = reference.clipped_range(grouped, clip)
+        inside = (grouped <= high.unsqueeze(-1)) & (grouped >= low.unsqueeze(-1))
+        grad_x = (grad_grouped * inside).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+        by_code = grad_grouped.new_zeros((*zero.shape, len(CORE_PLACE)))
+        by_code.scatter_add_(-1, codes.long(), grad_grouped)
+        of_step = (by_code * OF_CORE_END * (CORE_PLACE - zero.unsqueeze(-1))).sum(-1) / (reference.CORE_CODES - 1)
+        of_high = (by_code * OF_HIGH).sum(-1) + of_step * knees[1]
+        of_low = (by_code * OF_LOW).sum(-1) - of_step * knees[0]
+        top, bottom = grouped.amax(-1).clamp_min(0.0), grouped.amin(-1).clamp_max(0.0)
+        of_clip = torch.stack([(of_high * top).sum(), (of_low * bottom).sum()])
+        of_knees = torch.stack([-(of_step * low).sum(), (of_step * high).sum()])
+        return grad_x, of_clip, of_knees, None
+
+
+def fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None) -> Tensor:
     """Differentiable ``lbllm.fake_quantize``: the same values."""
-    return _FakeQuantize.apply(x, clip, bits, group)
+    if knees is None:
+        return _FakeQuantize.apply(x, clip, bits, group)
+    return _FakeQuantizeKnees.apply(x, clip, knees, group)
 
 
 class _FakeQuantizeKv(torch.autograd.Function):
@@ -266,26 +331,43 @@ def clip_logits(factors: Tensor) -> Tensor:
     return torch.logit(factors * torch.sigmoid(torch.tensor(LOGIT)))
 
 
+def knee_shares(logit: Tensor) -> Tensor:
+    """Knees, as shares of the range's lower and upper end, from logits."""
+    return torch.sigmoid(logit)
+
+
+def knee_logits(knees: Tensor) -> Tensor:
+    """Inverse of :func:`knee_shares`."""
+    return torch.logit(knees)
+
+
 @dataclass(frozen=True)
 class Lifted:
-    """A stage of a quantized program as a function of its quantized weights and clip factors.
+    """A stage of a quantized program as a function of its quantized weights, clip factors and knees.
 
     Attributes:
-        module: takes the stage's inputs, then the weights, then the clips, by position.
+        module: takes the stage's inputs, then the weights, the clips and the knees, by position.
         stage: the stage it was made from.
         weights: the paths of the quantized weights, ``<module path>.weight``.
         clips: the paths of the clip factors.
+        knees: the paths of the knees.
     """
 
     module: fx.GraphModule
     stage: Stage
     weights: tuple[str, ...]
     clips: tuple[str, ...]
+    knees: tuple[str, ...]
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """The paths of clip factors and knees."""
+        return self.clips + self.knees
 
     def run(self, values: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Values:
-        """The stage's outputs for one batch, with ``parameters`` by path (dequantized weights, clip factors)."""
+        """The stage's outputs for one batch, with ``parameters`` by path (dequantized weights, clip factors, knees)."""
         inputs = [values[name] for name in self.stage.inputs]
-        extra = [parameters[path] for path in (*self.weights, *self.clips)]
+        extra = [parameters[path] for path in (*self.weights, *self.ranges)]
         return dict(zip(self.stage.outputs, self.module(*inputs, *extra), strict=True))
 
     def stored(self, path: str) -> QuantizedWeight:
@@ -315,7 +397,7 @@ class Bound:
 
 
 def lift(stage: Stage) -> Lifted:
-    """Makes inputs of a stage's quantized weights and clip factors, and its quantizers differentiable."""
+    """Makes inputs of a stage's quantized weights, clip factors and knees, and its quantizers differentiable."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(stage.module.graph.nodes)
@@ -328,13 +410,9 @@ def lift(stage: Stage) -> Lifted:
         if path not in weights:
             weights[path] = graph.placeholder(f"weight_{len(weights)}")
         copies[node] = weights[path]
-    clips: dict[str, fx.Node] = {}
-    for node in nodes:
-        if node.target is _lbllm.fake_quantize.default:
-            clip = node.args[1]
-            if clip.target not in clips:
-                clips[clip.target] = graph.placeholder(f"clip_{len(clips)}")
-            copies[clip] = clips[clip.target]
+    quantizers = [n for n in nodes if n.target is _lbllm.fake_quantize.default]
+    clips = _inputs(graph, "clip", [n.args[1] for n in quantizers], copies)
+    knees = _inputs(graph, "knees", [k for n in quantizers for k in activation_knees(n)], copies)
     for node in nodes:
         if node in copies:
             continue
@@ -344,7 +422,17 @@ def lift(stage: Stage) -> Lifted:
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.eliminate_dead_code()
-    return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), tuple(clips))
+    return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), clips, knees)
+
+
+def _inputs(graph: fx.Graph, name: str, weights: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> tuple[str, ...]:
+    """Makes an input of every distinct one of ``weights``, notes it in ``copies``; returns their paths."""
+    made: dict[str, fx.Node] = {}
+    for weight in weights:
+        if weight.target not in made:
+            made[weight.target] = graph.placeholder(f"{name}_{len(made)}")
+        copies[weight] = made[weight.target]
+    return tuple(made)
 
 
 _DIFFERENTIABLE = {

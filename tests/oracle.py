@@ -28,8 +28,17 @@ class Oracle:
         program: gives the stored weights, nothing else.
     """
 
-    def __init__(self, model: PreTrainedModel, program: Program, *, bits: int = 4, kv: int = 4, group: int = 32):
-        self.model, self.bits, self.kv, self.group = model, bits, kv, group
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        program: Program,
+        *,
+        bits: int = 4,
+        kv: int = 4,
+        group: int = 32,
+        knees: Tensor | None = None,
+    ):
+        self.model, self.bits, self.kv, self.group, self.knees = model, bits, kv, group, knees
         self.weights = stored_weights(program)
         self.replaced = 0
         state = dict(program.parameters())
@@ -54,7 +63,7 @@ class Oracle:
         head.forward = lambda x: self._int8(x, head_rows)
 
     def _bit(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        values, scale = reference.quantize_activation(x, torch.tensor(CLIP), self.bits, self.group)
+        values, scale = reference.quantize_activation(x, torch.tensor(CLIP), self.bits, self.group, self.knees)
         return reference.bit_linear(values, scale, weight, bias)
 
     @staticmethod

@@ -29,9 +29,9 @@ class _Linear:
 class _Quantize:
     spec: QuantizeSpec
 
-    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
-        assert x.shape[1] == self.spec.in_features
-        return reference.quantize_activation(x, clip, self.spec.bits, self.spec.group)
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[1] == self.spec.in_features and len(knees) == self.spec.knees
+        return reference.quantize_activation(x, clip, self.spec.bits, self.spec.group, *knees)
 
 
 class ReferenceKernels:

@@ -15,6 +15,9 @@ _lbllm, _aten = torch.ops.lbllm, torch.ops.aten
 CLIP = (0.95, 0.9)
 """Clip factors that every quantizer gets, so that ignoring them changes results."""
 
+KNEES = (0.2, 0.35)
+"""Knees that every quantizer gets where they are asked for."""
+
 
 def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
     """Nearest of four levels per group, at fixed multiples of the group's mean magnitude; experts are stacked."""
@@ -26,7 +29,9 @@ def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
     return w11.QuantizedWeight.from_codes(codes, levels, group)
 
 
-def simulate(program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_token: bool = False) -> Program:
+def simulate(
+    program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_token: bool = False, knees: bool = False
+) -> Program:
     """What ``ptq`` and ``activate`` leave behind, with round-to-nearest weights. ``kv=0`` leaves attention alone."""
     program = program.copy()
     graph, module = program.graph, program.module
@@ -44,9 +49,11 @@ def simulate(program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_
                 set_attribute(module, f"{path}.{field}", getattr(weight, field))
             unpacked = make_call(graph, _lbllm.unpack_weight.default, (*planes, weight.in_features, group), node)
             if x not in quantizers:
-                clip = f"{info.path}.input_clip"
-                set_attribute(module, clip, torch.tensor(CLIP))
-                arguments = (x, make_attribute(graph, clip, node), bits, 0 if per_token else group)
+                factors = []
+                for name, value in (("clip", CLIP), ("knees", KNEES))[: 1 + knees]:
+                    set_attribute(module, f"{info.path}.input_{name}", torch.tensor(value))
+                    factors.append(make_attribute(graph, f"{info.path}.input_{name}", node))
+                arguments = (x, factors[0], bits, 0 if per_token else group, *factors[1:])
                 quantizers[x] = make_call(graph, _lbllm.fake_quantize.default, arguments, node)
         node.update_arg(0, quantizers[x])
         node.update_arg(1, unpacked)

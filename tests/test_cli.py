@@ -291,8 +291,15 @@ def test_targets_doctor_and_passes_speak_json() -> None:
     assert all(f["cost"] for f in findings if f["status"] != "ok")
     (cuda,) = (row for row in targets if row["target"] == "cuda")
     assert cuda["means"] == ", ".join(t.name for t in parse_targets("cuda"))
-    passes = json.loads(invoke("passes", "--json").stdout)["passes"]
-    assert [p["name"] for p in passes][:4] == ["canonicalize", "annotate", "observe", "ptq"]
+    document = json.loads(invoke("passes", "--json").stdout)
+    assert [p["name"] for p in document["passes"]][:4] == ["canonicalize", "annotate", "observe", "ptq"]
+    assert [r["name"] for r in document["recipes"]] == list(recipe.RECIPES)
+    assert all(pipeline.parse(r["pipeline"]) and r["description"] for r in document["recipes"])
+
+
+def test_every_recipe_is_offered() -> None:
+    shown, offered = invoke("passes").stdout, invoke("compile", "--help").stdout
+    assert all(f"--recipe {name}" in shown and name in offered for name in recipe.RECIPES)
 
 
 @pytest.mark.parametrize("entry", catalogue.entries(), ids=lambda entry: entry.name)

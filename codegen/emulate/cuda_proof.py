@@ -138,7 +138,7 @@ def _quantize_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expecte
     width = pitch(spec.in_features)
     for i, (x, clip) in enumerate(prove.quantizer_inputs(spec)):
         x = x[:QUANTIZED_TOKENS].contiguous()
-        values, scale = reference.quantize_activation(x, clip, spec.bits, spec.group)
+        values, scale = prove.quantized(spec, x, clip)
         launch = Launch(
             grid=(QUANTIZED_TOKENS, 1, 1),
             block=kernel.block,

@@ -16,7 +16,7 @@ from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
 from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import arm, dot, popcount, quantize, x86
+from . import arm, dot, knees, popcount, quantize, x86
 from .dot import SLAB, Problem
 from .int8 import Int8Operand
 from .isa import InstructionSet
@@ -313,7 +313,9 @@ def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementati
 
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
-    """The quantizer ``(x, clip, values, scale)`` on a CPU target."""
+    """The quantizer ``(x, clip, values, scale)`` on a CPU target; ``knees`` stand behind ``clip`` where it has some."""
+    if spec.knees:
+        return knees.quantizer(spec.in_features, spec.group, lanes(target), parallel)
     return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes(target), parallel)
 
 

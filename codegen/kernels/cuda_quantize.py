@@ -41,6 +41,8 @@ def quantize_schedules(spec: QuantizeSpec) -> list[QuantizeSchedule]:
     """
     if spec.bits == 16:
         raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
+    if spec.knees:
+        raise KernelError("CUDA kernels take activations without knees; compile with --recipe lbllm")
     useful = -(-spec.in_features // (spec.group or 2 * LANES))
     return [QuantizeSchedule(w) for w in (8, 4, 16, 2, 1) if w <= useful] or [QuantizeSchedule(1)]
 

@@ -40,6 +40,44 @@ def _values_of(x: Any, scale: Any, zero: Any, bits: int, lanes: int) -> Any:
     return T.cast(T.cast(rounded, "int32" + suffix), narrow + suffix)
 
 
+class Ranges:
+    """Finds the clipped ranges of groups, inside a kernel.
+
+    Args:
+        lanes: fp32 lanes of the target's vectors.
+    """
+
+    def __init__(self, lanes: int):
+        self.lanes = lanes
+        self._highs, self._lows = (T.alloc_buffer((lanes,), "float32", scope="local") for _ in range(2))
+        self._high, self._low = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(2))
+
+    def of(self, x: Any, clip: Any, m: Any, start: Any, count: int) -> tuple[Any, Any]:
+        """``hi`` and ``lo`` of ``count`` channels of token ``m`` from ``start`` on, as the reference clips them."""
+        lanes, vectors, rest = self.lanes, count // self.lanes, count % self.lanes
+        highs, lows, high, low = self._highs, self._lows, self._high, self._low
+        # Zero takes part in the range, as in the reference, which clamps the bounds to it.
+        T.buffer_store(highs, T.broadcast(_float(0), lanes), [T.ramp(0, 1, lanes)])
+        T.buffer_store(lows, T.broadcast(_float(0), lanes), [T.ramp(0, 1, lanes)])
+        with T.serial(vectors) as i:
+            chunk = T.Bind(x[m, T.ramp(start + i * lanes, 1, lanes)])
+            T.buffer_store(highs, T.max(highs[T.ramp(0, 1, lanes)], chunk), [T.ramp(0, 1, lanes)])
+            T.buffer_store(lows, T.min(lows[T.ramp(0, 1, lanes)], chunk), [T.ramp(0, 1, lanes)])
+        self._reduce(highs, high, T.max)
+        self._reduce(lows, low, T.min)
+        with T.serial(rest) as i:
+            T.buffer_store(high, T.max(high[0], x[m, start + vectors * lanes + i]), [0])
+            T.buffer_store(low, T.min(low[0], x[m, start + vectors * lanes + i]), [0])
+        top = T.Bind(T.min(high[0] * clip[0], _float(RANGE_MAX)))
+        bottom = T.Bind(T.max(low[0] * clip[1], _float(-RANGE_MAX)))
+        return top, bottom
+
+    def _reduce(self, vector: Any, result: Any, combine: Any) -> None:
+        T.buffer_store(result, vector[0], [0])
+        with T.unroll(self.lanes - 1) as lane:
+            T.buffer_store(result, combine(result[0], vector[lane + 1]), [0])
+
+
 def quantizer(columns: int, group: int, bits: int, lanes: int, parallel: bool) -> PrimFunc:
     """Quantizes ``x [M, K]`` to ``values [M, K]`` and ``scale [M, G]``.
 
@@ -56,28 +94,10 @@ def quantizer(columns: int, group: int, bits: int, lanes: int, parallel: bool) -
     dtype = "int16" if bits == 16 else "int8"
     loop = T.parallel if parallel else T.serial
 
-    def reduce(vector: Any, result: Any, combine: Any) -> None:
-        T.buffer_store(result, vector[0], [0])
-        with T.unroll(lanes - 1) as lane:
-            T.buffer_store(result, combine(result[0], vector[lane + 1]), [0])
-
-    def quantize_group(x, clip, values, scales, highs, lows, high, low, m, g, count) -> None:
+    def quantize_group(x, clip, values, scales, ranges, m, g, count) -> None:
         start = T.Bind(g * width)
         vectors, rest = count // lanes, count % lanes
-        # Zero takes part in the range, as in the reference, which clamps the bounds to it.
-        T.buffer_store(highs, T.broadcast(_float(0), lanes), [T.ramp(0, 1, lanes)])
-        T.buffer_store(lows, T.broadcast(_float(0), lanes), [T.ramp(0, 1, lanes)])
-        with T.serial(vectors) as i:
-            chunk = T.Bind(x[m, T.ramp(start + i * lanes, 1, lanes)])
-            T.buffer_store(highs, T.max(highs[T.ramp(0, 1, lanes)], chunk), [T.ramp(0, 1, lanes)])
-            T.buffer_store(lows, T.min(lows[T.ramp(0, 1, lanes)], chunk), [T.ramp(0, 1, lanes)])
-        reduce(highs, high, T.max)
-        reduce(lows, low, T.min)
-        with T.serial(rest) as i:
-            T.buffer_store(high, T.max(high[0], x[m, start + vectors * lanes + i]), [0])
-            T.buffer_store(low, T.min(low[0], x[m, start + vectors * lanes + i]), [0])
-        top = T.Bind(T.min(high[0] * clip[0], _float(RANGE_MAX)))
-        bottom = T.Bind(T.max(low[0] * clip[1], _float(-RANGE_MAX)))
+        top, bottom = ranges.of(x, clip, m, start, count)
         scale = T.Bind(_scale_of(top, bottom, bits))
         zero = T.Bind(T.min(T.nearbyint(-bottom / scale), _float(INT4_MAX)))
         T.buffer_store(scales, scale, [m, g])
@@ -97,13 +117,10 @@ def quantizer(columns: int, group: int, bits: int, lanes: int, parallel: bool) -
         values = T.match_buffer(values_, (m_count, columns), dtype, align=1)
         scales = T.match_buffer(scales_, (m_count, groups), "float32", align=4)
         for m in loop(m_count):
-            highs = T.alloc_buffer((lanes,), "float32", scope="local")
-            lows = T.alloc_buffer((lanes,), "float32", scope="local")
-            high = T.alloc_buffer((1,), "float32", scope="local")
-            low = T.alloc_buffer((1,), "float32", scope="local")
+            ranges = T.meta_var(Ranges(lanes))
             for g in T.serial(full):
-                quantize_group(x, clip, values, scales, highs, lows, high, low, m, g, width)
+                quantize_group(x, clip, values, scales, ranges, m, g, width)
             if tail > 0:
-                quantize_group(x, clip, values, scales, highs, lows, high, low, m, full, tail)
+                quantize_group(x, clip, values, scales, ranges, m, full, tail)
 
     return kernel

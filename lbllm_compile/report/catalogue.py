@@ -1,4 +1,4 @@
-"""The catalogue of passes: what each does to a graph, its options and its numeric contract, from its own source."""
+"""The catalogue of passes (what each does to a graph, its options and contract, from its own source) and recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from lbllm_compile.passes import registry
+from lbllm_compile import recipe
+from lbllm_compile.passes import pipeline, registry
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.report import terminal
 
@@ -90,6 +91,30 @@ def render(found: Sequence[Entry]) -> list[RenderableType]:
         parts += [_heading(entry), Padding(Text(entry.summary), (0, 0, 0, 2))]
         if entry.snippet:
             parts.append(Padding(Text(entry.snippet, style="dim", no_wrap=True, overflow="ignore"), (0, 0, 1, 2)))
+    return parts
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """One recipe: what it is, and its pipeline with the default preset, as text."""
+
+    name: str
+    description: str
+    pipeline: str
+
+
+def recipes() -> list[RecipeEntry]:
+    """Describes every recipe."""
+    texts = {name: pipeline.render(recipe.passes(recipe.Choices(recipe=name), "cpu")) for name in recipe.RECIPES}
+    return [RecipeEntry(name, recipe.RECIPES[name].description, text) for name, text in texts.items()]
+
+
+def render_recipes(found: Sequence[RecipeEntry]) -> list[RenderableType]:
+    """The recipes for people, one below the other."""
+    parts: list[RenderableType] = []
+    for entry in found:
+        parts += [Text(f"--recipe {entry.name}", style="bold"), Padding(Text(entry.description), (0, 0, 0, 2))]
+        parts.append(Padding(Text(entry.pipeline, style="dim", overflow="fold"), (0, 0, 1, 2)))
     return parts
 
 

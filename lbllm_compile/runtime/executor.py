@@ -23,7 +23,7 @@ from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
 from lbllm_compile.passes.program import Program, copy_module, get_attribute
-from lbllm_compile.passes.rewrite import Node, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.rewrite import Node, activation_knees, calls, constant, is_call, is_constant, is_node
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -69,7 +69,7 @@ class LinearKernel(Protocol):
 class QuantizeKernel(Protocol):
     """A proven kernel of one :class:`QuantizeSpec`."""
 
-    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Kernels(Protocol):
@@ -112,8 +112,8 @@ def _in_features(node: Node) -> int:
 
 def quantize_spec(node: Node) -> QuantizeSpec:
     """What a ``quantize_activation`` node computes."""
-    _, _, bits, group = node.args
-    return QuantizeSpec(_in_features(node), group, bits)
+    _, _, bits, group = node.args[:4]
+    return QuantizeSpec(_in_features(node), group, bits, knees=bool(activation_knees(node)))
 
 
 def quantizer_of(node: Node) -> Node:
@@ -143,7 +143,7 @@ def linear_spec(program: Program, node: Node) -> LinearSpec:
         out_features=scales.shape[-2] if is_bit else scales.shape[-1],
         in_features=_in_features(node),
         group=node.args[-1],
-        act_bits=quantizer.bits,
+        act_bits=quantizer.value_bits,
         per_token=quantizer.group == 0,
         bias=not grouped and node.args[-2] is not None,
     )
@@ -157,12 +157,12 @@ class _Quantize:
     def __init__(self, kernel: QuantizeKernel, in_features: int):
         self._kernel, self._in_features = kernel, in_features
 
-    def __call__(self, x: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
         leading = x.shape[:-1]
         if x.shape[-1] != self._in_features:
             raise KernelError(f"an input has {x.shape[-1]} channels where the model needs {self._in_features}")
         flat = x.reshape(-1, self._in_features).contiguous()
-        values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip)
+        values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip, *knees)
         return values.view(*leading, self._in_features), scale.view(*leading, scale.shape[-1])
 
 
@@ -259,7 +259,8 @@ def _bind(program: Program, kernels: Kernels) -> None:
         node.target, node.args = bound, arguments
     for node in calls(graph, _lbllm.quantize_activation.default):
         spec = quantize_spec(node)
-        node.target, node.args = _Quantize(kernels.quantizer(spec), spec.in_features), node.args[:2]
+        node.args = (*node.args[:2], *activation_knees(node))
+        node.target = _Quantize(kernels.quantizer(spec), spec.in_features)
     graph.eliminate_dead_code()
 
 

@@ -40,7 +40,16 @@ from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.passes.rewrite import Node, argument, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.rewrite import (
+    Node,
+    activation_knees,
+    argument,
+    calls,
+    constant,
+    is_call,
+    is_constant,
+    is_node,
+)
 from lbllm_compile.runtime.executor import (
     KERNEL_TARGETS,
     last_token_graph,
@@ -492,9 +501,8 @@ def _quantize(t: _Translator, node: Node) -> list[Value]:
     x, t.leading[node], count = _flat(t, t.value(node.args[0]))
     kernel = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
     kind = "int16" if spec.bits == 16 else "int8"
-    return t.call(
-        kernel, [x, t.value(node.args[1])], ([count, spec.in_features], kind), ([count, spec.scales], "float32")
-    )
+    factors = [t.value(a) for a in (node.args[1], *activation_knees(node))]
+    return t.call(kernel, [x, *factors], ([count, spec.in_features], kind), ([count, spec.scales], "float32"))
 
 
 def _linear(t: _Translator, node: Node) -> Value:

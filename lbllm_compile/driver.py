@@ -196,17 +196,7 @@ def compile(
         probe = calibration.random_probe(job.model, job.program, options.seed)
         preflight.rehearse(job.program, job.passes, probe, job.targets, seed=options.seed, progress=progress)
         clock.lap("preflight")
-    data = calibration.prepare(
-        job.model,
-        job.program,
-        options.calibration,
-        tokens=job.preset.sequences * job.preset.sequence_length,
-        validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
-        length=job.preset.sequence_length,
-        seed=options.seed,
-        device=_device(options.device),
-        progress=progress,
-    )
+    data = calibration_data(job, progress)
     clock.lap("calibration data")
     facts = fingerprint(job, data)
     work = WorkDir(job.work, facts, fresh=options.fresh)
@@ -269,6 +259,21 @@ def rehearse(options: CompileOptions, progress: Progress | None = None) -> prefl
         progress=progress,
     )
     return preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
+
+
+def calibration_data(job: Job, progress: Progress) -> CalibrationSet:
+    """The inputs that the passes of a job calibrate on, as many as its preset says."""
+    return calibration.prepare(
+        job.model,
+        job.program,
+        job.options.calibration,
+        tokens=job.preset.sequences * job.preset.sequence_length,
+        validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
+        length=job.preset.sequence_length,
+        seed=job.options.seed,
+        device=_device(job.options.device),
+        progress=progress,
+    )
 
 
 def _transform(

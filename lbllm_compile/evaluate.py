@@ -72,6 +72,48 @@ class Scores:
         return figures
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """Chunks of a text that a model is scored on.
+
+    Attributes:
+        text: what was cut, in words.
+        pieces: token ids, each ``[1, seq_len]``.
+    """
+
+    text: str
+    pieces: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, program: Program, path: Path, seq_len: int | None, chunks: int) -> Excerpt:
+        """The start of a file as tokens of a language model.
+
+        Args:
+            program: the model; its tokenizer and its context count.
+            path: a UTF-8 text file.
+            seq_len: tokens of a chunk; by default see :func:`chunk_length`.
+            chunks: how many at most; a shorter text gives fewer.
+
+        Raises:
+            EvaluationError: the model is no language model with a tokenizer, or the text cannot be cut so.
+        """
+        check_numbers(seq_len, chunks)
+        content = read_text(path)
+        if program.kind != "causal-lm" or program.tokenizer is None:
+            raise EvaluationError(
+                f"'{program.name}' is not a language model with a tokenizer, so it cannot be scored on text"
+            )
+        length = chunk_length(seq_len, context_length(program.config))
+        return cls(str(path), cut(program.tokenizer(content)["input_ids"], length, chunks))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``text``, ``seq_len``, ``chunks`` and ``tokens``, the number of tokens scored."""
+        length = self.pieces[0].shape[1]
+        tokens = len(self.pieces) * (length - 1)
+        return {"text": self.text, "seq_len": length, "chunks": len(self.pieces), "tokens": tokens}
+
+
 def percentile(values: Tensor, share: float) -> float:
     """The smallest value that at least ``share`` of the values do not exceed."""
     ordered = values.flatten().sort().values
@@ -151,7 +193,8 @@ def evaluate(
         progress: told what goes on.
 
     Returns:
-        ``ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight, bits_per_weight_file, tokens``.
+        ``text, seq_len, chunks, tokens, ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight,
+        bits_per_weight_file``.
 
     Raises:
         EvaluationError: the text is not UTF-8 or too short, a chunk does not fit the model's context, the model has no
@@ -160,16 +203,13 @@ def evaluate(
     """
     progress = progress or NoProgress()
     check_numbers(seq_len, chunks)
-    content = read_text(Path(text))
+    read_text(Path(text))
     loaded = artifact.load(directory)
-    if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
-        raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    length = chunk_length(seq_len, context_length(loaded.program.config))
-    pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
+    excerpt = Excerpt.of(loaded.program, Path(text), seq_len, chunks)
     original = find_teacher(loaded, teacher, progress)
     model = prepared(loaded, progress=progress)
-    scores = compare(model.logits, original, pieces, progress)
-    return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (length - 1)}
+    scores = compare(model.logits, original, excerpt.pieces, progress)
+    return {**excerpt.facts, **scores.summary(), **bits_per_weight(loaded.program)}
 
 
 def read_text(path: Path) -> str:

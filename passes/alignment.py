@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .base import PassContext, PassError
 from .chains import Chains, parameters_of, weight_of
-from .layers import Activations, Layers, Values
+from .layers import Activations, Layers, Values, finish
 from .precision import Precision, restored
 from .program import Program, get_attribute
 from .ptq import FIELDS
@@ -126,12 +126,12 @@ class Whole:
             run = checkpoint(lifted.run, values, parameters, use_reentrant=False, preserve_rng_state=False)
             values = {**values, **run}
             values = {name: value for name, value in values.items() if name in lifted.stage.live}
-        return _finish(self.student, {name: restored(v, self.precision) for name, v in values.items()})
+        return finish(self.student, {name: restored(v, self.precision) for name, v in values.items()})
 
     def loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """Divergence on one training batch."""
         with torch.no_grad():
-            target = _finish(self.teacher, self.teacher_training[index])
+            target = finish(self.teacher, self.teacher_training[index])
         return self.objective(target.float(), self.output(self.training[index], parameters).float())
 
     @torch.no_grad()
@@ -139,14 +139,9 @@ class Whole:
         """Mean divergence on held-out sequences, in float32."""
         total = 0.0
         for values, teacher in zip(self.validation, self.teacher_validation, strict=True):
-            target = _finish(self.teacher, teacher)
+            target = finish(self.teacher, teacher)
             total += float(self.divergence(target, self.output(values, parameters)))
         return total / len(self.validation)
-
-
-def _finish(layers: Layers, values: Values) -> Tensor:
-    """A program's output from the values behind its last layer, which may already hold it."""
-    return {**values, **layers.epilogue.run(values)}[layers.results[0]]
 
 
 @dataclass(frozen=True)

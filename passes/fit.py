@@ -12,6 +12,7 @@ Everything is vectorized over the rows: a row's fit depends on no other row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from ..codegen.errors import LbllmError
 from ..codegen.format import LEVELS, quantize_levels
 from ..codegen.sizes import group_count
+
+Init = Literal["em", "rtn"]
+"""How a group's levels start: by expectation maximization, or as an even grid between its least and largest weight."""
 
 SCOUT_ITERATIONS = 3
 """Rounds of expectation maximization from every starting point, before the best one goes on alone."""
@@ -139,13 +143,16 @@ def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...]
     return torch.cat(ordered), tuple(groups), tuple(len(c) for c in ordered)
 
 
-def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True, rounds: int = 1) -> Fit:
+def fit(
+    weight: Tensor, factored: Factor, group: int, *, init: Init = "em", compensate: bool = True, rounds: int = 1
+) -> Fit:
     """Fits planes and levels to a matrix.
 
     Args:
         weight: ``[N, K]``, finite.
         factored: of the inputs' Hessian, for the same ``group``.
         group: input columns per group.
+        init: how levels are found; ``rtn`` without ``compensate`` is plain rounding to nearest, whatever the inputs.
         compensate: let later columns make up for the errors of earlier ones.
         rounds: rounds of compensation and level refit per group; the best of them is kept per row.
 
@@ -166,7 +173,9 @@ def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True
         block = work[start:end]
         root = factored.root[start:end, start:end]
         inverse = factored.inverse[start:end, start:end]
-        found = _representable(expectation_maximization(block.t(), inverse.diagonal().square().reciprocal()))
+        importance = inverse.diagonal().square().reciprocal()
+        found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance)
+        found = _representable(found)
         if compensate:
             found, steps, errors = _fit_group(block, root, inverse, found, rounds)
             if end < k:
@@ -237,6 +246,11 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     best = gain.argmax(1)[:, None, None].expand(-1, 1, LEVELS)
     found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS)
     return found.squeeze(1).sort(-1).values
+
+
+def even_grid(weight: Tensor) -> Tensor:
+    """Four evenly spaced levels ``[N, 4]`` per row of ``[N, g]``, from its least to its largest value."""
+    return torch.lerp(*weight.aminmax(dim=-1, keepdim=True), torch.linspace(0.0, 1.0, LEVELS))
 
 
 def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,11 @@ def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[An
     return [values[layers.results[0]] for values in chain]
 
 
+def finish(layers: Layers, values: Values) -> Any:
+    """The program's first result from the values behind its last layer, which may already hold it."""
+    return {**values, **layers.epilogue.run(values)}[layers.results[0]]
+
+
 def _computed(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that do something: no inputs, weights or output."""
     return [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]

@@ -36,7 +36,7 @@ from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .fit import CalibrationError, Fit, factor, fit
+from .fit import CalibrationError, Fit, Init, factor, fit
 from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .observe import STAT, decoder_linears
 from .precision import Precision
@@ -61,6 +61,7 @@ class Ptq(Pass):
 
     Attributes:
         group: input columns per group.
+        init: how a group's levels are found: by expectation maximization, or as an even grid over its range (``rtn``).
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per group.
@@ -68,6 +69,7 @@ class Ptq(Pass):
     """
 
     group: int = 64
+    init: Init = "em"
     damp: float = 0.01
     compensate: bool = True
     rounds: int = 1
@@ -171,7 +173,8 @@ class Ptq(Pass):
     def _fit_rows(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[list[Fit], dict[str, Any]]:
         """Fits matrices ``[N_i, K]`` with the same inputs."""
         factored = factor(hessian, self.group, self.damp)
-        whole = fit(torch.cat(list(weights)), factored, self.group, compensate=self.compensate, rounds=self.rounds)
+        options = {"init": self.init, "compensate": self.compensate, "rounds": self.rounds}
+        whole = fit(torch.cat(list(weights)), factored, self.group, **options)
         fits, start = [], 0
         for weight in weights:
             fits.append(whole.rows(start, start + weight.shape[0]))

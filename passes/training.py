@@ -35,6 +35,10 @@ EPSILON = 1e-6
 """Smallest squared norm of a target token, relative to the batch's mean."""
 
 
+class DivergenceError(PassError):
+    """A training left the range of numbers."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Tensors that share a learning rate.
@@ -93,7 +97,7 @@ def train(
         report: called with the loss of the latest validation after every step, those of a resumed training included.
 
     Raises:
-        PassError: the training diverged.
+        DivergenceError: the training diverged.
     """
     if before is None:
         with torch.no_grad():
@@ -148,8 +152,10 @@ def train(
     return Outcome(before, best, at)
 
 
-def _diverged(step: int) -> PassError:
-    return PassError(f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)")
+def _diverged(step: int) -> DivergenceError:
+    return DivergenceError(
+        f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)"
+    )
 
 
 def train_epochs(

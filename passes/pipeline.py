@@ -190,15 +190,14 @@ def run(
 ) -> tuple[Program, list[PassRecord]]:
     """Applies passes in order, checking each.
 
-    The float program after a pass that ``sets_teacher`` (``annotate``, ``smooth``) becomes ``context.teacher``, unless
-    the caller has set one.
+    A pass that ``sets_teacher`` (``annotate``, ``smooth``) makes its result ``context.teacher`` where there is none yet,
+    or where the program it was given is it.
 
     Raises:
         ContractError: a pass broke what it promised, or left a graph that does not lint or propagate.
         LbllmError: a pass refused the program.
     """
     records: list[PassRecord] = []
-    given = context.teacher is not None
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
         start = time.perf_counter()
@@ -226,7 +225,7 @@ def run(
         records.append(record)
         if listener is not None:
             listener(record, program, after)
+        if item.sets_teacher and (context.teacher is None or context.teacher is program):
+            context.teacher = after
         program, outputs = after, new_outputs
-        if item.sets_teacher and not given:
-            context.teacher = program
     return program, records

@@ -401,12 +401,11 @@ def eval_command(
     """Score an artifact on a text: perplexity, divergence from the original model, bits per weight."""
     with _terminal(as_json) as ui:
         from lbllm_compile import evaluate
-        from lbllm_compile.report import terminal
 
         figures = evaluate.evaluate(
             directory, text, seq_len=seq_len, chunks=chunks, teacher=teacher, progress=ui.progress
         )
-        ui.show(terminal.table(f"{directory} on {text}", ["", ""], [[k, v] for k, v in figures.items()]))
+        ui.show(*evaluate.render(directory, figures))
         ui.emit(figures)
 
 

@@ -221,6 +221,7 @@ def compile(
                 job.out,
                 lock=lock(job, facts, data, check),
                 history=history,
+                passes=[measurements(record) for record in records],
                 records=kernels.records,
                 sources=kernels.sources,
                 binaries=kernels.binaries,
@@ -419,6 +420,13 @@ def lock(job: Job, facts: Mapping[str, str], data: CalibrationSet, check: Mappin
         "versions": artifact.versions(),
         "check": dict(check),
     }
+
+
+def measurements(record: PassRecord) -> dict[str, Any]:
+    """What an artifact keeps of a pass: all it measured but times, so that the same compile gives the same bytes."""
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in record.rows]
+    facts = {"name": record.name, "text": record.text, "contract": record.contract}
+    return {**facts, "rows": rows, "summary": dict(record.summary)}
 
 
 def peak_memory() -> int:

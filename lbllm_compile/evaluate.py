@@ -11,12 +11,14 @@ scored from the tokens before it. The original model ("teacher") scores the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor
 
 from lbllm_compile import artifact, frontend
@@ -24,6 +26,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
+from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime.language import context_length
 from lbllm_compile.runtime.loader import prepared
 
@@ -210,6 +213,30 @@ def evaluate(
     model = prepared(loaded, progress=progress)
     scores = compare(model.logits, original, excerpt.pieces, progress)
     return {**excerpt.facts, **scores.summary(), **bits_per_weight(loaded.program)}
+
+
+def render(directory: Path, figures: Mapping[str, Any]) -> list[RenderableType]:
+    """The figures of :func:`evaluate` for people, and those of the layers that the artifact's passes measured.
+
+    Raises:
+        ArtifactError: what the passes measured is damaged.
+    """
+    rows = [
+        ["perplexity", figures["ppl"], figures["ppl_teacher"]],
+        ["KL divergence, mean", figures["kld_mean"], None],
+        ["KL divergence, 99th percentile", figures["kld_p99"], None],
+        ["same top token", figures["top1_agreement"], None],
+        ["bits per weight, decoder linears", figures["bits_per_weight"], None],
+        ["bits per weight, everything", figures["bits_per_weight_file"], None],
+    ]
+    title = (
+        f"{directory} on {figures['text']}: {figures['chunks']} chunks of {figures['seq_len']} tokens,"
+        f" {figures['tokens']} tokens scored"
+    )
+    parts: list[RenderableType] = [terminal.table(title, ["", "compiled", "original"], rows)]
+    for table in summary.layer_tables(artifact.measured_passes(directory)):
+        parts += [Text(), table]
+    return parts
 
 
 def read_text(path: Path) -> str:

@@ -38,6 +38,7 @@ from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted
+from .spool import release
 from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 1 << 20
@@ -107,6 +108,7 @@ class Distill(Pass):
             groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
             groups.append(Group((latent.bitmap,), self.lr_bitmap * scale, self.freeze, 0.0, 1.0))
             groups.append(Group((latent.levels,), self.lr_levels * deviation))
+        release()
 
         def weights() -> dict[str, Tensor]:
             return {path: latent.simulate() for path, latent in latents.items()}

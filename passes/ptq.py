@@ -42,6 +42,7 @@ from .observe import STAT, decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
+from .spool import mapped, release
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
@@ -89,7 +90,7 @@ class Ptq(Pass):
                 tensors, metrics = self._layer(layer, chain, done)
                 if done is None:
                     context.checkpoints.save(self.name, index, tensors, metrics)
-                stored.update(tensors)
+                stored.update(mapped(tensors.items()))
                 rows += [{"layer": index, **row} for row in metrics["linears"]]
                 task.advance(f"error {_mean_error(metrics['linears']):.4f}")
         quantized = rewrite(program, stored, self.group)
@@ -111,7 +112,9 @@ class Ptq(Pass):
             raise PassError("ptq needs observers in front of all decoder linears; run 'observe' before it")
         for node in (n for users in linears.values() for n in users):
             weight = get_attribute(program.module, node.meta[LINEAR].weight)
-            if not bool(torch.isfinite(weight).all()):
+            finite = bool(torch.isfinite(weight).all())
+            release()
+            if not finite:
                 raise PassError(
                     f"the weight '{node.meta[LINEAR].weight}' holds NaN or infinite values; check the model"
                 )

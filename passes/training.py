@@ -15,6 +15,7 @@ from ..codegen.errors import FormatError
 from .base import Checkpoints, PassError
 from .layers import Values
 from .precision import Precision, matrix_products
+from .spool import mapped, release
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
@@ -107,7 +108,8 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": list(g.tensors), "lr": g.rate} for g in groups], betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    best, kept, at, first = before, [t.detach().clone() for t in tensors], 0, 0
+    kept = list(mapped((str(i), t) for i, t in enumerate(tensors)).values())
+    best, at, first = before, 0, 0
     latest = before
     state = checkpoints.load(name, 0) if checkpoints is not None else None
     if state is not None:
@@ -139,6 +141,7 @@ def train(
                     best, at = latest, step + 1
                     for copy, tensor in zip(kept, tensors, strict=True):
                         copy.copy_(tensor)
+                    release()
         if checkpoints is not None and (step + 1) % KEEP == 0 and step + 1 < steps:
             figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
             checkpoints.save(name, 0, _state(optimizer, tensors, kept), figures)

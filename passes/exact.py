@@ -48,7 +48,7 @@ class _Exact(Runner):
             return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
         if is_call(n, _lbllm.unpack_rows.default):
             rows, scale = self._weights[n] = self._values(n)
-            return _lbllm.unpack_rows(rows, scale)
+            return None if all(_is_quantized_linear(user) for user in n.users) else _lbllm.unpack_rows(rows, scale)
         if _is_quantized_linear(n):
             return self._linear(n)
         return super().evaluate(n)

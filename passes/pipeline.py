@@ -25,6 +25,7 @@ from ..codegen.errors import LbllmError
 from . import contracts, registry
 from .base import Pass, PassCheckpoints, PassContext
 from .program import Program
+from .spool import reclaim
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
 _KEY = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_-]*)\s*=\s*")
@@ -196,6 +197,7 @@ def run(
     records: list[PassRecord] = []
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
+        reclaim()
         start = time.perf_counter()
         checkpoints = PassCheckpoints(context.checkpoints, f"{index:02d}-")
         result = item.apply(program, dataclasses.replace(context, checkpoints=checkpoints))
@@ -224,4 +226,5 @@ def run(
         program, outputs = after, new_outputs
         if item.name == "annotate" and context.teacher is None:
             context.teacher = program
+    reclaim()
     return program, records

@@ -11,8 +11,11 @@ Both kinds of storage are files without a name, so nothing is left behind howeve
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -88,6 +91,14 @@ def release() -> None:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor's memory is that of :func:`mapped`."""
     return tensor.untyped_storage().data_ptr() in _mappings.values()
+
+
+def reclaim() -> None:
+    """:func:`release`, and gives back to the system what Python and the C library have kept of freed memory."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+    release()
 
 
 class Gauge:

@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,13 @@ def measure(run: Run) -> dict[str, Any]:
     """Runs one compile as far as its kernels; returns the phases' peaks and what ``plan`` predicts."""
     import torch
     import transformers  # noqa: F401
-    from lbllm_compile import calibration, frontend, preflight, recipe
     from lbllm_compile.codegen import tvm_api  # noqa: F401
     from lbllm_compile.codegen.targets import parse_targets
-    from lbllm_compile.kernels import build_kernels
     from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.base import PassContext
+
+    from lbllm_compile import calibration, frontend, preflight
+    from lbllm_compile.kernels import build_kernels
 
     peak = Peak()
     peak.lap("libraries")
@@ -137,15 +138,46 @@ def measure(run: Run) -> dict[str, Any]:
     ids = torch.randint(vocabulary, (run.sequences + _held_out(run.sequences), run.length), generator=generator)
     batches = [frontend.language_model_inputs(i) for i in ids.split(run.sequences)]
     context = PassContext(calibration=batches[:1], validation=batches[1:], probe=probe)
-    program, _ = pipeline.run(program, passes, context, lambda record, *_: peak.lap(_PHASES.get(record.name, "lowering")))
+    program, _ = pipeline.run(
+        program, passes, context, lambda record, *_: peak.lap(_PHASES.get(record.name, "lowering"))
+    )
     build_kernels(program, targets, trials=0)
     peak.lap("lowering")
-    return {"measured": peak.phases, "layers": model.config["num_hidden_layers"]}
+    return {"measured": peak.phases, "planned": _planned(run, passes), "layers": model.config["num_hidden_layers"]}
 
 
-_PHASES = {"canonicalize": "capture", "annotate": "capture", "observe": "capture"} | {
+def _planned(run: Run, passes: Sequence[Any]) -> dict[str, int]:
+    """What ``plan`` says of the phases that are measured, for the tokens that are used."""
+    from lbllm_compile import driver, footprint, plan, recipe
+
+    made = plan.make_plan(driver.CompileOptions(run.model, pipeline=run.pipeline))
+    tokens = {
+        "sequences": run.sequences,
+        "sequence_length": run.length,
+        "validation_sequences": _held_out(run.sequences),
+    }
+    preset = recipe.PRESETS["quick"].model_copy(update=tokens)
+    skeleton = plan.skeleton(run.model)
+    told = plan.footprint_of(skeleton, plan.survey(skeleton), passes, preset, made.artifact, None)
+    return footprint.memory(*told)
+
+
+_PHASES = {"canonicalize": "rest", "annotate": "rest", "observe": "rest"} | {
     name: name for name in ("ptq", "distill", "activate", "finetune")
 }
+"""Names of the phases that are passes; what comes behind them is lowering."""
+
+_PLANNED = {
+    "reading": "reading",
+    "capture": "capture and preflight",
+    "preflight": "capture and preflight",
+    "ptq": "stage 1, ptq",
+    "distill": "stage 2, distill",
+    "activate": "stage 3, activate",
+    "finetune": "training all layers together",
+    "lowering": "lowering and saving",
+}
+"""What ``plan`` calls the measured phases."""
 
 
 def _held_out(sequences: int) -> int:
@@ -184,10 +216,10 @@ def main() -> None:
         print(json.dumps(measure(Run(**json.loads(options.child)))))
         return
     results = [_in_child(run) for run in _runs(options)]
-    table = Table("phase", *(f"{r['layers']} layers, MB" for r in results))
+    table = Table("phase", *(f"{r['layers']} layers: {kind}, MB" for r in results for kind in ("measured", "planned")))
     for phase in results[0]["measured"]:
-        table.add_row(phase, *(f"{r['measured'][phase] / 1e6:.0f}" for r in results))
-    table.add_row("peak", *(f"{max(r['measured'].values()) / 1e6:.0f}" for r in results))
+        cells = ((r["measured"][phase], r["planned"].get(_PLANNED.get(phase, ""))) for r in results)
+        table.add_row(phase, *(f"{size / 1e6:.0f}" if size else "" for pair in cells for size in pair))
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

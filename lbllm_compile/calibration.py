@@ -436,9 +436,14 @@ def _first_tokens(model: UserModel, sequences: range, generator: torch.Generator
 
 def _sampling_module(module: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device, in bfloat16 where that is fast."""
-    if device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if device.type != "cpu" or samples_in_bfloat16():
         return _bfloat16_copy(module, device)
     return module
+
+
+def samples_in_bfloat16() -> bool:
+    """Whether sampling on the CPU takes a bfloat16 copy of the weights."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _bfloat16_copy(module: nn.Module, device: torch.device) -> nn.Module:

@@ -62,6 +62,7 @@ def mapped(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
             _write(file, end, tensor.detach().contiguous())
             places.append((name, end, tensor.dtype, tensor.shape))
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            del tensor  # before the next one is made
         if end == 0:
             return {name: torch.empty(shape, dtype=dtype) for name, _, dtype, shape in places}
         file.truncate(end)

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 import zoo
+from lbllm_compile.passes import spool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lbllm_compile import frontend
-from lbllm_compile.passes import spool
 from lbllm_compile.frontend import CaptureError, ModelError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,8 +164,8 @@ def test_files_lie_on_the_disk_unless_told_otherwise(monkeypatch: pytest.MonkeyP
 def test_a_streamed_module_holds_few_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     width, depth = 1024, 8
     module = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).requires_grad_(False)
-    for layer, weight in zip(module, spool.mapped((str(i), m.weight) for i, m in enumerate(module)).values(), strict=True):
-        layer.weight.data = weight
+    for path, weight in spool.mapped(module.named_parameters()).items():
+        module.get_parameter(path).data = weight
     spool.release()
     before, layer_bytes = resident_files(), 4 * width * width
     monkeypatch.setattr(spool, "RESIDENT", layer_bytes)

@@ -16,7 +16,7 @@ from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
 from .simulate import Lifted, lift
-from .spool import mapped, release
+from .spool import mapped, trim
 from .training import reconstruction, targets_of
 
 
@@ -144,7 +144,7 @@ def train_layers(
             tensors, metrics = done
             chains.learn(lifted, parameters_of(lifted, tensors))
             stored.update(mapped(tensors.items()))
-            release()
+            trim()
             rows.append({"layer": index, "before": before, **metrics})
             task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
     return walked, stored, rows

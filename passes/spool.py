@@ -94,12 +94,17 @@ def is_mapped(tensor: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() in _mappings.values()
 
 
-def reclaim() -> None:
-    """:func:`release`, and gives back to the system what Python and the C library have kept of freed memory."""
-    gc.collect()
+def trim() -> None:
+    """:func:`release`, and gives back to the system what the C library has kept of freed memory: after a layer."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
     release()
+
+
+def reclaim() -> None:
+    """:func:`trim`, behind a search for objects that refer to each other and to nothing else: after a pass."""
+    gc.collect()
+    trim()
 
 
 class Gauge:

@@ -167,7 +167,7 @@ _PHASES = {"canonicalize": "rest", "annotate": "rest", "observe": "rest"} | {
 }
 """Names of the phases that are passes; what comes behind them is lowering."""
 
-_PLANNED = {
+PLANNED = {
     "reading": "reading",
     "capture": "capture and preflight",
     "preflight": "capture and preflight",
@@ -218,7 +218,7 @@ def main() -> None:
     results = [_in_child(run) for run in _runs(options)]
     table = Table("phase", *(f"{r['layers']} layers: {kind}, MB" for r in results for kind in ("measured", "planned")))
     for phase in results[0]["measured"]:
-        cells = ((r["measured"][phase], r["planned"].get(_PLANNED.get(phase, ""))) for r in results)
+        cells = ((r["measured"][phase], r["planned"].get(PLANNED.get(phase, ""))) for r in results)
         table.add_row(phase, *(f"{size / 1e6:.0f}" if size else "" for pair in cells for size in pair))
     Console().print(table)
     if options.json:

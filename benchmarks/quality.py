@@ -149,7 +149,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         f"{document['model']}, preset {document['preset']}, seed {document['seed']}, {document['threads']} threads;"
         f" {facts['text']}: {facts['chunks']} chunks of {facts['seq_len']} tokens, {facts['tokens']} tokens scored;"
-        f" calibrated on {facts.get('calibration', 'the same')}. Perplexity of the float model: {facts['ppl_teacher']:.3f}.",
+        f" calibrated on {facts.get('calibration', 'the same')}."
+        f" Perplexity of the float model: {facts['ppl_teacher']:.3f}.",
         "",
         "| | measured | perplexity | KL mean | KL p99 | same top token | time | peak memory |",
         "|---|---|---|---|---|---|---|---|",

@@ -34,6 +34,7 @@ from .simulate import (
     knee_shares,
     lift,
 )
+from .spool import release
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -143,6 +144,19 @@ class Whole:
             total += float(self.divergence(target, self.output(values, parameters)))
         return total / len(self.validation)
 
+    @torch.no_grad()
+    def validate_stored(self, stored: Mapping[str, Tensor]) -> float:
+        """What :meth:`validate` gives for stored tensors, on one layer's dequantized weights at a time."""
+        chain = self.validation.fork()
+        for lifted in self.layers:
+            chain.advance(lifted.bind(parameters_of(lifted, stored)))
+        total = 0.0
+        for values, teacher in zip(chain, self.teacher_validation, strict=True):
+            target = finish(self.teacher, teacher)
+            total += float(self.divergence(target, finish(self.student, values)))
+        release()
+        return total / len(self.validation)
+
 
 @dataclass(frozen=True)
 class Start:
@@ -169,13 +183,13 @@ def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> Start:
             have not trained.
     """
     ranges = {path for lifted in whole.layers for path in lifted.ranges}
-    before = whole.validate(_parameters(whole, {}))
+    before = whole.validate_stored({})
     best = Start({}, "levels and clips as before", before, before)
     if not trained:
         return best
     for with_levels, with_clips in ((True, False), (False, True), (True, True)):
         kept = {path: t for path, t in trained.items() if (with_clips if path in ranges else with_levels)}
-        reached = whole.validate(_parameters(whole, kept))
+        reached = whole.validate_stored(kept)
         if reached < best.divergence:
             words = "trained" if with_levels else "as before", "trained" if with_clips else "as before"
             best = Start(kept, f"levels {words[0]}, clips {words[1]}", before, reached)
@@ -234,6 +248,8 @@ class Together:
     def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
         stored.update(start.tensors)
+        if not self.steps:
+            return stored, Outcome(start.divergence, start.divergence, 0)
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
@@ -273,11 +289,6 @@ class Together:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
         return stored, outcome
-
-
-def _parameters(whole: Whole, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantized weights, clip factors and knees of all layers: those in ``stored``, else as the program has them."""
-    return {path: value for lifted in whole.layers for path, value in parameters_of(lifted, stored).items()}
 
 
 def divergence_of(kind: str, deviation: float = 0.0) -> Divergence:

@@ -39,6 +39,7 @@ from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted
+from .spool import release
 from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 1 << 20
@@ -108,6 +109,7 @@ class Distill(Pass):
             groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
             groups.append(Group((latent.bitmap,), self.lr_bitmap * scale, self.freeze, 0.0, 1.0))
             groups.append(Group((latent.levels,), self.lr_levels * deviation))
+        release()
 
         clips = {path: get_attribute(lifted.stage.module, path) for path in lifted.clips}
 

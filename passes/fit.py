@@ -117,12 +117,14 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     order, groups, sizes = _column_order(hessian.diagonal(), group)
     hessian = hessian[order][:, order]
     while damp <= DAMP_LIMIT:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
         # R R^T with an upper R is the Cholesky factorization of the matrix read backwards.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards = hessian.flip(0, 1)
+        backwards.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        del backwards
         if not bool(failed):
             root = lower.flip(0, 1).contiguous()
+            del lower
             inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True)
             if bool(torch.isfinite(inverse).all()):
                 return Factor(order, groups, sizes, root, inverse, dead, damp)
@@ -165,6 +167,7 @@ def fit(
     work = weight.t()[factored.order].contiguous()
     codes = torch.empty((k, n), dtype=torch.uint8)
     levels = torch.empty((n, group_count(k, group), LEVELS))
+    del weight
     original = work.clone()
     quantized = torch.empty_like(work)
     start = 0

@@ -49,6 +49,7 @@ from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .rewrite import Node, ancestors, calls, is_call, make_attribute, make_call
+from .spool import spooled
 
 BATCH = 8
 """Sequences run at a time."""
@@ -101,7 +102,7 @@ class Smooth(Pass):
                 scale = _scale(statistics[source.name].square, self.strength)
                 fold.apply(program.module, scale)
                 for path in dict.fromkeys(n.meta[LINEAR].weight for n in linears):
-                    set_attribute(program.module, path, get_attribute(program.module, path) * scale)
+                    set_attribute(program.module, path, spooled(get_attribute(program.module, path) * scale))
                 rows.append({**row, "into": fold.name, "lowest": float(scale.min()), "highest": float(scale.max())})
             else:
                 rows.append({**row, "left": fold if isinstance(fold, str) else "strength is 0"})
@@ -186,7 +187,7 @@ class Fold:
         for node in self.weights:
             value = _value(module, node)
             path = next(n.target for n in ancestors(node) if n.op == "get_attr")
-            set_attribute(module, path, value / (scale if value.dim() == 1 else scale.unsqueeze(-1)))
+            set_attribute(module, path, spooled(value / (scale if value.dim() == 1 else scale.unsqueeze(-1))))
             if node.op != "get_attr":
                 with node.graph.inserting_before(node):
                     node.replace_all_uses_with(make_attribute(node.graph, path, node))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from benchmarks import memory
 
+from benchmarks import memory
 from lbllm_compile import driver, plan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -215,6 +215,12 @@ def delete_attribute(module: torch.nn.Module, path: str) -> None:
     delattr(owner, leaf)
 
 
+def discard_attributes(module: fx.GraphModule) -> None:
+    """Takes every tensor from a module that is used no more."""
+    for owner in module.modules():
+        owner._buffers.clear()
+
+
 def prune_attributes(module: fx.GraphModule) -> None:
     """Drops every tensor that no ``get_attr`` node names, so that freed weights really are free."""
     module.delete_all_unused_submodules()

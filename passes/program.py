@@ -142,6 +142,7 @@ def _weights_late(graph: fx.Graph) -> fx.Graph:
     """A copy in which every node that depends on weights alone stands right before its first user."""
     constant: set[fx.Node] = set()
     late = fx.Graph()
+    late.set_codegen(graph._codegen)
     values: dict[fx.Node, fx.Node] = {}
 
     def place(node: fx.Node) -> None:

@@ -204,22 +204,21 @@ class _FakeQuantize(torch.autograd.Function):
         x, clip, values, scale = ctx.saved_tensors
         k = x.shape[-1]
         group = ctx.group or k
-        groups = group_count(k, group)
 
         def cut(t: Tensor) -> Tensor:
-            return F.pad(t, (0, groups * group - k)).unflatten(-1, (groups, group))
+            return reference.in_groups(t, group)
 
-        x_cut, grad_cut = cut(x), cut(grad)
-        steps = x_cut / scale.unsqueeze(-1)
-        rest = cut(values.float()) - steps
-        above, below = rest < -0.5 - 1e-4, rest > 0.5 + 1e-4
-        inside = ~(above | below)
-        grad_x = (grad_cut * inside).flatten(-2)[..., :k]
+        grad_cut = cut(grad.float())
+        rest = torch.addcdiv(cut(values).float(), cut(x.float()), scale.unsqueeze(-1), value=-1.0)
+        grad_inside = torch.where(rest.abs() <= 0.5 + 1e-4, grad_cut, 0.0)
+        grad_x = grad_inside.flatten(-2)[..., :k].to(x.dtype)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
-        of_step = (grad_cut * rest * inside).sum(-1)
-        top, bottom = (grad_cut * above).sum(-1), (grad_cut * below).sum(-1)
-        high, low = x_cut.amax(-1).clamp_min(0.0), x_cut.amin(-1).clamp_max(0.0)
+        of_step = torch.linalg.vecdot(grad_inside, rest)
+        grad_outside = grad_cut - grad_inside
+        top = torch.where(rest < 0, grad_outside, 0.0).sum(-1)
+        bottom = grad_outside.sum(-1) - top
+        high, low = reference.clipped_range(cut(x.float()), torch.ones(2))
         if ctx.bits == 4:
             by_high = top + of_step / reference.INT4_MAX
             by_low = bottom - of_step / reference.INT4_MAX

@@ -49,6 +49,9 @@ CORE_CODES = 8
 TAIL_CODES = 4
 """Codes beyond each knee."""
 
+_HEAD_ROWS = 4096
+"""Rows of an int8 matrix that are multiplied at a time: in float64 a vocabulary of them is larger than a layer."""
+
 
 def value_dtype(bits: int) -> torch.dtype:
     """Storage type of quantized activation values: int8 for 4 and 8 bits, int16 for 16 bits."""
@@ -226,9 +229,13 @@ def int8_linear(
     ``group`` is the activations' (0: the whole token is one group); the weight has one fp32 scale a row.
     """
     k = values.shape[-1]
-    accumulators = _integer_accumulators(values.reshape(-1, k), weight, group or k)
-    out = _scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), w_scale[:, None], bias)
-    return out.reshape(*values.shape[:-1], weight.shape[0])
+    parts = []
+    for start in range(0, weight.shape[0], _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        accumulators = _integer_accumulators(values.reshape(-1, k), weight[rows], group or k)
+        part = None if bias is None else bias[rows]
+        parts.append(_scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), w_scale[rows, None], part))
+    return torch.cat(parts, -1).reshape(*values.shape[:-1], weight.shape[0])
 
 
 def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 ``program.json``          kind and name of the program, and facts that passes recorded
 ``graph.json``            the lowered graph (:mod:`lbllm_compile.passes.graph_json`)
 ``passes/NNN_name.json``  the graph after every pass
+``measured.json``         what the passes measured: errors per layer, flip rates of planes
 ``model.safetensors``     weights in canonical form, under their original module paths (several shards if large)
 ``config.json``           the model's configuration; tokenizer files lie beside it
 ``lbllm.lock``            what made it: hashes of model and calibration, pipeline, versions, seed
@@ -48,6 +49,7 @@ FORMAT = "lbllm-artifact"
 VERSION = 1
 
 MANIFEST = "manifest.json"
+MEASUREMENTS = "measured.json"
 SHARD_BYTES = 2 << 30
 """Weights beyond this go into several safetensors files."""
 
@@ -142,6 +144,7 @@ def save(
     *,
     lock: Mapping[str, Any],
     history: Sequence[tuple[str, Program]] = (),
+    passes: Sequence[Mapping[str, Any]] = (),
     records: Sequence[Mapping[str, Any]] = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
@@ -152,6 +155,7 @@ def save(
         program: the lowered program.
         lock: what made it, JSON-able.
         history: ``(pass name, program after it)`` in order.
+        passes: what the passes measured, JSON-able: see :class:`MeasuredPass`.
         records: tuning records, JSON-able.
         sources, binaries: generated kernels by file name, for reading.
 
@@ -175,6 +179,7 @@ def save(
         _write(partial / "graph.json", graph)
         for index, (name, after) in enumerate(history, start=1):
             _write(partial / "passes" / f"{index:03d}_{name}.json", graph_json.dumps(after.module))
+        _write_json(partial / MEASUREMENTS, list(passes))
         _write_weights(partial, state)
         _write_json(partial / "program.json", {"kind": program.kind, "name": program.name, **_facts(program)})
         _write_json(partial / "lbllm.lock", dict(lock))
@@ -254,6 +259,44 @@ def read_file(directory: Path, name: str) -> bytes:
         raise ArtifactError(f"'{directory}' has no {name}; compile the model again")
     _check_file(directory, name, files[name])
     return (directory / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class MeasuredPass:
+    """What a pass of the compile measured.
+
+    Attributes:
+        name, text: the pass, and as pipeline text.
+        contract: as declared, in words.
+        rows: figures per layer or per linear.
+        summary: figures of the whole pass.
+    """
+
+    name: str
+    text: str
+    contract: str
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+
+
+def measured_passes(directory: Path) -> list[MeasuredPass]:
+    """What the passes of an artifact measured; nothing where the artifact does not say.
+
+    Raises:
+        ArtifactError: the directory is no artifact, or the file is altered or not as a compile writes it.
+    """
+    if MEASUREMENTS not in listed_files(directory):
+        return []
+    kinds = {"name": str, "text": str, "contract": str, "rows": list, "summary": dict}
+    try:
+        stored = json.loads(read_file(directory, MEASUREMENTS))
+        if not all(isinstance(entry[key], kind) for entry in stored for key, kind in kinds.items()):
+            raise ValueError
+        if not all(isinstance(row, dict) for entry in stored for row in entry["rows"]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"'{directory / MEASUREMENTS}' is damaged; copy or compile the artifact again") from error
+    return [MeasuredPass(**{key: entry[key] for key in kinds}) for entry in stored]
 
 
 def listed_files(directory: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lbllm_compile.codegen.cache import cache_directory, write_atomically
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
+from lbllm_compile.passes import spool
 from lbllm_compile.passes.base import batches_of
 from lbllm_compile.passes.program import Program
 from lbllm_compile.runtime.language import context_length
@@ -371,6 +372,7 @@ def sample(
                 first = _first_tokens(model, range(i * most, i * most + rows[i]), generator)
                 chunks[i] = _generate(module, first, length, generator, task)
                 _write_chunk(files[i], chunks[i], progress)
+        spool.release()
     return torch.cat([chunks[i] for i in range(len(rows))])
 
 
@@ -434,14 +436,23 @@ def _first_tokens(model: UserModel, sequences: range, generator: torch.Generator
 
 def _sampling_module(module: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device, in bfloat16 where that is fast."""
-    if device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if device.type != "cpu" or samples_in_bfloat16():
         return _bfloat16_copy(module, device)
     return module
 
 
+def samples_in_bfloat16() -> bool:
+    """Whether sampling on the CPU takes a bfloat16 copy of the weights."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 def _bfloat16_copy(module: nn.Module, device: torch.device) -> nn.Module:
     """A copy with bfloat16 parameters; buffers, such as rotary frequencies, keep their precision."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to(device, torch.bfloat16), False) for p in module.parameters()}
+    memo: dict[int, Any] = {}
+    gauge = spool.Gauge()
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to(device, torch.bfloat16), False)
+        gauge.use([parameter])
     memo.update({id(b): b.to(device) for b in module.buffers()})
     return copy.deepcopy(module, memo)
 

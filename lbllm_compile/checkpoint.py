@@ -122,6 +122,11 @@ class WorkDir:
                 " --work-dir, and run the same command again to resume"
             ) from error
 
+    def forget(self, prefix: str) -> None:
+        """Deletes the pieces of all stages whose names begin so."""
+        for stage in (self.path / "stages").glob(f"{prefix}*"):
+            shutil.rmtree(stage)
+
     def finished(self) -> dict[str, int]:
         """Number of finished pieces by stage."""
         return finished(self.path)

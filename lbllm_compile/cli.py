@@ -401,13 +401,58 @@ def eval_command(
     """Score an artifact on a text: perplexity, divergence from the original model, bits per weight."""
     with _terminal(as_json) as ui:
         from lbllm_compile import evaluate
-        from lbllm_compile.report import terminal
 
         figures = evaluate.evaluate(
             directory, text, seq_len=seq_len, chunks=chunks, teacher=teacher, progress=ui.progress
         )
-        ui.show(terminal.table(f"{directory} on {text}", ["", ""], [[k, v] for k, v in figures.items()]))
+        ui.show(*evaluate.render(directory, figures))
         ui.emit(figures)
+
+
+@app.command()
+def ablate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
+    preset: PresetName = None,
+    calibration: Calibration = None,
+    group: Group = None,
+    act_bits: ActBits = None,
+    kv_bits: KvBits = None,
+    keep_dense: KeepDense = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="tokens in a chunk [default: 512, or what the model's context holds]")
+    ] = None,
+    chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="these comparisons alone; a wrong name lists them")
+    ] = None,
+    device: Device = "auto",
+    work_dir: WorkDirectory = None,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="drop what is finished instead of taking it over")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what each part of the recipe earns on MODEL, as a table. Interrupted? The same command resumes."""
+    options = _compile_options(
+        model=model,
+        preset=preset,
+        calibration=calibration,
+        group=group,
+        act_bits=act_bits,
+        kv_bits=kv_bits,
+        keep_dense=tuple(keep_dense or ()),
+        device=device,
+        work_dir=work_dir,
+        seed=seed,
+        fresh=fresh,
+    )
+    names = [name.strip() for name in only.split(",")] if only is not None else []
+    with _terminal(as_json) as ui:
+        from lbllm_compile import ablate as ablation
+
+        result = ablation.ablate(options, text, seq_len=seq_len, chunks=chunks, only=names, progress=ui.progress)
+        ui.show(*ablation.render(result))
+        ui.emit(result.to_json())
 
 
 @app.command()

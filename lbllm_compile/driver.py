@@ -196,17 +196,7 @@ def compile(
         probe = calibration.random_probe(job.model, job.program, options.seed)
         preflight.rehearse(job.program, job.passes, probe, job.targets, seed=options.seed, progress=progress)
         clock.lap("preflight")
-    data = calibration.prepare(
-        job.model,
-        job.program,
-        options.calibration,
-        tokens=job.preset.sequences * job.preset.sequence_length,
-        validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
-        length=job.preset.sequence_length,
-        seed=options.seed,
-        device=_device(options.device),
-        progress=progress,
-    )
+    data = calibration_data(job, progress)
     clock.lap("calibration data")
     facts = fingerprint(job, data)
     work = WorkDir(job.work, facts, fresh=options.fresh)
@@ -231,6 +221,7 @@ def compile(
                 job.out,
                 lock=lock(job, facts, data, check),
                 history=history,
+                passes=[measurements(record) for record in records],
                 records=kernels.records,
                 sources=kernels.sources,
                 binaries=kernels.binaries,
@@ -269,6 +260,21 @@ def rehearse(options: CompileOptions, progress: Progress | None = None) -> prefl
         progress=progress,
     )
     return preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
+
+
+def calibration_data(job: Job, progress: Progress) -> CalibrationSet:
+    """The inputs that the passes of a job calibrate on, as many as its preset says."""
+    return calibration.prepare(
+        job.model,
+        job.program,
+        job.options.calibration,
+        tokens=job.preset.sequences * job.preset.sequence_length,
+        validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
+        length=job.preset.sequence_length,
+        seed=job.options.seed,
+        device=_device(job.options.device),
+        progress=progress,
+    )
 
 
 def _transform(
@@ -414,6 +420,13 @@ def lock(job: Job, facts: Mapping[str, str], data: CalibrationSet, check: Mappin
         "versions": artifact.versions(),
         "check": dict(check),
     }
+
+
+def measurements(record: PassRecord) -> dict[str, Any]:
+    """What an artifact keeps of a pass: all it measured but times, so that the same compile gives the same bytes."""
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in record.rows]
+    facts = {"name": record.name, "text": record.text, "contract": record.contract}
+    return {**facts, "rows": rows, "summary": dict(record.summary)}
 
 
 def peak_memory() -> int:

@@ -11,12 +11,14 @@ scored from the tokens before it. The original model ("teacher") scores the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor
 
 from lbllm_compile import artifact, frontend
@@ -24,6 +26,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.program import Program
+from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime.language import context_length
 from lbllm_compile.runtime.loader import prepared
 
@@ -70,6 +73,48 @@ class Scores:
         figures["kld_p99"] = percentile(divergence, 0.99)
         figures["top1_agreement"] = float(torch.cat(self.agreement).double().mean())
         return figures
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Chunks of a text that a model is scored on.
+
+    Attributes:
+        text: what was cut, in words.
+        pieces: token ids, each ``[1, seq_len]``.
+    """
+
+    text: str
+    pieces: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, program: Program, path: Path, seq_len: int | None, chunks: int) -> Excerpt:
+        """The start of a file as tokens of a language model.
+
+        Args:
+            program: the model; its tokenizer and its context count.
+            path: a UTF-8 text file.
+            seq_len: tokens of a chunk; by default see :func:`chunk_length`.
+            chunks: how many at most; a shorter text gives fewer.
+
+        Raises:
+            EvaluationError: the model is no language model with a tokenizer, or the text cannot be cut so.
+        """
+        check_numbers(seq_len, chunks)
+        content = read_text(path)
+        if program.kind != "causal-lm" or program.tokenizer is None:
+            raise EvaluationError(
+                f"'{program.name}' is not a language model with a tokenizer, so it cannot be scored on text"
+            )
+        length = chunk_length(seq_len, context_length(program.config))
+        return cls(str(path), cut(program.tokenizer(content)["input_ids"], length, chunks))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``text``, ``seq_len``, ``chunks`` and ``tokens``, the number of tokens scored."""
+        length = self.pieces[0].shape[1]
+        tokens = len(self.pieces) * (length - 1)
+        return {"text": self.text, "seq_len": length, "chunks": len(self.pieces), "tokens": tokens}
 
 
 def percentile(values: Tensor, share: float) -> float:
@@ -151,7 +196,8 @@ def evaluate(
         progress: told what goes on.
 
     Returns:
-        ``ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight, bits_per_weight_file, tokens``.
+        ``text, seq_len, chunks, tokens, ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight,
+        bits_per_weight_file``.
 
     Raises:
         EvaluationError: the text is not UTF-8 or too short, a chunk does not fit the model's context, the model has no
@@ -160,16 +206,37 @@ def evaluate(
     """
     progress = progress or NoProgress()
     check_numbers(seq_len, chunks)
-    content = read_text(Path(text))
+    read_text(Path(text))
     loaded = artifact.load(directory)
-    if loaded.program.kind != "causal-lm" or loaded.program.tokenizer is None:
-        raise EvaluationError(f"'{directory}' is not a language model with a tokenizer, so it cannot be scored on text")
-    length = chunk_length(seq_len, context_length(loaded.program.config))
-    pieces = cut(loaded.program.tokenizer(content)["input_ids"], length, chunks)
+    excerpt = Excerpt.of(loaded.program, Path(text), seq_len, chunks)
     original = find_teacher(loaded, teacher, progress)
     model = prepared(loaded, progress=progress)
-    scores = compare(model.logits, original, pieces, progress)
-    return {**scores.summary(), **bits_per_weight(loaded.program), "tokens": len(pieces) * (length - 1)}
+    scores = compare(model.logits, original, excerpt.pieces, progress)
+    return {**excerpt.facts, **scores.summary(), **bits_per_weight(loaded.program)}
+
+
+def render(directory: Path, figures: Mapping[str, Any]) -> list[RenderableType]:
+    """The figures of :func:`evaluate` for people, and those of the layers that the artifact's passes measured.
+
+    Raises:
+        ArtifactError: what the passes measured is damaged.
+    """
+    rows = [
+        ["perplexity", figures["ppl"], figures["ppl_teacher"]],
+        ["KL divergence, mean", figures["kld_mean"], None],
+        ["KL divergence, 99th percentile", figures["kld_p99"], None],
+        ["same top token", figures["top1_agreement"], None],
+        ["bits per weight, decoder linears", figures["bits_per_weight"], None],
+        ["bits per weight, everything", figures["bits_per_weight_file"], None],
+    ]
+    title = (
+        f"{directory} on {figures['text']}: {figures['chunks']} chunks of {figures['seq_len']} tokens,"
+        f" {figures['tokens']} tokens scored"
+    )
+    parts: list[RenderableType] = [terminal.table(title, ["", "compiled", "original"], rows)]
+    for table in summary.layer_tables(artifact.measured_passes(directory)):
+        parts += [Text(), table]
+    return parts
 
 
 def read_text(path: Path) -> str:

@@ -32,7 +32,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes import spool
 from lbllm_compile.passes.program import Program, set_attribute
 
 LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -260,9 +261,14 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
     what = f"the directory '{source}'" if local else f"the hub model '{source}'"
     if local:
         _refuse_quantized(Path(source))
-    module = _from_pretrained(
-        AutoModelForCausalLM, what, source, local_files_only=local, trust_remote_code=False, use_safetensors=True
-    )
+    files = _weight_files(source, what, local)
+    if files:
+        skeleton = _skeleton(source, what, local)
+        module = _from_pretrained(type(skeleton), what, None, config=skeleton.config, state_dict=_state(files, what))
+    else:
+        # A hub model may have weights in another form; of a directory this tells what is missing.
+        options = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
+        module = _from_pretrained(AutoModelForCausalLM, what, source, **options)
     tokenizer = None
     if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         try:
@@ -271,6 +277,57 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error, frame=False)}") from error
     return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
+
+
+def _weight_files(source: str, what: str, local: bool) -> list[Path]:
+    """The ``.safetensors`` of a directory or hub model, which are downloaded; empty where it has none."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
+    try:
+        with _quiet_transformers():
+            whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
+            index = None if whole else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+            shards = get_checkpoint_shard_files(source, index, local_files_only=local)[0] if index else []
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+    return [Path(file) for file in ([whole] if whole else shards)]
+
+
+def _skeleton(source: str, what: str, local: bool) -> Any:
+    """A pretrained language model on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with _quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+
+
+def _state(files: Sequence[Path], what: str) -> dict[str, Tensor]:
+    """The tensors of ``.safetensors`` by name, in float32 and mapped from a file; one at a time is held in memory."""
+    from safetensors import SafetensorError
+
+    try:
+        return spool.mapped(_stored_tensors(files))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+
+
+def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+        for name in names:
+            # A tensor of safetensors is a mapping of its file, and what was read of that is dropped with the file.
+            with safe_open(file, framework="pt") as tensors:
+                tensor = tensors.get_tensor(name)
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _refuse_quantized(directory: Path) -> None:
@@ -345,19 +402,16 @@ def _load_gguf(path: Path) -> UserModel:
 
 
 def _materialize(module: nn.Module, path: Path) -> nn.Module:
-    """Fills a model on the meta device from ``.safetensors``, tensor by tensor, without a second copy."""
-    from safetensors import SafetensorError, safe_open
+    """Fills a model on the meta device from ``.safetensors``, tensor by tensor."""
+    from safetensors import SafetensorError
 
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(f.is_file() for f in files):
         raise ModelError(f"weights() names '{path}', where there is no .safetensors file")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                state.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"the weights '{file}' cannot be read: {_reason(error)}") from error
+    try:
+        state = spool.mapped(_stored_tensors(files))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the weights '{path}' cannot be read: {_reason(error)}") from error
     if _is_causal_lm(module):
         # Only from_pretrained computes buffers that are not stored, such as the rotary frequencies.
         return _from_pretrained(type(module), f"'{path}'", None, config=module.config, state_dict=state)
@@ -386,11 +440,15 @@ def prepare(model: UserModel) -> UserModel:
     module = nn.Module.float(model.module.requires_grad_(False)).eval()
     if not any(p.dim() >= 2 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False)):
         raise ModelError(f"the model '{model.name}' has no linear layer; there is nothing to quantize")
+    _move_to_disk(module)
+    gauge = spool.Gauge()
     for name, tensor in module.named_parameters():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor)
+            gauge.use([tensor])
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise ModelError(f"the weight '{name}' has NaN or infinite values; repair or re-download the model")
+    spool.release()
     if model.kind != "causal-lm":
         return dataclasses.replace(model, module=module)
     config: Any = module.config
@@ -406,6 +464,22 @@ def prepare(model: UserModel) -> UserModel:
     return dataclasses.replace(
         model, module=module, config=clean_config(config.to_dict() | {"architectures": [type(module).__name__]})
     )
+
+
+def _move_to_disk(module: nn.Module) -> None:
+    """Maps the weights that are not mapped from a file yet; tied ones stay one.
+
+    Those that lie in memory in another order than that of their indices stay, because copies in order would multiply
+    with other roundings.
+    """
+    rest: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.device.type == "cpu" and parameter.is_contiguous() and not spool.is_mapped(parameter):
+            rest.setdefault((parameter.data_ptr(), parameter.shape), []).append(parameter)
+    groups = {str(number): same for number, same in enumerate(rest.values())}
+    for number, tensor in spool.mapped((number, same[0]) for number, same in groups.items()).items():
+        for parameter in groups[number]:
+            parameter.data = tensor
 
 
 def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -544,7 +618,8 @@ def _takes_any_batch(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     if len({t.shape[0] for t in inputs.values() if t.dim()}) != 1:
         return False
     try:
-        module(**_one_more(inputs))
+        with spool.streamed(module):
+            module(**_one_more(inputs))
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False
     return True
@@ -552,7 +627,8 @@ def _takes_any_batch(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
 
 def _run_eagerly(model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     try:
-        output = module(**inputs)
+        with spool.streamed(module):
+            output = module(**inputs)
     except Exception as error:
         raise CaptureError(f"the forward of '{model.name}' failed on its example inputs: {_reason(error)}") from error
     if not isinstance(output, Tensor):
@@ -683,7 +759,8 @@ def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mappin
         inputs, attended = language_model_inputs(_token_ids((3, 9), vocabulary), mask), mask.bool()
     elif all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in program.placeholders() if n.meta["val"].dim()):
         inputs = _one_more(inputs)
-    expected = module(**inputs)[attended]
+    with spool.streamed(module):
+        expected = module(**inputs)[attended]
     try:
         actual = program.run(inputs)[attended]
     except Exception as error:
@@ -708,9 +785,12 @@ def weights_hash(module: nn.Module) -> str:
 
 def _hash(tensors: Iterable[tuple[str, Tensor]], preamble: str) -> str:
     digest = hashlib.sha256(preamble.encode())
+    gauge = spool.Gauge()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        gauge.use([tensor])
+    spool.release()
     return digest.hexdigest()
 
 

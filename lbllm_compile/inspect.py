@@ -6,6 +6,7 @@ artifacts of any target.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.passes.rewrite import activation_knees
-from lbllm_compile.report import graph, terminal
+from lbllm_compile.report import graph, summary, terminal
 
 _FILE = re.compile(r"passes/(\d{3})_([a-z0-9-]+)\.json")
 _DIMENSION = re.compile(r"[\w*+]+(?=\]$)")
@@ -86,7 +87,7 @@ def read_graph(directory: Path, file: str) -> Program:
 def look(
     directory: Path, name: str | None = None, layer: int | None = None
 ) -> tuple[list[RenderableType], dict[str, Any]]:
-    """What ``lbllm-compile inspect`` shows.
+    """What ``lbllm-compile inspect`` shows: a graph, its linears, and what the passes (or the one named) measured.
 
     Args:
         directory: an artifact.
@@ -101,6 +102,7 @@ def look(
         InspectError: no such pass, no such layer.
     """
     passes = stored_passes(directory)
+    measured = [item for item in artifact.measured_passes(directory) if name in (None, item.name)]
     before: Program | None = None
     if name is None:
         after, title = read_graph(directory, "graph.json"), "The graph that runs"
@@ -124,12 +126,16 @@ def look(
         "pass": name,
         "nodes": len(after.graph.nodes),
         "linears": rows,
+        "measured": [dataclasses.asdict(item) for item in measured],
         "graph": [
             {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]}
             for b in graph.blocks(after, before, layer=layer)
         ],
     }
-    return [view, Text(), terminal.rows_table("Linears", rows)], document
+    parts: list[RenderableType] = [view, Text(), terminal.rows_table("Linears", rows)]
+    for table in summary.layer_tables(measured, layer):
+        parts += [Text(), table]
+    return parts, document
 
 
 def linear_rows(program: Program) -> list[dict[str, Any]]:

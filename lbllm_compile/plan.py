@@ -1,7 +1,8 @@
 """What a compile would do and need, before anything heavy: treatment of every linear, memory, disk, time.
 
 A Hugging Face directory, a ``.gguf`` file and a hub id are read as configuration alone and built on the meta device,
-without their weights. A ``model.py`` is run, because only it knows what it builds.
+without their weights. A ``model.py`` is run, because only it knows what it builds. Memory is told by phase, because
+only some phases need the whole model (:mod:`lbllm_compile.footprint`).
 
 The times are estimates: weights times tokens times what a stage costs for each, divided by the speed of this machine's
 matrix products as measured on the spot. The costs were fitted on a model of 135 million weights; expect a factor of two
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from lbllm_compile import frontend, recipe
-from lbllm_compile.calibration import sampling_bytes
+from lbllm_compile import footprint, frontend, recipe
+from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
-from lbllm_compile.passes import annotate, canonicalize
+from lbllm_compile.passes import annotate, canonicalize, ptq, spool
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.program import get_attribute
@@ -36,17 +36,6 @@ from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
     from lbllm_compile.driver import CompileOptions
-
-_BASE_BYTES = 900 << 20
-"""Python, torch, transformers and TVM themselves."""
-
-_TRAINING_BYTES = 44
-"""Per weight of the one layer in training: master weight, bitmap logits, their gradients and two optimizer moments
-each, the quantized weight and what autograd keeps of it."""
-
-_LEVEL_BYTES = 4 * 4
-"""A float32 copy of a group's four levels. Training keeps six: levels, gradient, two moments, the best state and one
-being written; a state on disk has four."""
 
 _OPERATIONS = {"text": 6.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
 """What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
@@ -89,7 +78,9 @@ class Plan:
         linears: every linear, in model order.
         pipeline: as text.
         peak_memory, disk, artifact: bytes; ``disk`` is what the work directory and the artifact take together.
-        memory_available, disk_available: bytes here; None where unknown.
+        memory: bytes held resident at most, by phase; the largest is the peak.
+        spool: bytes of weights and activations in temporary files, in the folder ``spool_directory``.
+        memory_available, disk_available, spool_available: bytes here; None where unknown.
         seconds: estimate by stage.
         speed: measured matrix-product speed, operations per second.
     """
@@ -104,9 +95,13 @@ class Plan:
     linears: tuple[Treatment, ...]
     artifact: int
     peak_memory: int
+    memory: dict[str, int]
     memory_available: int | None
     disk: int
     disk_available: int
+    spool: int
+    spool_directory: str
+    spool_available: int
     seconds: dict[str, float]
     speed: float
 
@@ -136,7 +131,7 @@ def make_plan(options: CompileOptions) -> Plan:
     targets = tuple(t.name for t in parse_targets(options.target))
     passes = recipe.passes(recipe.choices(options), options.target)
     check_named(options, passes)
-    model = _skeleton(options.model)
+    model = skeleton(options.model)
     choices = recipe.choices(options, model.recipe)
     passes = recipe.passes(choices, options.target)
     check_print_after(options, passes)
@@ -148,15 +143,10 @@ def make_plan(options: CompileOptions) -> Plan:
     embedding = _embedding_weights(model)
     artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, embedding)
     tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
-    held_out = tokens * preset.validation_sequences // preset.sequences
-    by_layer = Counter[int | None]()
-    for linear in found:
-        by_layer[linear.info.layer] += linear.weights if linear.info.role == "decoder" else 0
-    largest = max(by_layer.values(), default=0)
+    text = _sampling_bytes(model, preset, options)
+    size, work = footprint_of(model, found, passes, preset, artifact, text)
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
-    activations = 2 * 4 * width * (tokens + held_out)
-    together, saved = _together_bytes(found, passes, preset)
-    training = max(_TRAINING_BYTES * largest, together) + activations
+    phases = footprint.memory(size, work)
     speed = matmul_speed()
     return Plan(
         model=options.model,
@@ -168,37 +158,71 @@ def make_plan(options: CompileOptions) -> Plan:
         targets=targets,
         linears=linears,
         artifact=artifact,
-        peak_memory=_BASE_BYTES + 2 * 4 * parameters + max(training, _sampling_bytes(model, preset, options)),
+        peak_memory=max(phases.values()),
+        memory=phases,
         memory_available=memory()[1],
-        disk=2 * artifact + sum(4 * x.weights for x in found if x.info.role == "decoder") // 4 + saved,
+        disk=2 * artifact + size.decoder + footprint.saved(size, work),
         disk_available=shutil.disk_usage(_existing(options.out or Path())).free,
+        spool=footprint.spooled(size, work, width),
+        spool_directory=str(spool.directory()),
+        spool_available=shutil.disk_usage(spool.directory()).free,
         seconds=_seconds(found, passes, model, tokens, preset, speed, options.calibration is None),
         speed=speed,
     )
 
 
-def _together_bytes(found: Sequence[_Linear], passes: Sequence[Pass], preset: recipe.Preset) -> tuple[int, int]:
-    """What training all layers together takes in memory, and what it keeps on disk.
+def footprint_of(
+    model: frontend.UserModel,
+    found: Sequence[_Linear],
+    passes: Sequence[Pass],
+    preset: recipe.Preset,
+    artifact: int,
+    text: int | None,
+) -> tuple[footprint.Model, footprint.Work]:
+    """What decides the memory that a compile takes.
 
-    In memory every matrix and its gradient are float32, and so are the logits of a batch, the float model's and the
-    quantized one's, with their gradient and one temporary.
+    Args:
+        found: see :func:`survey`.
+        artifact: bytes of the compiled weights.
+        text: what writing the calibration text takes besides the weights; None where it is not written.
     """
-    sizes = [
+    layers: dict[int | None, list[tuple[int, ...]]] = {}
+    for linear in found:
+        if linear.info.role == "decoder":
+            layers.setdefault(linear.info.layer, []).append(linear.shape)
+    inside = {x.info.weight for x in found if x.info.role == "decoder"}
+    outside = (p.numel() for name, p in model.module.named_parameters() if name not in inside)
+    names = {p.name for p in passes}
+    together = [
         _option(passes, stage, "batch", 0) for stage in ("activate", "finetune") if _option(passes, stage, "steps", 0)
     ]
-    if not sizes:
-        return 0, 0
-    weights = sum(x.weights for x in found if x.info.role == "decoder")
-    levels = weights // _option(passes, "ptq", "group", 64) * _LEVEL_BYTES
-    outputs = max((x.shape[-2] for x in found if x.info.role == "head"), default=0)
-    logits = 4 * 4 * max(sizes) * preset.sequence_length * outputs
-    return 2 * 4 * weights + 6 * levels + logits, 4 * levels
+    language = model.kind == "causal-lm"
+    rows = 1 if language else 64
+    return footprint.Model(
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        largest=max(outside, default=0),
+        outputs=max((x.shape[-2] for x in found if x.info.role == "head"), default=0),
+        layers=list(layers.values()),
+        whole=not all(p.is_meta for p in model.module.parameters()) or model.source.endswith(".gguf"),
+        artifact=artifact,
+    ), footprint.Work(
+        tokens=(preset.sequences + preset.validation_sequences) * (preset.sequence_length if language else 1),
+        length=preset.sequence_length if language else 1,
+        fit=ptq.BATCH * rows if "ptq" in names else 0,
+        distill=_option(passes, "distill", "batch", 0) * rows if _option(passes, "distill", "epochs", 0) else 0,
+        activate=_option(passes, "activate", "batch", 0) * rows if _option(passes, "activate", "epochs", 0) else 0,
+        together=max(together, default=0) * rows,
+        validate=_option(passes, "activate", "batch", 0) * rows,
+        group=_option(passes, "ptq", "group", 64),
+        text=text,
+        half=samples_in_bfloat16(),
+    )
 
 
-def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: CompileOptions) -> int:
-    """What it takes that the model writes its own calibration text; 0 where it does not."""
+def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: CompileOptions) -> int | None:
+    """What it takes besides the weights that the model writes its own calibration text; None where it does not."""
     if model.kind != "causal-lm" or options.calibration is not None or model.calibration_text is not None:
-        return 0
+        return None
     config: Any = model.module.config
     return sampling_bytes(config, preset.sequences + preset.validation_sequences, preset.sequence_length)
 
@@ -271,7 +295,7 @@ def _layer_of(path: str, prefix: str) -> int | None:
     return int(path[len(prefix) + 1 :].split(".")[0])
 
 
-def _skeleton(source: str) -> frontend.UserModel:
+def skeleton(source: str) -> frontend.UserModel:
     """The model without its weights where its configuration is enough, else the model itself."""
     path, hub = Path(source).expanduser(), source.startswith(frontend.HUB)
     if not hub and not (path.suffix == ".gguf" and path.is_file()) and not (path / "config.json").is_file():
@@ -402,7 +426,12 @@ def render(plan: Plan) -> list[RenderableType]:
         ("parameters", f"{plan.parameters / 1e6:.1f} M, {terminal.size(before)} in float32"),
         ("artifact", f"{terminal.size(after)}, {before / max(1, after):.1f} times smaller"),
         ("peak memory", terminal.size(plan.peak_memory) + _against(plan.peak_memory, plan.memory_available)),
+        *(("  " + name, terminal.size(size)) for name, size in plan.memory.items()),
         ("disk", terminal.size(plan.disk) + _against(plan.disk, plan.disk_available)),
+        (
+            "temporary files",
+            f"{terminal.size(plan.spool)}{_against(plan.spool, plan.spool_available)} in {plan.spool_directory}",
+        ),
         ("calibration", f"{plan.tokens} tokens" if plan.kind == "causal-lm" else f"{plan.tokens} inputs"),
         *((name, "about " + terminal.duration(seconds)) for name, seconds in plan.seconds.items()),
         ("in all", f"about {terminal.duration(sum(plan.seconds.values()))} ({plan.speed / 1e9:.0f} GFLOP/s here)"),

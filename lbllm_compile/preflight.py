@@ -19,6 +19,7 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.spool import reclaim
 from lbllm_compile.passes.truncate import first_layer_only
 from lbllm_compile.runtime.prepare import build_native, workshop
 
@@ -96,4 +97,5 @@ def rehearse(
                 build_native(after, kernels.host, folder)
             steps.append(Step("native program", time.perf_counter() - start))
         task.advance("kernels")
+    reclaim()
     return Rehearsal(tuple(steps), layers, complete=True)

@@ -27,6 +27,7 @@ class Recipe:
 
     Attributes:
         description: what it is.
+        smooth: channels are evened out and keys centered before anything is quantized.
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
@@ -35,6 +36,7 @@ class Recipe:
     """
 
     description: str
+    smooth: bool
     group: int
     per_token: bool
     ranges: Literal["clip", "knees"]
@@ -44,8 +46,9 @@ class Recipe:
 
 RECIPES = {
     "lbllm": Recipe(
-        "the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per token and group, 4-bit"
-        " KV cache, int8 lm_head",
+        "channels evened out, then the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per"
+        " token and group, 4-bit KV cache, int8 lm_head",
+        smooth=True,
         group=64,
         per_token=False,
         ranges="clip",
@@ -55,6 +58,7 @@ RECIPES = {
     "lbllm-paper": Recipe(
         "the three LBLLM stages alone, layer by layer as in the paper; groups of 128, activation scales per token, with"
         " knees, 4-bit KV cache, int8 lm_head",
+        smooth=False,
         group=128,
         per_token=True,
         ranges="knees",
@@ -226,6 +230,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     return [
         make("canonicalize", {}),
         make("annotate", {"keep_dense": choices.keep_dense}),
+        *([make("smooth", {})] if recipe.smooth else []),
         make("observe", {}),
         make("ptq", {"group": group}),
         make("distill", {"epochs": size.distill_epochs}),

@@ -18,6 +18,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import BuiltKernels
+from lbllm_compile.passes import spool
 from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.program import Program
 from lbllm_compile.runtime import Sampling, load
@@ -86,7 +87,8 @@ def measure(
     chunks = [ids[None] for batch in data.validation for ids in batch["input_ids"]]
 
     def teacher(ids: Tensor) -> Tensor:
-        return original.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with spool.streamed(original.module):
+            return original.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
     scores = evaluate.compare(loaded.logits, teacher, chunks, progress).summary()
     text = f"{len(chunks)} held-out sequences of {chunks[0].shape[1]} tokens from {data.source}"
@@ -123,6 +125,7 @@ def _decoding_speeds(
                     pass
                 best[name] = max(best[name], DECODE_TOKENS / (time.perf_counter() - start))
             task.advance(f"{best['decode_compiled']:.1f} tokens/s")
+    spool.release()
     return best
 
 

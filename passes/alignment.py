@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .base import PassContext, PassError
 from .chains import Chains, parameters_of, weight_of
-from .layers import Activations, Layers, Values
+from .layers import Activations, Layers, Values, finish
 from .precision import Precision, restored
 from .program import Program, get_attribute
 from .ptq import FIELDS
@@ -34,6 +34,7 @@ from .simulate import (
     knee_shares,
     lift,
 )
+from .spool import release
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -126,12 +127,12 @@ class Whole:
             run = checkpoint(lifted.run, values, parameters, use_reentrant=False, preserve_rng_state=False)
             values = {**values, **run}
             values = {name: value for name, value in values.items() if name in lifted.stage.live}
-        return _finish(self.student, {name: restored(v, self.precision) for name, v in values.items()})
+        return finish(self.student, {name: restored(v, self.precision) for name, v in values.items()})
 
     def loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """Divergence on one training batch."""
         with torch.no_grad():
-            target = _finish(self.teacher, self.teacher_training[index])
+            target = finish(self.teacher, self.teacher_training[index])
         return self.objective(target.float(), self.output(self.training[index], parameters).float())
 
     @torch.no_grad()
@@ -139,14 +140,22 @@ class Whole:
         """Mean divergence on held-out sequences, in float32."""
         total = 0.0
         for values, teacher in zip(self.validation, self.teacher_validation, strict=True):
-            target = _finish(self.teacher, teacher)
+            target = finish(self.teacher, teacher)
             total += float(self.divergence(target, self.output(values, parameters)))
         return total / len(self.validation)
 
-
-def _finish(layers: Layers, values: Values) -> Tensor:
-    """A program's output from the values behind its last layer, which may already hold it."""
-    return {**values, **layers.epilogue.run(values)}[layers.results[0]]
+    @torch.no_grad()
+    def validate_stored(self, stored: Mapping[str, Tensor]) -> float:
+        """What :meth:`validate` gives for stored tensors, on one layer's dequantized weights at a time."""
+        chain = self.validation.fork()
+        for lifted in self.layers:
+            chain.advance(lifted.bind(parameters_of(lifted, stored)))
+        total = 0.0
+        for values, teacher in zip(chain, self.teacher_validation, strict=True):
+            target = finish(self.teacher, teacher)
+            total += float(self.divergence(target, finish(self.student, values)))
+        release()
+        return total / len(self.validation)
 
 
 @dataclass(frozen=True)
@@ -174,13 +183,13 @@ def best_start(whole: Whole, trained: Mapping[str, Tensor]) -> Start:
             have not trained.
     """
     ranges = {path for lifted in whole.layers for path in lifted.ranges}
-    before = whole.validate(_parameters(whole, {}))
+    before = whole.validate_stored({})
     best = Start({}, "levels and clips as before", before, before)
     if not trained:
         return best
     for with_levels, with_clips in ((True, False), (False, True), (True, True)):
         kept = {path: t for path, t in trained.items() if (with_clips if path in ranges else with_levels)}
-        reached = whole.validate(_parameters(whole, kept))
+        reached = whole.validate_stored(kept)
         if reached < best.divergence:
             words = "trained" if with_levels else "as before", "trained" if with_clips else "as before"
             best = Start(kept, f"levels {words[0]}, clips {words[1]}", before, reached)
@@ -239,6 +248,8 @@ class Together:
     def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
         stored.update(start.tensors)
+        if not self.steps:
+            return stored, Outcome(start.divergence, start.divergence, 0)
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
@@ -278,11 +289,6 @@ class Together:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
         return stored, outcome
-
-
-def _parameters(whole: Whole, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantized weights, clip factors and knees of all layers: those in ``stored``, else as the program has them."""
-    return {path: value for lifted in whole.layers for path, value in parameters_of(lifted, stored).items()}
 
 
 def divergence_of(kind: str, deviation: float = 0.0) -> Divergence:

@@ -89,6 +89,7 @@ class Annotate(Pass):
 
     name: ClassVar[str] = "annotate"
     contract: ClassVar[Contract] = EXACT
+    sets_teacher: ClassVar[bool] = True
 
     keep_dense: tuple[str, ...] = ()
 

@@ -149,10 +149,12 @@ class Pass(ABC):
     Class attributes:
         name: kebab-case name in pipeline text.
         contract: see :class:`Contract`.
+        sets_teacher: whether the program it returns is what calibrations imitate from then on.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = EXACT
+    sets_teacher: ClassVar[bool] = False
 
     def rehearsal(self) -> Pass:
         """The same pass with the least work that shows whether it would go through."""

@@ -40,6 +40,7 @@ from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .cleanup import clean
 from .program import Program, copy_module, get_attribute, set_attribute
 from .rewrite import ancestors, calls, is_node, make_attribute
+from .spool import spooled
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
@@ -135,7 +136,7 @@ def _compute_weights(module: fx.GraphModule) -> None:
             continue
         if weight not in stored:
             stored[weight] = _free_path(module, node, needed, set(stored.values()))
-            set_attribute(module, stored[weight], _evaluate(module, needed).contiguous())
+            set_attribute(module, stored[weight], spooled(_evaluate(module, needed)))
         with module.graph.inserting_before(node):
             computed = make_attribute(module.graph, stored[weight], weight)
         computed.meta["val"] = weight.meta["val"]
@@ -295,7 +296,7 @@ def _rows(module: fx.GraphModule, weight: _Operand) -> fx.Node:
     readers = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == source]
     shared = sum(len(n.users) for n in readers) > 1 or hasattr(module, f"{source}_transposed")
     path = f"{source}_transposed" if shared else source
-    set_attribute(module, path, get_attribute(module, source).mT.contiguous())
+    set_attribute(module, path, spooled(get_attribute(module, source).mT))
     node = module.graph.get_attr(path)
     node.meta = dict(weight.node.meta)
     if isinstance(node.meta.get("val"), torch.Tensor):

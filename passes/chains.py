@@ -16,6 +16,7 @@ from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
 from .simulate import Lifted, lift
+from .spool import mapped, trim
 from .training import reconstruction, targets_of
 
 
@@ -142,7 +143,8 @@ def train_layers(
                 context.checkpoints.save(name, index, *done)
             tensors, metrics = done
             chains.learn(lifted, parameters_of(lifted, tensors))
-            stored.update(tensors)
+            stored.update(mapped(tensors.items()))
+            trim()
             rows.append({"layer": index, "before": before, **metrics})
             task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
     return walked, stored, rows

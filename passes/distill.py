@@ -1,8 +1,9 @@
 """``distill``, the second stage: layer by layer, weights learn to reproduce the float model.
 
-Unit of training is one decoder layer; activations stay in full precision. The teacher is the float layer on the float
-chain of activations; the student is the quantized layer on the quantized chain, so later layers learn to make up for
-earlier ones. Latent weights, relaxed bitmaps and levels train together (LBLLM, arXiv 2604.19167, stage "WAT"), through
+Unit of training is one decoder layer; activations stay in full precision, unless ``activate`` came before: then weights
+train under quantized activations, and clip factors stay as they are. The teacher is the float layer on the float chain
+of activations; the student is the quantized layer on the quantized chain, so later layers learn to make up for earlier
+ones. Latent weights, relaxed bitmaps and levels train together (LBLLM, arXiv 2604.19167, stage "WAT"), through
 the int8 rounding of the levels. The graph stays as it is: only planes, levels and scales change.
 
 Given::
@@ -38,6 +39,7 @@ from .precision import Precision
 from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted
+from .spool import release
 from .training import Group, reconstruction, step_scale, train_epochs
 
 STREAM = 1 << 20
@@ -107,15 +109,18 @@ class Distill(Pass):
             groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
             groups.append(Group((latent.bitmap,), self.lr_bitmap * scale, self.freeze, 0.0, 1.0))
             groups.append(Group((latent.levels,), self.lr_levels * deviation))
+        release()
 
-        def weights() -> dict[str, Tensor]:
-            return {path: latent.simulate() for path, latent in latents.items()}
+        clips = {path: get_attribute(lifted.stage.module, path) for path in lifted.clips}
+
+        def parameters() -> dict[str, Tensor]:
+            return {path: latent.simulate() for path, latent in latents.items()} | clips
 
         def loss(index: int) -> Tensor:
-            return reconstruction(lifted.run(chains.student[index], weights()), chains.target(lifted.stage, index))
+            return reconstruction(lifted.run(chains.student[index], parameters()), chains.target(lifted.stage, index))
 
         def validate() -> float:
-            return chains.validation_error(lifted, weights())
+            return chains.validation_error(lifted, parameters())
 
         outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
         tensors: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..codegen import reference
 from ..codegen.format import QuantizedWeight
-from .program import Program
+from .program import Program, Runner
 from .rewrite import argument, is_call
 
 _aten = torch.ops.aten
@@ -30,7 +30,7 @@ def run(program: Program, inputs: Mapping[str, Any]) -> Tensor:
     return _Exact(program.module).run(*program.arguments(inputs))
 
 
-class _Exact(fx.Interpreter):
+class _Exact(Runner):
     """Evaluates linears between ``fake_quantize`` and ``unpack_weight`` or ``unpack_rows`` by the reference."""
 
     def __init__(self, module: fx.GraphModule):
@@ -38,7 +38,7 @@ class _Exact(fx.Interpreter):
         self._activations: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         self._weights: dict[fx.Node, QuantizedWeight | tuple[Tensor, Tensor]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def evaluate(self, n: fx.Node) -> Any:
         if is_call(n, _lbllm.fake_quantize.default):
             x, *options = self._values(n)
             values, scale = self._activations[n] = reference.quantize_activation(x, *options)
@@ -48,10 +48,10 @@ class _Exact(fx.Interpreter):
             return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
         if is_call(n, _lbllm.unpack_rows.default):
             rows, scale = self._weights[n] = self._values(n)
-            return _lbllm.unpack_rows(rows, scale)
+            return None if all(_is_quantized_linear(user) for user in n.users) else _lbllm.unpack_rows(rows, scale)
         if _is_quantized_linear(n):
             return self._linear(n)
-        return super().run_node(n)
+        return super().evaluate(n)
 
     def _values(self, node: fx.Node) -> Any:
         return self.fetch_args_kwargs_from_env(node)[0]

@@ -12,6 +12,7 @@ Everything is vectorized over the rows: a row's fit depends on no other row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from ..codegen.errors import LbllmError
 from ..codegen.format import LEVELS, quantize_levels
 from ..codegen.sizes import group_count
+
+Init = Literal["em", "rtn"]
+"""How a group's levels start: by expectation maximization, or as an even grid between its least and largest weight."""
 
 SCOUT_ITERATIONS = 3
 """Rounds of expectation maximization from every starting point, before the best one goes on alone."""
@@ -113,12 +117,14 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     order, groups, sizes = _column_order(hessian.diagonal(), group)
     hessian = hessian[order][:, order]
     while damp <= DAMP_LIMIT:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
         # R R^T with an upper R is the Cholesky factorization of the matrix read backwards.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards = hessian.flip(0, 1)
+        backwards.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
+        del backwards
         if not bool(failed):
             root = lower.flip(0, 1).contiguous()
+            del lower
             inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True)
             if bool(torch.isfinite(inverse).all()):
                 return Factor(order, groups, sizes, root, inverse, dead, damp)
@@ -139,13 +145,16 @@ def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...]
     return torch.cat(ordered), tuple(groups), tuple(len(c) for c in ordered)
 
 
-def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True, rounds: int = 1) -> Fit:
+def fit(
+    weight: Tensor, factored: Factor, group: int, *, init: Init = "em", compensate: bool = True, rounds: int = 1
+) -> Fit:
     """Fits planes and levels to a matrix.
 
     Args:
         weight: ``[N, K]``, finite.
         factored: of the inputs' Hessian, for the same ``group``.
         group: input columns per group.
+        init: how levels are found; ``rtn`` without ``compensate`` is plain rounding to nearest, whatever the inputs.
         compensate: let later columns make up for the errors of earlier ones.
         rounds: rounds of compensation and level refit per group; the best of them is kept per row.
 
@@ -158,6 +167,7 @@ def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True
     work = weight.t()[factored.order].contiguous()
     codes = torch.empty((k, n), dtype=torch.uint8)
     levels = torch.empty((n, group_count(k, group), LEVELS))
+    del weight
     original = work.clone()
     quantized = torch.empty_like(work)
     start = 0
@@ -166,7 +176,9 @@ def fit(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True
         block = work[start:end]
         root = factored.root[start:end, start:end]
         inverse = factored.inverse[start:end, start:end]
-        found = _representable(expectation_maximization(block.t(), inverse.diagonal().square().reciprocal()))
+        importance = inverse.diagonal().square().reciprocal()
+        found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance)
+        found = _representable(found)
         if compensate:
             found, steps, errors = _fit_group(block, root, inverse, found, rounds)
             if end < k:
@@ -237,6 +249,11 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     best = gain.argmax(1)[:, None, None].expand(-1, 1, LEVELS)
     found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS)
     return found.squeeze(1).sort(-1).values
+
+
+def even_grid(weight: Tensor) -> Tensor:
+    """Four evenly spaced levels ``[N, 4]`` per row of ``[N, g]``, from its least to its largest value."""
+    return torch.lerp(*weight.aminmax(dim=-1, keepdim=True), torch.linspace(0.0, 1.0, LEVELS))
 
 
 def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from .annotate import LAYER
 from .base import batches_of
 from .precision import Precision, matrix_products, restored
 from .program import Program, get_attribute, set_attribute
+from .spool import Record, Records, release
 
 Values = dict[str, Any]
 """Values of one batch by node name: tensors, and ints for symbolic sizes."""
@@ -83,43 +84,52 @@ class Runnable(Protocol):
 
 
 class Activations:
-    """The values alive between two stages, one mapping per batch. In memory; only this class knows that."""
+    """The values alive between two stages, one mapping per batch. On disk, read a batch at a time; only this class
+    knows that."""
 
     def __init__(self, batches: Iterable[Mapping[str, Any]]):
-        self._batches: list[Values] = [dict(b) for b in batches]
+        self._records = Records()
+        self._batches: list[dict[str, Any]] = [{n: self._kept(v) for n, v in b.items()} for b in batches]
+
+    def _kept(self, value: Any) -> Any:
+        return self._records.put(value) if isinstance(value, Tensor) else value
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Values]:
-        return (dict(b) for b in self._batches)
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Values:
-        return dict(self._batches[index])
+        return {n: v.read() if isinstance(v, Record) else v for n, v in self._batches[index].items()}
 
     def fork(self) -> Activations:
-        """A second chain that starts from the same values; tensors are shared until either one moves on."""
-        return Activations(self._batches)
+        """A second chain that starts from the same values; what is kept of them is shared."""
+        second = Activations(())
+        second._batches = [dict(b) for b in self._batches]
+        return second
 
     @torch.no_grad()
     def advance(
         self, stage: Runnable, visit: Callable[[Values], None] | None = None, precision: Precision = "float32"
     ) -> None:
-        """Runs a stage on every batch and drops what nothing needs any more.
+        """Runs a stage on every batch and drops what nothing needs any more, the stage's weights from memory too.
 
         Args:
             stage: the next stage of the chain.
             visit: called with each batch's live values after the stage.
             precision: of the stage's matrix products.
         """
-        for index, values in enumerate(self._batches):
+        for index, kept in enumerate(self._batches):
+            values = self[index]
             with matrix_products(precision):
                 outputs = stage.run(values)
-            values = {**values, **{name: restored(value, precision) for name, value in outputs.items()}}
-            values = {name: value for name, value in values.items() if name in stage.live}
+            fresh = {name: restored(value, precision) for name, value in outputs.items() if name in stage.live}
+            kept = {name: value for name, value in kept.items() if name in stage.live and name not in fresh}
             if visit is not None:
-                visit(values)
-            self._batches[index] = values
+                visit({name: values[name] for name in kept} | fresh)
+            self._batches[index] = kept | {name: self._kept(value) for name, value in fresh.items()}
+        release()
 
 
 def split(program: Program) -> Layers:
@@ -222,6 +232,11 @@ def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[An
     for stage in (layers.prologue, *layers.layers, layers.epilogue):
         chain.advance(stage)
     return [values[layers.results[0]] for values in chain]
+
+
+def finish(layers: Layers, values: Values) -> Any:
+    """The program's first result from the values behind its last layer, which may already hold it."""
+    return {**values, **layers.epilogue.run(values)}[layers.results[0]]
 
 
 def _computed(graph: fx.Graph) -> list[fx.Node]:

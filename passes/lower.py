@@ -42,7 +42,7 @@ from ..codegen.format import QuantizedWeight
 from .annotate import LINEAR
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
-from .program import Program, get_attribute
+from .program import Program, Runner, get_attribute
 from .rewrite import Node, argument, calls, constant, is_call, is_constant, make_call, replace_call
 
 _aten = torch.ops.aten
@@ -182,7 +182,7 @@ def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops
     return _lbllm.bit_linear.default, (*planes, argument(linear, 2, "bias"), weight_group)
 
 
-class _Comparison(fx.Interpreter):
+class _Comparison(Runner):
     """Runs a simulated program and gives each lowered linear the same input as its simulated one."""
 
     def __init__(self, simulated: Program, program: Program, lowered: Mapping[str, Node]):
@@ -191,8 +191,8 @@ class _Comparison(fx.Interpreter):
         self.worst = 0.0
         self.inputs: dict[Node, tuple[Tensor, Tensor]] = {}
 
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
+    def evaluate(self, n: Node) -> Any:
+        result = super().evaluate(n)
         if is_call(n, _lbllm.fake_quantize.default):
             x, *options = self.fetch_args_kwargs_from_env(n)[0]
             rows = x.reshape(-1, x.shape[-1])[:_CHECKED_ROWS].float()

@@ -25,6 +25,7 @@ from ..codegen.errors import LbllmError
 from . import contracts, registry
 from .base import Pass, PassCheckpoints, PassContext
 from .program import Program
+from .spool import reclaim
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
 _KEY = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_-]*)\s*=\s*")
@@ -190,7 +191,8 @@ def run(
 ) -> tuple[Program, list[PassRecord]]:
     """Applies passes in order, checking each.
 
-    The program after ``annotate`` becomes ``context.teacher`` unless one is set already.
+    A pass that ``sets_teacher`` (``annotate``, ``smooth``) makes its result ``context.teacher`` where there is none
+    yet, or where the program it was given is it.
 
     Raises:
         ContractError: a pass broke what it promised, or left a graph that does not lint or propagate.
@@ -199,6 +201,7 @@ def run(
     records: list[PassRecord] = []
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
+        reclaim()
         start = time.perf_counter()
         checkpoints = PassCheckpoints(context.checkpoints, f"{index:02d}-")
         result = item.apply(program, dataclasses.replace(context, checkpoints=checkpoints))
@@ -224,7 +227,8 @@ def run(
         records.append(record)
         if listener is not None:
             listener(record, program, after)
+        if item.sets_teacher and (context.teacher is None or context.teacher is program):
+            context.teacher = after
         program, outputs = after, new_outputs
-        if item.name == "annotate" and context.teacher is None:
-            context.teacher = program
+    reclaim()
     return program, records

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .spool import Gauge, release
+
 STATE = "lbllm_state"
 """Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
 
@@ -104,8 +106,57 @@ class Program:
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Runs the graph once, without past, on a mapping from placeholder name to value."""
-        return self.module(*self.arguments(inputs))
+        """Runs the graph once, without past, on a mapping from placeholder name to value; see :class:`Runner`."""
+        return Runner(self.module).run(*self.arguments(inputs))
+
+
+class Runner(fx.Interpreter):
+    """Runs a graph on little memory: what depends on weights alone is computed right before its first use, and weights
+    that are mapped from a file are dropped from memory behind it. The values are those of the module.
+
+    Subclasses say in :meth:`evaluate` what else a node may compute.
+    """
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module, graph=_weights_late(module.graph))
+        self._gauge = Gauge()
+
+    def evaluate(self, n: fx.Node) -> Any:
+        """The value of a node, whose arguments are in ``self.env``."""
+        return super().run_node(n)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self.evaluate(n)
+        weights = (self.env[a] for a in n.all_input_nodes if a.op == "get_attr")
+        self._gauge.use(w for w in weights if isinstance(w, Tensor))
+        return value
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            release()
+
+
+def _weights_late(graph: fx.Graph) -> fx.Graph:
+    """A copy in which every node that depends on weights alone stands right before its first user."""
+    constant: set[fx.Node] = set()
+    late = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+
+    def place(node: fx.Node) -> None:
+        for needed in node.all_input_nodes:
+            if needed not in values:
+                place(needed)
+        values[node] = late.node_copy(node, lambda n: values[n])
+
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and inputs and constant.issuperset(inputs)):
+            constant.add(node)
+        else:
+            place(node)
+    return late
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

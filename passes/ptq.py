@@ -36,12 +36,13 @@ from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .fit import CalibrationError, Fit, factor, fit
+from .fit import CalibrationError, Factor, Fit, Init, factor, fit
 from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .observe import STAT, decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
+from .spool import mapped, release, trim
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
@@ -61,6 +62,7 @@ class Ptq(Pass):
 
     Attributes:
         group: input columns per group.
+        init: how a group's levels are found: by expectation maximization, or as an even grid over its range (``rtn``).
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per group.
@@ -68,6 +70,7 @@ class Ptq(Pass):
     """
 
     group: int = 64
+    init: Init = "em"
     damp: float = 0.01
     compensate: bool = True
     rounds: int = 1
@@ -89,7 +92,8 @@ class Ptq(Pass):
                 tensors, metrics = self._layer(layer, chain, done)
                 if done is None:
                     context.checkpoints.save(self.name, index, tensors, metrics)
-                stored.update(tensors)
+                stored.update(mapped(tensors.items()))
+                trim()
                 rows += [{"layer": index, **row} for row in metrics["linears"]]
                 task.advance(f"error {_mean_error(metrics['linears']):.4f}")
         quantized = rewrite(program, stored, self.group)
@@ -111,7 +115,9 @@ class Ptq(Pass):
             raise PassError("ptq needs observers in front of all decoder linears; run 'observe' before it")
         for node in (n for users in linears.values() for n in users):
             weight = get_attribute(program.module, node.meta[LINEAR].weight)
-            if not bool(torch.isfinite(weight).all()):
+            finite = bool(torch.isfinite(weight).all())
+            release()
+            if not finite:
                 raise PassError(
                     f"the weight '{node.meta[LINEAR].weight}' holds NaN or infinite values; check the model"
                 )
@@ -150,7 +156,11 @@ class Ptq(Pass):
         weights = [get_attribute(module, path) for path in paths]
         start = time.perf_counter()
         if statistic.offsets is None:
-            fits, extra = self._fit_rows(weights, statistic.hessian(0))
+            hessian = statistic.hessian(0)
+            statistic.sums.clear()
+            factored = factor(hessian, self.group, self.damp)
+            del hessian
+            fits, extra = self._fit_rows(weights, factored)
             fits = [[f] for f in fits]
         else:
             fits, extra = self._fit_experts(weights, statistic)
@@ -168,10 +178,10 @@ class Ptq(Pass):
             figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
         return tensors, figures
 
-    def _fit_rows(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[list[Fit], dict[str, Any]]:
+    def _fit_rows(self, weights: Sequence[Tensor], factored: Factor) -> tuple[list[Fit], dict[str, Any]]:
         """Fits matrices ``[N_i, K]`` with the same inputs."""
-        factored = factor(hessian, self.group, self.damp)
-        whole = fit(torch.cat(list(weights)), factored, self.group, compensate=self.compensate, rounds=self.rounds)
+        together = torch.cat(list(weights))
+        whole = fit(together, factored, self.group, init=self.init, compensate=self.compensate, rounds=self.rounds)
         fits, start = [], 0
         for weight in weights:
             fits.append(whole.rows(start, start + weight.shape[0]))
@@ -187,7 +197,8 @@ class Ptq(Pass):
             enough = statistic.count(expert) >= width
             fallbacks += not enough
             hessian = statistic.hessian(expert) if enough else statistic.shared()
-            found, extra = self._fit_rows([w[expert] for w in weights], hessian)
+            factored = factor(hessian, self.group, self.damp)
+            found, extra = self._fit_rows([w[expert] for w in weights], factored)
             for parts, part in zip(fits, found, strict=True):
                 parts.append(part)
             damp, dead = max(damp, extra["damp"]), dead + extra["dead_columns"]
@@ -279,7 +290,7 @@ def _add_outer_products(total: Tensor, x: Tensor) -> None:
 
 def _symmetric(total: Tensor) -> Tensor:
     """The whole matrix from its upper triangle."""
-    return total.triu() + total.triu(1).t()
+    return total.triu().add_(total.triu(1).t())
 
 
 def _collect(statistics: Mapping[str, Statistic], values: Values) -> None:

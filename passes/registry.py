@@ -16,6 +16,7 @@ ENTRY_POINT_GROUP = "lbllm_compile.passes"
 _BUILTIN = {
     "canonicalize": "canonicalize:Canonicalize",
     "annotate": "annotate:Annotate",
+    "smooth": "smooth:Smooth",
     "observe": "observe:Observe",
     "ptq": "ptq:Ptq",
     "distill": "distill:Distill",

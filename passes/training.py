@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ..codegen.errors import FormatError
 from .base import Checkpoints, PassError
 from .layers import Values
 from .precision import Precision, matrix_products
+from .spool import mapped, release
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
@@ -33,6 +35,10 @@ KEEP = 4
 
 EPSILON = 1e-6
 """Smallest squared norm of a target token, relative to the batch's mean."""
+
+
+class DivergenceError(PassError):
+    """A training left the range of numbers."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def train(
         report: called with the loss of the latest validation after every step, those of a resumed training included.
 
     Raises:
-        PassError: the training diverged.
+        DivergenceError: the training diverged.
     """
     if before is None:
         with torch.no_grad():
@@ -104,20 +110,29 @@ def train(
     tensors = [t for g in groups for t in g.tensors]
     for tensor in tensors:
         tensor.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [{"params": list(g.tensors), "lr": g.rate} for g in groups], betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    best, kept, at, first = before, [t.detach().clone() for t in tensors], 0, 0
+    # One for each tensor, run as soon as the tensor's gradient is there, so that a layer's gradients never meet.
+    optimizers = [
+        [torch.optim.AdamW([t], g.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True) for t in g.tensors]
+        for g in groups
+    ]
+    every_optimizer = [optimizer for own in optimizers for optimizer in own]
+    hooks = [
+        tensor.register_post_accumulate_grad_hook(functools.partial(_step, optimizer))
+        for tensor, optimizer in zip(tensors, every_optimizer, strict=True)
+    ]
+    kept = list(mapped((str(i), t) for i, t in enumerate(tensors)).values())
+    best, at, first = before, 0, 0
     latest = before
     state = checkpoints.load(name, 0) if checkpoints is not None else None
     if state is not None:
-        first, best, at, latest = _restore(optimizer, tensors, kept, *state)
+        first, best, at, latest = _restore(every_optimizer, tensors, kept, *state)
         for _ in range(first):
             report(latest)
     for step, batch in itertools.islice(enumerate(_order(batches, steps, generator)), first, None):
         share = step / steps
-        for group, options in zip(groups, optimizer.param_groups, strict=True):
-            options["lr"] = group.rate * _rate(step, steps) * (share < group.until)
+        for group, own in zip(groups, optimizers, strict=True):
+            for optimizer in own:
+                optimizer.param_groups[0]["lr"] = group.rate * _rate(step, steps) * (share < group.until)
         try:
             with matrix_products(precision):
                 value = loss(batch)
@@ -126,8 +141,6 @@ def train(
         if not value.isfinite():
             raise _diverged(step)
         value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for group in groups:
                 if group.low is not None or group.high is not None:
@@ -139,17 +152,30 @@ def train(
                     best, at = latest, step + 1
                     for copy, tensor in zip(kept, tensors, strict=True):
                         copy.copy_(tensor)
+                    release()
         if checkpoints is not None and (step + 1) % KEEP == 0 and step + 1 < steps:
             figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
-            checkpoints.save(name, 0, _state(optimizer, tensors, kept), figures)
+            checkpoints.save(name, 0, _state(every_optimizer, tensors, kept), figures)
         report(latest)
+    for hook, optimizer in zip(hooks, every_optimizer, strict=True):
+        hook.remove()
+        # Optimizers refer to themselves: what they hold would stay in memory until Python looks for cycles.
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
     return Outcome(before, best, at)
 
 
-def _diverged(step: int) -> PassError:
-    return PassError(f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)")
+def _step(optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
+    optimizer.step()
+    tensor.grad = None
+
+
+def _diverged(step: int) -> DivergenceError:
+    return DivergenceError(
+        f"the training diverged after {step} steps; lower its learning rates (lr_levels and the others)"
+    )
 
 
 def train_epochs(
@@ -170,17 +196,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW remembers of a tensor."""
 
 
-def _state(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> dict[str, Tensor]:
+def _state(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Sequence[Tensor], kept: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """Everything a training needs to go on where it was."""
     state = {f"tensor.{i}": t.detach() for i, t in enumerate(tensors)}
     state.update({f"kept.{i}": t for i, t in enumerate(kept)})
-    for i, tensor in enumerate(tensors):
+    for i, (optimizer, tensor) in enumerate(zip(optimizers, tensors, strict=True)):
         state.update({f"{moment}.{i}": optimizer.state[tensor][moment] for moment in _MOMENTS})
     return state
 
 
 def _restore(
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     tensors: Sequence[Tensor],
     kept: Sequence[Tensor],
     state: Mapping[str, Tensor],
@@ -188,7 +216,7 @@ def _restore(
 ) -> tuple[int, float, int, float]:
     """Undoes :func:`_state`; returns the next step, the best loss, its step and the latest loss."""
     with torch.no_grad():
-        for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+        for i, (optimizer, tensor, copy) in enumerate(zip(optimizers, tensors, kept, strict=True)):
             tensor.copy_(state[f"tensor.{i}"])
             copy.copy_(state[f"kept.{i}"])
             optimizer.state[tensor] = {moment: state[f"{moment}.{i}"].clone() for moment in _MOMENTS}

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from lbllm_compile.passes import spool
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -254,6 +255,43 @@ def test_hugging_face_directory(checkpoint: Path) -> None:
     assert json.loads(json.dumps(model.config)) == model.config
     weight = zoo.ZOO["llama-tied"].build().model.embed_tokens.weight
     assert torch.equal(model.module.get_input_embeddings().weight, weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gpt-neox", "mixtral"])
+def test_shards_in_half_precision_load_as_transformers_loads_them(tmp_path: Path, name: str) -> None:
+    """Into the same values, ties and configuration, and so into the same program; but mapped from a file."""
+    zoo.ZOO[name].build().bfloat16().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reference = frontend.prepare(frontend.UserModel(expected, "causal-lm", tmp_path.name, str(tmp_path)))
+    model = frontend.load(tmp_path)
+    assert dict(model.config) == dict(reference.config)
+    ties = [len({id(p) for p in m.parameters()}) for m in (model.module, expected)]
+    assert ties[0] == ties[1]
+    assert all(spool.is_mapped(p) for p in model.module.parameters())
+    assert frontend.fingerprint(frontend.capture(model)) == frontend.fingerprint(frontend.capture(reference))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    zoo.ZOO["llama"].build().save_pretrained(tmp_path, max_shard_size="50KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded as a language model") as caught:
+        frontend.load(tmp_path)
+    assert lost.name in str(caught.value)
+
+
+def test_ties_and_the_order_in_memory_survive_the_move_to_disk() -> None:
+    shared = torch.nn.Parameter(torch.randn(4, 4))
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(4)))
+    module[0].weight = module[1].weight = shared
+    module[2].weight = torch.nn.Parameter(shared.data)
+    module[3].weight = torch.nn.Parameter(torch.randn(4, 4).t())
+    expected = [layer.weight.detach().clone() for layer in module]
+    frontend.prepare(frontend.UserModel(module, "module", "ties", "ties"))
+    assert all(torch.equal(layer.weight, value) for layer, value in zip(module, expected, strict=True))
+    assert module[0].weight is module[1].weight and module[2].weight.data_ptr() == module[0].weight.data_ptr()
+    assert [spool.is_mapped(layer.weight) for layer in module] == [True, True, True, False]
 
 
 def _edit_config(**changes: object) -> Callable[[Path], None]:

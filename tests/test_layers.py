@@ -52,6 +52,28 @@ def test_a_chain_drops_what_nothing_needs():
     assert set(chain[0]) != set(other[0])
 
 
+def test_a_chain_on_disk_gives_the_values_in_memory():
+    """With their strides, for both of two chains that went apart, and whole batches at a time."""
+    parts = layers.split(annotated())
+    expected = [dict(b) for b in batches(3)]
+    chain = layers.Activations(expected)
+    for stage in (parts.prologue, *parts.layers):
+        second = chain.fork()
+        before = expected
+        expected = [{n: v for n, v in {**b, **stage.run(b)}.items() if n in stage.live} for b in expected]
+        seen = []
+        chain.advance(stage, seen.append)
+        for values in (list(chain), seen):
+            for found, wanted in zip(values, expected, strict=True):
+                assert found.keys() == wanted.keys()
+                assert all(_same(found[n], wanted[n]) for n in wanted)
+        assert all(_same(second[1][n], before[1][n]) for n in before[1])
+
+
+def _same(a, b):
+    return torch.equal(a, b) and a.stride() == b.stride() if isinstance(a, torch.Tensor) else a == b
+
+
 def test_nodes_without_layer_go_where_they_are_needed():
     graph = fx.Graph()
     x = graph.placeholder("x")

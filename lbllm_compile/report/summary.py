@@ -13,6 +13,7 @@ from lbllm_compile.passes.pipeline import PassRecord
 from lbllm_compile.report import stages, terminal
 
 if TYPE_CHECKING:
+    from lbllm_compile.artifact import MeasuredPass
     from lbllm_compile.driver import CompileReport
     from lbllm_compile.preflight import Rehearsal
 
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 def compile_report(report: CompileReport, *, times: bool = False) -> list[RenderableType]:
     """The end of a compile for people."""
     parts: list[RenderableType] = [terminal.pass_table(report.records, times=times)]
-    for record in report.records:
-        rows = by_layer(record.rows) if record.contract == "calibrating" else []
-        if rows:
-            parts += [Text(), terminal.rows_table(f"{record.text}, by decoder layer", rows)]
+    for table in layer_tables(report.records):
+        parts += [Text(), table]
     if judged := stages.verdicts(report.records):
         rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in judged]
         parts += [Text(), terminal.table("What training achieved", ["", "", ""], rows)]
@@ -35,6 +34,17 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
     if report.resumed:
         parts += [Text(), Text(f"Taken over from an interrupted compile: {report.resumed} finished pieces of work.")]
     return [*parts, Text(), sheet(report.sheet)]
+
+
+def layer_tables(passes: Iterable[PassRecord | MeasuredPass], layer: int | None = None) -> list[Table]:
+    """What the calibrating passes measured, by decoder layer: errors of layers or linears, flip rates of planes.
+
+    Args:
+        layer: of this layer alone.
+    """
+    calibrating = [item for item in passes if item.contract == "calibrating"]
+    found = [(i.text, [r for r in by_layer(i.rows) if layer in (None, r["layer"])]) for i in calibrating]
+    return [terminal.rows_table(f"{text}, by decoder layer", rows) for text, rows in found if rows]
 
 
 def by_layer(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -45,8 +45,8 @@ class Row:
 def rows(preset: str, group: int) -> Iterator[Row]:
     """The rows for one group size.
 
-    The stages alone, then under quantized activations (A8, with the KV cache in float's stead 16 bit), then what a KV
-    cache of 4 bits and an int8 head add, and what scales per token instead of per group cost.
+    The stages alone with float activations; what quantized activations and a KV cache of 4 bits cost untrained; the
+    recipe, what an int8 head adds, and scales per token instead of per group; the artifact.
     """
     from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.base import Pass
@@ -57,29 +57,26 @@ def rows(preset: str, group: int) -> Iterator[Row]:
     passes = recipe.passes(recipe.Choices(preset=preset, group=group), "cpu")
     parts = Parts.of(passes)
     given = next(item for item in passes if item.name == "activate")
-    eight = replace(parts.quantize, bits=8, kv=16)
     trained = (parts.ptq, parts.distill)
+    untrained = parts.quantize
     # As in the recipe, or tuned on the whole output where the recipe does not do so itself.
-    four = replace(parts.quantize, **{name: getattr(given, name) for name in ("epochs", "steps")})
-    mark = f"g{group}"
+    four = replace(untrained, **{name: getattr(given, name) for name in ("epochs", "steps")})
 
     def simulated(name: str, *items: Pass) -> Row:
-        return Row(f"{mark}, {name}", pipeline.render(items))
+        return Row(f"g{group}, {name}", pipeline.render(items))
 
     yield simulated("A16, stage 1 alone", parts.ptq)
     yield simulated("A16, stages 1 and 2", *trained)
     yield simulated("A16, stages 1 and 2, finetune", *trained, parts.finetune)
-    yield simulated("A8, stage 1 alone", parts.ptq, eight)
-    yield simulated("A8, stages 1 and 2", *trained, eight)
-    yield simulated("A8, stages 1 and 2, finetune", *trained, eight, parts.finetune)
-    yield simulated("A4, KV16, all stages", *trained, replace(four, kv=16), parts.finetune)
+    yield simulated("the same with A8", *trained, parts.finetune, replace(untrained, bits=8, kv=16))
+    yield simulated("A4, KV16, stages 1 and 2", *trained, replace(untrained, kv=16))
+    yield simulated("A4, KV4, stages 1 and 2", *trained, untrained)
     yield simulated("A4, KV4, all stages", *trained, four, parts.finetune)
     yield simulated("A4, KV4, all stages, int8 head", *trained, four, parts.finetune, pipeline.make("head", {}))
     yield simulated("A4 per token, clip, KV4, all stages", *trained, replace(four, group=0), parts.finetune)
-    if hasattr(four, "ranges"):
-        knees = replace(four, group=0, ranges="knees")
-        yield simulated("A4 per token, knees, KV4, all stages", *trained, knees, parts.finetune)
-    yield Row(f"{mark}, artifact of --preset {preset}", pipeline.render(passes), compiled=True)
+    knees = replace(four, group=0, ranges="knees")
+    yield simulated("A4 per token, knees, KV4, all stages", *trained, knees, parts.finetune)
+    yield Row(f"g{group}, artifact of --preset {preset}", pipeline.render(passes), compiled=True)
 
 
 def measure_here(row: Row, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     for row in document["rows"]:
         where = "artifact" if row["compiled"] else "simulation"
         lines.append(f"| {row['name']} | {where} | {' | '.join(_cells(row))} |")
-    lines += ["", "The pipelines, in simulation behind `canonicalize,annotate,observe`:", ""]
+    lines += ["", "The pipelines, in simulation behind `canonicalize,annotate,smooth,observe`:", ""]
     lines += [f"* {row['name']}: `{row['pipeline']}`" for row in document["rows"]]
     return "\n".join(lines) + "\n"
 

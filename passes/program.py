@@ -142,6 +142,7 @@ def _weights_late(graph: fx.Graph) -> fx.Graph:
     """A copy in which every node that depends on weights alone stands right before its first user."""
     constant: set[fx.Node] = set()
     late = fx.Graph()
+    late.set_codegen(graph._codegen)
     values: dict[fx.Node, fx.Node] = {}
 
     def place(node: fx.Node) -> None:
@@ -213,6 +214,12 @@ def delete_attribute(module: torch.nn.Module, path: str) -> None:
     *parents, leaf = path.split(".")
     owner = get_attribute(module, ".".join(parents)) if parents else module
     delattr(owner, leaf)
+
+
+def discard_attributes(module: fx.GraphModule) -> None:
+    """Takes every tensor from a module that is used no more."""
+    for owner in module.modules():
+        owner._buffers.clear()
 
 
 def prune_attributes(module: fx.GraphModule) -> None:

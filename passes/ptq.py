@@ -40,7 +40,7 @@ from .fit import CalibrationError, Factor, Fit, Init, factor, fit
 from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .observe import STAT, decoder_linears
 from .precision import Precision
-from .program import Program, get_attribute, prune_attributes, set_attribute
+from .program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .rewrite import make_attribute, make_call
 from .spool import mapped, release, trim
 
@@ -146,6 +146,9 @@ class Ptq(Pass):
                     for later in parts[position + 1 :]:
                         if any(n.op == "get_attr" and n.target == path for n in later.module.graph.nodes):
                             set_weight(later, path, weight)
+        for part in parts:
+            # A graph and its module refer to each other: the layer's dequantized weights would stay until Python looks.
+            discard_attributes(part.module)
         return tensors, metrics
 
     def _fit(self, module: fx.GraphModule, statistic: Statistic) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -292,7 +292,8 @@ def test_targets_doctor_and_passes_speak_json() -> None:
     (cuda,) = (row for row in targets if row["target"] == "cuda")
     assert cuda["means"] == ", ".join(t.name for t in parse_targets("cuda"))
     document = json.loads(invoke("passes", "--json").stdout)
-    assert [p["name"] for p in document["passes"]][:4] == ["canonicalize", "annotate", "observe", "ptq"]
+    names = [p["name"] for p in document["passes"]]
+    assert names[:5] == ["canonicalize", "annotate", "smooth", "observe", "ptq"]
     assert [r["name"] for r in document["recipes"]] == list(recipe.RECIPES)
     assert all(pipeline.parse(r["pipeline"]) and r["description"] for r in document["recipes"])
 

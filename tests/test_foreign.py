@@ -189,8 +189,11 @@ def test_schedules_of_the_whole_space_are_exact_in_emulation(foreign, bits, grou
 @pytest.mark.parametrize(
     "shapes",
     [
-        [(259, 64, 4), (77, 0, 8), (1, 32, 16)],
-        pytest.param([(1, 32, 4), (77, 0, 4), (300, 256, 4), (259, 64, 8), (259, 64, 16)], marks=pytest.mark.slow),
+        [(259, 64, 4), (77, 0, 8), (1, 32, 16), (259, 64, 4, True)],
+        pytest.param(
+            [(1, 32, 4), (77, 0, 4), (300, 256, 4), (259, 64, 8), (259, 64, 16), (77, 0, 4, True), (300, 128, 4, True)],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["some", "more"],
 )

@@ -2,7 +2,7 @@
 
 The table takes some hundred scalar operations a group. An input then meets 15 thresholds, in vectors, and no division:
 the thresholds are multiplied by the scale, not the inputs divided by it. As in :mod:`.quantize`, no product is an
-operand of a sum, except of integers that fp32 holds exactly, so there is nothing for LLVM to contract.
+operand of a sum, except products and sums of integers that fp32 holds exactly, which LLVM may contract.
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.

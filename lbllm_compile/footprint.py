@@ -26,8 +26,8 @@ _FIT_BYTES = 24
 """Per weight of the matrices that are fitted as one: the weight, six forms of it while it is compensated."""
 
 _DISTILL_BYTES = 38
-"""Per weight of the layer, as measured; 30 of them are latent and bitmap, two moments of the optimizer for each, and the
-matrix in float32 and as bfloat16 in the layer's products."""
+"""Per weight of the layer, as measured; 30 of them are latent and bitmap, two moments of the optimizer for each, and
+the matrix in float32 and as bfloat16 in the layer's products."""
 
 _ACTIVATE_BYTES = 14
 """Per weight of the layer: the teacher's, the codes, the matrix, as float32 and bfloat16, and its gradient."""

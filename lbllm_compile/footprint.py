@@ -25,11 +25,11 @@ _HESSIANS = 9
 _FIT_BYTES = 24
 """Per weight of the matrices that are fitted as one: the weight, six forms of it while it is compensated."""
 
-_DISTILL_BYTES = 30
-"""Per weight of the layer: latent and bitmap, two moments of the optimizer for each, the matrix in float32 and as
-bfloat16 in the layer's products, and a matrix's gradients."""
+_DISTILL_BYTES = 38
+"""Per weight of the layer, as measured; 30 of them are latent and bitmap, two moments of the optimizer for each, and
+the matrix in float32 and as bfloat16 in the layer's products."""
 
-_ACTIVATE_BYTES = 12
+_ACTIVATE_BYTES = 14
 """Per weight of the layer: the teacher's, the codes, the matrix, as float32 and bfloat16, and its gradient."""
 
 _TOGETHER_BYTES = 8
@@ -39,7 +39,7 @@ _LEVEL_BYTES = 4 * 4
 """A float32 copy of a group's four levels. Training keeps six: levels, gradient, two moments, the best state and one
 being written; a state on disk has four."""
 
-_HEAD_COPIES = 4
+_HEAD_COPIES = 5
 """Float32 copies of the largest matrix outside the layers while it becomes int8 rows and is checked."""
 
 _LOWERED_COPIES = 3
@@ -116,7 +116,8 @@ def memory(model: Model, work: Work) -> dict[str, int]:
         return 4 * channels * sequences * work.length
 
     phases = {
-        "reading": 4 * model.parameters if model.whole else 2 * outside,
+        # In float32, and as it is stored.
+        "reading": 4 * model.parameters if model.whole else outside * 3 // 2,
         "capture and preflight": max(RESIDENT + outside, _training(model, work, layer), _HEAD_COPIES * outside),
     }
     if work.text is not None:

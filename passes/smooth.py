@@ -71,7 +71,7 @@ class Smooth(Pass):
         precision: of the matrix products on the calibration set.
     """
 
-    strength: Share = 0.5
+    strength: Share = 0.25
     center_keys: bool = True
     sequences: Positive = 64
     precision: Precision = "auto"

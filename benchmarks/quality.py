@@ -143,11 +143,11 @@ def _threads() -> int:
 def markdown(document: Mapping[str, Any]) -> str:
     """The table."""
     facts = document["rows"][0]
+    calibration = facts.get("calibration", "what the command names")
     lines = [
         f"{document['model']}, preset {document['preset']}, seed {document['seed']}, {document['threads']} threads;"
         f" {facts['text']}: {facts['chunks']} chunks of {facts['seq_len']} tokens, {facts['tokens']} tokens scored;"
-        f" calibrated on {facts.get('calibration', 'the same')}."
-        f" Perplexity of the float model: {facts['ppl_teacher']:.3f}.",
+        f" calibrated on {calibration}. Perplexity of the float model: {facts['ppl_teacher']:.3f}.",
         "",
         "| | measured | perplexity | KL mean | KL p99 | same top token | time | peak memory |",
         "|---|---|---|---|---|---|---|---|",

@@ -23,7 +23,6 @@ from ..codegen import ops as ops
 from ..codegen import reference
 from ..codegen.format import LEVELS, QuantizedWeight
 from ..codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
-from ..codegen.sizes import group_count
 from .layers import Stage, Values
 from .program import get_attribute
 from .rewrite import activation_knees

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,15 +11,18 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lbllm_compile.codegen.errors import KernelError, LbllmError
+from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import exact, graph_json
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.program import Program, set_attribute
+from rich.table import Table
 
 import lbllm_compile
-from lbllm_compile import driver, recipe
-from lbllm_compile.checkpoint import WorkDirError
+from lbllm_compile import artifact, driver, evaluate, inspect, recipe
+from lbllm_compile.checkpoint import WorkDir, WorkDirError
 from lbllm_compile.runtime.model import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,12 +83,26 @@ def options(model_file, out, **changes):
     return driver.CompileOptions(model=str(model_file), out=out, preset="quick", **changes)
 
 
+def generators():
+    """The state of every global generator."""
+    _, words, *rest = np.random.get_state()
+    return random.getstate(), (words.tolist(), *rest), torch.get_rng_state().tolist()
+
+
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory, model_file, caches):
+def compilation(tmp_path_factory, model_file, caches):
+    """A compile's report, and the state of the global generators before and after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipe.PRESETS, "quick", SMALL)
         directory = tmp_path_factory.mktemp("compiled")
-        return driver.compile(options(model_file, directory / "out", dump_dir=directory / "dumps"))
+        before = generators()
+        report = driver.compile(options(model_file, directory / "out", dump_dir=directory / "dumps"))
+        return report, before, generators()
+
+
+@pytest.fixture(scope="session")
+def compiled(compilation):
+    return compilation[0]
 
 
 def test_the_report_tells_what_was_done(compiled):
@@ -237,8 +255,6 @@ def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file,
 
 
 def test_an_unfinished_compile_of_something_else_is_refused(model_file, tmp_path):
-    from lbllm_compile.checkpoint import WorkDir
-
     work = WorkDir(tmp_path / "out.lbllm-work", {"model": "another"})
     work.save("ptq", 0, {"x": torch.ones(1)}, {})
     work.release()
@@ -247,11 +263,62 @@ def test_an_unfinished_compile_of_something_else_is_refused(model_file, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_no_global_seed_is_touched(model_file):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    driver.prepare(options(model_file, None))
-    assert torch.equal(torch.get_rng_state(), before)
+def test_no_global_generator_is_touched(compilation):
+    _, before, after = compilation
+    assert before == after
+
+
+def test_whatever_decides_the_weights_is_named_when_it_has_changed(model_file, tmp_path, monkeypatch):
+    job = driver.prepare(options(model_file, tmp_path / "out"))
+    data = driver.calibration_data(job, NoProgress())
+    facts = driver.fingerprint(job, data)
+    other = job.program.copy()
+    path, weight = next(iter(other.parameters()))
+    set_attribute(other.module, path, weight + 1)
+    coarser = recipe.passes(recipe.Choices(group=128), "cpu")
+    changed = {
+        "model": driver.fingerprint(dataclasses.replace(job, program=other), data),
+        "pipeline": driver.fingerprint(dataclasses.replace(job, passes=coarser), data),
+        "calibration": driver.fingerprint(job, dataclasses.replace(data, sha256="another")),
+        "seed": driver.fingerprint(dataclasses.replace(job, options=dataclasses.replace(job.options, seed=1)), data),
+    }
+    monkeypatch.setattr(driver, "__version__", "another")
+    changed["version"] = driver.fingerprint(job, data)
+    work = WorkDir(tmp_path / "w", facts)
+    work.save("01-ptq", 0, {"x": torch.ones(1)}, {})
+    work.release()
+    for name, different in changed.items():
+        with pytest.raises(WorkDirError, match=f"with another {name}; pass --fresh"):
+            WorkDir(tmp_path / "w", different)
+
+
+def test_an_artifact_keeps_what_its_passes_measured(compiled):
+    measured = {item.name: item for item in artifact.measured_passes(compiled.out)}
+    assert list(measured) == [record.name for record in compiled.records]
+    assert len(measured["ptq"].rows) == 3 * 7 and all(0 < row["error"] < 1 for row in measured["ptq"].rows)
+    for row in measured["distill"].rows:
+        assert row["after"] <= row["start"] and 0 <= row["sign_flips"] < 1 and 0 <= row["bitmap_flips"] < 1
+    assert not any("seconds" in row for item in measured.values() for row in item.rows)
+    parts, document = inspect.look(compiled.out, layer=1)
+    titles = [str(part.title) for part in parts if isinstance(part, Table)]
+    assert [t for t in titles if t.startswith("distill") and t.endswith("by decoder layer")]
+    assert [item["name"] for item in document["measured"]] == list(measured)
+    assert [item["name"] for item in inspect.look(compiled.out, "distill")[1]["measured"]] == ["distill"]
+
+
+def test_an_evaluation_says_what_it_scored(compiled, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All that glitters is not gold. " * 20)
+    figures = evaluate.evaluate(compiled.out, text, seq_len=64, chunks=3, teacher=None)
+    assert {k: figures[k] for k in ("text", "seq_len", "chunks", "tokens")} == {
+        "text": str(text),
+        "seq_len": 64,
+        "chunks": 3,
+        "tokens": 3 * 63,
+    }
+    assert figures["ppl"] > 1 and figures["ppl_teacher"] > 1 and figures["kld_p99"] >= figures["kld_mean"] > 0
+    first, *layers = [part for part in evaluate.render(compiled.out, figures) if isinstance(part, Table)]
+    assert "3 chunks of 64 tokens, 189 tokens scored" in str(first.title) and len(layers) >= 2
 
 
 @pytest.mark.parametrize(

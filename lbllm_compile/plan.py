@@ -37,7 +37,7 @@ from lbllm_compile.report import terminal
 if TYPE_CHECKING:
     from lbllm_compile.driver import CompileOptions
 
-_OPERATIONS = {"text": 6.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
+_OPERATIONS = {"text": 6.5, "smooth": 2.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
 """What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
 
 _CHAIN_OPERATIONS = 2.5
@@ -45,6 +45,9 @@ _CHAIN_OPERATIONS = 2.5
 
 _CAPTURE_SECONDS = 0.6
 """Tracing and checking, per decoder layer."""
+
+_PROGRAM_SECONDS = 0.45
+"""Generating the native program of a language model, per decoder layer."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,7 @@ def _seconds(
     layers = max(1, len({x.info.layer for x in decoder}))
     weights = sum(x.weights for x in decoder)
     work = {"text": sum(x.weights for x in found)} if writes_text and model.kind == "causal-lm" else {}
+    work["smooth"] = weights * min(1.0, _option(passes, "smooth", "sequences", 0) / preset.sequences)
     work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
     work["distill"] = weights * _option(passes, "distill", "epochs", 0)
     for stage in ("activate", "finetune"):
@@ -381,12 +385,15 @@ def _seconds(
     result.update({_TITLES[k]: _OPERATIONS[k] * v * tokens / speed for k, v in work.items() if v})
     shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
     result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
+    if model.kind == "causal-lm":
+        result["native program"] = _PROGRAM_SECONDS * layers
     result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed
     return result
 
 
 _TITLES = {
     "text": "calibration text by the model itself",
+    "smooth": "smooth",
     "ptq": "stage 1, ptq",
     "distill": "stage 2, distill",
     "activate": "stage 3, activate",

@@ -1,10 +1,10 @@
 """``finetune``: levels and clip factors of all layers, tuned together against the float model's output.
 
 The stages before train one layer at a time, and no layer knows which of its errors matter to the output. Here the whole
-model runs, its decoder layers recomputed in the backward pass, and the levels (through their int8 rounding) and the
-clip factors of the activations, where the program has any, follow the divergence of its output from the float model's.
-Sign planes and bitmaps stay as they are. This step is beyond the paper, whose training ends with the layers
-(LBLLM, arXiv 2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
+model runs, its decoder layers recomputed in the backward pass, and the levels (through their int8 rounding), clip
+factors and knees, where activations have any, follow the divergence of its output from the float model's. Sign planes
+and bitmaps stay as they are. This step is beyond the paper, whose training ends with the layers (LBLLM, arXiv
+2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
 
 Given::
 
@@ -48,6 +48,7 @@ class Finetune(Pass):
         batch: sequences per step.
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
+        lr_knees: of the knees' logits, where activations have knees; 0 keeps the knees.
         deviation: how much more a token weighs the less sure both models are; 0 weighs all alike.
         every: steps between validations.
         precision: of the matrix products on the calibration set.
@@ -57,6 +58,7 @@ class Finetune(Pass):
     batch: Positive = 4
     lr_levels: Rate = 5e-3
     lr_clip: Rate = 5e-2
+    lr_knees: Rate = 2e-2
     deviation: Rate = 0.0
     every: Positive = 20
     precision: Precision = "auto"
@@ -83,6 +85,7 @@ class Finetune(Pass):
             every=self.every,
             lr_levels=self.lr_levels,
             lr_clip=self.lr_clip,
+            lr_knees=self.lr_knees,
             title="finetune: training on the whole model's output",
             stream=STREAM,
         )

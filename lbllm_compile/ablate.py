@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -102,13 +102,11 @@ class Comparison:
         name: what ``--only`` calls it.
         title: what differs.
         variants: pipelines behind the preparation, by what sets them apart.
-        note: what is left out, and why; empty where nothing.
     """
 
     name: str
     title: str
     variants: Mapping[str, tuple[Pass, ...]]
-    note: str = ""
 
 
 def comparisons(parts: Parts) -> list[Comparison]:
@@ -124,18 +122,18 @@ def comparisons(parts: Parts) -> list[Comparison]:
     bits = f"A{quantize.bits}"
     first = starts["EM+GPTQ"]
     trained = (first, distill)
+
+    def scaled(item: Activate, group: int, ranges: Literal["clip", "knees"] = "clip") -> tuple[Pass, ...]:
+        return (*trained, dataclasses.replace(item, group=group, ranges=ranges))
+
     ranges = {
         "none (A16)": trained,
-        f"{bits}, group scales": (*trained, quantize),
-        f"{bits}, group scales, clip": (*trained, activate),
-        f"{bits}, token scales": (*trained, dataclasses.replace(quantize, group=0)),
-        f"{bits}, token scales, clip": (*trained, dataclasses.replace(activate, group=0)),
+        f"{bits}, group scales": scaled(quantize, ptq.group),
+        f"{bits}, group scales, clip": scaled(activate, ptq.group),
+        f"{bits}, token scales": scaled(quantize, 0),
+        f"{bits}, token scales, clip": scaled(activate, 0),
+        f"{bits}, token scales, knees": scaled(activate, 0, "knees"),
     }
-    note = ""
-    if "ranges" in {option.name for option in dataclasses.fields(Activate)}:
-        ranges[f"{bits}, token scales, knees"] = (*trained, dataclasses.replace(activate, group=0, ranges="knees"))
-    else:
-        note = "this build has no ranges with knees, so they are left out"
     return [
         Comparison(
             "weights",
@@ -173,7 +171,7 @@ def comparisons(parts: Parts) -> list[Comparison]:
                 "before stage 2: joint training": (first, quantize, distill),
             },
         ),
-        Comparison("activations", "stage 3: scales and ranges of activations", ranges, note),
+        Comparison("activations", "stage 3: scales and ranges of activations", ranges),
         Comparison(
             "finetune",
             "tuning on the whole model's output",
@@ -217,7 +215,6 @@ class Ablation:
                 {
                     "name": comparison.name,
                     "title": comparison.title,
-                    "note": comparison.note,
                     "variants": [{"variant": name, **m.to_json()} for name, m in measured.items()],
                 }
                 for comparison, measured in self.results
@@ -317,12 +314,9 @@ def render(ablation: Ablation) -> list[RenderableType]:
     """The table, for people."""
     facts = ablation.excerpt
     rows: list[Sequence[Any]] = [["", "float model", *cells(ablation.original)]]
-    notes = []
     for comparison, measured in ablation.results:
         rows.append([comparison.name, comparison.title, *[""] * len(COLUMNS)])
         rows += [["", f"  {name}", *cells(m)] for name, m in measured.items()]
-        if comparison.note:
-            notes.append(f"{comparison.name}: {comparison.note}.")
     caption = (
         f"{facts['text']}: {facts['chunks']} chunks of {facts['seq_len']} tokens, {facts['tokens']} tokens scored;"
         f" simulated programs in float32; calibrated on {ablation.calibration}."
@@ -330,7 +324,7 @@ def render(ablation: Ablation) -> list[RenderableType]:
         " those it shares with others included."
     )
     table = terminal.table(f"Ablation of {ablation.model}", ["", "", *COLUMNS], rows)
-    return [table, Text(" ".join([caption, *notes])), Text(f"Kept in {ablation.work}; delete it when done.")]
+    return [table, Text(caption), Text(f"Kept in {ablation.work}; delete it when done.")]
 
 
 def cells(measured: Measured) -> list[str]:

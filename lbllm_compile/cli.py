@@ -191,7 +191,7 @@ def compile_command(
     device: Device = "auto",
     work_dir: WorkDirectory = None,
     seed: Seed = 0,
-    dump_dir: Annotated[Path | None, typer.Option(help="write the graph after every pass here, as 003_ptq.txt")] = None,
+    dump_dir: Annotated[Path | None, typer.Option(help="write the graph after every pass here, as 005_ptq.txt")] = None,
     print_after: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="show the graph after this pass; repeatable")
     ] = None,

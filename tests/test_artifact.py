@@ -77,6 +77,7 @@ def test_the_directory_is_what_it_says(saved):
         "kernels/linear0.py",
         "lbllm.lock",
         "manifest.json",
+        "measured.json",
         "model.safetensors",
         "passes/001_lower.json",
         "program.json",

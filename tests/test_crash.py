@@ -100,7 +100,7 @@ def whole(model: Path, out: Path) -> tuple[dict[str, bytes], float]:
     assert finish(child) == 0
     found, seconds = compared(out), time.monotonic() - begin
     assert {"model.safetensors", "graph.json", "lbllm.lock", "config.json", "program.json"} <= found.keys()
-    assert sum(name.startswith("passes/") for name in found) == 12
+    assert sum(name.startswith("passes/") for name in found) == 13
     return found, seconds
 
 

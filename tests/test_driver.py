@@ -110,6 +110,7 @@ def test_the_report_tells_what_was_done(compiled):
     assert names == [
         "canonicalize",
         "annotate",
+        "smooth",
         "observe",
         "ptq",
         "distill",
@@ -132,8 +133,8 @@ def test_the_report_tells_what_was_done(compiled):
 
 def test_every_pass_is_dumped_as_text_and_as_a_graph(compiled):
     dumps = sorted(p.name for p in (compiled.out.parent / "dumps").iterdir())
-    assert dumps[3] == "004_ptq.txt" and len(dumps) == len(compiled.records)
-    text = (compiled.out.parent / "dumps" / "010_lower.txt").read_text()
+    assert dumps[4] == "005_ptq.txt" and len(dumps) == len(compiled.records)
+    text = (compiled.out.parent / "dumps" / "011_lower.txt").read_text()
     assert "lbllm.bit_linear" in text and "decoder layer 2" in text
     assert len(list((compiled.out / "passes").iterdir())) == len(compiled.records)
 

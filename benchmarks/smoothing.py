@@ -9,7 +9,6 @@ lost by their rounding. Perplexity, and mean KL divergence from the float model.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from lbllm_compile.codegen.errors import LbllmError
 
 from . import harness
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+OPTIONS = ((False, 0.0), (True, 0.0), (True, 0.25), (True, 0.5), (True, 1.0))
+"""Whether keys are centered, and the strength."""
+
 SEQUENCES, LENGTH = 64, 256
 """Calibration sequences and their tokens."""
 
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace) -> None:
     formats = {"A4, KV16": (4, 64, 16), "A4, KV4": (4, 64, 4)}
     print(f"{excerpt.facts}; calibrated on {data.source}\n")
     print(f"| keys | strength | {' | '.join(formats)} |\n|---|---|{'---|' * len(formats)}")
-    for centered, strength in itertools.product((False, True), STRENGTHS):
+    for centered, strength in OPTIONS:
         item = Smooth(strength=strength, center_keys=centered, sequences=SEQUENCES)
         smoothed = item.apply(program, context).program
         cells = []

@@ -289,7 +289,7 @@ def _weight_files(source: str, what: str, local: bool) -> list[Path]:
         with _quiet_transformers():
             whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
             index = None if whole else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
-            shards = get_checkpoint_shard_files(source, index, local_files_only=local)[0] if index else []
+            shards = (get_checkpoint_shard_files(source, index, local_files_only=local)[0] if index else None) or []
     except Exception as error:
         raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
     return [Path(file) for file in ([whole] if whole else shards)]

@@ -371,7 +371,9 @@ def _seconds(
     decoder = [x for x in found if x.info.role == "decoder"]
     layers = max(1, len({x.info.layer for x in decoder}))
     weights = sum(x.weights for x in decoder)
-    work = {"text": sum(x.weights for x in found)} if writes_text and model.kind == "causal-lm" else {}
+    work: dict[str, float] = {}
+    if writes_text and model.kind == "causal-lm":
+        work["text"] = sum(x.weights for x in found)
     work["smooth"] = weights * min(1.0, _option(passes, "smooth", "sequences", 0) / preset.sequences)
     work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
     work["distill"] = weights * _option(passes, "distill", "epochs", 0)

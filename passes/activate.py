@@ -53,7 +53,7 @@ from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
-from .rewrite import is_call, make_attribute, make_call
+from .rewrite import before_repeat, is_call, make_attribute, make_call
 from .simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .training import Group, reconstruction, step_scale, train_epochs
 
@@ -249,34 +249,3 @@ def _quantize_keys_and_values(graph: fx.Graph, bits: int) -> None:
                     node = make_call(graph, _lbllm.fake_quantize_kv.default, (source, bits), source)
                 quantized[source] = node
             user.replace_input_with(source, quantized[source])
-
-
-_REPEAT = (
-    _aten.expand.default,
-    _aten.unsqueeze.default,
-    _aten.reshape.default,
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.clone.default,
-    _aten.slice.Tensor,
-    _aten.repeat_interleave.self_int,
-)
-"""Operations that a grouped-query repeat of keys or values is made of."""
-
-
-def before_repeat(user: fx.Node, source: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The keys or values behind a grouped-query repeat: ``(their user, their node)``.
-
-    A repeat is a chain of shape operations that holds an ``expand`` of an ``unsqueeze`` (or a ``repeat_interleave``);
-    without one, ``source`` itself is what attention caches.
-    """
-    found = user, source
-    current, expanded = source, False
-    while is_call(current, *_REPEAT):
-        parent = current.args[0]
-        expanded = expanded or is_call(current, _aten.expand.default)
-        opened = is_call(current, _aten.unsqueeze.default) and expanded
-        if opened or is_call(current, _aten.repeat_interleave.self_int):
-            return current, parent
-        current = parent
-    return found

@@ -135,3 +135,34 @@ def is_constant(value: Any) -> bool:
 def same_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory seen the same way (tied weights)."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+_REPEAT = (
+    torch.ops.aten.expand.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.repeat_interleave.self_int,
+)
+"""Operations that a grouped-query repeat of keys or values is made of."""
+
+
+def before_repeat(user: Node, source: Node) -> tuple[Node, Node]:
+    """The keys or values behind a grouped-query repeat: ``(their user, their node)``.
+
+    A repeat is a chain of shape operations that holds an ``expand`` of an ``unsqueeze`` (or a ``repeat_interleave``);
+    without one, ``source`` itself is what attention caches.
+    """
+    found = user, source
+    current, expanded = source, False
+    while is_call(current, *_REPEAT):
+        parent = current.args[0]
+        expanded = expanded or is_call(current, torch.ops.aten.expand.default)
+        opened = is_call(current, torch.ops.aten.unsqueeze.default) and expanded
+        if opened or is_call(current, torch.ops.aten.repeat_interleave.self_int):
+            return current, parent
+        current = parent
+    return found

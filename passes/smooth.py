@@ -41,14 +41,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from .activate import before_repeat
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
 from .layers import Activations, Values, calibration_batches, segments, split
 from .observe import decoder_linears
 from .precision import Precision
 from .program import Program, get_attribute, set_attribute
-from .rewrite import Node, ancestors, calls, is_call, make_attribute, make_call
+from .rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
 from .spool import spooled
 
 BATCH = 8

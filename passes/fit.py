@@ -176,7 +176,10 @@ def fit(
         block = work[start:end]
         root = factored.root[start:end, start:end]
         inverse = factored.inverse[start:end, start:end]
-        importance = inverse.diagonal().square().reciprocal()
+        # What an error costs once later columns have made up for it; without compensation, what it costs as it is.
+        importance = (
+            inverse.diagonal().square().reciprocal() if compensate else factored.root[start:end].square().sum(1)
+        )
         found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance)
         found = _representable(found)
         if compensate:

@@ -24,25 +24,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .subjects import SHAPES
+
 PIPELINE = (
     "canonicalize,annotate,observe,ptq,distill{epochs=1},activate{epochs=1,steps=0},head,merge,lower,cache,cleanup"
 )
-SHAPES = {
-    "1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +47,14 @@ class Run:
     length: int
 
 
-def write_model(folder: Path, shape: dict[str, int], layers: int) -> None:
+def write_model(folder: Path, shape: dict[str, Any], layers: int) -> None:
     """Writes a language model of random weights, gaussian with a standard deviation of 0.02."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        **shape, num_hidden_layers=layers, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]
-    )
+    config = LlamaConfig(**shape, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
+    config.num_hidden_layers = layers
     config.save_pretrained(folder)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)

@@ -134,6 +134,16 @@ def _output(arguments: Sequence[str]) -> str:
     return done.stdout
 
 
+def _preparation(preset: str) -> str:
+    """Text of the passes in front of every row in simulation."""
+    from lbllm_compile.passes import pipeline
+
+    from lbllm_compile import recipe
+    from lbllm_compile.ablate import Parts
+
+    return pipeline.render(Parts.of(recipe.passes(recipe.Choices(preset=preset), "cpu")).preparation)
+
+
 def _threads() -> int:
     from lbllm_compile.codegen.threads import thread_count
 
@@ -155,7 +165,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     for row in document["rows"]:
         where = "artifact" if row["compiled"] else "simulation"
         lines.append(f"| {row['name']} | {where} | {' | '.join(_cells(row))} |")
-    lines += ["", "The pipelines, in simulation behind `canonicalize,annotate,smooth,observe`:", ""]
+    lines += ["", f"The pipelines, in simulation behind `{document['preparation']}`:", ""]
     lines += [f"* {row['name']}: `{row['pipeline']}`" for row in document["rows"]]
     return "\n".join(lines) + "\n"
 
@@ -203,7 +213,7 @@ def main() -> None:
 def _measure(wanted: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
     options.work.mkdir(parents=True, exist_ok=True)
     document = {"model": options.model, "preset": options.preset, "seed": options.seed, "threads": _threads()}
-    document["rows"] = []
+    document |= {"preparation": _preparation(options.preset), "rows": []}
     for index, row in enumerate(wanted):
         if options.only not in row.name:
             continue

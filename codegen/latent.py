@@ -12,6 +12,7 @@ against the formulas on this machine before they are used.
 from __future__ import annotations
 
 import functools
+import gc
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ def _kernels(group: int) -> Any:
     from .kernels.latent import latent_kernels
 
     kernels = latent_kernels(group)
+    # TVM's parser leaves the frames of all its callers in a cycle, and with them the weights that are in training.
+    gc.collect()
     generator = torch.Generator().manual_seed(group)
     shape = (PROOF_UNITS, group)
     latent, grad = (torch.randn(shape, generator=generator) for _ in range(2))

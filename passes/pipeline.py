@@ -25,7 +25,7 @@ from ..codegen.errors import LbllmError
 from . import contracts, registry
 from .base import Pass, PassCheckpoints, PassContext
 from .program import Program
-from .spool import reclaim
+from .spool import apart, reclaim
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
 _KEY = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_-]*)\s*=\s*")
@@ -198,6 +198,7 @@ def run(
         ContractError: a pass broke what it promised, or left a graph that does not lint or propagate.
         LbllmError: a pass refused the program.
     """
+    apart()
     records: list[PassRecord] = []
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import mmap
 import os
@@ -34,6 +35,11 @@ last bit, of a matrix product depends on it."""
 
 RESIDENT = 64 << 20
 """Bytes of weights that may be touched between two calls of :func:`release` where there are no layers to go by."""
+
+LARGE = 8 << 20
+"""Bytes from which on a block of memory is the system's own; see :func:`apart`."""
+
+_M_MMAP_THRESHOLD = -3
 
 _mappings: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 """Every mapping that a tensor still uses, and its address."""
@@ -92,6 +98,17 @@ def release() -> None:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor's memory is that of :func:`mapped`."""
     return tensor.untyped_storage().data_ptr() in _mappings.values()
+
+
+@functools.cache
+def apart() -> None:
+    """From now on a block of ``LARGE`` bytes or more is mapped for itself, so that freeing it gives all of it back.
+
+    The GNU C library does so from its start, but raises the size to 32 MiB as such blocks are freed. A stage's matrices
+    then lie in its heap among small ones that stay, and what the heap needs depends on the order in which they came.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 def trim() -> None:

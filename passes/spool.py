@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import mmap
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,22 +99,25 @@ def is_mapped(tensor: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() in _mappings.values()
 
 
-@functools.cache
 def apart() -> None:
     """From now on a block of ``LARGE`` bytes or more is mapped for itself, so that freeing it gives all of it back.
 
     The GNU C library does so from its start, but raises the size to 32 MiB as such blocks are freed. A stage's matrices
     then lie in its heap among small ones that stay, and what the heap needs depends on the order in which they came.
     """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, LARGE)
+    _of_c_library("mallopt")(_M_MMAP_THRESHOLD, LARGE)
 
 
 def trim() -> None:
     """:func:`release`, and gives back to the system what the C library has kept of freed memory: after a layer."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+    _of_c_library("malloc_trim")(0)
     release()
+
+
+def _of_c_library(name: str) -> Callable[..., int]:
+    """A function that only the GNU C library has; elsewhere one that does nothing."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, name, lambda *_: 0)
 
 
 def reclaim() -> None:

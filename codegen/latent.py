@@ -5,8 +5,8 @@ that the thresholds (half sums of two levels) are exact and a comparison falls a
 element belongs to the inner pair of levels (1, 2) where its relaxed bitmap exceeds 0.5, else to the outer pair (0, 3),
 and takes the pair's upper level where its latent exceeds the pair's middle (LBLLM, arXiv 2604.19167, equation 3).
 
-The formulas are plain torch. What training calls are fused kernels, one pass over the elements each, which are held
-against the formulas on this machine before they are used.
+The formulas are plain torch. What training on a CPU calls are fused kernels, one pass over the elements each, which are
+held against the formulas on this machine before they are used; other devices compute the formulas.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def _in_units(latent: Tensor, scale: Tensor) -> Tensor:
 
 def matrix(latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     """:func:`matrix_formula`, fused; all fp32 and contiguous."""
+    if latent.device.type != "cpu":
+        return matrix_formula(latent, bitmap, levels, scale)
     out = torch.empty_like(latent)
     _kernels(latent.shape[-1])["latent_forward"](latent, bitmap, levels, scale, out)
     return out
@@ -93,6 +95,8 @@ def gradients(
     grad: Tensor, latent: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`gradient_formula`, fused; the sums of level gradients may be taken in another order."""
+    if latent.device.type != "cpu":
+        return gradient_formula(grad, latent, bitmap, levels, scale)
     grads = torch.empty_like(latent), torch.empty_like(bitmap), torch.empty_like(levels)
     _kernels(latent.shape[-1])["latent_backward"](grad.contiguous(), latent, bitmap, levels, scale, *grads)
     return grads
@@ -100,6 +104,8 @@ def gradients(
 
 def pick(codes: Tensor, values: Tensor) -> Tensor:
     """Of the values ``fp32 [U, 4]`` of every unit those that ``codes uint8 [U, g]`` name, fused."""
+    if values.device.type != "cpu":
+        return values.gather(-1, codes.long())
     out = values.new_empty(codes.shape)
     _kernels(codes.shape[-1])["codes_forward"](codes, values, out)
     return out
@@ -107,6 +113,8 @@ def pick(codes: Tensor, values: Tensor) -> Tensor:
 
 def level_gradients(grad: Tensor, codes: Tensor) -> Tensor:
     """:func:`level_gradient_formula`, fused."""
+    if grad.device.type != "cpu":
+        return level_gradient_formula(grad, codes)
     grads = grad.new_empty((codes.shape[0], LEVELS))
     _kernels(codes.shape[-1])["codes_backward"](grad.contiguous(), codes, grads)
     return grads

@@ -152,7 +152,7 @@ KeepDense = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
 ]
 Device = Annotated[
-    str, typer.Option(help="where the model samples its calibration text: auto, cpu or cuda; the stages run on the CPU")
+    str, typer.Option(help="where calibrations compute and the model samples calibration text: auto, cpu or cuda")
 ]
 Seed = Annotated[int, typer.Option(help="start of every random choice")]
 WorkDirectory = Annotated[Path | None, typer.Option("--work-dir", help="where unfinished work is kept")]

@@ -52,7 +52,7 @@ class CompileOptions:
         pipeline: pipeline text instead of the recipe's.
         calibration: calibration text; the model's own samples by default.
         group, act_bits, kv_bits, keep_dense: override the recipe's.
-        device: where the model samples its calibration text: ``auto``, ``cpu`` or ``cuda``. The stages run on the CPU.
+        device: where calibrations compute and the model samples its calibration text: ``auto``, ``cpu`` or ``cuda``.
         work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
         seed: of every random choice.
         dump_dir: where to write the graph after every pass, as text.
@@ -194,7 +194,7 @@ def compile(
     clock.lap("capture")
     if options.fresh or not checkpoint.finished(job.work):
         probe = calibration.random_probe(job.model, job.program, options.seed)
-        preflight.rehearse(job.program, job.passes, probe, job.targets, seed=options.seed, progress=progress)
+        _rehearse(job, probe, progress)
         clock.lap("preflight")
     data = calibration_data(job, progress)
     clock.lap("calibration data")
@@ -256,10 +256,22 @@ def rehearse(options: CompileOptions, progress: Progress | None = None) -> prefl
         validation_tokens=REHEARSAL_TOKENS,
         length=REHEARSAL_TOKENS // 2,
         seed=options.seed,
-        device=_device(options.device),
+        device=device_of(options),
         progress=progress,
     )
-    return preflight.rehearse(job.program, job.passes, data.probe, job.targets, seed=options.seed, progress=progress)
+    return _rehearse(job, data.probe, progress)
+
+
+def _rehearse(job: Job, probe: Mapping[str, Any], progress: Progress) -> preflight.Rehearsal:
+    return preflight.rehearse(
+        job.program,
+        job.passes,
+        probe,
+        job.targets,
+        seed=job.options.seed,
+        device=device_of(job.options),
+        progress=progress,
+    )
 
 
 def calibration_data(job: Job, progress: Progress) -> CalibrationSet:
@@ -272,7 +284,7 @@ def calibration_data(job: Job, progress: Progress) -> CalibrationSet:
         validation_tokens=job.preset.validation_sequences * job.preset.sequence_length,
         length=job.preset.sequence_length,
         seed=job.options.seed,
-        device=_device(job.options.device),
+        device=device_of(job.options),
         progress=progress,
     )
 
@@ -287,6 +299,7 @@ def _transform(
         probe=data.probe,
         target=job.options.target,
         seed=job.options.seed,
+        device=device_of(job.options),
         progress=progress,
         checkpoints=work,
     )
@@ -315,7 +328,7 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
     check_named(options, passes)
-    _device(options.device)
+    device_of(options)
     if options.out is not None:
         artifact.check_destination(options.out)
     with (progress or NoProgress()).task("reading and capturing the model", 2) as task:
@@ -474,7 +487,13 @@ class Dumps:
         (self._directory / f"{record.index:03d}_{record.name}.txt").write_text(dump.render(program, header))
 
 
-def _device(name: str) -> torch.device:
+def device_of(options: CompileOptions) -> torch.device:
+    """Where calibrations compute.
+
+    Raises:
+        LbllmError: there is no such device here.
+    """
+    name = options.device
     if name not in ("auto", "cpu", "cuda"):
         hint = suggestion(name, ("auto", "cpu", "cuda"))
         raise LbllmError(f"--device cannot be '{name}'{hint}; choose auto, cpu or cuda")

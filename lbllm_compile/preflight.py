@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.kernels import build_kernels
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.precision import CPU
 from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.spool import reclaim
 from lbllm_compile.passes.truncate import first_layer_only
@@ -54,6 +57,7 @@ def rehearse(
     targets: Sequence[Target],
     *,
     seed: int = 0,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Rehearsal:
     """Runs every pass, with its contract checks, and builds the kernels, on the first decoder layer alone.
@@ -63,6 +67,9 @@ def rehearse(
         passes: the whole pipeline.
         probe: one small batch; it is calibration, validation and probe at once.
         targets: what to build kernels for.
+        seed: of every random choice.
+        device: where calibrations compute.
+        progress: told what goes on.
 
     Raises:
         LbllmError: what would have stopped the compile later.
@@ -70,7 +77,7 @@ def rehearse(
     progress = progress or NoProgress()
     names = [p.name for p in passes]
     head = names.index("annotate") + 1 if "annotate" in names else 0
-    context = PassContext(calibration=[probe], validation=[probe], probe=probe, seed=seed)
+    context = PassContext(calibration=[probe], validation=[probe], probe=probe, seed=seed, device=device)
     steps = []
     with progress.task("preflight: one decoder layer through every pass", len(passes) + 1) as task:
         for item in passes[:head]:

@@ -251,6 +251,7 @@ class Study:
             validation=data.validation,
             probe=data.probe,
             seed=job.options.seed,
+            device=driver.device_of(job.options),
             progress=self._progress,
         )
         self._tree = Tree.start(job.program, preparation, context, self.work)

@@ -137,7 +137,7 @@ class Activate(Pass):
         teacher, student = pair
         chains = Chains.start(program, teacher, student, context, self.batch, self.precision)
         behind_prologue = chains.student.fork(), chains.student_validation.fork()
-        layers, trained, rows = train_layers(
+        trained, rows = train_layers(
             self.name,
             "stage 3: training clip factors and levels",
             list(zip(teacher.layers, student.layers, strict=True)),
@@ -147,7 +147,7 @@ class Activate(Pass):
         )
         training, validation = behind_prologue
         chains = dataclasses.replace(chains, student=training, student_validation=validation)
-        return Whole.of(layers, pair, chains, program.kind), trained, rows
+        return Whole.of(pair, chains, program.kind), trained, rows
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):
@@ -174,7 +174,7 @@ class Activate(Pass):
         start = time.perf_counter()
         packed = {path: lifted.stored(path) for path in lifted.weights}
         levels = {path: LevelWeight.of(weight) for path, weight in packed.items()}
-        logits = {path: torch.full((2,), LOGIT) for path in lifted.clips}
+        logits = {path: torch.full((2,), LOGIT, device=lifted.stage.device) for path in lifted.clips}
         placed = {path: get_attribute(lifted.stage.module, path) for path in lifted.knees}
         knees = {path: knee_logits(shares) for path, shares in placed.items()}
         scale = step_scale(self.epochs * len(chains.student))

@@ -76,15 +76,17 @@ class Whole:
     precision: Precision
 
     @classmethod
-    def of(cls, layers: Sequence[Lifted], pair: tuple[Layers, Layers], chains: Chains, kind: str) -> Whole:
-        """From lifted layers and chains of which the teacher's have passed all layers and the student's none.
+    def of(cls, pair: tuple[Layers, Layers], chains: Chains, kind: str) -> Whole:
+        """From teacher and student, and chains of which the teacher's have passed all layers and the student's none.
 
         Args:
-            pair: teacher and student.
             kind: the program's.
         """
+        device = chains.student.device
+        teacher, student = (replace(layers, epilogue=layers.epilogue.on(device)) for layers in pair)
+        lifted = [lift(layer.on(device)) for layer in student.layers]
         values = chains.student, chains.student_validation, chains.teacher, chains.teacher_validation
-        return cls(layers, *pair, *values, divergence_of(kind), divergence_of(kind), chains.precision)
+        return cls(lifted, teacher, student, *values, divergence_of(kind), divergence_of(kind), chains.precision)
 
     @classmethod
     def start(
@@ -118,7 +120,7 @@ class Whole:
             for layer in teacher.layers:
                 chains.teach(layer)
                 task.advance()
-        whole = cls.of([lift(layer) for layer in student.layers], pair, chains, program.kind)
+        whole = cls.of(pair, chains, program.kind)
         return replace(whole, objective=divergence_of(program.kind, deviation))
 
     def output(self, values: Values, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -247,9 +249,9 @@ class Together:
 
     def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
-        stored.update(start.tensors)
+        stored.update({path: tensor.to(context.device) for path, tensor in start.tensors.items()})
         if not self.steps:
-            return stored, Outcome(start.divergence, start.divergence, 0)
+            return _on_cpu(stored), Outcome(start.divergence, start.divergence, 0)
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
@@ -288,7 +290,11 @@ class Together:
         if outcome.step and self.lr_levels > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
-        return stored, outcome
+        return _on_cpu(stored), outcome
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: tensor.cpu() for path, tensor in tensors.items()}
 
 
 def divergence_of(kind: str, deviation: float = 0.0) -> Divergence:

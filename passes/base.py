@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..codegen.errors import LbllmError
 from ..codegen.progress import NoProgress, Progress
+from .precision import CPU
 from .program import Program
 
 MAX_SEED = 2**32 - 1
@@ -97,6 +98,7 @@ class PassContext:
         probe: one small batch on which contracts are measured.
         target: target string, e.g. ``"cpu"``.
         seed: start of every generator a pass makes; passes never touch the global one.
+        device: where calibrations compute. Programs, and what passes return, are on the CPU.
         progress, checkpoints: see the protocols.
     """
 
@@ -106,6 +108,7 @@ class PassContext:
     probe: Mapping[str, Any] = field(default_factory=dict)
     target: str = "cpu"
     seed: int = 0
+    device: torch.device = CPU
     progress: Progress = field(default_factory=NoProgress)
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
 

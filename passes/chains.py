@@ -76,7 +76,7 @@ class Chains:
         batches = calibration_batches(program, context.calibration, batch)
         batches = [batches[index] for index in chosen(len(batches))]
         validation = calibration_batches(program, context.validation, batch)
-        chains = [Activations(source) for source in (batches, batches, validation, validation)]
+        chains = [Activations(source, context.device) for source in (batches, batches, validation, validation)]
         for chain, layers in zip(chains, (teacher, student) * 2, strict=True):
             chain.advance(layers.prologue)
         return cls(*chains, chains[-1].fork(), precision)
@@ -115,7 +115,7 @@ def train_layers(
     chains: Chains,
     context: PassContext,
     train: Callable[[Lifted, Stage, int], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> tuple[list[Lifted], dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Walks teacher and student layers in order, trains those that no checkpoint holds, and moves the chains on.
 
     Args:
@@ -126,20 +126,20 @@ def train_layers(
             the layer's index.
 
     Returns:
-        The lifted layers, the tensors of all of them by path, and one row of figures a layer.
+        The tensors of all layers by path, and one row of figures a layer.
     """
-    walked: list[Lifted] = []
     stored: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     with context.progress.task(title, len(layers)) as task:
-        for index, (teacher, student) in enumerate(layers):
+        for index, pair in enumerate(layers):
+            teacher, student = (stage.on(context.device) for stage in pair)
             lifted = lift(student)
-            walked.append(lifted)
             chains.teach(teacher)
             before = chains.pass_untrained(lifted)
             done = context.checkpoints.load(name, index)
             if done is None:
-                done = train(lifted, teacher, index)
+                found, metrics = train(lifted, teacher, index)
+                done = {path: t.cpu() for path, t in found.items()}, metrics
                 context.checkpoints.save(name, index, *done)
             tensors, metrics = done
             chains.learn(lifted, parameters_of(lifted, tensors))
@@ -147,7 +147,7 @@ def train_layers(
             trim()
             rows.append({"layer": index, "before": before, **metrics})
             task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
-    return walked, stored, rows
+    return stored, rows
 
 
 def _mean_error(lifted: Lifted, outputs: Iterable[Values], teacher: Activations) -> float:
@@ -174,7 +174,8 @@ def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> Quant
 
 def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's dequantized weights, clip factors and knees: those in ``tensors``, else as the program stores them."""
-    parameters = {path: weight_of(lifted, path, tensors).dequantize() for path in lifted.weights}
+    device = lifted.stage.device
+    parameters = {path: weight_of(lifted, path, tensors).dequantize().to(device) for path in lifted.weights}
     for path in lifted.ranges:
-        parameters[path] = tensors[path] if path in tensors else get_attribute(lifted.stage.module, path)
+        parameters[path] = tensors[path].to(device) if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

@@ -79,7 +79,7 @@ class Distill(Pass):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         teacher_layers, student_layers = paired_layers(self.name, program, context)
         chains = Chains.start(program, teacher_layers, student_layers, context, self.batch, self.precision)
-        _, stored, rows = train_layers(
+        stored, rows = train_layers(
             self.name,
             "stage 2: training weights",
             list(zip(teacher_layers.layers, student_layers.layers, strict=True)),

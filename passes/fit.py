@@ -112,7 +112,7 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones(())
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
     diagonal[dead] = mean
     order, groups, sizes = _column_order(hessian.diagonal(), group)
     hessian = hessian[order][:, order]
@@ -125,7 +125,9 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
         if not bool(failed):
             root = lower.flip(0, 1).contiguous()
             del lower
-            inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True)
+            inverse = torch.linalg.solve_triangular(
+                root, torch.eye(k, dtype=root.dtype, device=root.device), upper=True
+            )
             if bool(torch.isfinite(inverse).all()):
                 return Factor(order, groups, sizes, root, inverse, dead, damp)
         damp = max(10 * damp, 1e-4)
@@ -138,7 +140,7 @@ def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...]
     What is quantized first still has all other columns to make up for its error.
     """
     k = diagonal.shape[0]
-    columns = [torch.arange(start, min(start + group, k)) for start in range(0, k, group)]
+    columns = [torch.arange(start, min(start + group, k), device=diagonal.device) for start in range(0, k, group)]
     importance = torch.stack([diagonal[c].mean() for c in columns])
     groups = importance.argsort(descending=True, stable=True).tolist()
     ordered = [columns[g][diagonal[columns[g]].argsort(descending=True, stable=True)] for g in groups]
@@ -165,8 +167,8 @@ def fit(
     weight = weight.float().masked_fill(factored.dead, 0.0)
     # Columns are rows here: the loop over columns reads and writes contiguous memory.
     work = weight.t()[factored.order].contiguous()
-    codes = torch.empty((k, n), dtype=torch.uint8)
-    levels = torch.empty((n, group_count(k, group), LEVELS))
+    codes = work.new_empty((k, n), dtype=torch.uint8)
+    levels = work.new_empty((n, group_count(k, group), LEVELS))
     del weight
     original = work.clone()
     quantized = torch.empty_like(work)
@@ -192,7 +194,7 @@ def fit(
         levels[:, index] = found
         quantized[start:end] = _pick(found, steps)
         start = end
-    restored = torch.empty((n, k), dtype=torch.uint8)
+    restored = codes.new_empty((n, k))
     restored[:, factored.order] = codes.t()
     root = factored.root.t()
     error = (root @ (original - quantized)).square().sum(0)
@@ -209,7 +211,7 @@ def _fit_group(
     """
     hessian = root @ root.t()
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    best_loss = torch.empty(0)
+    best_loss = block.new_empty(0)
     for _ in range(rounds):
         steps = _compensated_steps(block, inverse, levels)
         # Levels are refitted to the codes, so the refit, not the levels the codes were picked with, is judged.
@@ -256,7 +258,8 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
 
 def even_grid(weight: Tensor) -> Tensor:
     """Four evenly spaced levels ``[N, 4]`` per row of ``[N, g]``, from its least to its largest value."""
-    return torch.lerp(*weight.aminmax(dim=-1, keepdim=True), torch.linspace(0.0, 1.0, LEVELS))
+    ends = weight.aminmax(dim=-1, keepdim=True)
+    return torch.lerp(*ends, torch.linspace(0.0, 1.0, LEVELS, device=weight.device))
 
 
 def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -267,9 +270,8 @@ def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> 
     """
     n, g = values.shape
     inits = found.shape[1]
-    bounds = torch.tensor([0, g]).expand(n, inits, 2)
-    cuts = torch.empty(0)
-    gain = torch.empty(0)
+    bounds = torch.tensor([0, g], device=values.device).expand(n, inits, 2)
+    cuts = gain = values.new_empty(0)
     for _ in range(rounds):
         middles = ((found[..., 1:] + found[..., :-1]) / 2).flatten(1)
         previous, cuts = cuts, torch.searchsorted(values, middles.contiguous())
@@ -290,12 +292,12 @@ def _starts(values: Tensor, share: Tensor) -> Tensor:
     ends of the range with the two values that are farthest from what is there already.
     """
     n, g = values.shape
-    quantiles = torch.tensor([0.08, 0.33, 0.67, 0.92]).expand(n, LEVELS).contiguous()
+    quantiles = torch.tensor([0.08, 0.33, 0.67, 0.92], device=values.device).expand(n, LEVELS).contiguous()
     at = torch.searchsorted(share.cumsum(-1), quantiles).clamp_max(g - 1)
     mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, unbiased=False)
     low, high = values[:, :1], values[:, -1:]
-    normal = mean + deviation * torch.tensor([-1.51, -0.453, 0.453, 1.51])
-    even = low + (high - low) * torch.tensor([0.125, 0.375, 0.625, 0.875])
+    normal = mean + deviation * torch.tensor([-1.51, -0.453, 0.453, 1.51], device=values.device)
+    even = low + (high - low) * torch.tensor([0.125, 0.375, 0.625, 0.875], device=values.device)
     distance = torch.minimum(values - low, high - values)
     third = values.gather(1, (distance.square() * share).argmax(-1, keepdim=True))
     distance = torch.minimum(distance, (values - third).abs_())
@@ -333,7 +335,7 @@ def _compensated_steps(block: Tensor, inverse: Tensor, levels: Tensor) -> Tensor
     middles = ((levels[:, 1:] + levels[:, :-1]).t() / 2).contiguous()
     seen = block.clone()
     scale = inverse.diagonal().reciprocal().tolist()
-    steps = torch.empty((size, LEVELS - 1, n))
+    steps = block.new_empty((size, LEVELS - 1, n))
     for start in range(0, size, PANEL):
         end = min(start + PANEL, size)
         panel = seen[start:end]
@@ -359,8 +361,8 @@ def _refit(block: Tensor, hessian: Tensor, steps: Tensor, levels: Tensor) -> Ten
     residual = block - _pick(levels, steps)
     pulled = hessian @ residual
     member = [1.0 - steps[0], steps[0] - steps[1], steps[1] - steps[2], steps[2]]
-    normal = torch.empty((LEVELS, LEVELS, n))
-    right = torch.empty((LEVELS, n))
+    normal = block.new_empty((LEVELS, LEVELS, n))
+    right = block.new_empty((LEVELS, n))
     for a in range(LEVELS):
         weighted = hessian @ member[a]
         right[a] = (member[a] * pulled).sum(0)

@@ -19,7 +19,7 @@ Result::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor, fx
 
 from .annotate import LAYER
 from .base import batches_of
-from .precision import Precision, matrix_products, restored
-from .program import Program, get_attribute, set_attribute
+from .precision import CPU, Precision, matrix_products, restored
+from .program import Program, copy_module, get_attribute, set_attribute
 from .spool import Record, Records, release
 
 Values = dict[str, Any]
@@ -45,12 +45,29 @@ class Stage:
         inputs: names of the nodes (or graph inputs) whose values it takes.
         outputs: names of the nodes whose values it computes for later stages, or for the program's result.
         live: names of all values that anything after this stage needs.
+        device: where its tensors are, and its inputs must be.
     """
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     live: frozenset[str]
+    device: torch.device = CPU
+
+    def on(self, device: torch.device) -> Stage:
+        """The stage on a device: itself where it is there already, else with copies of its tensors."""
+        if device == self.device:
+            return self
+        module = copy_module(self.module)
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                set_attribute(module, node.target, get_attribute(self.module, node.target).to(device))
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda v: _placed(v, device))
+            if node.target is torch.ops.aten.view.default:
+                # The capture saw the strides that operators give their results on the CPU.
+                node.target = torch.ops.aten.reshape.default
+        module.recompile()
+        return replace(self, module=module, device=device)
 
     def run(self, values: Mapping[str, Any]) -> Values:
         """The outputs for one batch."""
@@ -80,19 +97,26 @@ class Runnable(Protocol):
     @property
     def live(self) -> frozenset[str]: ...
 
+    def on(self, device: torch.device) -> Runnable: ...
+
     def run(self, values: Mapping[str, Any]) -> Values: ...
 
 
 class Activations:
     """The values alive between two stages, one mapping per batch. On disk, read a batch at a time; only this class
-    knows that."""
+    knows that.
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]]):
+    Attributes:
+        device: where values are once they are read, and stages run.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], device: torch.device = CPU):
+        self.device = device
         self._records = Records()
         self._batches: list[dict[str, Any]] = [{n: self._kept(v) for n, v in b.items()} for b in batches]
 
     def _kept(self, value: Any) -> Any:
-        return self._records.put(value) if isinstance(value, Tensor) else value
+        return self._records.put(value.cpu()) if isinstance(value, Tensor) else value
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -101,11 +125,11 @@ class Activations:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Values:
-        return {n: v.read() if isinstance(v, Record) else v for n, v in self._batches[index].items()}
+        return {n: v.read().to(self.device) if isinstance(v, Record) else v for n, v in self._batches[index].items()}
 
     def fork(self) -> Activations:
         """A second chain that starts from the same values; what is kept of them is shared."""
-        second = Activations(())
+        second = Activations((), self.device)
         second._batches = [dict(b) for b in self._batches]
         return second
 
@@ -120,9 +144,10 @@ class Activations:
             visit: called with each batch's live values after the stage.
             precision: of the stage's matrix products.
         """
+        stage = stage.on(self.device)
         for index, kept in enumerate(self._batches):
             values = self[index]
-            with matrix_products(precision):
+            with matrix_products(precision, self.device):
                 outputs = stage.run(values)
             fresh = {name: restored(value, precision) for name, value in outputs.items() if name in stage.live}
             kept = {name: value for name, value in kept.items() if name in stage.live and name not in fresh}
@@ -237,6 +262,11 @@ def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[An
 def finish(layers: Layers, values: Values) -> Any:
     """The program's first result from the values behind its last layer, which may already hold it."""
     return {**values, **layers.epilogue.run(values)}[layers.results[0]]
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """An argument of a node as the graph has it on a device."""
+    return device if isinstance(value, torch.device) else value
 
 
 def _computed(graph: fx.Graph) -> list[fx.Node]:

@@ -13,23 +13,27 @@ import torch
 from torch import Tensor
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""``auto`` is bfloat16 where the processor multiplies it natively, else float32."""
+"""``auto`` is bfloat16 where the device multiplies it natively, else float32."""
+
+CPU = torch.device("cpu")
 
 
-def uses_bfloat16(precision: Precision) -> bool:
+def uses_bfloat16(precision: Precision, device: torch.device = CPU) -> bool:
     """Whether products are taken in bfloat16."""
-    if precision == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return precision == "bfloat16"
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def matrix_products(precision: Precision) -> AbstractContextManager[object]:
-    """A context in which matrix products have the given precision."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(precision))
+def matrix_products(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:
+    """A context in which matrix products on a device have the given precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision, device))
 
 
 def restored(value: Any, precision: Precision) -> Any:
     """A stage's output as float32 where its last operation was a bfloat16 product."""
-    lowered = isinstance(value, Tensor) and value.dtype is torch.bfloat16 and uses_bfloat16(precision)
+    lowered = isinstance(value, Tensor) and value.dtype is torch.bfloat16 and uses_bfloat16(precision, value.device)
     return value.float() if lowered else value

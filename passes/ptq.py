@@ -82,7 +82,7 @@ class Ptq(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program, context)
         layers = split(program)
-        chain = Activations(calibration_batches(program, context.calibration, BATCH))
+        chain = Activations(calibration_batches(program, context.calibration, BATCH), context.device)
         chain.advance(layers.prologue)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ class Ptq(Pass):
             quantized = QuantizedWeight.from_codes(
                 codes.reshape(weight.shape), levels.reshape(*shape, levels.shape[-1]), self.group
             )
-            tensors.update({f"{path}.{name}": getattr(quantized, name) for name in FIELDS})
+            tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in FIELDS})
             norm = sum(float(p.norm.double().sum()) for p in parts)
             error = sum(float(p.error.double().sum()) for p in parts)
             row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape)}
@@ -183,7 +183,7 @@ class Ptq(Pass):
 
     def _fit_rows(self, weights: Sequence[Tensor], factored: Factor) -> tuple[list[Fit], dict[str, Any]]:
         """Fits matrices ``[N_i, K]`` with the same inputs."""
-        together = torch.cat(list(weights))
+        together = torch.cat(list(weights)).to(factored.root.device)
         whole = fit(together, factored, self.group, init=self.init, compensate=self.compensate, rounds=self.rounds)
         fits, start = [], 0
         for weight in weights:

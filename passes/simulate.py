@@ -279,9 +279,10 @@ class _FakeQuantizeKnees(torch.autograd.Function):
         grad_x = (grad_grouped * inside).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
         by_code = grad_grouped.new_zeros((*zero.shape, len(CORE_PLACE)))
         by_code.scatter_add_(-1, codes.long(), grad_grouped)
-        of_step = (by_code * OF_CORE_END * (CORE_PLACE - zero.unsqueeze(-1))).sum(-1) / (reference.CORE_CODES - 1)
-        of_high = (by_code * OF_HIGH).sum(-1) + of_step * knees[1]
-        of_low = (by_code * OF_LOW).sum(-1) - of_step * knees[0]
+        core_end, place, at_high, at_low = (t.to(grad.device) for t in (OF_CORE_END, CORE_PLACE, OF_HIGH, OF_LOW))
+        of_step = (by_code * core_end * (place - zero.unsqueeze(-1))).sum(-1) / (reference.CORE_CODES - 1)
+        of_high = (by_code * at_high).sum(-1) + of_step * knees[1]
+        of_low = (by_code * at_low).sum(-1) - of_step * knees[0]
         top, bottom = grouped.amax(-1).clamp_min(0.0), grouped.amin(-1).clamp_max(0.0)
         of_clip = torch.stack([(of_high * top).sum(), (of_low * bottom).sum()])
         of_knees = torch.stack([-(of_step * low).sum(), (of_step * high).sum()])
@@ -389,6 +390,11 @@ class Bound:
     @property
     def live(self) -> frozenset[str]:
         return self.lifted.stage.live
+
+    def on(self, device: torch.device) -> Bound:
+        if device == self.lifted.stage.device:
+            return self
+        return Bound(lift(self.lifted.stage.on(device)), {path: t.to(device) for path, t in self.parameters.items()})
 
     def run(self, values: Mapping[str, Any]) -> Values:
         return self.lifted.run(values, self.parameters)

@@ -118,7 +118,7 @@ class Smooth(Pass):
         last one: 1 for the heads of keys ``[B, H, S, D]``, -1 for none."""
         batches = calibration_batches(program, context.calibration, BATCH)[: -(-self.sequences // BATCH)]
         layers = split(program)
-        chain = Activations(batches)
+        chain = Activations(batches, context.device)
         chain.advance(layers.prologue)
         found: dict[str, Moments] = {}
 
@@ -161,12 +161,12 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         assert self._sums is not None
-        return self._sums[0] / self._count
+        return self._sums[0].cpu() / self._count
 
     @property
     def square(self) -> Tensor:
         assert self._sums is not None
-        return self._sums[1] / self._count
+        return self._sums[1].cpu() / self._count
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def mapped(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     end = 0
     with _file() as file:
         for name, tensor in tensors:
-            _write(file, end, tensor.detach().contiguous())
+            _write(file, end, tensor.detach().cpu().contiguous())
             places.append((name, end, tensor.dtype, tensor.shape))
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             del tensor  # before the next one is made

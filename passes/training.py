@@ -134,7 +134,7 @@ def train(
             for optimizer in own:
                 optimizer.param_groups[0]["lr"] = group.rate * _rate(step, steps) * (share < group.until)
         try:
-            with matrix_products(precision):
+            with matrix_products(precision, tensors[0].device):
                 value = loss(batch)
         except FormatError as error:
             raise _diverged(step) from error
@@ -204,7 +204,7 @@ def _state(
     state.update({f"kept.{i}": t for i, t in enumerate(kept)})
     for i, (optimizer, tensor) in enumerate(zip(optimizers, tensors, strict=True)):
         state.update({f"{moment}.{i}": optimizer.state[tensor][moment] for moment in _MOMENTS})
-    return state
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def _restore(
@@ -219,7 +219,9 @@ def _restore(
         for i, (optimizer, tensor, copy) in enumerate(zip(optimizers, tensors, kept, strict=True)):
             tensor.copy_(state[f"tensor.{i}"])
             copy.copy_(state[f"kept.{i}"])
-            optimizer.state[tensor] = {moment: state[f"{moment}.{i}"].clone() for moment in _MOMENTS}
+            optimizer.state[tensor] = {
+                moment: state[f"{moment}.{i}"].to(tensor.device, copy=True) for moment in _MOMENTS
+            }
     return figures["step"], figures["best"], figures["at"], figures["latest"]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -16,8 +17,12 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
+from lbllm_compile.passes.activate import insert_quantizers
+from lbllm_compile.passes.annotate import layer_count
+from lbllm_compile.passes.rewrite import calls
+from stages import annotated, batches
 
-from benchmarks import decode, decoders, limits, subjects
+from benchmarks import decode, decoders, limits, smoothing, subjects
 
 needs_twins = pytest.mark.skipif(bool(limits.missing()), reason=limits.missing() or "-")
 
@@ -130,3 +135,19 @@ def test_a_quick_run_compares_decoders(tmp_path):
     assert {"native", "torch fp32", "torch bf16"} <= {row["contender"] for row in run["results"]}
     assert run["ratios"]["decode"]["multiples"]["native"] == 1
     assert document["processes"][0]["load_seconds"] > 0
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_quantizers_of_keys_move_in_front_of_the_rotary_embedding(centered):
+    program = insert_quantizers(annotated(), 16, 0, 16)
+    batch = batches(1)[0]
+    before = program.run(batch)
+    smoothing.quantize_before_rotation(program, batch if centered else None)
+    program.graph.lint()
+    after = program.run(batch)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)
+    quantizers = calls(program.graph, torch.ops.lbllm.fake_quantize_kv.default)
+    of_keys = torch.ops.aten.sub.Tensor if centered else torch.ops.aten.transpose.int
+    expected = [of_keys, torch.ops.aten.transpose.int] * layer_count(annotated())
+    assert Counter(quantizer.args[0].target for quantizer in quantizers) == Counter(expected)

@@ -18,11 +18,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbllm_compile.codegen.errors import LbllmError
 
 from . import harness
+
+if TYPE_CHECKING:
+    from lbllm_compile.passes.base import Pass
 
 FIGURES = ("ppl", "ppl_teacher", "kld_mean", "kld_p99", "top1_agreement")
 
@@ -42,6 +45,20 @@ class Row:
     compiled: bool = False
 
 
+def recipe_passes(preset: str, group: int | None = None) -> list[Pass]:
+    """The passes of the default recipe, for a group size other than its own where one is given."""
+    from lbllm_compile import recipe
+
+    return recipe.passes(recipe.Choices(preset=preset, group=group), "cpu")
+
+
+def preparation(preset: str) -> tuple[Pass, ...]:
+    """The passes in front of every row in simulation."""
+    from lbllm_compile.ablate import Parts
+
+    return Parts.of(recipe_passes(preset)).preparation
+
+
 def rows(preset: str, group: int) -> Iterator[Row]:
     """The rows for one group size.
 
@@ -49,12 +66,10 @@ def rows(preset: str, group: int) -> Iterator[Row]:
     recipe, what an int8 head adds, and scales per token instead of per group; the artifact.
     """
     from lbllm_compile.passes import pipeline
-    from lbllm_compile.passes.base import Pass
 
-    from lbllm_compile import recipe
     from lbllm_compile.ablate import Parts
 
-    passes = recipe.passes(recipe.Choices(preset=preset, group=group), "cpu")
+    passes = recipe_passes(preset, group)
     parts = Parts.of(passes)
     given = next(item for item in passes if item.name == "activate")
     trained = (parts.ptq, parts.distill)
@@ -98,7 +113,7 @@ def measure_here(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     )
     job = ablate.prepare(chosen, progress)
     excerpt = evaluate.Excerpt.of(job.program, options.text, options.seq_len, options.chunks)
-    study = Study(job, ablate.Parts.of(job.passes).preparation, excerpt, progress)
+    study = Study(job, preparation(options.preset), excerpt, progress)
     try:
         measured = study.measure(pipeline.parse(row.pipeline))
     finally:
@@ -132,16 +147,6 @@ def _output(arguments: Sequence[str]) -> str:
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout
-
-
-def _preparation(preset: str) -> str:
-    """Text of the passes in front of every row in simulation."""
-    from lbllm_compile.passes import pipeline
-
-    from lbllm_compile import recipe
-    from lbllm_compile.ablate import Parts
-
-    return pipeline.render(Parts.of(recipe.passes(recipe.Choices(preset=preset), "cpu")).preparation)
 
 
 def _threads() -> int:
@@ -211,9 +216,11 @@ def main() -> None:
 
 
 def _measure(wanted: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+    from lbllm_compile.passes import pipeline
+
     options.work.mkdir(parents=True, exist_ok=True)
     document = {"model": options.model, "preset": options.preset, "seed": options.seed, "threads": _threads()}
-    document |= {"preparation": _preparation(options.preset), "rows": []}
+    document |= {"preparation": pipeline.render(preparation(options.preset)), "rows": []}
     for index, row in enumerate(wanted):
         if options.only not in row.name:
             continue

@@ -319,19 +319,21 @@ class KernelSet:
 
         return cpu.lanes(self.target)
 
-    def attention(self, spec: AttentionSpec, queries: int | None) -> TirKernel:
+    def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
         """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
 
         Args:
             spec: the attention.
-            queries: tokens of a call where that is known; few are not worth a parallel launch.
+            queries: tokens of a call where that is known.
+            parallel: split it over the thread pool; few tokens are not worth a launch of their own.
         """
         from .kernels import attention
 
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
         name += f"_w{spec.window}" if spec.window else ""
-        return TirKernel(f"{name}_{tile}", lambda: attention.cached_attention(spec, self.lanes, tile, queries is None))
+        name += f"_{tile}_{'parallel' if parallel else 'serial'}"
+        return TirKernel(name, lambda: attention.cached_attention(spec, self.lanes, tile, parallel))
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
         """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""

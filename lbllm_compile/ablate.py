@@ -19,10 +19,9 @@ from typing import Any, Literal, TypeVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from lbllm_compile import checkpoint, driver, evaluate, frontend, recipe
+from lbllm_compile import checkpoint, driver, evaluate, recipe
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.driver import CompileOptions, Job
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.activate import Activate
@@ -293,18 +292,13 @@ def prepare(options: CompileOptions, progress: Progress) -> Job:
     Raises:
         LbllmError: something the user named is missing or wrong.
     """
-    targets = parse_targets(options.target)
-    driver.check_named(options, recipe.passes(recipe.choices(options), options.target))
-    with progress.task("reading and capturing the model", 2) as task:
-        model = frontend.load(options.model)
-        task.advance("read")
-        choices = recipe.choices(options, model.recipe)
-        work = options.work_dir or Path(f"{model.name}-ablation.lbllm-work")
+
+    def places(name: str) -> tuple[Path, Path]:
+        work = options.work_dir or Path(f"{name}-ablation.lbllm-work")
         checkpoint.check_work_dir(work)
-        program = frontend.capture(model)
-        task.advance("captured")
-    passes = recipe.passes(choices, options.target)
-    return Job(options, model, choices, passes, targets, program, Path(f"{model.name}-ablation"), work)
+        return Path(f"{name}-ablation"), work
+
+    return driver.capture(options, places, progress)
 
 
 COLUMNS = ("perplexity", "KL mean", "KL p99", "same top token", "time")

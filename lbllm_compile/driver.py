@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -321,27 +321,46 @@ def prepare(options: CompileOptions, progress: Progress | None = None) -> Job:
     Raises:
         LbllmError: something the user named is missing or wrong.
     """
-    targets = parse_targets(options.target)
-    for target in targets:
+    for target in parse_targets(options.target):
         if target.kind == "cpu":
             target.check_runs_here()
+    if options.out is not None:
+        artifact.check_destination(options.out)
+
+    def places(name: str) -> tuple[Path, Path]:
+        out = options.out or Path(f"{name}-lbllm")
+        artifact.check_destination(out)
+        work = options.work_dir or out.with_name(out.name + ".lbllm-work")
+        check_apart(out, work, options.dump_dir)
+        return out, work
+
+    return capture(options, places, progress or NoProgress())
+
+
+def capture(options: CompileOptions, places: Callable[[str], tuple[Path, Path]], progress: Progress) -> Job:
+    """Reads everything the user named and captures the model.
+
+    Args:
+        options: of the compile, or of something like it.
+        places: gives the directories for the result and for unfinished work, checked, for a model's name.
+        progress: told what goes on.
+
+    Raises:
+        LbllmError: something the user named is missing or wrong.
+    """
+    targets = parse_targets(options.target)
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
     check_named(options, passes)
     device_of(options)
-    if options.out is not None:
-        artifact.check_destination(options.out)
-    with (progress or NoProgress()).task("reading and capturing the model", 2) as task:
+    with progress.task("reading and capturing the model", 2) as task:
         model = frontend.load(options.model)
         task.advance("read")
         if model.recipe:
             choices = recipe.choices(options, model.recipe)
             passes = recipe.passes(choices, options.target)
         check_print_after(options, passes)
-        out = options.out or Path(f"{model.name}-lbllm")
-        artifact.check_destination(out)
-        work = options.work_dir or out.with_name(out.name + ".lbllm-work")
-        check_apart(out, work, options.dump_dir)
+        out, work = places(model.name)
         program = frontend.capture(model)
         task.advance("captured")
     return Job(options, model, choices, passes, targets, program, out, work)

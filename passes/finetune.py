@@ -34,6 +34,7 @@ from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, Pa
 from .chains import paired_layers, with_tensors
 from .precision import Precision
 from .program import Program
+from .training import step_scale
 
 STREAM = 3 << 20
 """Generator stream of this pass."""
@@ -42,6 +43,8 @@ STREAM = 3 << 20
 @dataclass(frozen=True)
 class Finetune(Pass):
     """Tunes levels and clip factors end to end.
+
+    Learning rates are scaled to the number of steps (:func:`.training.step_scale`).
 
     Attributes:
         steps: of training.
@@ -80,12 +83,13 @@ class Finetune(Pass):
                 program, pair, context, self.batch, self.steps, self.precision, generator, self.deviation
             )
 
+        scale = step_scale(self.steps)
         together = Together(
             steps=self.steps,
             every=self.every,
-            lr_levels=self.lr_levels,
-            lr_clip=self.lr_clip,
-            lr_knees=self.lr_knees,
+            lr_levels=self.lr_levels * scale,
+            lr_clip=self.lr_clip * scale,
+            lr_knees=self.lr_knees * scale,
             title="finetune: training on the whole model's output",
             stream=STREAM,
         )

@@ -342,3 +342,31 @@ def test_attention_agrees_with_the_reference(spec):
             seen = reference.attention_mask(mask, length, past, spec.window).any(-1).expand(batch, spec.heads, length)
             torch.testing.assert_close(out[seen], expected[seen], rtol=1e-5, atol=1e-5)
             assert not out[~seen].any()
+
+
+class Writes(list):
+    """A file that notes what it is given."""
+
+    def write(self, data):
+        self.append(bytes(data))
+
+
+@pytest.mark.parametrize("pieces", [[], [b""], [b"abc"], [b"abcd"], [b"a", b"", b"bcdefgh"], [b"abcdefghijklmn", b"o"]])
+def test_weights_are_written_in_whole_pages(pieces, monkeypatch):
+    monkeypatch.setattr(prepare, "PAGE", 4)
+    file = Writes()
+    prepare.write_in_blocks(file, map(memoryview, pieces))
+    assert b"".join(file) == b"".join(pieces)
+    assert all(len(written) == 4 for written in file[:-1])
+    assert len(file[-1]) < 4
+
+
+def test_the_block_of_weights_is_what_its_layout_says():
+    tensors = {"a": torch.arange(5, dtype=torch.int16), "b": torch.tensor(2.5), "c": torch.arange(6.0).view(2, 3).t()}
+    specs = [TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    layout = Layout.of(specs, 64)
+    block = b"".join(translate.Translation(None, tensors, layout, layout, (), 0).weight_bytes())
+    assert len(block) == layout.bytes == 192
+    for name, tensor in tensors.items():
+        data = tensor.contiguous().numpy().tobytes()
+        assert block[layout.offsets[name] :][: len(data)] == data

@@ -165,10 +165,18 @@ class _Kernel:
             add_word(spec.key_width // codes_per_word, spec.key_width % codes_per_word)
 
     def factors(self, params: Any, buffer: Any, b: Any, h: Any, first: Any) -> None:
-        """Scales and zero points of the keys or values from slot ``first`` on, as two fp32 vectors."""
-        with T.serial(self.lanes) as lane:
-            T.buffer_store(buffer, T.cast(params[b, h, first + lane, 0], "float32"), [lane])
-            T.buffer_store(buffer, T.cast(params[b, h, first + lane, 1], "float32"), [self.lanes + lane])
+        """Scales and zero points of the keys from slot ``first`` on, as two fp32 vectors."""
+        for i, factor in enumerate(self.pairs(params, b, h, first)):
+            T.buffer_store(buffer, factor, [self.at(i * self.lanes)])
+
+    def pairs(self, params: Any, b: Any, h: Any, first: Any) -> list[Any]:
+        """Scales and zero points from slot ``first`` on, fp32 vectors."""
+        # The two halves of a slot, and those of the next slots, follow one another: one load for all of them.
+        halves = params[b, h, first, T.ramp(0, 1, 2 * self.lanes)]
+        words = T.Bind(T.reinterpret(self.int32, halves))
+        parts = [words, words >> self.all(T.int32(16))]
+        bits = [T.reinterpret(f"float16x{self.lanes}", T.cast(part, f"int16x{self.lanes}")) for part in parts]
+        return [T.cast(half, self.float32) for half in bits]
 
     def add_value(
         self, value_codes: Any, row: Any, scores: Any, sums: Any, first: Any, stride: Any, b: Any, h: Any, key: Any
@@ -337,10 +345,10 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         with T.serial(blocks * lanes) as j:
             shown = key_mask[b, T.min(j, count - 1)] != T.int64(0)
             T.buffer_store(limits, T.Select(shown, T.float32(SHOWN), T.float32(HIDDEN)), [j])
-            if scaled:
-                for i in range(2):
-                    factor = T.cast(value_params[b, h, j, i], "float32")
-                    T.buffer_store(value_factors, factor, [i * stride + j])
+        if scaled:
+            with T.serial(blocks) as block_index:
+                for i, factor in enumerate(k.pairs(value_params, b, h, block_index * lanes)):
+                    T.buffer_store(value_factors, factor, [k.at(i * stride + block_index * lanes)])
         with T.serial(blocks) as i:
             score(
                 key_codes, key_params, block, factors, queries, query_sums, sums, scores, stride, b, h, i * lanes

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,8 +156,7 @@ class NativeProgram:
         self.directory = directory
         try:
             self.description = Description.from_json((directory / DESCRIPTION).read_text())
-            # Copy on write: the kernels' interface wants memory that could be written.
-            self._block = np.memmap(directory / WEIGHTS, np.uint8, "c")
+            self._block = _map(directory / WEIGHTS)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise KernelError(f"the stored program {directory} is damaged ({error}); delete it") from error
         self.machine = Machine(directory / LIBRARY)
@@ -174,6 +174,17 @@ class NativeProgram:
         if name in description.workspaces:
             return array(function(*arguments, self._weights, state.block, state.workspace(name)))
         return array(function(*arguments, self._weight_tuple, state.tuple))
+
+
+def _map(file: Path) -> np.ndarray:
+    """A file's bytes, mapped, in large pages where the system has them. Changes do not reach the file."""
+    # Copy on write: the kernels' interface wants memory that could be written.
+    with file.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
 
 
 def _view(block: np.ndarray, member: Member, offset: int, sizes: Mapping[str, int]) -> np.ndarray:

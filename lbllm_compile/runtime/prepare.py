@@ -13,9 +13,10 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -42,6 +43,9 @@ from lbllm_compile.runtime.translate import FORMS, Translation, UntranslatableEr
 
 PROBE_PROMPT, PROBE_STEPS = 5, 6
 """Tokens of the proof's prompt, and steps behind it."""
+
+PAGE = 2 << 20
+"""Bytes of a large page on most systems."""
 
 UNUSED_DAYS = 30
 """A stored program that was not used for so long is removed when another is stored."""
@@ -83,7 +87,7 @@ def build_native(
             return None
         task.advance("compiled")
         with (folder / WEIGHTS).open("wb") as file:
-            translation.write_weights(file)
+            write_in_blocks(file, translation.weight_bytes())
         description = _describe(program, translation, workspaces)
         _store(description, folder)
         task.advance("stored")
@@ -97,6 +101,24 @@ def build_native(
             native = NativeProgram(folder)
         task.advance("proven")
     return native
+
+
+def write_in_blocks(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
+    """Writes bytes in pieces of ``PAGE``, whatever pieces they come in.
+
+    The system may then keep the file in pages of that size. Mapped into memory, all of it is read for every token, and
+    every page costs a look at the page tables.
+    """
+    page = bytearray()
+    for piece in pieces:
+        while len(piece):
+            taken = min(PAGE - len(page), len(piece))
+            page += piece[:taken]
+            piece = piece[taken:]
+            if len(page) == PAGE:
+                file.write(page)
+                page.clear()
+    file.write(page)
 
 
 def _store(description: Description, folder: Path) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,12 +116,14 @@ class Translation:
     inputs: Sequence[TensorSpec]
     vocabulary: int
 
-    def write_weights(self, file: BinaryIO) -> None:
-        """Writes the block of weights."""
-        for name, tensor in self.weights.items():
-            file.seek(self.layout.offsets[name])
-            file.write(tensor.view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
-        file.truncate(self.layout.bytes)
+    def weight_bytes(self) -> Iterator[memoryview]:
+        """The block of weights from its beginning to its end, in pieces."""
+        end = 0
+        for name, tensor in sorted(self.weights.items(), key=lambda item: self.layout.offsets[item[0]]):
+            yield memoryview(bytes(self.layout.offsets[name] - end))
+            yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            end = self.layout.offsets[name] + tensor.nbytes
+        yield memoryview(bytes(self.layout.bytes - end))
 
 
 def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translation:
@@ -525,7 +527,9 @@ def _attention(t: _Translator, node: Node) -> Value:
     if bits == 16:
         state = [state[0], state[0], state[2], state[2]]
     output = ([*builder.shape(query)[:3], spec.value_width], "float32")
-    return t.call(t.kernels.attention(spec, t.form.length), [query, key, value, *state, mask], output)
+    # Within a launch that is there anyway, heads are worth sharing out even for one token.
+    kernel = t.kernels.attention(spec, t.form.length, t.form.length is None or t.form.blocks)
+    return t.call(kernel, [query, key, value, *state, mask], output)
 
 
 _OPERATORS: dict[Any, Handler] = {

@@ -63,7 +63,7 @@ class Finetune(Pass):
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
     deviation: Rate = 0.0
-    every: Positive = 20
+    every: Positive = 32
     precision: Precision = "auto"
 
     name: ClassVar[str] = "finetune"

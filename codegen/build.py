@@ -341,6 +341,13 @@ class KernelSet:
 
         return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
 
+    def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
+        """The kernel of a float linear, see :func:`.kernels.dense.dense`, for whole programs."""
+        from .kernels.dense import dense
+
+        name = f"dense_{rows}x{columns}_{'token' if one_token else 'tokens'}"
+        return TirKernel(name, lambda: dense(rows, columns, self.lanes, one_token))
+
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``build(records=...)``."""
         return self._records

@@ -18,16 +18,19 @@ from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.kernels import attention
+from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
+from lbllm_compile.passes.rewrite import calls
+from rtn import simulate
 from test_runtime import VOCABULARY as TOY_VOCABULARY
 from test_runtime import language_model
-from test_zoo import DECODE_STEPS, agree, inputs, oracle, stages
-from zoo import ZOO
+from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
+from zoo import ZOO, captured
 
 from lbllm_compile import artifact
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, prepare, text, translate
@@ -103,6 +106,34 @@ def test_decoding_gives_the_eager_models_logits(name):
         steps += [session.step(ids[:, i : i + 1]) for i in range(prefill, prefill + DECODE_STEPS)]
         expected = oracle(name)(item)[:, prefill - 1 :]
         agree(torch.from_numpy(np.stack(steps, 1)), expected, torch.ones(batch, DECODE_STEPS + 1, dtype=torch.bool))
+
+
+def test_linears_that_stay_float_are_part_of_the_program(tmp_path):
+    text = 'canonicalize,annotate{keep_dense="model.layers.0.mlp.*|model.layers.1.self_attn.o_proj|lm_head"}'
+    lowered = apply(simulate(apply(captured("llama")[1], text)), "head,merge,lower,cache,cleanup")
+    assert len(calls(lowered.graph, torch.ops.aten.linear.default)) == 5
+    found = build(lowered, tmp_path)
+    assert found is not None and found.description.merged
+    item = inputs(1, 9)
+    ids, mask, expected = item["input_ids"].numpy(), item["attention_mask"], lowered.run(item)
+    session = found.session(1)
+    agree(torch.from_numpy(session.logits(ids)), expected, mask.bool())
+    session = found.session(1)
+    steps = torch.from_numpy(np.stack([session.step(ids[:, i : i + 1]) for i in range(9)], 1))
+    agree(steps, expected, mask.bool())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 16), (5, 7), (33, 100)])
+def test_the_float_linear_agrees_with_torch(rows, columns):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, columns, generator=generator)
+    for one_token, counts in ((True, [1]), (False, [1, 4, 6])):
+        kernel = dense(rows, columns, 16, one_token)
+        function = compile_functions({"kernel": kernel}, Target.parse("cpu").llvm)["kernel"]
+        for count in counts:
+            x, out = torch.randn(count, columns, generator=generator), torch.full((count, rows), float("nan"))
+            function(x, weight, out)
+            torch.testing.assert_close(out, x @ weight.t(), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):

@@ -299,7 +299,7 @@ def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
         if not pointwise or len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]
-    if not is_node(node) or node.meta[LINEAR].role != "head":
+    if not is_node(node) or node.meta[LINEAR].role == "decoder":
         return None
     quantized = isinstance(node.target, _Linear) or node.target in KERNEL_TARGETS
     hidden_user = node.args[0].args[0] if quantized else node

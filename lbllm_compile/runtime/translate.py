@@ -519,6 +519,19 @@ def _linear(t: _Translator, node: Node) -> Value:
     return t.emit(relax.op.reshape(flat, [*leading, spec.out_features]))
 
 
+def _float_linear(t: _Translator, node: Node) -> Value:
+    x, weight = t.value(node.args[:2])
+    if builder.dtype(x) != "float32" or builder.dtype(weight) != "float32" or len(builder.shape(weight)) != 2:
+        raise _refusal(node, "a linear of this kind has no translation")
+    rows, columns = builder.shape(weight)
+    flat, leading, count = _flat(t, x)
+    kernel = t.kernels.dense(rows, columns, t.form.length == 1)
+    result = t.call(kernel, [flat, weight], ([count, rows], "float32"))
+    result = t.emit(relax.op.reshape(result, [*leading, rows]))
+    bias = argument(node, 2, "bias")
+    return result if bias is None else t.emit(relax.op.add(result, t.value(bias)))
+
+
 def _attention(t: _Translator, node: Node) -> Value:
     query, key, value, *state, mask = t.value(node.args[:8])
     _, _, _, _, _, _, _, _, _, scale, window, bits = node.args
@@ -572,6 +585,7 @@ _OPERATORS: dict[Any, Handler] = {
     _aten.alias.default: _same,
     _lbllm.int8_embedding.default: _int8_embedding,
     _lbllm.quantize_activation.default: _quantize,
+    _aten.linear.default: _float_linear,
     _lbllm.bit_linear.default: _linear,
     _lbllm.int8_linear.default: _linear,
     _lbllm.cached_attention.default: _attention,

@@ -45,7 +45,7 @@ SEQUENCES, LENGTH = 64, 256
 """Calibration sequences and their tokens."""
 
 MEAN_SEQUENCES = 8
-"""Of them, those that keys' means in front of the rotary embedding are taken on."""
+"""Calibration sequences on which the keys' means in front of the rotary embedding are taken."""
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ Bits are packed along ``K``, eight to a byte, least significant bit first; paddi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,11 @@ class QuantizedWeight:
         weight = cls(sign, bitmap, quantized, scale, codes.shape[-1], group)
         weight.validate()
         return weight
+
+    def on(self, device: torch.device) -> QuantizedWeight:
+        """The weight with its tensors on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("sign", "bitmap", "levels", "scale")}
+        return replace(self, **tensors)
 
     def codes(self) -> Tensor:
         """Level codes, ``uint8 [..., N, K]``."""

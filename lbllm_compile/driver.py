@@ -352,7 +352,7 @@ def capture(options: CompileOptions, places: Callable[[str], tuple[Path, Path]],
     choices = recipe.choices(options)
     passes = recipe.passes(choices, options.target)
     check_named(options, passes)
-    device_of(options)
+    device_of(options)  # a wrong one before the model is read
     with progress.task("reading and capturing the model", 2) as task:
         model = frontend.load(options.model)
         task.advance("read")
@@ -435,6 +435,7 @@ def fingerprint(job: Job, data: CalibrationSet) -> dict[str, str]:
         "pipeline": pipeline.render(job.passes, full=True),
         "seed": str(job.options.seed),
         "threads": str(torch.get_num_threads()),
+        "device": device_of(job.options).type,
         "version": __version__,
         "torch": torch.__version__,
     }

@@ -20,8 +20,7 @@ from lbllm_compile.kernels import build_kernels
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.precision import CPU
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.program import CPU, Program
 from lbllm_compile.passes.spool import reclaim
 from lbllm_compile.passes.truncate import first_layer_only
 from lbllm_compile.runtime.prepare import build_native, workshop

@@ -54,7 +54,7 @@ class Whole:
     """A quantized program as layers, to be run end to end.
 
     Attributes:
-        layers: the lifted decoder layers.
+        layers: the lifted decoder layers, on the CPU until all train together.
         teacher: the float program.
         student: the quantized program.
         training, validation: values behind the prologue.
@@ -84,9 +84,13 @@ class Whole:
         """
         device = chains.student.device
         teacher, student = (replace(layers, epilogue=layers.epilogue.on(device)) for layers in pair)
-        lifted = [lift(layer.on(device)) for layer in student.layers]
+        lifted = [lift(layer) for layer in student.layers]
         values = chains.student, chains.student_validation, chains.teacher, chains.teacher_validation
         return cls(lifted, teacher, student, *values, divergence_of(kind), divergence_of(kind), chains.precision)
+
+    def on(self, device: torch.device) -> Whole:
+        """The program with its decoder layers on a device, all of them at once."""
+        return replace(self, layers=[layer.on(device) for layer in self.layers])
 
     @classmethod
     def start(
@@ -249,9 +253,11 @@ class Together:
 
     def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
-        stored.update({path: tensor.to(context.device) for path, tensor in start.tensors.items()})
+        stored.update(start.tensors)
         if not self.steps:
-            return _on_cpu(stored), Outcome(start.divergence, start.divergence, 0)
+            return stored, Outcome(start.divergence, start.divergence, 0)
+        whole = whole.on(context.device)
+        stored = {path: tensor.to(context.device) for path, tensor in stored.items()}
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
@@ -290,11 +296,7 @@ class Together:
         if outcome.step and self.lr_levels > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
-        return _on_cpu(stored), outcome
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {path: tensor.cpu() for path, tensor in tensors.items()}
+        return {path: tensor.cpu() for path, tensor in stored.items()}, outcome
 
 
 def divergence_of(kind: str, deviation: float = 0.0) -> Divergence:

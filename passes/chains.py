@@ -13,7 +13,7 @@ from ..codegen.format import QuantizedWeight
 from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
 from .precision import Precision
-from .program import Program, get_attribute, set_attribute
+from .program import CPU, Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
 from .simulate import Lifted, lift
 from .spool import mapped, trim
@@ -122,8 +122,8 @@ def train_layers(
         name: stage name of the checkpoints.
         title: of the progress bar.
         layers: ``(teacher, student)`` pairs.
-        train: gives a layer's stored tensors and figures (``after`` among them) for the lifted student, the teacher and
-            the layer's index.
+        train: gives a layer's stored tensors, on any device, and figures (``after`` among them) for the lifted student
+            and the teacher, both on the context's device, and the layer's index.
 
     Returns:
         The tensors of all layers by path, and one row of figures a layer.
@@ -143,6 +143,9 @@ def train_layers(
                 context.checkpoints.save(name, index, *done)
             tensors, metrics = done
             chains.learn(lifted, parameters_of(lifted, tensors))
+            if context.device != CPU:
+                teacher.discard()
+                lifted.discard()
             stored.update(mapped(tensors.items()))
             trim()
             rows.append({"layer": index, "before": before, **metrics})
@@ -175,7 +178,7 @@ def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> Quant
 def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A layer's dequantized weights, clip factors and knees: those in ``tensors``, else as the program stores them."""
     device = lifted.stage.device
-    parameters = {path: weight_of(lifted, path, tensors).dequantize().to(device) for path in lifted.weights}
+    parameters = {path: weight_of(lifted, path, tensors).on(device).dequantize() for path in lifted.weights}
     for path in lifted.ranges:
         parameters[path] = tensors[path].to(device) if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

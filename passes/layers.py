@@ -27,8 +27,8 @@ from torch import Tensor, fx
 
 from .annotate import LAYER
 from .base import batches_of
-from .precision import CPU, Precision, matrix_products, restored
-from .program import Program, copy_module, get_attribute, set_attribute
+from .precision import Precision, matrix_products, restored
+from .program import CPU, Program, copy_module, discard_attributes, get_attribute, set_attribute
 from .spool import Record, Records, release
 
 Values = dict[str, Any]
@@ -55,19 +55,29 @@ class Stage:
     device: torch.device = CPU
 
     def on(self, device: torch.device) -> Stage:
-        """The stage on a device: itself where it is there already, else with copies of its tensors."""
+        """The stage on a device: itself where it is there already, else with copies of its tensors.
+
+        Other than the CPU's, a copy takes any strides: its views are reshapes.
+        """
         if device == self.device:
             return self
         module = copy_module(self.module)
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 set_attribute(module, node.target, get_attribute(self.module, node.target).to(device))
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda v: _placed(v, device))
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+            )
             if node.target is torch.ops.aten.view.default:
                 # The capture saw the strides that operators give their results on the CPU.
                 node.target = torch.ops.aten.reshape.default
         module.recompile()
         return replace(self, module=module, device=device)
+
+    def discard(self) -> None:
+        """Lets go of the tensors of a stage that is used no more; graph and module refer to each other, and would keep
+        them until Python looks for cycles."""
+        discard_attributes(self.module)
 
     def run(self, values: Mapping[str, Any]) -> Values:
         """The outputs for one batch."""
@@ -98,6 +108,8 @@ class Runnable(Protocol):
     def live(self) -> frozenset[str]: ...
 
     def on(self, device: torch.device) -> Runnable: ...
+
+    def discard(self) -> None: ...
 
     def run(self, values: Mapping[str, Any]) -> Values: ...
 
@@ -141,19 +153,21 @@ class Activations:
 
         Args:
             stage: the next stage of the chain.
-            visit: called with each batch's live values after the stage.
+            visit: called with each batch's live values after the stage, on the device.
             precision: of the stage's matrix products.
         """
-        stage = stage.on(self.device)
+        moved = stage.on(self.device)
         for index, kept in enumerate(self._batches):
             values = self[index]
             with matrix_products(precision, self.device):
-                outputs = stage.run(values)
+                outputs = moved.run(values)
             fresh = {name: restored(value, precision) for name, value in outputs.items() if name in stage.live}
             kept = {name: value for name, value in kept.items() if name in stage.live and name not in fresh}
             if visit is not None:
                 visit({name: values[name] for name in kept} | fresh)
             self._batches[index] = kept | {name: self._kept(value) for name, value in fresh.items()}
+        if moved is not stage:
+            moved.discard()
         release()
 
 
@@ -181,7 +195,11 @@ def split(program: Program) -> Layers:
 
 
 def partition(
-    module: fx.GraphModule, stage_of: Mapping[fx.Node, int], count: int, live: Iterable[str] = ()
+    module: fx.GraphModule,
+    stage_of: Mapping[fx.Node, int],
+    count: int,
+    live: Iterable[str] = (),
+    device: torch.device = CPU,
 ) -> list[Stage]:
     """Cuts a graph into ``count`` stages.
 
@@ -190,6 +208,7 @@ def partition(
         stage_of: the stage of every computing node; never lower than that of a node it depends on.
         count: number of stages.
         live: names that stay alive past the last stage, besides the graph's results.
+        device: where the graph's tensors are.
     """
     results = _results(module.graph)
     members: list[list[fx.Node]] = [[] for _ in range(count)]
@@ -202,7 +221,7 @@ def partition(
         outputs = [n for n in members[index] if n.name in alive]
         built = _build(module, members[index], inputs[index], outputs)
         names = tuple(n.name for n in inputs[index])
-        stages.append(Stage(built, names, tuple(n.name for n in outputs), alive))
+        stages.append(Stage(built, names, tuple(n.name for n in outputs), alive, device))
         alive = (alive - set(stages[-1].outputs)) | set(names)
     return stages[::-1]
 
@@ -217,7 +236,7 @@ def segments(stage: Stage, after: Iterable[fx.Node]) -> list[Stage]:
     stage_of: dict[fx.Node, int] = {}
     for node in _computed(stage.module.graph):
         stage_of[node] = max((stage_of[n] + (n in cuts) for n in node.all_input_nodes if n in stage_of), default=0)
-    return partition(stage.module, stage_of, max(stage_of.values(), default=0) + 1, stage.live)
+    return partition(stage.module, stage_of, max(stage_of.values(), default=0) + 1, stage.live, stage.device)
 
 
 def set_weight(stage: Stage, path: str, value: Tensor) -> None:
@@ -262,11 +281,6 @@ def run_through(layers: Layers, batches: Sequence[Mapping[str, Any]]) -> list[An
 def finish(layers: Layers, values: Values) -> Any:
     """The program's first result from the values behind its last layer, which may already hold it."""
     return {**values, **layers.epilogue.run(values)}[layers.results[0]]
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    """An argument of a node as the graph has it on a device."""
-    return device if isinstance(value, torch.device) else value
 
 
 def _computed(graph: fx.Graph) -> list[fx.Node]:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .program import CPU
+
 Precision = Literal["auto", "float32", "bfloat16"]
 """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
-
-CPU = torch.device("cpu")
 
 
 def uses_bfloat16(precision: Precision, device: torch.device = CPU) -> bool:
@@ -24,7 +24,9 @@ def uses_bfloat16(precision: Precision, device: torch.device = CPU) -> bool:
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

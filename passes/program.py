@@ -12,6 +12,9 @@ from torch import Tensor, fx
 
 from .spool import Gauge, release
 
+CPU = torch.device("cpu")
+"""Where programs are."""
+
 STATE = "lbllm_state"
 """Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
 

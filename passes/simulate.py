@@ -24,7 +24,7 @@ from ..codegen import reference
 from ..codegen.format import LEVELS, QuantizedWeight
 from ..codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
 from .layers import Stage, Values
-from .program import get_attribute
+from .program import discard_attributes, get_attribute
 from .rewrite import activation_knees
 
 LATENT_MARGIN = 0.05
@@ -375,6 +375,15 @@ class Lifted:
         tensors = [get_attribute(self.stage.module, a.target) for a in node.args[:4]]
         return QuantizedWeight(*tensors, *node.args[4:])
 
+    def on(self, device: torch.device) -> Lifted:
+        """See :meth:`.layers.Stage.on`."""
+        return self if device == self.stage.device else lift(self.stage.on(device))
+
+    def discard(self) -> None:
+        """See :meth:`.layers.Stage.discard`."""
+        discard_attributes(self.module)
+        self.stage.discard()
+
     def bind(self, parameters: Mapping[str, Tensor]) -> Bound:
         """The stage with fixed parameters, for streaming."""
         return Bound(self, parameters)
@@ -394,7 +403,10 @@ class Bound:
     def on(self, device: torch.device) -> Bound:
         if device == self.lifted.stage.device:
             return self
-        return Bound(lift(self.lifted.stage.on(device)), {path: t.to(device) for path, t in self.parameters.items()})
+        return Bound(self.lifted.on(device), {path: t.to(device) for path, t in self.parameters.items()})
+
+    def discard(self) -> None:
+        self.lifted.discard()
 
     def run(self, values: Mapping[str, Any]) -> Values:
         return self.lifted.run(values, self.parameters)

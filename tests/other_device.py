@@ -1,7 +1,7 @@
 """A device beside the CPU that every machine has: it computes on the CPU, and refuses what a GPU would refuse.
 
 Its tensors hold CPU tensors. An operator that gets tensors of both devices fails, as on CUDA, unless it copies between
-them or the CPU's is a single number.
+them, or works element by element and the CPU's is a single number.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "other"
 
+_everything, _aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -30,7 +32,22 @@ def other_device() -> torch.device:
             f"aten::{name}", "privateuseone", functools.partial(_make, getattr(torch, name.split(".")[0]))
         )
     torch.library.impl("aten::_copy_from", "privateuseone", _copy)
+    _everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for product in (torch.ops.aten.linear, torch.ops.aten.matmul, torch.ops.aten.scaled_dot_product_attention):
+        _aten.impl(product.default._schema.name, functools.partial(_lowered, product.default), "AutocastPrivateUse1")
     return torch.device(NAME, 0)
+
+
+def _lowered(product: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A product under autocast, as CUDA takes it."""
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        args, kwargs = tree_map(_narrow, (args, kwargs))
+        return product(*args, **kwargs)
+
+
+def _narrow(value: Any) -> Any:
+    narrows = isinstance(value, Tensor) and value.dtype is torch.float32
+    return value.to(torch.get_autocast_dtype(NAME)) if narrows else value
 
 
 def _copy(source: Tensor, target: _Elsewhere, non_blocking: bool = False) -> Tensor:
@@ -83,7 +100,7 @@ class OnOtherDevice(TorchDispatchMode):
     """A context in which tensors can be made on and copied to the device.
 
     Attributes:
-        calls: operators that computed there.
+        calls: operators that computed there, copies apart.
     """
 
     def __init__(self) -> None:
@@ -95,7 +112,7 @@ class OnOtherDevice(TorchDispatchMode):
         there = any(isinstance(value, _Elsewhere) for value in tree_leaves((args, kwargs)))
         if not there and not _names_it(kwargs.get("device")):
             return func(*args, **kwargs)
-        self.calls += 1
+        self.calls += func not in _COPIES
         return _compute(func, args, kwargs)
 
 
@@ -105,7 +122,8 @@ def _names_it(device: Any) -> bool:
 
 def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    strangers = [t for t in tensors if not isinstance(t, _Elsewhere) and t.dim() > 0]
+    numbers = torch.Tag.pointwise in func.tags
+    strangers = [t for t in tensors if not isinstance(t, _Elsewhere) and not (numbers and t.dim() == 0)]
     if strangers and func not in _COPIES:
         raise RuntimeError(f"{func}: expected all tensors to be on one device, found CPU tensors among {NAME}'s")
     out = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))

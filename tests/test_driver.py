@@ -285,6 +285,9 @@ def test_whatever_decides_the_weights_is_named_when_it_has_changed(model_file, t
     }
     monkeypatch.setattr(driver, "__version__", "another")
     changed["version"] = driver.fingerprint(job, data)
+    monkeypatch.undo()
+    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("cuda"))
+    changed["device"] = driver.fingerprint(job, data)
     work = WorkDir(tmp_path / "w", facts)
     work.save("01-ptq", 0, {"x": torch.ones(1)}, {})
     work.release()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.alignment import kl_loss
+from lbllm_compile.passes.alignment import Together, kl_loss
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.chains import Chains
 from lbllm_compile.passes.program import Program
@@ -104,6 +104,19 @@ def test_behind_the_head_it_is_refused(data):
 def test_a_diverging_training_says_what_to_do(data):
     with pytest.raises(PassError, match="diverged after 1 steps; lower its learning rates"):
         apply(quantized(), "finetune{steps=4,lr_levels=1e12}", data)
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(48, 1.0), (192, 0.5), (1, 2.0)])
+def test_the_more_steps_the_lower_the_rates(data, monkeypatch, steps, factor):
+    used = []
+
+    def run(together, *_):
+        used.append((together.lr_levels, together.lr_clip, together.lr_knees))
+        return {}, {}
+
+    monkeypatch.setattr(Together, "run", run)
+    apply(quantized(), f"finetune{{steps={steps},lr_levels=0.25,lr_clip=0.5,lr_knees=1}}", data)
+    assert used == [(0.25 * factor, 0.5 * factor, factor)]
 
 
 @pytest.mark.parametrize("name", ["distill", "activate", "finetune"])

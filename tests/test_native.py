@@ -348,12 +348,15 @@ def attention_state(spec: AttentionSpec, batch: int, past: int, capacity: int, g
 @pytest.mark.parametrize(
     "spec", ATTENTIONS, ids=lambda s: f"{s.heads}x{s.kv_heads}x{s.key_width}-kv{s.bits}-w{s.window}"
 )
-def test_attention_agrees_with_the_reference(spec):
+@pytest.mark.parametrize(
+    "lanes", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_attention_agrees_with_the_reference(spec, lanes):
     generator = torch.Generator().manual_seed(spec.key_width)
     target = Target.parse("cpu")
-    for queries in (1, None):
+    for queries, parallel in ((1, False), (1, True), (None, True)):
         tile = attention.tile_rows(spec, queries)
-        kernel = attention.cached_attention(spec, 16, tile, parallel=queries is None)
+        kernel = attention.cached_attention(spec, lanes, tile, parallel)
         function = compile_functions({"kernel": kernel}, target.llvm)["kernel"]
         for batch, length, past in ((1, 1, 0), (1, 1, 40), (2, 7, 0), (3, 33, 5)):
             shapes = [(spec.heads, spec.key_width), (spec.kv_heads, spec.key_width), (spec.kv_heads, spec.value_width)]

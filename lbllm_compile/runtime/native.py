@@ -177,7 +177,7 @@ class NativeProgram:
 
 
 def _map(file: Path) -> np.ndarray:
-    """A file's bytes, mapped, in large pages where the system has them. Changes do not reach the file."""
+    """A file's bytes, mapped; asks for large pages. Changes do not reach the file."""
     # Copy on write: the kernels' interface wants memory that could be written.
     with file.open("rb") as opened:
         mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -541,7 +541,7 @@ def _attention(t: _Translator, node: Node) -> Value:
         state = [state[0], state[0], state[2], state[2]]
     output = ([*builder.shape(query)[:3], spec.value_width], "float32")
     # Within a launch that is there anyway, heads are worth sharing out even for one token.
-    kernel = t.kernels.attention(spec, t.form.length, t.form.length is None or t.form.blocks)
+    kernel = t.kernels.attention(spec, t.form.length, parallel=t.form.length is None or t.form.blocks)
     return t.call(kernel, [query, key, value, *state, mask], output)
 
 

@@ -6,7 +6,7 @@ only some phases need the whole model (:mod:`lbllm_compile.footprint`).
 
 The times are estimates: weights times tokens times what a stage costs for each, divided by the speed of this machine's
 matrix products as measured on the spot. The costs were fitted on a model of 135 million weights; expect a factor of two
-either way, and more on a busy machine.
+either way, and more on a busy machine, or on a GPU, whose speed is not measured.
 """
 
 from __future__ import annotations
@@ -31,17 +31,38 @@ from lbllm_compile.doctor import memory
 from lbllm_compile.passes import annotate, canonicalize, ptq, spool
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.precision import uses_bfloat16
 from lbllm_compile.passes.program import get_attribute
 from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
     from lbllm_compile.driver import CompileOptions
 
-_OPERATIONS = {"text": 6.5, "smooth": 2.5, "ptq": 6.0, "distill": 10.0, "activate": 15.0, "finetune": 15.0}
-"""What a stage is worth in matrix-product operations, per weight, token and epoch (a forward pass has 2)."""
 
-_CHAIN_OPERATIONS = 2.5
-"""The same for taking the float model's activations through all layers."""
+@dataclass(frozen=True)
+class Cost:
+    """What a stage is worth in operations of matrix products, per weight, token and epoch (a forward pass has 2).
+
+    Attributes:
+        products: in the precision of the stages' products.
+        rest: what else it does, as operations of float32 products.
+    """
+
+    products: float
+    rest: float
+
+
+_COSTS = {
+    "text": Cost(0.0, 5.0),
+    "smooth": Cost(2.1, 0.4),
+    "ptq": Cost(4.8, 1.2),
+    "distill": Cost(7.5, 2.5),
+    "activate": Cost(13.9, 1.1),
+    "finetune": Cost(13.9, 1.1),
+}
+
+_CHAIN = _COSTS["smooth"]
+"""Taking the float model's activations through all layers."""
 
 _CAPTURE_SECONDS = 0.6
 """Tracing and checking, per decoder layer."""
@@ -73,6 +94,29 @@ class Treatment:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast matrices are multiplied here, in operations per second.
+
+    Attributes:
+        products: in the precision that stages use unless told otherwise.
+        float32: in float32.
+    """
+
+    products: float
+    float32: float
+
+    @classmethod
+    def here(cls) -> Speed:
+        """Measures it."""
+        float32 = matmul_speed(torch.float32)
+        return cls(matmul_speed(torch.bfloat16) if uses_bfloat16("auto") else float32, float32)
+
+    def seconds(self, cost: Cost) -> float:
+        """Of a stage, per weight, token and epoch."""
+        return cost.products / self.products + cost.rest / self.float32
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a compile would do and need.
 
@@ -85,7 +129,7 @@ class Plan:
         spool: bytes of weights and activations in temporary files, in the folder ``spool_directory``.
         memory_available, disk_available, spool_available: bytes here; None where unknown.
         seconds: estimate by stage.
-        speed: measured matrix-product speed, operations per second.
+        speed: measured.
     """
 
     model: str
@@ -106,7 +150,7 @@ class Plan:
     spool_directory: str
     spool_available: int
     seconds: dict[str, float]
-    speed: float
+    speed: Speed
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -150,7 +194,7 @@ def make_plan(options: CompileOptions) -> Plan:
     size, work = footprint_of(model, found, passes, preset, artifact, text)
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
     phases = footprint.memory(size, work)
-    speed = matmul_speed()
+    speed = Speed.here()
     return Plan(
         model=options.model,
         kind=model.kind,
@@ -365,15 +409,16 @@ def _seconds(
     model: frontend.UserModel,
     tokens: int,
     preset: recipe.Preset,
-    speed: float,
+    speed: Speed,
     writes_text: bool,
 ) -> dict[str, float]:
     decoder = [x for x in found if x.info.role == "decoder"]
     layers = max(1, len({x.info.layer for x in decoder}))
     weights = sum(x.weights for x in decoder)
+    everything = sum(x.weights for x in found)
     work: dict[str, float] = {}
     if writes_text and model.kind == "causal-lm":
-        work["text"] = sum(x.weights for x in found)
+        work["text"] = everything
     work["smooth"] = weights * min(1.0, _option(passes, "smooth", "sequences", 0) / preset.sequences)
     work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
     work["distill"] = weights * _option(passes, "distill", "epochs", 0)
@@ -381,15 +426,17 @@ def _seconds(
         steps = _option(passes, stage, "steps", None)
         if steps is not None:
             seen = steps * _option(passes, stage, "batch", 0) * preset.sequence_length / tokens
-            whole = seen * sum(x.weights for x in found) + _CHAIN_OPERATIONS / _OPERATIONS[stage] * weights
-            work[stage] = whole + weights * _option(passes, stage, "epochs", 0)
+            work[stage] = seen * everything + weights * _option(passes, stage, "epochs", 0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
-    result.update({_TITLES[k]: _OPERATIONS[k] * v * tokens / speed for k, v in work.items() if v})
+    result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
+    for stage in ("activate", "finetune"):
+        if work.get(stage):
+            result[_TITLES[stage]] += weights * tokens * speed.seconds(_CHAIN)
     shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
     result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
     if model.kind == "causal-lm":
         result["native program"] = _PROGRAM_SECONDS * layers
-    result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed
+    result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed.float32
     return result
 
 
@@ -403,11 +450,11 @@ _TITLES = {
 }
 
 
-def matmul_speed(seconds: float = 0.3) -> float:
-    """Speed of float32 matrix products here, in operations per second."""
+def matmul_speed(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Speed of matrix products here, in operations per second."""
     size = 768
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     torch.mm(a, b)
     start = time.perf_counter()
@@ -443,7 +490,10 @@ def render(plan: Plan) -> list[RenderableType]:
         ),
         ("calibration", f"{plan.tokens} tokens" if plan.kind == "causal-lm" else f"{plan.tokens} inputs"),
         *((name, "about " + terminal.duration(seconds)) for name, seconds in plan.seconds.items()),
-        ("in all", f"about {terminal.duration(sum(plan.seconds.values()))} ({plan.speed / 1e9:.0f} GFLOP/s here)"),
+        (
+            "in all",
+            f"about {terminal.duration(sum(plan.seconds.values()))} ({plan.speed.products / 1e9:.0f} GFLOP/s here)",
+        ),
         ("targets", ", ".join(plan.targets)),
         ("pipeline", plan.pipeline),
     ]

@@ -121,7 +121,7 @@ class Translation:
         end = 0
         for name, tensor in sorted(self.weights.items(), key=lambda item: self.layout.offsets[item[0]]):
             yield memoryview(bytes(self.layout.offsets[name] - end))
-            yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             end = self.layout.offsets[name] + tensor.nbytes
         yield memoryview(bytes(self.layout.bytes - end))
 

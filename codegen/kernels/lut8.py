@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import QuantizedWeight
 from ..tvm_api import T
-from .dot import FIELDS, SLAB, VECTOR_BYTES, Problem
+from .dot import FIELDS, SLAB, VECTOR_BYTES
+from .grouped import GroupedOperand
 from .isa import InstructionSet
 
 LEVEL_BYTES = 64
@@ -31,27 +30,14 @@ SCALE_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Lut8Operand:
+class Lut8Operand(GroupedOperand):
     """W(1+1) weights in the layout above, decoded by byte shuffles."""
 
-    problem: Problem
+    def bytes_of(self, slabs: int) -> int:
+        return slabs * VECTOR_BYTES + LEVEL_BYTES + SCALE_BYTES
 
-    decodes = True
-
-    def _group_bytes(self, slabs: int) -> int:
-        return slabs * VECTOR_BYTES + LEVEL_BYTES + SCALE_BYTES if slabs else 0
-
-    @property
-    def group_bytes(self) -> int:
-        return self._group_bytes(self.problem.group_slabs)
-
-    @property
-    def block_bytes(self) -> int:
-        return self.problem.full_groups * self.group_bytes + self._group_bytes(self.problem.tail_slabs)
-
-    @property
-    def packed_bytes(self) -> int:
-        return self.problem.row_blocks * self.block_bytes
+    def padded(self, slabs: int) -> int:
+        return slabs * SLAB
 
     def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
         levels = packed[T.ramp(address, 1, 4 * isa.lanes)]
@@ -77,29 +63,12 @@ class Lut8Operand:
         halves = T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)])
         return T.cast(halves, isa.float32)
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
-        """Packs canonical planes ``[N, K]`` into ``uint8 [packed_bytes]``."""
-        p = self.problem
-        padded_rows = p.row_blocks * SLAB - p.rows
-        codes = F.pad(weight.codes(), (0, 0, 0, padded_rows))
-        levels = F.pad(weight.levels.view(torch.uint8) ^ 0x80, (0, 0, 0, 0, 0, padded_rows), value=0x80)
-        scale = F.pad(weight.scale, (0, 0, 0, padded_rows))
-        split = p.full_groups * p.group
-        parts = []
-        if p.full_groups:
-            parts.append(_pack_groups(codes[:, :split], levels[:, : p.full_groups], scale[:, : p.full_groups]))
-        if p.tail_slabs:
-            tail = F.pad(codes[:, split:], (0, p.tail_slabs * SLAB - (p.columns - split)))
-            parts.append(_pack_groups(tail, levels[:, p.full_groups :], scale[:, p.full_groups :]))
-        return torch.cat(parts, 1).flatten()
-
-
-def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """Equal groups: ``codes [16 B, G * width]``, ``levels [16 B, G, 4]``, ``scale [16 B, G]`` to ``[B, bytes]``."""
-    blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
-    fields = codes.reshape(blocks, SLAB, groups, -1, FIELDS, 4)
-    packed = fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)
-    packed = packed.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
-    levels = levels.reshape(blocks, SLAB, groups, 4).permute(0, 2, 1, 3).reshape(blocks, groups, -1)
-    halves = scale.reshape(blocks, SLAB, groups).permute(0, 2, 1).contiguous().view(torch.uint8)
-    return torch.cat([levels, packed, halves.reshape(blocks, groups, -1)], -1).flatten(1)
+    def pack_groups(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+        blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
+        fields = codes.reshape(blocks, SLAB, groups, -1, FIELDS, 4)
+        packed = fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)
+        packed = packed.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
+        levels = levels.contiguous().view(torch.uint8) ^ 0x80
+        levels = levels.reshape(blocks, SLAB, groups, 4).permute(0, 2, 1, 3).reshape(blocks, groups, -1)
+        halves = scale.reshape(blocks, SLAB, groups).permute(0, 2, 1).contiguous().view(torch.uint8)
+        return torch.cat([levels, packed, halves.reshape(blocks, groups, -1)], -1).flatten(1)

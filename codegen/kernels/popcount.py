@@ -27,21 +27,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import QuantizedWeight
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 from .dot import (
     SLAB,
     VECTOR_BYTES,
-    Problem,
     fused_multiply_add,
     load_float32,
     prefetch_line,
     row_vectors,
     store_row_vector,
 )
+from .grouped import GroupedOperand
 from .isa import InstructionSet
 
 WORD = 32
@@ -62,27 +60,14 @@ def _words(slabs: int) -> int:
 
 
 @dataclass(frozen=True)
-class PlaneOperand:
+class PlaneOperand(GroupedOperand):
     """W(1+1) weights in the layout above; for more than one token they are decoded like any other."""
 
-    problem: Problem
+    def bytes_of(self, slabs: int) -> int:
+        return _words(slabs) * WORD_BYTES + LEVEL_BYTES + SCALE_BYTES + SUM_BYTES
 
-    decodes = True
-
-    def _group_bytes(self, slabs: int) -> int:
-        return _words(slabs) * WORD_BYTES + LEVEL_BYTES + SCALE_BYTES + SUM_BYTES if slabs else 0
-
-    @property
-    def group_bytes(self) -> int:
-        return self._group_bytes(self.problem.group_slabs)
-
-    @property
-    def block_bytes(self) -> int:
-        return self.problem.full_groups * self.group_bytes + self._group_bytes(self.problem.tail_slabs)
-
-    @property
-    def packed_bytes(self) -> int:
-        return self.problem.row_blocks * self.block_bytes
+    def padded(self, slabs: int) -> int:
+        return _words(slabs) * WORD
 
     def plane(self, isa: InstructionSet, packed: Any, address: Any) -> Any:
         """One word of a plane for every row of a row vector."""
@@ -118,40 +103,22 @@ class PlaneOperand:
         start = address + _words(slabs) * WORD_BYTES + LEVEL_BYTES + SCALE_BYTES + 2 * half
         return T.cast(T.reinterpret(f"uint16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)]), isa.int32)
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
-        """Packs canonical planes ``[N, K]`` into ``uint8 [packed_bytes]``."""
-        p = self.problem
-        padded_rows = p.row_blocks * SLAB - p.rows
-        codes = F.pad(weight.codes(), (0, 0, 0, padded_rows))
-        levels = F.pad(weight.levels, (0, 0, 0, 0, 0, padded_rows))
-        scale = F.pad(weight.scale, (0, 0, 0, padded_rows))
-        split = p.full_groups * p.group
-        parts = []
-        if p.full_groups:
-            parts.append(_pack_groups(codes[:, :split], levels[:, : p.full_groups], scale[:, : p.full_groups]))
-        if p.tail_slabs:
-            tail = F.pad(codes[:, split:], (0, _words(p.tail_slabs) * WORD - (p.columns - split)))
-            parts.append(_pack_groups(tail, levels[:, p.full_groups :], scale[:, p.full_groups :]))
-        return torch.cat(parts, 1).flatten()
-
-
-def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """Equal groups: ``codes [16 B, G * width]``, ``levels [16 B, G, 4]``, ``scale [16 B, G]`` to ``[B, bytes]``."""
-    blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
-    codes = codes.reshape(blocks, SLAB, groups, -1)
-    sign, bitmap = codes >= 2, (codes == 1) | (codes == 2)
-    bits = torch.stack([sign, bitmap], -1).to(torch.uint8).reshape(blocks, SLAB, groups, -1, WORD // 4, 4, 2)
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8).reshape(-1, 1, 1)
-    words = (bits * place).sum(4, dtype=torch.uint8)  # [B, 16, G, words, 4, 2]
-    planes = words.permute(0, 2, 3, 5, 1, 4).reshape(blocks, groups, -1)
-    low, inner_low, inner_high, high = levels.int().reshape(blocks, SLAB, groups, 4).unbind(-1)
-    a, b = high - low, inner_low - low
-    c = a + b - (inner_high - low)
-    sums = a * sign.sum(-1) + b * bitmap.sum(-1) - c * (sign & bitmap).sum(-1)
-    terms = (torch.stack([low, a, b, c], -1) & 0xFF).to(torch.uint8).transpose(1, 2).reshape(blocks, groups, -1)
-    halves = scale.reshape(blocks, SLAB, groups).transpose(1, 2).contiguous().view(torch.uint8)
-    sums = sums.to(torch.uint16).transpose(1, 2).contiguous().view(torch.uint8)
-    return torch.cat([planes, terms, halves, sums], -1).flatten(1)
+    def pack_groups(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+        blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
+        codes = codes.reshape(blocks, SLAB, groups, -1)
+        sign, bitmap = codes >= 2, (codes == 1) | (codes == 2)
+        bits = torch.stack([sign, bitmap], -1).to(torch.uint8).reshape(blocks, SLAB, groups, -1, WORD // 4, 4, 2)
+        place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8).reshape(-1, 1, 1)
+        words = (bits * place).sum(4, dtype=torch.uint8)  # [B, 16, G, words, 4, 2]
+        planes = words.permute(0, 2, 3, 5, 1, 4).reshape(blocks, groups, -1)
+        low, inner_low, inner_high, high = levels.int().reshape(blocks, SLAB, groups, 4).unbind(-1)
+        a, b = high - low, inner_low - low
+        c = a + b - (inner_high - low)
+        sums = a * sign.sum(-1) + b * bitmap.sum(-1) - c * (sign & bitmap).sum(-1)
+        terms = (torch.stack([low, a, b, c], -1) & 0xFF).to(torch.uint8).transpose(1, 2).reshape(blocks, groups, -1)
+        halves = scale.reshape(blocks, SLAB, groups).transpose(1, 2).contiguous().view(torch.uint8)
+        sums = sums.to(torch.uint16).transpose(1, 2).contiguous().view(torch.uint8)
+        return torch.cat([planes, terms, halves, sums], -1).flatten(1)
 
 
 def _stage_group(

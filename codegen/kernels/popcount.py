@@ -221,7 +221,7 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
         for v, (block, half) in enumerate(vectors):
             start = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
             if prefetch and half == 0:
-                for line in range(operand._group_bytes(slabs) // VECTOR_BYTES):
+                for line in range(operand.bytes_of(slabs) // VECTOR_BYTES):
                     prefetch_line(packed, start + line * VECTOR_BYTES + prefetch)
             signs, bitmaps, boths = masked_sums(packed, planes, start + 4 * half, g * group_words, words)
             terms = T.Bind(operand.plane(isa, packed, start + 4 * half + words * WORD_BYTES))

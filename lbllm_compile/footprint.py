@@ -5,7 +5,7 @@ Weights are mapped from a file, activations are read from one, and both are drop
 layers. Those that hold the whole model say so by their size: writing the calibration text, training all layers
 together, timing the original model, and reading a model that is not a directory of safetensors.
 
-The constants were measured by ``python -m benchmarks.memory``.
+The constants were measured by ``python -m benchmarks.memory``; that of training together by ``benchmarks.quality``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ the matrix in float32 and as bfloat16 in the layer's products."""
 _ACTIVATE_BYTES = 14
 """Per weight of the layer: the teacher's, the codes, the matrix, as float32 and bfloat16, and its gradient."""
 
-_TOGETHER_BYTES = 8
-"""Per weight of all layers that train together: the matrix and its gradient."""
+_TOGETHER_BYTES = 12
+"""Per weight of all layers that train together, as measured; 9 of them are the matrix, its gradient and the codes."""
 
 _LEVEL_BYTES = 4 * 4
 """A float32 copy of a group's four levels. Training keeps six: levels, gradient, two moments, the best state and one

@@ -644,7 +644,7 @@ def _export(
     # A tensor must not be two inputs at once, and export keeps what it gets.
     arguments = {n: t.clone() for n, t in inputs.items()}
     try:
-        with _quiet_export():
+        with _quiet_export(), _ordered_sets(module):
             exported = torch.export.export(
                 module,
                 args=(),
@@ -666,6 +666,38 @@ def _export(
             f"'{model.name}' cannot be captured: its forward writes to '{written[0]}'; compute a new tensor instead"
         )
     return exported
+
+
+class _OrderedSet(set):
+    """A set whose elements come in the order in which it was given them."""
+
+    def __init__(self, elements: Iterable[Any] = ()):
+        ordered = dict.fromkeys(elements)
+        super().__init__(ordered)
+        self._place = {element: place for place, element in enumerate(ordered)}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=lambda element: self._place.get(element, len(self._place))))
+
+
+@contextlib.contextmanager
+def _ordered_sets(module: nn.Module) -> Iterator[None]:
+    """While this lasts, ``set`` is :class:`_OrderedSet` in the files that define a model.
+
+    Strings hash differently in every process. A forward that walks through a set of them (transformers' Gemma 3 makes a
+    rotary table for each kind of layer) would give another graph each time, and an interrupted compile of it could not
+    be resumed.
+    """
+    names = {type(m).__module__ for m in module.modules()}
+    files = [sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")]
+    changed = [file for file in files if "set" not in vars(file)]
+    for file in changed:
+        vars(file)["set"] = _OrderedSet
+    try:
+        yield
+    finally:
+        for file in changed:
+            del vars(file)["set"]
 
 
 @contextlib.contextmanager

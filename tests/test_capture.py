@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers.masking_utils
@@ -122,3 +126,31 @@ def test_one_call_leaves_the_global_seed_alone() -> None:
     before = torch.random.get_rng_state()
     frontend.capture(zoo.user_model("llama"))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_graph_is_the_same_in_every_process() -> None:
+    """Gemma 3 walks through a set of strings, whose order depends on how the process hashes strings."""
+    code = "import zoo; print(zoo.captured('gemma3')[1].graph)"
+    graphs = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        graphs.append(done.stdout)
+    assert "rotary" in graphs[0]
+    assert graphs[0] == graphs[1]
+
+
+def test_sets_of_a_model_are_ordered_while_it_is_traced() -> None:
+    ordered = frontend._OrderedSet(["b", "a", "b", "c"])
+    ordered.discard("a")
+    ordered.add("d")
+    assert list(ordered) == ["b", "c", "d"]
+    assert ordered == {"b", "c", "d"}
+    file = sys.modules[__name__]
+    with frontend._ordered_sets(Walker()):
+        assert file.set is frontend._OrderedSet
+    assert "set" not in vars(file)
+
+
+class Walker(torch.nn.Module):
+    pass

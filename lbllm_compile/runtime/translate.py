@@ -119,10 +119,11 @@ class Translation:
     def weight_bytes(self) -> Iterator[memoryview]:
         """The block of weights from its beginning to its end, in pieces."""
         end = 0
-        for name, tensor in sorted(self.weights.items(), key=lambda item: self.layout.offsets[item[0]]):
-            yield memoryview(bytes(self.layout.offsets[name] - end))
+        for name, offset in self.layout.offsets.items():
+            tensor = self.weights[name]
+            yield memoryview(bytes(offset - end))
             yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            end = self.layout.offsets[name] + tensor.nbytes
+            end = offset + tensor.nbytes
         yield memoryview(bytes(self.layout.bytes - end))
 
 

@@ -6,7 +6,8 @@
 Everyone is fed the same token ids, one sequence, and chooses none. *Decoding*: 64 tokens one by one behind a prompt of
 32, the median over the tokens of all rounds. *Prefill*: a prompt of 512, the median of the rounds. Torch runs the
 original model as transformers' ``generate`` does. Every decoder lives in a process of its own; they take turns, and a
-turn starts with a pause, in which the threads of the others stop spinning. The first round does not count.
+turn starts with a pause, in which the threads of the others stop spinning. The first round does not count. Kernels that
+are not tuned for this machine and a number of threads are before.
 
 Memory and loading are those of fresh processes that load a model and decode once. Run it on an otherwise idle machine.
 """
@@ -241,12 +242,12 @@ def _settings(options: argparse.Namespace) -> Settings:
     return QUICK if options.quick else Settings(rounds=options.rounds)
 
 
-def _wish(options: argparse.Namespace, kinds: Sequence[str]) -> subjects.Wish:
+def _wish(options: argparse.Namespace, kinds: Sequence[str], threads: int) -> subjects.Wish:
     artifact, original = str(options.artifact), options.original
     if options.shape:
         artifact, original = "", subjects.SHAPE + options.shape
     trials = 0 if options.quick else options.trials
-    return subjects.Wish(artifact, original, options.group, trials, tuple(kinds), os.cpu_count() or 1)
+    return subjects.Wish(artifact, original, options.group, trials, tuple(kinds), threads)
 
 
 def main() -> None:
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--original", default="examples/smollm2.py", metavar="MODEL", help="what it was compiled from")
     parser.add_argument("--shape", choices=sorted(subjects.SHAPES), help="random weights instead of an artifact")
     parser.add_argument("--group", type=int, default=64, help="columns per group of random weights")
-    parser.add_argument("--trials", type=int, default=16, help="schedules to try per kernel of random weights")
+    parser.add_argument("--trials", type=int, default=16, help="schedules to try per kernel that is not tuned here")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="rounds that count")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}), metavar="N")
     parser.add_argument("--quick", action="store_true", help="check that everything runs; the figures mean nothing")
@@ -266,14 +267,15 @@ def main() -> None:
     document: dict[str, Any] = {"machine": machine(), "absent": absent, "runs": []}
     try:
         with tempfile.TemporaryDirectory(prefix="lbllm-decode-") as folder:
-            subject = subjects.prepare(_wish(options, () if absent else KINDS), Path(folder))
-            document |= {"original": subject.original, "parameters": subject.parameters}
-            for threads in options.threads:
+            kinds = () if absent else KINDS
+            for threads in sorted(options.threads):
+                subject = subjects.prepare(_wish(options, kinds, threads), Path(folder))
+                document |= {"original": subject.original, "parameters": subject.parameters}
                 results = speeds(subject, settings, threads, options.quick)
                 run = {"threads": threads, "results": results, "ratios": ratios(results)}
                 document["runs"].append(run)
                 _print_speeds(run, settings)
-            document["processes"] = processes(subject, settings, max(options.threads), options.quick)
+            document["processes"] = processes(subject, settings, threads, options.quick)
     except LbllmError as error:
         sys.exit(str(error))
     _print_processes(document["processes"])

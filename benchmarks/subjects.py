@@ -68,9 +68,9 @@ class Wish:
         artifact: a directory that a compile wrote; empty for a model of random weights.
         original: the model it was compiled from, or ``shape:NAME``.
         group: columns per group, for a model of random weights.
-        trials: schedules to measure per kernel, for a model of random weights.
-        kinds: file types to write for llama.cpp.
-        threads: of the schedule search and of llama.cpp's quantization.
+        trials: schedules to measure per kernel, where no result of such a search is stored; 0 searches nothing.
+        kinds: file types to write for llama.cpp, where they are not yet.
+        threads: to prepare for; a program for one thread shares no work among several.
     """
 
     artifact: str
@@ -174,7 +174,7 @@ def lowered(model: Any, name: str, group: int) -> Program:
 
 
 def prepare(wish: Wish, directory: Path) -> Subject:
-    """Prepares a model; what takes much memory happens in a child process.
+    """Prepares a model for a number of threads; what takes much memory happens in a child process.
 
     Args:
         wish: what to prepare.
@@ -204,8 +204,12 @@ def _prepare_here(wish: Wish, directory: Path) -> Subject:
     from lbllm_compile.evaluate import bits_per_weight
     from lbllm_compile.runtime.executor import requirements
     from lbllm_compile.runtime.prepare import build_native
+    from lbllm_compile.tune import TuneOptions, tune
 
     if wish.artifact:
+        if wish.trials:
+            harness.CONSOLE.print(f"[dim]tuning for {wish.threads} threads[/dim]")
+            tune(TuneOptions(directory=Path(wish.artifact), trials=wish.trials))
         compiled = runtime.load(wish.artifact)
         program, native = compiled.program, wish.artifact
         if compiled.native is None:
@@ -213,7 +217,7 @@ def _prepare_here(wish: Wish, directory: Path) -> Subject:
         del compiled
     else:
         program = None
-        native = str(directory / "native")
+        native = str(directory / f"native-{wish.threads}")
     model = original(wish.original)
     parameters = sum(p.numel() for p in model.parameters())
     gguf = _write_gguf(model, wish.kinds, wish.threads, directory)
@@ -231,17 +235,17 @@ def _prepare_here(wish: Wish, directory: Path) -> Subject:
 def _write_gguf(model: Any, kinds: Sequence[str], threads: int, directory: Path) -> dict[str, dict[str, Any]]:
     """Files for llama.cpp, as :class:`Subject` has them."""
     files: dict[str, dict[str, Any]] = {}
-    if not kinds:
-        return files
-    harness.CONSOLE.print(f"[dim]writing GGUF files: {', '.join(kinds)}[/dim]")
     exact = directory / "f16.gguf"
-    llama.write_gguf(model, exact)
     for kind in kinds:
         path = directory / f"{kind}.gguf"
-        llama.quantize(exact, path, kind, threads)
+        if not path.is_file():
+            if not exact.is_file():
+                harness.CONSOLE.print(f"[dim]writing GGUF files: {', '.join(kinds)}[/dim]")
+                llama.write_gguf(model, exact)
+            llama.quantize(exact, path, kind, threads)
         bits, shares = llama.bits_per_weight(path)
         files[kind] = {"path": str(path), "bits": bits, "shares": shares}
-    exact.unlink()
+    exact.unlink(missing_ok=True)
     return files
 
 

@@ -26,7 +26,7 @@ from .targets import Target
 from .threads import thread_count
 from .tune.database import Database, Key
 from .tune.measure import Measurer
-from .tune.tuner import Wanted, choose
+from .tune.tuner import Choice, Wanted, choose
 
 if TYPE_CHECKING:
     from .kernels.cpu import Bucket, Implementation, Schedule
@@ -216,7 +216,12 @@ class QuantizeKernel:
 
 
 class KernelSet:
-    """Proven kernels for a model's distinct linears and quantizers on one target."""
+    """Proven kernels for a model's distinct linears and quantizers on one target.
+
+    Attributes:
+        target: what they run on.
+        guessed: how many of the schedules neither a search here nor an earlier build stands behind.
+    """
 
     def __init__(
         self,
@@ -225,12 +230,14 @@ class KernelSet:
         quantizers: Mapping[QuantizeSpec, QuantizeKernel],
         records: list[dict[str, Any]],
         sources: dict[str, str],
+        guessed: int,
     ):
         self.target = target
         self._linears = dict(linears)
         self._quantizers = dict(quantizers)
         self._records = records
         self._sources = sources
+        self.guessed = guessed
 
     @classmethod
     def build(
@@ -266,9 +273,10 @@ class KernelSet:
         target.check_runs_here()
         progress = progress or NoProgress()
         implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
-        chosen = _choose_schedules(
+        choices = _choose_schedules(
             implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
         )
+        chosen = {(choice.spec, choice.bucket.name): choice.schedule for choice in choices}
         sources: dict[str, str] = {}
         with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
             linear_kernels = {}
@@ -286,11 +294,13 @@ class KernelSet:
                 "spec": dataclasses.asdict(spec),
                 "tokens": tokens,
                 "target": target.name,
+                "threads": thread_count(),
                 "schedule": dataclasses.asdict(schedule),
             }
             for (spec, tokens), schedule in chosen.items()
         ]
-        return cls(target, linear_kernels, quantize_kernels, stored, sources)
+        guessed = sum(choice.guessed for choice in choices)
+        return cls(target, linear_kernels, quantize_kernels, stored, sources, guessed)
 
     def linear(self, spec: LinearSpec) -> LinearKernel:
         """The kernel of a linear.
@@ -365,7 +375,7 @@ def _choose_schedules(
     budget_s: float | None,
     progress: Progress,
     records: Sequence[Mapping[str, Any]],
-) -> dict[tuple[LinearSpec, str], Schedule]:
+) -> list[Choice]:
     """A valid schedule for every linear and token bucket, one layout for all buckets of a linear."""
     from .kernels import cpu
     from .tvm_api import VERSION
@@ -380,7 +390,7 @@ def _choose_schedules(
         for bucket in cpu.BUCKETS
     ]
     with Measurer() as measurer:
-        choices = choose(
+        return choose(
             wanted,
             target,
             Database(cache_dir),
@@ -390,7 +400,6 @@ def _choose_schedules(
             progress=progress,
             records=records,
         )
-    return {(choice.spec, choice.bucket.name): choice.schedule for choice in choices}
 
 
 def _prove_linear(

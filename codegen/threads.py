@@ -15,6 +15,11 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def shares_work(threads: int) -> bool:
+    """Whether kernels have anyone to share their work with: schedules of one thread and of several differ in kind."""
+    return threads > 1
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's operators on the calling thread alone, in this block.

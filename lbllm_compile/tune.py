@@ -21,6 +21,7 @@ from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tune.database import Database, Key, Merged, read_results
 from lbllm_compile.codegen.tune.measure import Limits, Measurer, RemoteDevice
 from lbllm_compile.report import terminal
+from lbllm_compile.runtime import native
 
 if TYPE_CHECKING:
     from lbllm_compile.codegen.kernels.cpu import Bucket
@@ -171,6 +172,8 @@ def specs_of(options: TuneOptions) -> list[LinearSpec]:
 def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     """Searches schedules and stores the results in the user's database.
 
+    An artifact that is named is prepared anew with them when it is loaded next.
+
     Raises:
         TuneError, KernelError, ArtifactError: the options, see :func:`specs_of` and :func:`parse_device`.
         TargetError: no CPU target, or one that this machine cannot run and no remote device was named for.
@@ -216,6 +219,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
             budget_s=budget,
             progress=progress or NoProgress(),
         )
+        if device is None and options.directory is not None and any(c.source == "search" for c in choices):
+            native.forget(options.directory, target.name)
         return TuneReport(target.name, name, threads, choices, measurer.limits)
 
 

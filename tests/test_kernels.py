@@ -8,13 +8,15 @@ import platform
 
 import pytest
 import torch
-from lbllm_compile.codegen import prove, reference
+from lbllm_compile.codegen import prove, reference, tvm_api
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import quantize_rows
+from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, arm, host, parse_targets, runnable_targets, x86
+from lbllm_compile.codegen.tune.database import Database, Key, Result
 from test_format import random_weight
 
 FAMILIES = [
@@ -308,6 +310,30 @@ def test_records_spare_the_search_but_never_the_proof(tmp_path, monkeypatch):
     monkeypatch.setattr(prove, "linear_failure", lambda *a: "1 of 1 outputs differ")
     with pytest.raises(KernelError, match="is wrong on this machine"):
         build([spec], [], "cpu:generic", tmp_path, records=records)
+
+
+def test_what_a_search_here_found_wins_over_records_and_one_thread_says_nothing_about_several(tmp_path, monkeypatch):
+    spec, target = LinearSpec("bit", 64, 64, 32), Target.parse("cpu:generic")
+    monkeypatch.setenv("TVM_NUM_THREADS", "2")
+    plain = KernelSet.build([spec], [], target, cache_dir=tmp_path / "empty", trials=0)
+    assert plain.guessed == len(plain.records())
+
+    def records(threads):
+        changed = [{**r, "schedule": {**r["schedule"], "rows": 4}} for r in plain.records()]
+        return [{**r, "threads": threads} if threads else {k: r[k] for k in r if k != "threads"} for r in changed]
+
+    def rows(found, folder):
+        kernels = KernelSet.build([spec], [], target, cache_dir=tmp_path / folder, trials=0, records=found)
+        return kernels.guessed, {r["schedule"]["rows"] for r in kernels.records()}
+
+    for threads, guessed in ((2, 0), (7, 0), (1, len(plain.records())), (None, len(plain.records()))):
+        expected = {4} if not guessed else {r["schedule"]["rows"] for r in plain.records()}
+        assert rows(records(threads), "empty") == (guessed, expected)
+    database = Database(tmp_path / "searched")
+    for bucket in cpu.BUCKETS:
+        key = Key.here(spec, bucket.name, target, 2, tvm_api.VERSION, cpu.SCHEDULE_VERSION)
+        database.add(key, Result({"layout": "portable", "rows": 2, "parallel": True}, 1.0, 16, 16))
+    assert rows(records(2), "searched") == (0, {2})
 
 
 def test_records_of_schedules_that_no_longer_exist_are_errors_or_ignored(tmp_path):

@@ -37,6 +37,7 @@ from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load
 from lbllm_compile.runtime.executor import requirements
 from lbllm_compile.runtime.native import NativeModel, NativeProgram
 from lbllm_compile.runtime.translate import UntranslatableError
+from lbllm_compile.tune import TuneOptions, tune
 
 ROOT = Path(__file__).parent.parent
 TRANSLATED = [
@@ -44,7 +45,7 @@ TRANSLATED = [
 ]
 
 
-NO_KERNELS = KernelSet(Target.parse("cpu"), {}, {}, [], {})
+NO_KERNELS = KernelSet(Target.parse("cpu"), {}, {}, [], {}, 0)
 
 
 def build(program, folder, progress=None) -> NativeProgram | None:
@@ -266,6 +267,26 @@ def test_an_artifact_of_another_size_has_no_stored_program(stored, tmp_path):
     with (copy / "graph.json").open("ab") as file:
         file.write(b" ")
     assert native.find(copy) is None
+
+
+def test_a_program_is_for_one_thread_or_for_several(stored, monkeypatch):
+    found = {}
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("TVM_NUM_THREADS", threads)
+        found[threads] = native.stored_at("0", "cpu:generic")
+    assert found["1"] != found["2"] == found["3"]
+
+
+def test_tuning_an_artifact_lets_its_program_be_prepared_anew(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    first = load(stored[0]).native
+    assert first is not None and native.find(stored[0]) is not None
+    options = TuneOptions(directory=stored[0], trials=1)
+    assert {choice.source for choice in tune(options).choices} == {"search"}
+    assert native.find(stored[0]) is None
+    assert load(stored[0]).native is not None
+    assert {choice.source for choice in tune(options).choices} == {"stored"}
+    assert native.find(stored[0]) is not None
 
 
 def test_programs_that_nothing_uses_are_removed(stored, monkeypatch):

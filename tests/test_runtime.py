@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.lower import IN_FEATURES, Lower
 from lbllm_compile.passes.merge import Merge
@@ -25,6 +27,7 @@ from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
 from lbllm_compile.runtime import model as torch_model
 from lbllm_compile.runtime.executor import Executor, requirements
 from lbllm_compile.runtime.generate import TextStream, choose, left_pad
+from lbllm_compile.runtime.loader import build_kernels
 from lbllm_compile.runtime.model import FEW_TOKENS
 from lbllm_compile.runtime.state import MIN_CAPACITY
 
@@ -349,8 +352,11 @@ def test_left_padding():
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path, monkeypatch):
-    class Notes:
+@pytest.mark.parametrize(
+    ("target", "threads", "guessed"), [("cpu:generic", 4, False), ("cpu:generic", 1, True), ("cpu:avx2", 2, True)]
+)
+def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path, monkeypatch, target, threads, guessed):
+    class Notes(NoProgress):
         def __init__(self):
             self.notes = []
 
@@ -358,11 +364,12 @@ def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path,
             self.notes.append(text)
 
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(KernelSet, "build", lambda *_, **__: ReferenceKernels())
-    record = {"spec": {}, "tokens": "1", "schedule": {}}
-    for target, expected in (("cpu:generic", 0), ("cuda:sm_80", 1)):
-        artifact.save(language_model(), tmp_path / "out", lock={}, records=[{**record, "target": target}])
-        progress = Notes()
-        runtime.load(tmp_path / "out", target="cpu:generic", progress=progress)
-        assert len(progress.notes) == expected
-    assert "the artifact was not tuned for cpu:generic" in progress.notes[0]
+    monkeypatch.setenv("TVM_NUM_THREADS", "2")
+    item, progress = language_model(), Notes()
+    needed = requirements(item)
+    built = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu:generic"), trials=0)
+    records = [{**record, "target": target, "threads": threads} for record in built.records()]
+    artifact.save(item, tmp_path / "out", lock={}, records=records)
+    build_kernels(artifact.load(tmp_path / "out"), "cpu:generic", progress)
+    sentence = f"not tuned for cpu:generic with 2 threads: {len(records)} of {len(records)} schedules are guesses"
+    assert [sentence in note for note in progress.notes] == [True] * guessed

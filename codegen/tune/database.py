@@ -28,6 +28,7 @@ from ..cache import write_atomically
 from ..errors import LbllmError
 from ..spec import LinearSpec
 from ..targets import Target, host
+from ..threads import shares_work
 
 FILE_NAME = "tuning.jsonl"
 SEEDS = Path(__file__).with_name("seeds.jsonl")
@@ -185,23 +186,26 @@ class Database:
         return key not in self._known and key in _shipped(self._seeds)
 
     def guess(self, key: Key) -> Result | None:
-        """A result of the same linear, tokens, target, threads and schedule space, but another CPU or TVM.
+        """A result of the same linear, tokens, target and schedule space, but another CPU, TVM or number of threads.
 
-        The same CPU comes first, then own results before shipped ones. The threads must agree: with another number of
-        them it is another question whether to share the work at all.
+        The same CPU comes first, then the same number of threads, then own results before shipped ones. One thread is
+        no guess for several, nor several for one: it is another question whether to share the work at all.
         """
         self._read_new()
 
         def alike(other: Key) -> bool:
-            return dataclasses.replace(other, features=key.features, cpu=key.cpu, tvm=key.tvm) == key
+            if shares_work(other.threads) != shares_work(key.threads):
+                return False
+            same = dataclasses.replace(other, features=key.features, cpu=key.cpu, tvm=key.tvm, threads=key.threads)
+            return same == key
 
         found = [
-            (other.cpu == key.cpu, own, result)
+            (other.cpu == key.cpu, other.threads == key.threads, own, result)
             for own, pool in ((True, self._known), (False, _shipped(self._seeds)))
             for other, result in pool.items()
             if alike(other)
         ]
-        return max(found, key=lambda entry: entry[:2])[-1] if found else None
+        return max(found, key=lambda entry: entry[:-1])[-1] if found else None
 
     def add(self, key: Key, result: Result) -> None:
         """Stores a result. A folder that cannot be written costs a warning, not the result: it is kept in memory."""

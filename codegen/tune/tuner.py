@@ -13,6 +13,7 @@ from ..errors import KernelError
 from ..progress import Progress, Task
 from ..spec import LinearSpec
 from ..targets import Target
+from ..threads import shares_work
 from .database import Database, Key, Result
 from .measure import Measurer, Outcome, Request
 from .search import Found, search
@@ -45,7 +46,7 @@ class Choice:
         spec, bucket: what it is of.
         schedule: what to use.
         source: ``"record"`` (given), ``"stored"`` (the user's database), ``"seed"`` (shipped), ``"search"``,
-            ``"guess"`` (a result of another CPU or an incomplete search) or ``"default"``.
+            ``"guess"`` (a result of another CPU or number of threads, or an incomplete search) or ``"default"``.
         result: the measurement behind it; None for records and defaults.
     """
 
@@ -54,6 +55,11 @@ class Choice:
     schedule: Schedule
     source: Literal["record", "stored", "seed", "search", "guess", "default"]
     result: Result | None = None
+
+    @property
+    def guessed(self) -> bool:
+        """Whether no search for this CPU and these threads, and no earlier build, stands behind it."""
+        return self.source in ("guess", "default")
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def choose(
     progress: Progress,
     records: Sequence[Mapping[str, Any]] = (),
 ) -> list[Choice]:
-    """A valid schedule for everything wanted: from records, the database, a search, or the default.
+    """A valid schedule for everything wanted: from the database, records, a search, or the default.
 
     The choice for the first bucket, one token, decides the layout of a linear's weights, because decoding is bound by
     reading them. The other buckets follow it: a second layout would double the memory. Where one token is not wanted,
@@ -107,14 +113,20 @@ def choose(
         trials: candidates measured per search, where no result of such a search is stored; 0 searches nothing.
         budget_s: seconds all searches may take.
         progress: told about each search and each candidate.
-        records: ``{"spec", "tokens", "target", "schedule"}`` of an earlier build; they come first.
+        records: ``{"spec", "tokens", "target", "threads", "schedule"}`` of an earlier build, maybe elsewhere. They
+            spare a search, and give way only to results of this very machine. Those of one thread say nothing about
+            several, nor the other way round.
 
     Raises:
         KernelError: no candidate of a search works, or no worker can be started.
     """
     from ..kernels import cpu
 
-    given = {(LinearSpec(**r["spec"]), r["tokens"], r["target"]): r["schedule"] for r in records}
+    given = {
+        (LinearSpec(**r["spec"]), r["tokens"], r["target"], shares_work(r["threads"])): r["schedule"]
+        for r in records
+        if isinstance(r.get("threads"), int)  # the first artifacts did not say
+    }
     first = cpu.BUCKETS[0]
     deciding: dict[LinearSpec, Choice] = {}
 
@@ -127,7 +139,7 @@ def choose(
                 deciding[spec] = known(Wanted(item.candidates, first, key))[1]
             layout = deciding[spec].schedule.layout
             item = dataclasses.replace(item, candidates=[cpu.of_layout(item.candidates, layout)])
-        record = given.get((spec, item.bucket.name, target.name))
+        record = given.get((spec, item.bucket.name, target.name, shares_work(item.key.threads)))
         return item, *_known(item, record, database, trials)
 
     choices: dict[int, Choice] = {}
@@ -175,13 +187,15 @@ def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, t
         return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in space else None
 
     space = item.space
+    found = database.find(item.key)
+    if found and found.sought >= trials:
+        source = "seed" if database.ships(item.key) else "stored"
+        if known := choice(found.schedule, source, found):
+            return known, True
     if record is not None and (known := choice(record, "record", None)):
         return known, True
-    if result := database.find(item.key):
-        settled = result.sought >= trials
-        source = ("seed" if database.ships(item.key) else "stored") if settled else "guess"
-        if known := choice(result.schedule, source, result):
-            return known, settled
+    if found and (known := choice(found.schedule, "guess", found)):
+        return known, False
     if (result := database.guess(item.key)) and (known := choice(result.schedule, "guess", result)):
         return known, False
     return Choice(item.key.spec, item.bucket, space[0], "default"), False

@@ -7,6 +7,7 @@ from pathlib import Path
 from lbllm_compile import artifact
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.runtime.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
 from lbllm_compile.runtime.native import NativeProgram, find
@@ -64,7 +65,7 @@ def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | N
 
 
 def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Progress | None = None) -> Kernels:
-    """Builds the kernels of an artifact from its tuning records; what they do not cover takes the first guess.
+    """Builds the kernels of an artifact from what was searched here and its tuning records, else from guesses.
 
     Raises:
         KernelError, TargetError: as :func:`load`.
@@ -73,9 +74,12 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     from lbllm_compile.codegen.build import KernelSet
 
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
-    if progress is not None and not any(record["target"] == chosen.name for record in records):
+    built = KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
+    if built.guessed and progress is not None:
+        threads = thread_count()
         progress.note(
-            f"the artifact was not tuned for {chosen.name}; its kernels take the first schedule that works, which may"
-            f" be slow (compile with --target {chosen.name} to tune them)"
+            f"the artifact was not tuned for {chosen.name} with {threads} thread{'s' if threads > 1 else ''}: "
+            f"{built.guessed} of {len(built.records())} schedules are guesses, which may be slow"
+            f" ('lbllm-compile tune {loaded.directory} --target {chosen.name}' searches them)"
         )
-    return KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
+    return built

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +25,7 @@ from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE
 from lbllm_compile.codegen.targets import Target, host
+from lbllm_compile.codegen.threads import shares_work, thread_count
 from lbllm_compile.codegen.tvm_runtime import Machine, array
 from lbllm_compile.runtime.generate import GenerationError
 from lbllm_compile.runtime.language import LanguageModel
@@ -62,12 +64,16 @@ def stored_at(digest: str, target: str) -> Path:
 
 
 def machine_facts(target: str) -> tuple[str | int, ...]:
-    """What a program for a target depends on besides the model: the CPU, TVM, and the code that generates kernels."""
+    """What a program for a target depends on besides the model.
+
+    The CPU, whether there are several threads, TVM, and the code that generates kernels.
+    """
     generators = hashlib.sha256()
     for file in sorted(Path(codegen.__file__).parent.rglob("*.py")):
         generators.update(file.read_bytes())
     tvm = metadata.version("apache-tvm")
-    return target, *sorted(host.cpu_flags()), __version__, tvm, FORMAT_VERSION, generators.hexdigest()
+    several = shares_work(thread_count())
+    return target, several, *sorted(host.cpu_flags()), __version__, tvm, FORMAT_VERSION, generators.hexdigest()
 
 
 def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
@@ -89,6 +95,17 @@ def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
     with contextlib.suppress(OSError):  # when it was used last; a cache that cannot be written does not tell
         os.utime(place / DESCRIPTION)
     return NativeProgram(place)
+
+
+def forget(directory: Path, target: str) -> None:
+    """Removes the stored program of an artifact, so that the next load prepares one with the schedules known then.
+
+    Args:
+        directory: the artifact.
+        target: the target's name.
+    """
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    shutil.rmtree(stored_at(digest, target), ignore_errors=True)
 
 
 @dataclass(frozen=True)

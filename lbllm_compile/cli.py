@@ -424,7 +424,8 @@ def ablate(
     ] = None,
     chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
     only: Annotated[
-        str | None, typer.Option(metavar="NAME,…", help="these comparisons alone; a wrong name lists them")
+        list[str] | None,
+        typer.Option(metavar="NAME,…", help="these comparisons alone; a wrong name lists them; repeatable"),
     ] = None,
     device: Device = "auto",
     work_dir: WorkDirectory = None,
@@ -446,7 +447,7 @@ def ablate(
         seed=seed,
         fresh=fresh,
     )
-    names = [name.strip() for name in only.split(",")] if only is not None else []
+    names = [name.strip() for listed in only or [] for name in listed.split(",")]
     with _terminal(as_json) as ui:
         from lbllm_compile import ablate as ablation
 

@@ -14,6 +14,7 @@ from lbllm_compile.passes.fit import even_grid, factor, fit
 from lbllm_compile.passes.training import DivergenceError
 from stages import annotated, apply, batches, context, quantized, same_tensors
 from test_driver import SMALL
+from test_errors import fails
 from zoo import VOCABULARY
 
 from lbllm_compile import ablate, evaluate, recipe
@@ -264,6 +265,11 @@ def test_mistakes_are_found_before_the_model_is_read(tmp_path, text):
         ablate.ablate(missing, tmp_path / "none.txt")
     with pytest.raises(evaluate.EvaluationError, match="--seq-len"):
         ablate.ablate(missing, text, seq_len=1)
+
+
+def test_comparisons_may_be_named_one_by_one(text):
+    sentence = fails("ablate", "missing.py", "--text", str(text), "--only", "weigths", "--only", "distill,finetune")
+    assert "no comparison 'weigths'" in sentence
 
 
 def test_a_plain_module_cannot_be_scored(tmp_path, text):

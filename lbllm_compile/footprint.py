@@ -49,7 +49,7 @@ _SAVED_BY_AUTOGRAD = 3
 """Float32 numbers kept for each input and output channel of a layer's linears and each token of a batch."""
 
 _LOGIT_COPIES = 4
-"""Float32 copies of a batch's logits while two models' are compared."""
+"""Float32 copies of a batch's logits while two models' are compared, or while gradients start from them."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ def memory(model: Model, work: Work) -> dict[str, int]:
     def activations(sequences: int) -> int:
         return 4 * channels * sequences * work.length
 
+    def logits(sequences: int) -> int:
+        return _LOGIT_COPIES * 4 * sequences * work.length * model.outputs
+
     phases = {
         # In float32, and as it is stored.
         "reading": 4 * model.parameters if model.whole else outside * 3 // 2,
@@ -126,16 +129,16 @@ def memory(model: Model, work: Work) -> dict[str, int]:
         phases["stage 1, ptq"] = _fitting(model) + activations(work.fit)
     if work.distill:
         training = _SAVED_BY_AUTOGRAD * activations(work.distill)
-        phases["stage 2, distill"] = _DISTILL_BYTES * layer + training
+        phases["stage 2, distill"] = max(_DISTILL_BYTES * layer + training, RESIDENT + outside + logits(1))
     if work.validate:
-        logits = _LOGIT_COPIES * 4 * work.validate * work.length * model.outputs
         training = _ACTIVATE_BYTES * layer + _SAVED_BY_AUTOGRAD * activations(work.activate)
-        phases["stage 3, activate"] = max(training, RESIDENT + outside + logits)
+        phases["stage 3, activate"] = max(training, RESIDENT + outside + logits(work.validate))
     if work.together:
-        logits = _LOGIT_COPIES * 4 * work.together * work.length * model.outputs
         levels = 6 * _LEVEL_BYTES * (model.decoder // work.group)
         recomputed = _SAVED_BY_AUTOGRAD * activations(work.together)
-        phases["training all layers together"] = _TOGETHER_BYTES * model.decoder + levels + logits + recomputed
+        phases["training all layers together"] = (
+            _TOGETHER_BYTES * model.decoder + levels + logits(work.together) + recomputed
+        )
     phases["lowering and saving"] = max(_HEAD_COPIES * outside, _LOWERED_COPIES * model.artifact)
     phases["comparison with the original"] = 4 * model.parameters + 2 * model.artifact
     return {name: LIBRARIES + size for name, size in phases.items()}

@@ -28,7 +28,7 @@ from lbllm_compile import footprint, frontend, recipe
 from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
-from lbllm_compile.passes import annotate, canonicalize, ptq, spool
+from lbllm_compile.passes import annotate, canonicalize, ptq, sensitivity, spool
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.precision import uses_bfloat16
@@ -63,6 +63,9 @@ _COSTS = {
 
 _CHAIN = _COSTS["smooth"]
 """Taking the float model's activations through all layers."""
+
+_CHANNELS = Cost(6.0, 0.5)
+"""Taking them forward, again, and gradients backward, to measure which channels matter."""
 
 _CAPTURE_SECONDS = 0.6
 """Tracing and checking, per decoder layer."""
@@ -429,6 +432,9 @@ def _seconds(
             work[stage] = seen * everything + weights * _option(passes, stage, "epochs", 0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
     result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
+    for stage in ("distill", "activate"):
+        if _option(passes, stage, "epochs", 0):
+            result[_TITLES[stage]] += everything * min(tokens, sensitivity.TOKENS) * speed.seconds(_CHANNELS)
     for stage in ("activate", "finetune"):
         if work.get(stage):
             result[_TITLES[stage]] += weights * tokens * speed.seconds(_CHAIN)

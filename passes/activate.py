@@ -55,7 +55,7 @@ from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
 from .rewrite import before_repeat, is_call, make_attribute, make_call
 from .simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
-from .training import Group, reconstruction, step_scale, train_epochs
+from .training import Group, step_scale, train_epochs
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -140,7 +140,8 @@ class Activate(Pass):
         trained, rows = train_layers(
             self.name,
             "stage 3: training clip factors and levels",
-            list(zip(teacher.layers, student.layers, strict=True)),
+            program,
+            pair,
             chains,
             context,
             lambda lifted, layer, index: self._train(lifted, layer, chains, context.generator(STREAM + index)),
@@ -191,7 +192,7 @@ class Activate(Pass):
             return {path: weight.simulate() for path, weight in levels.items()} | ranges
 
         def loss(index: int) -> Tensor:
-            return reconstruction(lifted.run(chains.student[index], parameters()), chains.target(lifted.stage, index))
+            return chains.training_error(lifted, parameters(), index)
 
         def validate() -> float:
             return chains.validation_error(lifted, parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .layers import Activations, Layers, Stage, Values, calibration_batches, spl
 from .precision import Precision
 from .program import CPU, Program, get_attribute, set_attribute
 from .ptq import FIELDS, stored_weight
+from .sensitivity import channel_weights
 from .simulate import Lifted, lift
 from .spool import mapped, trim
 from .training import reconstruction, targets_of
@@ -48,6 +49,7 @@ class Chains:
         teacher_validation, student_validation: on the validation set.
         untrained_validation: the program as it came, on the validation set.
         precision: of the layers' matrix products on the calibration set.
+        weights: of the layers' outputs in reconstruction errors, see :mod:`.sensitivity`; needed where layers train.
     """
 
     teacher: Activations
@@ -56,6 +58,7 @@ class Chains:
     student_validation: Activations
     untrained_validation: Activations
     precision: Precision
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -89,7 +92,7 @@ class Chains:
     def pass_untrained(self, lifted: Lifted) -> float:
         """Moves the program as it came past a layer; returns its reconstruction error there, on held-out sequences."""
         self.untrained_validation.advance(lifted.bind(parameters_of(lifted, {})))
-        return _mean_error(lifted, self.untrained_validation, self.teacher_validation)
+        return self._mean_error(lifted, self.untrained_validation)
 
     def learn(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> None:
         """Moves the student past a layer with its final parameters."""
@@ -97,21 +100,29 @@ class Chains:
         self.student.advance(bound, precision=self.precision)
         self.student_validation.advance(bound)
 
-    def target(self, stage: Stage, index: int) -> Values:
-        """What the student's layer should compute for a training batch."""
-        return targets_of(self.teacher[index], stage.outputs)
+    def training_error(self, lifted: Lifted, parameters: Mapping[str, Tensor], index: int) -> Tensor:
+        """Reconstruction error of a layer that has not been passed yet, on a training batch; differentiable."""
+        outputs = lifted.run(self.student[index], parameters)
+        return reconstruction(outputs, targets_of(self.teacher[index], lifted.stage.outputs), self.weights)
 
     @torch.no_grad()
     def validation_error(self, lifted: Lifted, parameters: Mapping[str, Tensor]) -> float:
         """Mean reconstruction error of a layer that has not been passed yet, on held-out sequences."""
         outputs = (lifted.run(values, parameters) for values in self.student_validation)
-        return _mean_error(lifted, outputs, self.teacher_validation)
+        return self._mean_error(lifted, outputs)
+
+    def _mean_error(self, lifted: Lifted, outputs: Iterable[Values]) -> float:
+        names = lifted.stage.outputs
+        pairs = zip(outputs, self.teacher_validation, strict=True)
+        errors = [float(reconstruction(o, targets_of(t, names), self.weights)) for o, t in pairs]
+        return sum(errors) / len(errors)
 
 
 def train_layers(
     name: str,
     title: str,
-    layers: Sequence[tuple[Stage, Stage]],
+    program: Program,
+    pair: tuple[Layers, Layers],
     chains: Chains,
     context: PassContext,
     train: Callable[[Lifted, Stage, int], tuple[dict[str, Tensor], dict[str, Any]]],
@@ -121,7 +132,8 @@ def train_layers(
     Args:
         name: stage name of the checkpoints.
         title: of the progress bar.
-        layers: ``(teacher, student)`` pairs.
+        program: the program that trains.
+        pair: the layers of the float program and of this one.
         train: gives a layer's stored tensors, on any device, and figures (``after`` among them) for the lifted student
             and the teacher, both on the context's device, and the layer's index.
 
@@ -130,9 +142,11 @@ def train_layers(
     """
     stored: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
+    chains.weights = _weights(name, program, pair[0], chains.precision, context)
+    layers = list(zip(*(each.layers for each in pair), strict=True))
     with context.progress.task(title, len(layers)) as task:
-        for index, pair in enumerate(layers):
-            teacher, student = (stage.on(context.device) for stage in pair)
+        for index, stages in enumerate(layers):
+            teacher, student = (stage.on(context.device) for stage in stages)
             lifted = lift(student)
             chains.teach(teacher)
             before = chains.pass_untrained(lifted)
@@ -153,10 +167,16 @@ def train_layers(
     return stored, rows
 
 
-def _mean_error(lifted: Lifted, outputs: Iterable[Values], teacher: Activations) -> float:
-    names = lifted.stage.outputs
-    errors = [float(reconstruction(o, targets_of(t, names))) for o, t in zip(outputs, teacher, strict=True)]
-    return sum(errors) / len(errors)
+def _weights(
+    name: str, program: Program, teacher: Layers, precision: Precision, context: PassContext
+) -> dict[str, Tensor]:
+    """The weights of the layers' outputs, on the context's device."""
+    stage = f"{name}.channels"
+    done = context.checkpoints.load(stage, 0)
+    if done is None:
+        done = channel_weights(program, teacher, context, precision), {}
+        context.checkpoints.save(stage, 0, *done)
+    return {path: weights.to(context.device) for path, weights in done[0].items()}
 
 
 def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:

@@ -40,7 +40,7 @@ from .program import Program, get_attribute
 from .ptq import FIELDS
 from .simulate import LatentWeight, Lifted
 from .spool import release
-from .training import Group, reconstruction, step_scale, train_epochs
+from .training import Group, step_scale, train_epochs
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -77,12 +77,13 @@ class Distill(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
-        teacher_layers, student_layers = paired_layers(self.name, program, context)
-        chains = Chains.start(program, teacher_layers, student_layers, context, self.batch, self.precision)
+        pair = paired_layers(self.name, program, context)
+        chains = Chains.start(program, *pair, context, self.batch, self.precision)
         stored, rows = train_layers(
             self.name,
             "stage 2: training weights",
-            list(zip(teacher_layers.layers, student_layers.layers, strict=True)),
+            program,
+            pair,
             chains,
             context,
             lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
@@ -117,7 +118,7 @@ class Distill(Pass):
             return {path: latent.simulate() for path, latent in latents.items()} | clips
 
         def loss(index: int) -> Tensor:
-            return reconstruction(lifted.run(chains.student[index], parameters()), chains.target(lifted.stage, index))
+            return chains.training_error(lifted, parameters(), index)
 
         def validate() -> float:
             return chains.validation_error(lifted, parameters())

@@ -251,18 +251,29 @@ def _rate(step: int, steps: int) -> float:
     return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def reconstruction(outputs: Mapping[str, Any], targets: Values) -> Tensor:
-    """Mean over tokens of ``||output - target||^2 / ||target||^2``, averaged over the layer's outputs.
+def reconstruction(outputs: Mapping[str, Any], targets: Values, weights: Mapping[str, Tensor]) -> Tensor:
+    """How far a layer's outputs ``[..., C]`` are from the float layer's.
 
-    Every token counts the same, so the few with massive activations cannot dominate the rest.
+    Mean over tokens of ``sum_c weights[c] (output - target)[c]^2 / ||target||^2``, averaged over the outputs. As
+    errors are relative to a token's size, the few tokens with massive activations cannot dominate the rest.
+
+    Args:
+        outputs: by name.
+        targets: by name; those that count.
+        weights: float32 ``[C]`` by name, see :mod:`.sensitivity`.
     """
-    losses = []
+    errors = []
     for name, target in targets.items():
         target = target.float()
-        square = target.square().sum(-1)
-        error = (outputs[name].float() - target).square().sum(-1)
-        losses.append((error / square.clamp_min(EPSILON * square.mean())).mean())
-    return torch.stack(losses).mean()
+        squared = (outputs[name].float() - target).square()
+        errors.append((squared * weights[name] / squares(target)).sum(-1).mean())
+    return torch.stack(errors).mean()
+
+
+def squares(values: Tensor) -> Tensor:
+    """Squared norms ``[..., 1]`` of tokens; those near zero are lifted to a small share of the mean."""
+    found = values.square().sum(-1, keepdim=True)
+    return found.clamp_min(EPSILON * found.mean())
 
 
 def targets_of(values: Mapping[str, Any], names: Sequence[str]) -> Values:

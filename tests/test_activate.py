@@ -177,16 +177,16 @@ def test_without_learning_rate_nothing_improves(options, data):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_more_bits_cost_less(bits, trained, data):
     result = apply(quantized(), f"activate{{bits={bits},kv={bits},group=0,steps=0}}", data)
-    assert result.summary["kl_before"] < trained.summary["kl_after"]
+    assert result.summary["kl_before"] < trained.summary["kl_before"]
 
 
 def test_a_resumed_run_gives_the_same_bytes(trained, data):
-    memory = Memory(saves=1)
+    memory = Memory(saves=2)  # the channels' weights and one layer
     with pytest.raises(Memory.KilledError):
         apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
     memory.left = None
     resumed = apply(quantized(), _TEXT, dataclasses.replace(data, checkpoints=memory))
-    assert memory.loaded == 1
+    assert memory.loaded == 2
     assert same_tensors(resumed.program, trained.program)
     assert resumed.summary == trained.summary
 

@@ -10,6 +10,7 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import stored_levels
 from lbllm_compile.passes import layers, simulate, training
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
+from lbllm_compile.passes.sensitivity import channel_weights
 from stages import Memory, annotated, apply, context, quantized, same_tensors
 
 from lbllm_compile.report.stages import of_layers
@@ -97,11 +98,23 @@ def test_gradients_of_levels_with_frozen_planes():
 
 def test_a_token_with_a_massive_activation_counts_as_one():
     target = torch.randn((1, 8, 16), generator=_generator())
-    target[0, 0] *= 1e4
+    target[0, 0] *= 1e2
     off = target.clone()
     off[0, 0] *= 1.1
-    loss = training.reconstruction({"y": off}, {"y": target})
-    assert float(loss) == pytest.approx(0.01 / 8, rel=1e-3)
+    error = training.reconstruction({"y": off}, {"y": target}, {"y": torch.ones(16)})
+    assert float(error) == pytest.approx(0.01 / 8, rel=1e-3)
+
+
+def test_a_channel_counts_as_much_as_it_weighs():
+    target = torch.randn((2, 5, 3), generator=_generator())
+    weights = {"y": torch.tensor([0.0, 1.0, 4.0])}
+
+    def error(channel: int) -> float:
+        off = target.clone()
+        off[..., channel] += 0.5
+        return float(training.reconstruction({"y": off}, {"y": target}, weights))
+
+    assert error(0) == 0 < error(1) and error(2) == pytest.approx(4 * error(1))
 
 
 def test_training_keeps_the_best_state():
@@ -168,25 +181,26 @@ def test_the_graph_stays_and_the_model_comes_closer(student, trained, data):
 def test_a_layer_is_fed_by_the_quantized_layers_before_it(student, trained, data):
     """The error reported for the last layer is that of the whole chain of trained layers."""
     teacher, parts = layers.split(annotated()), layers.split(trained.program)
-    total = 0.0
+    name = parts.layers[-1].outputs[0]
+    weights = channel_weights(student, teacher, data, "float32")
+    errors = []
     for batch in layers.calibration_batches(student, data.validation, 2):
         chains = [layers.Activations([batch]), layers.Activations([batch])]
         for chain, stages in zip(chains, (teacher, parts), strict=True):
             for stage in (stages.prologue, *stages.layers):
                 chain.advance(stage)
-        name = parts.layers[-1].outputs[0]
-        total += float(training.reconstruction(chains[1][0], {name: chains[0][0][name]}))
-    assert trained.rows[-1]["after"] == pytest.approx(total / len(data.validation), rel=1e-4)
+        errors.append(float(training.reconstruction(chains[1][0], {name: chains[0][0][name]}, weights)))
+    assert trained.rows[-1]["after"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
 def test_a_resumed_run_gives_the_same_bytes(student, trained, data):
-    memory = Memory(saves=1)
+    memory = Memory(saves=2)  # the channels' weights and one layer
     with pytest.raises(Memory.KilledError):
         apply(student, _TEXT, dataclasses.replace(data, checkpoints=memory))
     memory.left = None
     before = torch.get_rng_state()
     resumed = apply(student, _TEXT, dataclasses.replace(data, checkpoints=memory))
-    assert memory.loaded == 1
+    assert memory.loaded == 2
     assert same_tensors(resumed.program, trained.program)
     assert torch.equal(before, torch.get_rng_state())
 

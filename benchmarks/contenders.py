@@ -215,7 +215,7 @@ def ggml_contenders(problem: Problem) -> Iterator[Contender]:
     if k % llama.BLOCK:
         return
     size = llama.row_bytes("tq2_0", k) * n
-    products = llama.Products("tq2_0", n, k, problem.tokens, problem.copies(size), thread_count())
+    products = llama.Products([("tq2_0", n, k)], problem.tokens, problem.copies(size), thread_count())
     yield Contender("llama.cpp TQ2_0", size, timed(products.calls))
 
 

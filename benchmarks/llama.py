@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "tq2_0": 37}
 BLOCK = 256
 """Columns of a ``q2_k`` or ``tq2_0`` block; rows that it does not divide fall back to a larger type."""
 
-GRAPH_NODES = 8
+NODES = 8
+"""Nodes and tensors to have room for, for each product of a graph."""
+
 SUCCESS = 0
 
 
@@ -103,45 +105,54 @@ def row_bytes(kind: str, columns: int) -> int:
 
 
 class Products:
-    """ggml graphs that each multiply fp32 activations with a quantized matrix.
+    """ggml graphs that multiply fp32 activations with quantized matrices.
 
     Args:
-        kind: one of :data:`TYPES`.
-        rows, columns: of the matrix.
+        matrices: ``(type, rows, columns)``, with types of :data:`TYPES`; the products of one graph, independent of
+            each other.
         tokens: ``M``.
-        copies: graphs, each with a matrix of its own.
+        copies: graphs, each with matrices of its own.
         threads: of ggml's pool.
 
     Attributes:
         calls: one function a graph, which computes it.
     """
 
-    def __init__(self, kind: str, rows: int, columns: int, tokens: int, copies: int, threads: int):
+    def __init__(self, matrices: Sequence[tuple[str, int, int]], tokens: int, copies: int, threads: int):
         import torch
 
         ggml = self._ggml = _functions()
-        size = row_bytes(kind, columns) * rows
-        each = size + 4 * tokens * (rows + columns) + 4 * ggml["ggml_tensor_overhead"]() + 4096
-        each += ggml["ggml_graph_overhead_custom"](GRAPH_NODES, False)
+        sizes = [row_bytes(kind, columns) * rows for kind, rows, columns in matrices]
+        nodes = NODES * len(matrices)
+        each = sum(sizes) + sum(4 * tokens * (rows + columns) + 4096 for _, rows, columns in matrices)
+        each += nodes * ggml["ggml_tensor_overhead"]() + ggml["ggml_graph_overhead_custom"](nodes, False)
         self._context = ggml["ggml_init"](_InitParams(each * copies, None, False))
         self._backend = ggml["ggml_backend_cpu_init"]()
         if not self._context or not self._backend:
             raise LbllmError("ggml could not allocate its matrices")
         ggml["ggml_backend_cpu_set_n_threads"](self._backend, threads)
+        packed = {matrix: self._quantized(*matrix, size) for matrix, size in zip(matrices, sizes, strict=True)}
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(rows, columns, generator=generator)
-        packed = torch.empty(size, dtype=torch.uint8)
-        ggml["ggml_quantize_chunk"](TYPES[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, columns, None)
-        x = torch.randn(tokens, columns, generator=generator)
         self.calls: list[Callable[[], None]] = []
         for _ in range(copies):
-            matrix = ggml["ggml_new_tensor_2d"](self._context, TYPES[kind], columns, rows)
-            ctypes.memmove(ggml["ggml_get_data"](matrix), packed.data_ptr(), size)
-            inputs = ggml["ggml_new_tensor_2d"](self._context, TYPES["f32"], columns, tokens)
-            ctypes.memmove(ggml["ggml_get_data"](inputs), x.data_ptr(), 4 * x.numel())
-            graph = ggml["ggml_new_graph_custom"](self._context, GRAPH_NODES, False)
-            ggml["ggml_build_forward_expand"](graph, ggml["ggml_mul_mat"](self._context, matrix, inputs))
+            graph = ggml["ggml_new_graph_custom"](self._context, nodes, False)
+            for (kind, rows, columns), size in zip(matrices, sizes, strict=True):
+                matrix = ggml["ggml_new_tensor_2d"](self._context, TYPES[kind], columns, rows)
+                ctypes.memmove(ggml["ggml_get_data"](matrix), packed[kind, rows, columns].data_ptr(), size)
+                inputs = ggml["ggml_new_tensor_2d"](self._context, TYPES["f32"], columns, tokens)
+                x = torch.randn(tokens, columns, generator=generator)
+                ctypes.memmove(ggml["ggml_get_data"](inputs), x.data_ptr(), 4 * x.numel())
+                ggml["ggml_build_forward_expand"](graph, ggml["ggml_mul_mat"](self._context, matrix, inputs))
             self.calls.append(functools.partial(self._compute, graph))
+
+    def _quantized(self, kind: str, rows: int, columns: int, size: int) -> torch.Tensor:
+        """A random matrix as bytes."""
+        import torch
+
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        packed = torch.empty(size, dtype=torch.uint8)
+        self._ggml["ggml_quantize_chunk"](TYPES[kind], weight.data_ptr(), packed.data_ptr(), 0, rows, columns, None)
+        return packed
 
     def _compute(self, graph: Any) -> None:
         if self._ggml["ggml_backend_graph_compute"](self._backend, graph) != SUCCESS:

@@ -67,6 +67,19 @@ def test_a_quick_run_says_how_contenders_compare(name, tmp_path):
     assert all(1.0 in case["multiples"].values() for case in document["ratios"])
 
 
+@pytest.mark.slow
+def test_a_quick_run_times_the_linears_of_a_layer(tmp_path):
+    shape = ["--width", "64", "--heads", "4", "--kv-heads", "2", "--inner", "96", "--group", "32"]
+    arguments = ["--quick", "--threads", "1", *shape, "--json", str(tmp_path / "results.json")]
+    environment = os.environ | {"PYTHONPATH": ":".join(p for p in sys.path if p), "LBLLM_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-m", "benchmarks.cpu_layer", *arguments], check=True, env=environment)
+    (document,) = json.loads((tmp_path / "results.json").read_text())
+    own = [row for row in document["rows"] if row["contender"] == "generated"]
+    assert [(row["cache"], row["layers"]) for row in own] == [("hot", 1), ("cold", 2)]
+    assert all(row["microseconds_per_layer"] > 0 for row in own)
+    assert 0 < document["call_microseconds"]["prepared"] < document["call_microseconds"]["checked"]
+
+
 def test_torch_decodes_with_a_cache_what_the_model_gives_without():
     model = subjects.random_model("tiny")
     decoder = decoders.TorchDecoder(model)

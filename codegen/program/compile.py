@@ -29,7 +29,9 @@ class Compiled:
     workspaces: Mapping[str, int]
 
 
-def compile_program(module: Any, target: dict[str, Any], lanes: int, merged: Sequence[str]) -> Compiled:
+def compile_program(
+    module: Any, target: dict[str, Any], lanes: int, merged: Sequence[str], segment: str = ATTENTION
+) -> Compiled:
     """Compiles a module of :class:`~.builder.ProgramBuilder`.
 
     Args:
@@ -37,6 +39,7 @@ def compile_program(module: Any, target: dict[str, Any], lanes: int, merged: Seq
         target: TVM's target description.
         lanes: fp32 lanes of the target's vectors.
         merged: functions of fixed shapes, taking blocks, that are to run in few launches.
+        segment: how the name of the kernel begins that a segment of a launch begins with.
 
     Raises:
         KernelError: TVM rejects the program.
@@ -51,7 +54,7 @@ def compile_program(module: Any, target: dict[str, Any], lanes: int, merged: Seq
             module = schedule_loops(module, lanes)
             workspaces = {}
             for name in merged:
-                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(ATTENTION))
+                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
             module = tvm.transform.Sequential(_lowering())(module)
             return Compiled(relax.build(module, description, relax_pipeline=None), workspaces)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built

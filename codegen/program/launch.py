@@ -171,6 +171,11 @@ def _with_barriers(statement: Any) -> Any:
     return statement
 
 
+def _in_turn(statements: Sequence[Any]) -> Any:
+    """Statements in sequence; TVM's sequences hold at least two."""
+    return tirx.SeqStmt(statements) if len(statements) > 1 else statements[0]
+
+
 def _pragma(key: str, body: Any) -> Any:
     return tirx.AttrStmt(tvm.runtime.convert(""), f"pragma_{key}", tirx.IntImm("int32", 1), body)
 
@@ -317,8 +322,8 @@ class _SegmentFunction:
             tirx.Bind(variable, tirx.BufferLoad(table, [repeat, tirx.IntImm("int64", i)]))
             for i, variable in enumerate(self.offsets.values())
         ]
-        loop = tirx.For(repeat, zero, repeats, tirx.ForKind.SERIAL, tirx.SeqStmt([*offsets, *statements]))
-        region = _pragma("parallel_launch_point", tirx.SeqStmt([*private, loop]))
+        loop = tirx.For(repeat, zero, repeats, tirx.ForKind.SERIAL, _in_turn([*offsets, *statements]))
+        region = _pragma("parallel_launch_point", _in_turn([*private, loop]))
         outputs = [self.out] if self.out is not None else []
         function: Any = PrimFunc([*self.parameters.values(), table, *outputs], region)
         return function.with_attr("s_tir", True), [offset for _, offset in self.offsets]

@@ -3,8 +3,8 @@
     python -m benchmarks.cpu_layer [--width 576 --heads 9 --kv-heads 3 --inner 1536 --group 64] [--threads 1 2]
 
 One token. Ours: for each layer the quantizers and the linears query-key-value, output, gate-up and down, each fed by
-the one before, as a whole program runs them, without what lies between. llama.cpp: the same products, independent of
-each other, in one graph, in the types that its quantizer gives the matrices of a TQ2_0 file: where 256 does not divide
+the one before and the first by the same input, without what lies between in a model. llama.cpp: the same products,
+independent of each other, in one graph, in the types that its quantizer gives the matrices of a TQ2_0 file: where 256 does not divide
 the columns that is Q4_0. *hot* is one layer again and again, *cold* is layers of 200 MB in all. Times are per layer.
 
 Last comes what a linear costs that is called from Python by itself: the time of a call of the smallest one, nearly all
@@ -132,7 +132,7 @@ class LayerProgram:
         whole = ProgramBuilder(self.layout, state)
         given = TensorSpec("x", (1, self.shape.width), "float32")
         function = FunctionBuilder(whole, "layers", [given], {"batch": 1}, blocks=True)
-        x = function.value("x")
+        x = total = function.value("x")
         for layer in range(self.layers):
             value = x
             for index, (linear, quantizer) in enumerate(zip(self.linears, self.quantizers, strict=True)):
@@ -145,15 +145,16 @@ class LayerProgram:
                 value = function.call(
                     whole.kernel(kernel.name, kernel.make), arguments, ([1, linear.out_features], "float32")
                 )
-            x = function.emit(relax.op.add(x, value))
-        function.finish(x)
+            # Without norms in between, values would leave the range of numbers after some layers in a row.
+            total = function.emit(relax.op.add(total, value))
+        function.finish(total)
         return whole.finish()
 
     def expected(self) -> np.ndarray:
         """What the same kernels give when they are called one by one."""
         import torch
 
-        x = torch.from_numpy(self._x)
+        x = total = torch.from_numpy(self._x)
         clip = torch.ones(2)
         for _ in range(self.layers):
             value = x
@@ -161,8 +162,8 @@ class LayerProgram:
                 taken = value[:, : quantizer.in_features].contiguous()
                 codes = self.kernels.quantizer(quantizer)(taken, clip)
                 value = self.kernels.linear(linear)(*codes, self._packed[index])
-            x = x + value
-        return x.numpy()
+            total = total + value
+        return total.numpy()
 
 
 def _aligned(size: int) -> np.ndarray:

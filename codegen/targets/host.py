@@ -37,11 +37,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """The CPU's marketing name, its part number where Linux gives no name (ARM), or else the architecture."""
+    """The CPU's marketing name with its family and model, because virtual machines give one name to several
+    generations; its part number where Linux gives no name (ARM), or else the architecture."""
     info = _cpuinfo()
     if "CPU part" in info:
         return f"ARM implementer {info.get('CPU implementer', '?')} part {info['CPU part']}"
-    return info.get("model name") or platform.processor() or platform.machine()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in info:
+        name += f" (family {info['cpu family']}, model {info.get('model', '?')})"
+    return name
 
 
 @functools.cache

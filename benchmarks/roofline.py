@@ -12,7 +12,7 @@ MARKERS = "osDv^<>PX*hpd"
 
 
 def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel a thread count: multiply-adds per second over multiply-adds per byte of weights.
+    """One panel a thread count: multiply-adds per second over multiply-adds per byte of weights, cold ones hollow.
 
     Args:
         documents: what a benchmark wrote.
@@ -26,7 +26,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     except ImportError as error:
         raise LbllmError("a roofline needs matplotlib; install the extra 'bench'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, len(documents), figsize=(7 * len(documents), 6), sharey=True, squeeze=False)
     colors = matplotlib.colormaps["tab20"]
@@ -41,11 +41,18 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
                 ys = [min(peak, rate * x) for x in (low, corner, high)]
                 axes.plot([low, corner, high], ys, style, color="black", label=f"{name}: {rate:.0f} GB/s")
         for i, name in enumerate(dict.fromkeys(row["contender"] for row in results)):
-            rows = [row for row in results if row["contender"] == name]
-            xs, ys = [_intensity(row) for row in rows], [row["gigamacs_per_second"] for row in rows]
-            axes.plot(xs, ys, MARKERS[i % len(MARKERS)], color=colors(i % colors.N), label=name)
+            for cold, fill in ((False, colors(i % colors.N)), (True, "none")):
+                rows = [r for r in results if r["contender"] == name and (r.get("cache") == "cold") == cold]
+                xs, ys = [_intensity(row) for row in rows], [row["gigamacs_per_second"] for row in rows]
+                style = {"color": colors(i % colors.N), "markerfacecolor": fill, "label": None if cold else name}
+                axes.plot(xs, ys, MARKERS[i % len(MARKERS)], **style)
         axes.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of weights", ylabel="GMAC/s")
-        axes.set_title(f"{facts['cpu']}, {facts['threads']} threads")
+        axes.xaxis.set_major_locator(ticker.LogLocator(base=2))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_formatter(ticker.NullFormatter())
+        threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
+        axes.set_title(f"{facts['cpu']}, {threads}; hollow: cold weights")
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize="small")
     figure.tight_layout()

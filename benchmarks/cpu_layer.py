@@ -4,8 +4,9 @@
 
 One token. Ours: for each layer the quantizers and the linears query-key-value, output, gate-up and down, each fed by
 the one before and the first by the same input, without what lies between in a model. llama.cpp: the same products,
-independent of each other, in one graph, in the types that its quantizer gives the matrices of a TQ2_0 file: where 256 does not divide
-the columns that is Q4_0. *hot* is one layer again and again, *cold* is layers of 200 MB in all. Times are per layer.
+independent of each other, in one graph, in the types that its quantizer gives the matrices of a TQ2_0 file: where 256
+does not divide the columns that is Q4_0. *hot* is one layer again and again, *cold* is layers of 200 MB in all. Times
+are per layer.
 
 Last comes what a linear costs that is called from Python by itself: the time of a call of the smallest one, nearly all
 of which is the call. Run it on an otherwise idle machine.

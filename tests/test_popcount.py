@@ -12,6 +12,7 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import GROUPS, QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, host
+from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tune.measure import Measurer, Outcome
 
 TARGET = "cpu:avx512-vpopcnt"
@@ -29,6 +30,7 @@ def popcount_records(spec: LinearSpec) -> list[dict]:
             "spec": dataclasses.asdict(spec),
             "tokens": bucket.name,
             "target": TARGET,
+            "threads": thread_count(),
             "schedule": dataclasses.asdict(implementation.schedules(bucket)[0]),
         }
         for bucket in cpu.BUCKETS

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +27,10 @@ from typing import Any
 
 import numpy as np
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import thread_count
 from rich.table import Table
+
+from lbllm_compile.runtime.native import aligned
 
 from . import harness, llama
 
@@ -111,16 +113,16 @@ class LayerProgram:
         compiled.executable.export_library(str(folder / "program.so"))
         machine = Machine(folder / "program.so")
         function = machine.function("layers")
-        weights = _aligned(self.layout.bytes)
+        weights = aligned(self.layout.bytes)
         for name, offset in self.layout.offsets.items():
             content = np.ones(2, np.float32).view(np.uint8)
             if name != "clip":
                 content = self._packed[int(name.partition(".")[2])].numpy()
             weights[offset : offset + content.size] = content
-        x = _aligned(4 * self.shape.width).view(np.float32).reshape(1, -1)
+        x = aligned(4 * self.shape.width).view(np.float32).reshape(1, -1)
         x[:] = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        state = _aligned(1).reshape(1, 1, 1)
-        blocks = (x, weights, state, _aligned(compiled.workspaces["layers"]))
+        state = aligned(1).reshape(1, 1, 1)
+        blocks = (x, weights, state, aligned(compiled.workspaces["layers"]))
         arguments = [machine.tensor(block) for block in blocks]
         self._x, self._kept = x, (machine, blocks)
         return lambda: array(function(*arguments))
@@ -167,13 +169,6 @@ class LayerProgram:
         return total.numpy()
 
 
-def _aligned(size: int) -> np.ndarray:
-    """``size`` zero bytes at an address that vector loads like."""
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size]
-
-
 def file_type(columns: int) -> str:
     """The type that llama.cpp's quantizer gives a matrix of a TQ2_0 file."""
     return "tq2_0" if columns % llama.BLOCK == 0 else "q4_0"
@@ -187,10 +182,9 @@ def measure(shape: Shape, cold: bool, trials: int, quick: bool) -> list[dict[str
     """
     from .contenders import COLD_BYTES, timed
 
-    threads = int(os.environ["TVM_NUM_THREADS"])
-    bits = LayerProgram(shape, 1, trials)
-    layers = (2 if quick else -(-COLD_BYTES // bits.bytes)) if cold else 1
-    own = LayerProgram(shape, layers, trials) if cold else bits
+    single = LayerProgram(shape, 1, trials)
+    layers = (2 if quick else -(-COLD_BYTES // single.bytes)) if cold else 1
+    own = LayerProgram(shape, layers, trials) if cold else single
     runs: dict[str, Callable[[int], list[float]]] = {}
     sizes = {OWN: own.bytes // layers}
     with tempfile.TemporaryDirectory(prefix="lbllm-layer-") as folder:
@@ -202,7 +196,7 @@ def measure(shape: Shape, cold: bool, trials: int, quick: bool) -> list[dict[str
             matrices = [(file_type(columns), rows, columns) for rows, columns in shape.matrices]
             sizes[THEIRS] = sum(llama.row_bytes(kind, columns) * rows for kind, rows, columns in matrices)
             count = (2 if quick else -(-COLD_BYTES // sizes[THEIRS])) if cold else 1
-            products = llama.Products(matrices * count, 1, 1, threads)
+            products = llama.Products(matrices * count, 1, 1, thread_count())
             runs[THEIRS] = timed(products.calls)
         times = harness.alternate(runs, quick)
     counts = {OWN: layers, THEIRS: count if THEIRS in runs else 0}
@@ -300,11 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     documents = []
     for threads in options.threads:
-        command = [sys.executable, "-m", "benchmarks.cpu_layer", *(arguments or sys.argv[1:]), "--child"]
-        done = subprocess.run(command, env=harness.environment(threads), stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.returncode)
-        documents.append({"threads": threads, **json.loads(done.stdout.strip().splitlines()[-1])})
+        found = harness.measure_with(threads, "benchmarks.cpu_layer", arguments or sys.argv[1:])
+        documents.append({"threads": threads, **found})
         _print(threads, documents[-1])
     text = json.dumps(documents, indent=1)
     if options.json:

@@ -159,7 +159,7 @@ def main(
         if options.child:
             _measure_here(chosen, measure)
             return
-        documents = [_measure_with(threads, module, sys.argv[1:]) for threads in options.threads]
+        documents = [measure_with(threads, module, sys.argv[1:]) for threads in options.threads]
     except LbllmError as error:
         sys.exit(str(error))
     for document in documents:
@@ -199,7 +199,7 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | counts | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _measure_with(threads: int, module: str, arguments: Sequence[str]) -> dict[str, Any]:
+def measure_with(threads: int, module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The document of a child process with so many threads."""
     command = [sys.executable, "-m", module, *arguments, "--child"]
     done = subprocess.run(command, env=environment(threads), stdout=subprocess.PIPE, text=True)

@@ -131,7 +131,9 @@ class Products:
         if not self._context or not self._backend:
             raise LbllmError("ggml could not allocate its matrices")
         ggml["ggml_backend_cpu_set_n_threads"](self._backend, threads)
-        packed = {matrix: self._quantized(*matrix, size) for matrix, size in zip(matrices, sizes, strict=True)}
+        packed = {
+            matrix: self._quantized(*matrix, size) for matrix, size in dict(zip(matrices, sizes, strict=True)).items()
+        }
         generator = torch.Generator().manual_seed(0)
         self.calls: list[Callable[[], None]] = []
         for _ in range(copies):

@@ -245,7 +245,7 @@ def load(directory: str | Path) -> Artifact:
         raise ArtifactError(f"the artifact '{directory}' is damaged: {error}") from error
     if any(f in files for f in ("tokenizer.json", "tokenizer_config.json")):
         program = _with_tokenizer(program, directory)
-    return Artifact(directory, program, lock, _read_records(directory / "tuning.json"), digest)
+    return Artifact(directory, program, lock, read_records(directory), digest)
 
 
 def read_file(directory: Path, name: str) -> bytes:
@@ -463,7 +463,13 @@ _RECORD = {"spec": dict, "tokens": str, "target": str, "schedule": dict}
 """What a tuning record must have; whether a schedule is one is for those to say who use it."""
 
 
-def _read_records(path: Path) -> list[Mapping[str, Any]]:
+def read_records(directory: Path) -> list[Mapping[str, Any]]:
+    """The tuning records of an artifact.
+
+    Raises:
+        ArtifactError: they are none.
+    """
+    path = directory / "tuning.json"
     records = _read_json(path)
     if not isinstance(records, list) or not all(
         isinstance(r, dict) and all(isinstance(r.get(name), kind) for name, kind in _RECORD.items()) for r in records

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lbllm_compile.passes.sensitivity import TOKENS
 from lbllm_compile.passes.spool import RESIDENT
 
 LIBRARIES = 700 << 20
@@ -151,6 +152,8 @@ def spooled(model: Model, work: Work, width: int) -> int:
         width: channels of the values between two layers.
     """
     chains = 2 * 4 * width * work.tokens
+    if work.distill or work.activate:  # what lies in front of each layer, while it is measured which channels matter
+        chains += 4 * width * min(work.tokens, TOKENS) * len(model.layers)
     return 4 * model.parameters + 2 * model.artifact + chains
 
 

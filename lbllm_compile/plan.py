@@ -433,7 +433,7 @@ def _seconds(
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
     result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
     for stage in ("distill", "activate"):
-        if _option(passes, stage, "epochs", 0):
+        if work.get(stage) and _option(passes, stage, "epochs", 0):
             result[_TITLES[stage]] += everything * min(tokens, sensitivity.TOKENS) * speed.seconds(_CHANNELS)
     for stage in ("activate", "finetune"):
         if work.get(stage):

@@ -193,7 +193,7 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     if options.trials < 1:
         raise TuneError(f"--trials {options.trials} measures nothing; give at least 1")
     budget = None if options.budget is None else parse_duration(options.budget)
-    specs = specs_of(options)
+    specs, layouts = specs_of(options), _layouts(options, target)
 
     # TVM takes seconds to import; what is wrong with the options is said before.
     from lbllm_compile.codegen.kernels import cpu
@@ -207,6 +207,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
         wanted = []
         for spec in specs:
             candidates = cpu.implementations(spec, target)
+            if spec in layouts:
+                candidates = [cpu.of_layout(candidates, layouts[spec])]
             for bucket in buckets:
                 key = Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION)
                 wanted.append(Wanted(candidates, bucket, key))
@@ -219,9 +221,17 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
             budget_s=budget,
             progress=progress or NoProgress(),
         )
-        if device is None and options.directory is not None and any(c.source == "search" for c in choices):
+        if device is None and options.directory is not None:
             native.forget(options.directory, target.name)
         return TuneReport(target.name, name, threads, choices, measurer.limits)
+
+
+def _layouts(options: TuneOptions, target: Target) -> dict[LinearSpec, str]:
+    """Layouts that an artifact's weights must keep, because its schedules for other numbers of tokens stay."""
+    if options.directory is None or options.tokens is None:
+        return {}
+    records = artifact.read_records(options.directory)
+    return {LinearSpec(**r["spec"]): r["schedule"]["layout"] for r in records if r["target"] == target.name}
 
 
 def _buckets(names: str | None) -> list[Bucket]:

@@ -15,9 +15,10 @@ Result::
     %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)      # other values
 
 An error behind a layer weighs by how strongly the float model's output depends on the channel it is in
-(:mod:`.sensitivity`). The state that reconstructs held-out sequences best is kept, the starting state included: no layer ends worse than it
-began. Three errors are reported per layer, all on held-out sequences and against the float model: ``before``, of the
-program as it came; ``start``, of the untrained layer behind trained ones; ``after``, of the trained layer there.
+(:mod:`.sensitivity`). The state that reconstructs held-out sequences best is kept, the starting state included: no
+layer ends worse than it began. Three errors are reported per layer, all on held-out sequences and against the float
+model: ``before``, of the program as it came; ``start``, of the untrained layer behind trained ones; ``after``, of the
+trained layer there.
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
 """

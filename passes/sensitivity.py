@@ -14,16 +14,19 @@ The model runs forward and backward a layer and a sequence at a time; what lies 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import PassContext
+from .base import PassContext, PassError
 from .layers import Activations, Layers, Stage, Values, calibration_batches, finish
 from .precision import Precision, matrix_products, restored
-from .program import Program
+from .program import CPU, Program
+from .simulate import lift
 from .spool import release
 from .training import squares, targets_of
 
@@ -38,7 +41,7 @@ ROWS = 32
 
 
 def channel_weights(program: Program, layers: Layers, context: PassContext, precision: Precision) -> dict[str, Tensor]:
-    """What an error in each channel behind each layer weighs, see :class:`.training.Reconstruction`.
+    """What an error in each channel behind each layer weighs, see :func:`.training.reconstruction`.
 
     Args:
         program: a program; its kind and its inputs count.
@@ -48,26 +51,30 @@ def channel_weights(program: Program, layers: Layers, context: PassContext, prec
 
     Returns:
         Float32 ``[C]`` on the CPU for every floating-point output ``[..., C]`` of a layer, by name.
+
+    Raises:
+        PassError: a gradient is infinite or no number.
     """
     chain = Activations(_first_tokens(calibration_batches(program, context.calibration, 1)), context.device)
     chain.advance(layers.prologue)
     weights: dict[str, Tensor] = {}
     with context.progress.task("measuring which channels matter", 2 * len(layers.layers)) as task:
-        before = []
+        before: list[Activations] = []
+        names: list[list[str]] = []
         for layer in layers.layers:
             before.append(chain.fork())
             chain.advance(layer, precision=precision)
+            names.append(list(targets_of(chain[0], layer.outputs)))
             task.advance()
         generator = context.generator(STREAM)
-        gradients = Activations(_behind_all(program.kind, layers, chain, precision, generator), context.device)
-        for layer, inputs in zip(reversed(layers.layers), reversed(before), strict=True):
-            moved = layer.on(context.device)
-            names = targets_of(chain[0], layer.outputs)
-            weights |= {name: _weights(chain, gradients, name).cpu() for name in names}
-            gradients = Activations(_in_front_of(moved, inputs, gradients, precision), context.device)
-            chain = inputs
-            if moved is not layer:
-                moved.discard()
+        wanted = frozenset(itertools.chain(*names))
+        gradients = Activations(_behind_all(program.kind, layers, chain, wanted, precision, generator), context.device)
+        for index in reversed(range(len(before))):
+            weights |= {name: _weights(chain, gradients, name).cpu() for name in names[index]}
+            wanted -= frozenset(names[index])
+            if wanted:
+                stage, chain = layers.layers[index], before[index]
+                gradients = Activations(_in_front_of(stage, chain, gradients, wanted, precision), context.device)
             release()
             task.advance()
     return weights
@@ -84,13 +91,18 @@ def _first_tokens(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def _behind_all(
-    kind: str, layers: Layers, chain: Activations, precision: Precision, generator: torch.Generator
+    kind: str,
+    layers: Layers,
+    chain: Activations,
+    wanted: Collection[str],
+    precision: Precision,
+    generator: torch.Generator,
 ) -> Iterator[Values]:
-    """For each batch, the gradients with respect to the values behind the last layer, by name."""
+    """For each batch, the gradients with respect to the wanted values behind the last layer, by name."""
     moved = dataclasses.replace(layers, epilogue=layers.epilogue.on(chain.device))
     gradient = _of_drawn_tokens if kind == "causal-lm" else _of_noise
     for batch in chain:
-        values = _leaves(batch)
+        values = _leaves(batch, wanted)
         with torch.enable_grad(), matrix_products(precision, chain.device):
             output = restored(finish(moved, values), precision)
         yield _gradients([output], [gradient(output.detach(), generator)], values)
@@ -114,22 +126,25 @@ def _of_noise(output: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(output.shape, generator=generator).to(output)
 
 
-def _in_front_of(stage: Stage, inputs: Activations, gradients: Activations, precision: Precision) -> Iterator[Values]:
-    """The gradients in front of a layer, from those behind it."""
+def _in_front_of(
+    stage: Stage, inputs: Activations, gradients: Activations, wanted: Collection[str], precision: Precision
+) -> Iterator[Values]:
+    """The gradients with respect to the wanted values in front of a layer, from those behind it."""
+    lifted = lift(stage).on(inputs.device)  # an operator of experts has a gradient only there
     for batch, behind in zip(inputs, gradients, strict=True):
-        values = _leaves(batch)
+        values = _leaves(batch, wanted)
         with torch.enable_grad(), matrix_products(precision, inputs.device):
-            outputs = {name: restored(value, precision) for name, value in stage.run(values).items() if name in behind}
+            run = lifted.run(values, {})
+        outputs = {name: restored(value, precision) for name, value in run.items() if name in behind}
         around = {name: value for name, value in behind.items() if name not in outputs}
         through = _gradients(list(outputs.values()), [behind[name] for name in outputs], values)
         yield {name: sum(g[name] for g in (around, through) if name in g) for name in {**around, **through}}
+    if inputs.device != CPU:
+        lifted.discard()
 
 
-def _leaves(values: Values) -> Values:
-    return {
-        name: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in values.items()
-    }
+def _leaves(values: Values, wanted: Collection[str]) -> Values:
+    return {name: value.detach().requires_grad_() if name in wanted else value for name, value in values.items()}
 
 
 def _gradients(outputs: Sequence[Tensor], behind: Sequence[Tensor], values: Values) -> Values:
@@ -154,4 +169,6 @@ def _weights(chain: Activations, gradients: Activations, name: str) -> Tensor:
         tokens += value[..., 0].numel()
     assert isinstance(costs, Tensor) and isinstance(shares, Tensor)
     zeros = float((costs * shares).sum()) / tokens
+    if not math.isfinite(zeros):
+        raise PassError(f"the gradients behind '{name}' left the range of numbers; train with precision=float32")
     return costs / zeros if zeros > 0 else torch.ones_like(costs)

@@ -295,3 +295,16 @@ def test_kernels_of_another_architecture_are_not_built_for_use(family, tmp_path)
         build([], [], f"cpu:{family}", tmp_path)
     with pytest.raises(TargetError, match=sentence):  # before the model is looked for
         driver.prepare(driver.CompileOptions(model="absent.py", target=f"cpu,cpu:{family}"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model name": "AMD EPYC", "cpu family": "26", "model": "2"}, "AMD EPYC (family 26, model 2)"),
+        ({"CPU implementer": "0x41", "CPU part": "0xd0b"}, "ARM implementer 0x41 part 0xd0b"),
+        ({"model name": "POWER9"}, "POWER9"),
+    ],
+)
+def test_a_cpu_is_named_so_that_generations_differ(fields, name, monkeypatch):
+    monkeypatch.setattr(host, "_cpuinfo", lambda: fields)
+    assert host.cpu_name() == name

@@ -269,24 +269,23 @@ def test_an_artifact_of_another_size_has_no_stored_program(stored, tmp_path):
     assert native.find(copy) is None
 
 
-def test_a_program_is_for_one_thread_or_for_several(stored, monkeypatch):
-    found = {}
+def test_a_program_is_for_a_number_of_threads(monkeypatch):
+    places = set()
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("TVM_NUM_THREADS", threads)
-        found[threads] = native.stored_at("0", "cpu:generic")
-    assert found["1"] != found["2"] == found["3"]
+        places.add(native.stored_at("0", "cpu:generic"))
+    assert len(places) == 3
 
 
 def test_tuning_an_artifact_lets_its_program_be_prepared_anew(stored, tmp_path, monkeypatch):
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
     first = load(stored[0]).native
     assert first is not None and native.find(stored[0]) is not None
-    options = TuneOptions(directory=stored[0], trials=1)
-    assert {choice.source for choice in tune(options).choices} == {"search"}
-    assert native.find(stored[0]) is None
-    assert load(stored[0]).native is not None
-    assert {choice.source for choice in tune(options).choices} == {"stored"}
-    assert native.find(stored[0]) is not None
+    for source in ("search", "stored"):  # what was found for another artifact counts as well
+        assert {choice.source for choice in tune(TuneOptions(directory=stored[0], trials=1)).choices} == {source}
+        assert native.find(stored[0]) is None
+        assert load(stored[0]).native is not None
+        assert [path.name for path in native.programs_directory().iterdir() if path.name.startswith(".")] == []
 
 
 def test_programs_that_nothing_uses_are_removed(stored, monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import program
-from lbllm_compile.passes import layers, sensitivity
-from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes import layers, sensitivity, simulate
+from lbllm_compile.passes.base import PassContext, PassError
 from lbllm_compile.passes.sensitivity import channel_weights
 from stages import annotated, batches, context
 from torch import Tensor, fx
@@ -24,9 +24,14 @@ class Retaining(fx.Interpreter):
         self.names = names
         self.kept: dict[str, Tensor] = {}
 
+    def call_function(self, target, args, kwargs):
+        if target is torch.ops.lbllm.grouped_linear.default:
+            return simulate.grouped_linear(*args)
+        return super().call_function(target, args, kwargs)
+
     def run_node(self, n: fx.Node):
         value = super().run_node(n)
-        if n.name in self.names:
+        if n.name in self.names and isinstance(value, Tensor) and value.is_floating_point():
             if not value.requires_grad:
                 value.requires_grad_()
             value.retain_grad()
@@ -34,7 +39,7 @@ class Retaining(fx.Interpreter):
         return value
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "mixtral"])
 def test_weights_are_the_squared_gradients_of_the_whole_model(name):
     program, data = annotated(name), context(name, count=3)
     parts = layers.split(program)
@@ -86,7 +91,21 @@ def test_a_plain_module_has_weights_for_its_only_layer():
     data = PassContext(calibration=[{"x": torch.randn((512, 4), generator=_generator(1))}])
     (weights,) = channel_weights(item, layers.split(item), data, "float32").values()
     # The output's own squared error is the measure, so its channels weigh the same.
-    assert torch.allclose(weights, torch.ones(2), atol=0.3)
+    assert torch.allclose(weights, torch.ones(2), atol=0.3) and not torch.equal(weights, torch.ones(2))
+
+
+def test_gradients_that_are_no_numbers_are_an_error(monkeypatch):
+    monkeypatch.setattr(sensitivity, "_of_drawn_tokens", lambda logits, _: torch.full_like(logits, torch.nan))
+    with pytest.raises(PassError, match="left the range of numbers"):
+        channel_weights(annotated(), layers.split(annotated()), context(count=1), "float32")
+
+
+def test_bfloat16_products_give_nearly_the_same():
+    parts, data = layers.split(annotated()), context(count=16)
+    exact, rounded = (channel_weights(annotated(), parts, data, p) for p in ("float32", "bfloat16"))
+    for name, weights in exact.items():
+        assert not torch.equal(weights, rounded[name])
+        assert torch.corrcoef(torch.stack([weights, rounded[name]]))[0, 1] > 0.9
 
 
 def test_no_more_tokens_are_taken_than_needed(monkeypatch):

@@ -247,12 +247,15 @@ def test_results_of_other_machines_are_guesses_and_the_nearest_comes_first(tmp_p
 def test_the_shipped_results_are_whole_and_fit_their_spaces():
     from lbllm_compile.codegen.kernels import cpu
 
+    tokens: dict[object, set[str]] = {}
     for line in SEEDS.read_bytes().splitlines():
         key, result = parse_line(line)
+        tokens.setdefault(dataclasses.replace(key, tokens=""), set()).add(key.tokens)
         assert key.version == cpu.SCHEDULE_VERSION
         schedule = cpu.schedule_from(result.schedule)
         implementation = cpu.of_layout(cpu.implementations(key.spec, Target.parse(key.target)), schedule.layout)
         assert schedule in implementation.schedules(cpu.bucket_named(key.tokens))
+    assert all(names == {bucket.name for bucket in cpu.BUCKETS} for names in tokens.values())
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):

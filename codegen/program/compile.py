@@ -39,7 +39,7 @@ def compile_program(
         target: TVM's target description.
         lanes: fp32 lanes of the target's vectors.
         merged: functions of fixed shapes, taking blocks, that are to run in few launches.
-        segment: how the name of the kernel begins that a segment of a launch begins with.
+        segment: prefix of the name of a segment's first kernel.
 
     Raises:
         KernelError: TVM rejects the program.

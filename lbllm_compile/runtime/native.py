@@ -25,7 +25,7 @@ from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE
 from lbllm_compile.codegen.targets import Target, host
-from lbllm_compile.codegen.threads import shares_work, thread_count
+from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_runtime import Machine, array
 from lbllm_compile.runtime.generate import GenerationError
 from lbllm_compile.runtime.language import LanguageModel
@@ -66,14 +66,14 @@ def stored_at(digest: str, target: str) -> Path:
 def machine_facts(target: str) -> tuple[str | int, ...]:
     """What a program for a target depends on besides the model.
 
-    The CPU, whether there are several threads, TVM, and the code that generates kernels.
+    The CPU, the number of threads, TVM, and the code that generates kernels.
     """
     generators = hashlib.sha256()
     for file in sorted(Path(codegen.__file__).parent.rglob("*.py")):
         generators.update(file.read_bytes())
     tvm = metadata.version("apache-tvm")
-    several = shares_work(thread_count())
-    return target, several, *sorted(host.cpu_flags()), __version__, tvm, FORMAT_VERSION, generators.hexdigest()
+    cpu = host.cpu_name(), *sorted(host.cpu_flags())
+    return target, thread_count(), *cpu, __version__, tvm, FORMAT_VERSION, generators.hexdigest()
 
 
 def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
@@ -105,7 +105,11 @@ def forget(directory: Path, target: str) -> None:
         target: the target's name.
     """
     digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-    shutil.rmtree(stored_at(digest, target), ignore_errors=True)
+    place = stored_at(digest, target)
+    removed = place.with_name(f".removed-{place.name}-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(removed)  # at once, because another process may be looking for it
+        shutil.rmtree(removed)
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def _view(block: np.ndarray, member: Member, offset: int, sizes: Mapping[str, in
     return block[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def _aligned(size: int) -> np.ndarray:
+def aligned(size: int) -> np.ndarray:
     """``size`` zero bytes at an aligned address."""
     memory = np.zeros(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -230,7 +234,7 @@ class State:
         self._program, self._batch = program, batch
         self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         description, machine = program.description, program.machine
-        memory = _aligned(batch * self.capacity * description.state_bytes)
+        memory = aligned(batch * self.capacity * description.state_bytes)
         sizes = {"batch": batch, "capacity": self.capacity}
         self.arrays = [_view(memory, m, m.offset * batch * self.capacity, sizes) for m in description.state]
         self.block = machine.tensor(memory.reshape(batch, self.capacity, description.state_bytes))
@@ -240,7 +244,7 @@ class State:
     def workspace(self, name: str) -> Any:
         """The working memory of a function."""
         if name not in self._workspaces:
-            self._workspaces[name] = self._program.machine.tensor(_aligned(self._program.description.workspaces[name]))
+            self._workspaces[name] = self._program.machine.tensor(aligned(self._program.description.workspaces[name]))
         return self._workspaces[name]
 
     def grown(self, tokens: int, past: int) -> State:

@@ -109,11 +109,11 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
     shutil.copy(ROOT / "examples" / "mlp.py", model)
     expected, _ = whole(model, tmp_path / "whole")
     out = tmp_path / "out"
-    # The third piece of work is the state of stage 3's training.
-    for moment in ("3", "artifact"):
+    # The fourth piece of work is the state of stage 3's training.
+    for moment in ("4", "artifact"):
         assert finish(start(model, out, moment)) == -signal.SIGKILL
         assert not out.exists()
-    assert len(pieces(out)) == 4
+    assert len(pieces(out)) == 5
     assert finish(start(model, out)) == 0
     assert compared(out) == expected
     assert {p.name for p in tmp_path.iterdir()} == {"mlp.py", "cache", "whole", "out"}

@@ -297,11 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = harness.measure_with(threads, "benchmarks.cpu_layer", arguments or sys.argv[1:])
         documents.append({"threads": threads, **found})
         _print(threads, documents[-1])
-    text = json.dumps(documents, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    harness.write_json(documents, options.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -282,11 +281,7 @@ def main() -> None:
     if absent:
         harness.CONSOLE.print(f"llama.cpp left out: {absent}")
     _print_verdicts(document["runs"])
-    text = json.dumps(document, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    harness.write_json(document, options.json)
 
 
 if __name__ == "__main__":

@@ -165,15 +165,20 @@ def main(
     for document in documents:
         document["ratios"] = _ratios(document["results"], column)
         _print(document, column)
-    text = json.dumps(documents, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    write_json(documents, options.json)
     if options.plot:
         from .roofline import draw
 
         draw(documents, options.plot)
+
+
+def write_json(document: Any, path: Path | None) -> None:
+    """Writes a benchmark's results to a file, or to stdout where none is named."""
+    text = json.dumps(document, indent=1)
+    if path:
+        path.write_text(text + "\n")
+    else:
+        print(text)
 
 
 def _measure_here(settings: Settings, measure: Callable[[Settings], Iterable[dict[str, Any]]]) -> None:

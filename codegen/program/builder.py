@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
+from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm, tvm_ffi
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
@@ -203,6 +203,11 @@ class FunctionBuilder:
 def shape(value: Value) -> list[Dimension]:
     """The dimensions of a value; constant ones are ints."""
     return [int(d) if hasattr(d, "value") else d for d in value.ty.shape]
+
+
+def same_sizes(a: Sequence[Dimension], b: Sequence[Dimension]) -> bool:
+    """Whether two shapes are certainly equal, symbols included."""
+    return len(a) == len(b) and all(tvm_ffi.structural_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def dtype(value: Value) -> str:

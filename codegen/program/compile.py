@@ -10,10 +10,14 @@ from typing import Any
 from ..errors import KernelError
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
+from .fuse import fuse_rows
 from .launch import merge_launches
 
 ATTENTION = "attention"
 """How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
+
+QUANTIZERS = "quantize", "knees"
+"""How the names of quantizers begin."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,25 @@ def compile_program(
     config = {"tirx.disable_storage_rewrite": True}
     try:
         with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
-            module = tvm.transform.Sequential(_fusion())(relax.transform.FastMathTransform()(module))
-            module = schedule_loops(module, lanes)
+            module = fuse_rows(operators_to_loops(module, lanes), QUANTIZERS)
             workspaces = {}
             for name in merged:
                 module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
-            module = tvm.transform.Sequential(_lowering())(module)
-            return Compiled(relax.build(module, description, relax_pipeline=None), workspaces)
+            return Compiled(build_loops(module, description), workspaces)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
         raise KernelError(f"TVM cannot compile the program: {error}") from error
 
 
-def _fusion() -> list[Any]:
-    """Operators to loops, and neighbouring loops to one."""
+def operators_to_loops(module: Any, lanes: int) -> Any:
+    """Makes every operator a loop, neighbouring loops one, and schedules them; kernels stay as they are.
+
+    Args:
+        module: Relax functions and kernels.
+        lanes: fp32 lanes of the target's vectors.
+    """
     passes = relax.transform
-    return [
+    fusion = [
+        passes.FastMathTransform(),
         passes.LegalizeOps(skip_ops=["relax.memory.view"]),
         passes.AnnotateTIROpPattern(),
         passes.FuseOps(),
@@ -72,12 +80,17 @@ def _fusion() -> list[Any]:
         passes.RewriteDataflowReshape(),
         passes.DeadCodeElimination(),
     ]
+    module = tvm.transform.Sequential(fusion)(module)
+    for name, function in module.functions_items():
+        if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
+            module.update_func(name, schedule(function, lanes))
+    return module
 
 
-def _lowering() -> list[Any]:
-    """What is left to instructions of the virtual machine."""
+def build_loops(module: Any, target: Any) -> Any:
+    """Compiles kernels and loops, and turns what calls them into instructions of TVM's virtual machine."""
     passes = relax.transform
-    return [
+    lowering = [
         passes.DeadCodeElimination(),
         passes.ToNonDataflow(),
         passes.RemovePurityChecking(),
@@ -90,14 +103,7 @@ def _lowering() -> list[Any]:
         passes.VMShapeLower(),
         passes.AttachGlobalSymbol(),
     ]
-
-
-def schedule_loops(module: Any, lanes: int) -> Any:
-    """Schedules every function that fusion made; kernels stay as they are."""
-    for name, function in module.functions_items():
-        if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
-            module.update_func(name, schedule(function, lanes))
-    return module
+    return relax.build(tvm.transform.Sequential(lowering)(module), target, relax_pipeline=None)
 
 
 def schedule(function: PrimFunc, lanes: int) -> PrimFunc:

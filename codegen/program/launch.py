@@ -119,7 +119,7 @@ def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
             writes = [_Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
             places[binding.var] = writes if isinstance(kind, relax.TupleType) else writes[0]
             reads = [places[a] for a in value.args[1]]
-            calls.append(_Call(value.args[0].name_hint, kernel, reads, writes, _has_parallel_loop(kernel.body)))
+            calls.append(_Call(value.args[0].name_hint, kernel, reads, writes, has_parallel_loop(kernel.body)))
         else:
             raise KernelError(f"a function of few launches cannot hold {value}")
     return calls, places[function.body.body]
@@ -136,7 +136,8 @@ def _offset(value: Any) -> int:
     return number
 
 
-def _has_parallel_loop(statement: Any) -> bool:
+def has_parallel_loop(statement: Any) -> bool:
+    """Whether a kernel's body shares work among threads."""
     return any(isinstance(s, tirx.For) and s.kind == tirx.ForKind.PARALLEL for s in _top_statements(statement))
 
 
@@ -169,6 +170,26 @@ def _with_barriers(statement: Any) -> Any:
     if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
         return _barrier_behind(statement)
     return statement
+
+
+def _without_memory(statement: Any) -> tuple[list[Any], Any]:
+    """The working memory that statements allocate, and the statements without that.
+
+    Memory that is no register is asked for at run time, again and again, which costs more than a small kernel does.
+    """
+    memory: list[Any] = []
+
+    def allocates(statement: Any) -> bool:
+        if not isinstance(statement, tirx.AllocBuffer) or statement.buffer.scope() == "local":
+            return False
+        return all(isinstance(size, tirx.IntImm) for size in statement.buffer.ty.shape)
+
+    def take(sequence: Any) -> Any:
+        taken = [s for s in sequence.seq if allocates(s)]
+        memory.extend(taken)
+        return _in_turn([s for s in sequence.seq if s not in taken]) if taken else sequence
+
+    return memory, tvm_ffi.structural_map(statement, (tirx.SeqStmt, take))
 
 
 def _in_turn(statements: Sequence[Any]) -> Any:
@@ -314,7 +335,9 @@ class _SegmentFunction:
                     buffer = self._buffer(f"private_{write.result}", write.shape, write.dtype)
                     self.private[write.result] = buffer
                     private.append(tirx.AllocBuffer(buffer))
-            statements.append(self._inline(call))
+            memory, statement = _without_memory(self._inline(call))
+            private += memory
+            statements.append(statement)
         repeats, repeat = tirx.Var("repeats", "int64"), tirx.Var("repeat", "int64")
         zero = tirx.IntImm("int64", 0)
         table = tirx.decl_buffer([repeats, tirx.IntImm("int64", len(self.offsets))], "int64", "table")

@@ -35,6 +35,7 @@ from lbllm_compile.codegen.program.builder import (
     TensorSpec,
     Value,
 )
+from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
@@ -216,6 +217,13 @@ def _packs(node: Node) -> bool:
     return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
 
 
+def _awaits_residual(node: Node) -> bool:
+    """Whether a node is a linear whose result is only added to something, which it may then do itself."""
+    if node.target not in KERNEL_TARGETS[1:]:
+        return False
+    return [user.target for user in node.users] == [_aten.add.Tensor]
+
+
 def _refusal(node: Node, why: str) -> UntranslatableError:
     return UntranslatableError(f"{why}: {describe(node)}")
 
@@ -249,9 +257,9 @@ class _Translator:
     def run(self) -> None:
         for node in self.module.graph.nodes:
             if node.op == "output":
-                self.function.finish(self.values[node.args[0]])
+                self.function.finish(self.value(node.args[0]))
             elif node.op == "call_function":
-                if node.target in KERNEL_TARGETS or not _packs(node):
+                if (node.target in KERNEL_TARGETS or not _packs(node)) and not _awaits_residual(node):
                     self.values[node] = _OPERATORS[node.target](self, node)
             elif node.op == "placeholder" and node.target != "past":
                 self.values[node] = self.function.value(node.target)
@@ -263,7 +271,8 @@ class _Translator:
         if not is_node(argument):
             return argument
         if argument not in self.values:
-            self.values[argument] = self.function.value(argument.target)
+            handler = _OPERATORS.get(argument.target)
+            self.values[argument] = handler(self, argument) if handler else self.function.value(argument.target)
         return self.values[argument]
 
     def call(self, kernel: TirKernel, arguments: Sequence[Value], *outputs: tuple[Sequence[Any], str]) -> Any:
@@ -300,6 +309,19 @@ def _binary(expression: Callable[[Value, Value], Any]) -> Handler:
         return t.emit(expression(a, b))
 
     return handler
+
+
+def _add(t: _Translator, node: Node) -> Value:
+    """An addition, which a linear takes over where its result is added to a tensor of the same shape."""
+    for linear, other in (node.args[:2], node.args[1::-1]):
+        if node.kwargs or not is_node(other) or not is_node(linear) or linear in t.values:
+            continue
+        if _awaits_residual(linear):
+            residual = t.value(other)
+            shape = [*t.leading[quantizer_of(linear)], linear_spec(t.program, linear).out_features]
+            if builder.dtype(residual) == "float32" and builder.same_sizes(builder.shape(residual), shape):
+                return _linear(t, linear, residual)
+    return _binary(relax.op.add)(t, node)
 
 
 def _same(t: _Translator, node: Node) -> Any:
@@ -508,13 +530,18 @@ def _quantize(t: _Translator, node: Node) -> list[Value]:
     return t.call(kernel, [x, *factors], ([count, spec.in_features], kind), ([count, spec.scales], "float32"))
 
 
-def _linear(t: _Translator, node: Node) -> Value:
+def _linear(t: _Translator, node: Node, residual: Value | None = None) -> Value:
     values, scale = t.value(node.args[:2])
     spec = linear_spec(t.program, node)
     count = builder.shape(values)[0]
     packed = t.function.value(t.weights.packed_name(node))
     output = ([count, spec.out_features], "float32")
-    flat = t.call(t.kernels.linear(spec).tir(t.form.bucket), [values, scale, packed], output)
+    kernel, operands = t.kernels.linear(spec).tir(t.form.bucket), [values, scale, packed]
+    if residual is not None:
+        make = kernel.make
+        kernel = TirKernel(f"{kernel.name}_residual", lambda: with_residual(make()))
+        operands.append(_flat(t, residual)[0])
+    flat = t.call(kernel, operands, output)
     # A quantizer's result has two dimensions; here the graph's own come back.
     leading = t.leading[quantizer_of(node)]
     return t.emit(relax.op.reshape(flat, [*leading, spec.out_features]))
@@ -549,7 +576,7 @@ def _attention(t: _Translator, node: Node) -> Value:
 _OPERATORS: dict[Any, Handler] = {
     operator.getitem: _item,
     _aten.sym_size.int: _size,
-    _aten.add.Tensor: _binary(relax.op.add),
+    _aten.add.Tensor: _add,
     _aten.sub.Tensor: _binary(relax.op.subtract),
     _aten.mul.Tensor: _binary(relax.op.multiply),
     _aten.div.Tensor: _binary(relax.op.divide),

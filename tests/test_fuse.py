@@ -1,0 +1,140 @@
+"""Kernels that are joined with their neighbours compute what these compute one after the other, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lbllm_compile.codegen import prove
+from lbllm_compile.codegen.kernels import cpu
+from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder, Layout, ProgramBuilder, TensorSpec
+from lbllm_compile.codegen.program.compile import QUANTIZERS, build_loops, operators_to_loops
+from lbllm_compile.codegen.program.fuse import fuse_rows, with_residual
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.targets import Target, runnable_targets
+from lbllm_compile.codegen.tune.search import spread
+from lbllm_compile.codegen.tvm_api import T, compile_functions, relax, tvm, tvm_ffi
+
+HERE = Target.parse("cpu")
+LANES = cpu.lanes(HERE)
+
+
+@pytest.mark.parametrize("target", runnable_targets())
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LinearSpec("bit", 47, 70, 32, 4, False, True),
+        LinearSpec("bit", 96, 128, 64, 8),
+        LinearSpec("int8", 33, 77, 0, 8, True, True),
+    ],
+    ids=str,
+)
+def test_a_linear_adds_a_residual(spec, target):
+    target = Target.parse(target)
+    for implementation in cpu.implementations(spec, target):
+        for bucket in cpu.BUCKETS:
+            schedules = spread(implementation.schedules(bucket), 2)
+            functions = {f"k{i}": with_residual(implementation.function(s)) for i, s in enumerate(schedules)}
+            library = compile_functions(functions, target.llvm)
+            for case in prove.linear_cases(spec, seed=3):
+                packed = implementation.pack(case.weight, case.bias)
+                residual = torch.randn(case.expected.shape, generator=torch.Generator().manual_seed(4))
+                for name in functions:
+                    for tokens in prove.token_counts(bucket.lowest, bucket.highest):
+                        expected = case.expected[:tokens] + residual[:tokens]
+                        out = torch.full_like(expected, float("nan"))
+                        library[name](case.values[:tokens], case.x_scale[:tokens], packed, residual[:tokens], out)
+                        assert prove.agree(out, expected), (implementation.layout, bucket.name, case.name, tokens)
+
+
+def test_a_kernel_that_keeps_sums_in_its_result_adds_the_residual_behind_them():
+    @T.prim_func(s_tir=True)
+    def sums(x_: T.handle, out_: T.handle):
+        tokens = T.int32()
+        x = T.match_buffer(x_, (tokens, 3), "float32", align=4)
+        out = T.match_buffer(out_, (tokens, 2), "float32", align=4)
+        for row in T.parallel(2):
+            for m in range(tokens):
+                out[m, row] = T.float32(0)
+                for k in range(3):
+                    out[m, row] = out[m, row] + x[m, k]
+
+    function = compile_functions({"sums": with_residual(sums)}, HERE.llvm)["sums"]
+    x, residual, out = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2), torch.empty(4, 2)
+    function(x, residual, out)
+    assert torch.equal(out, x.sum(1, keepdim=True) + residual)
+
+
+# Quantizers that compute their rows
+
+
+def build(width: int, spec: QuantizeSpec, few: bool, also: str = ""):
+    """``quantize(norm(x))`` as a module with one function ``f(x, weight, factors, (), ())``: values and scales.
+
+    Args:
+        width: channels.
+        spec: of the quantizer.
+        few: for one token instead of any number.
+        also: what else happens to the norm: it is ``"read"``, or its rows are ``"halved"``.
+    """
+    whole = ProgramBuilder(Layout({}, {}, 0), Layout({}, {}, 0))
+    inputs = [
+        TensorSpec("x", (BATCH, LENGTH, width), "float32"),
+        TensorSpec("weight", (width,), "float32"),
+        TensorSpec("factors", (2,), "float32"),
+    ]
+    function = FunctionBuilder(whole, "f", inputs, {BATCH: 1, LENGTH: 1} if few else {}, blocks=False)
+    x, weight, factors = (function.value(tensor.name) for tensor in inputs)
+    inverse = relax.op.rsqrt(relax.op.add(function.mean_of_squares(x), relax.const(1e-5, "float32")))
+    h = function.emit(relax.op.multiply(weight, relax.op.multiply(x, inverse)))
+    rows = function.dimension(BATCH) * function.dimension(LENGTH)
+    if also == "halved":
+        rows = rows * 2
+    flat = function.emit(relax.op.reshape(h, [rows, spec.in_features]))
+    kernel = whole.kernel(f"{QUANTIZERS[spec.knees]}_rows", lambda: cpu.quantizer(spec, HERE, parallel=not few))
+    operands = [flat, factors, factors] if spec.knees else [flat, factors]
+    outputs = ([rows, spec.in_features], "int8"), ([rows, spec.scales], "float32")
+    values, scale = function.call(kernel, operands, *outputs)
+    results = [values, scale, h] if also == "read" else [values, scale]
+    function.finish(function.emit(relax.Tuple(results)))
+    return whole.finish()
+
+
+def called(module) -> list[str]:
+    """The kernels that the function of a module calls, in order."""
+    bindings = (binding for block in module["f"].body.blocks for binding in block.bindings)
+    calls = [b.value for b in bindings if getattr(getattr(b.value, "op", None), "name", "") == "relax.call_tir"]
+    return [call.args[0].name_hint for call in calls]
+
+
+@pytest.mark.parametrize("knees", [False, True], ids=["clip", "knees"])
+@pytest.mark.parametrize(("width", "group"), [(64, 32), (75, 32), (48, 0), (576, 64)])
+def test_a_quantizer_computes_its_rows(width, group, knees):
+    spec = QuantizeSpec(width, group, 4, knees)
+    generator = torch.Generator().manual_seed(width)
+    weight, factors = torch.randn(width, generator=generator), torch.tensor([0.9, 0.7])
+    for few, shapes in ((True, [(1, 1)]), (False, [(1, 1), (1, 5), (3, 7)])):
+        before = operators_to_loops(build(width, spec, few), LANES)
+        norm, quantizer = called(before)
+        after = fuse_rows(before, QUANTIZERS)
+        assert called(after) == [f"{norm}_{quantizer}"]
+        for batch, length in shapes:
+            x = torch.randn(batch, length, width, generator=generator)
+            expected, results = run(before, x, weight, factors), run(after, x, weight, factors)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+            assert results[0].unique().numel() > 8
+
+
+def run(module, *arguments) -> list[torch.Tensor]:
+    """The results of the function of a module of loops."""
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        executable = build_loops(module, tvm.target.Target(HERE.llvm))
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    results = machine["f"](*map(tvm_ffi.from_dlpack, arguments), (), ())
+    return [torch.from_dlpack(result).clone() for result in results]
+
+
+@pytest.mark.parametrize("also", ["read", "halved"])
+def test_rows_that_are_read_elsewhere_or_cut_stay(also):
+    spec = QuantizeSpec(32 if also == "halved" else 64, 32, 4)
+    module = operators_to_loops(build(64, spec, False, also), LANES)
+    assert called(fuse_rows(module, QUANTIZERS)) == called(module)

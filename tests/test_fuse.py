@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lbllm_compile.codegen import prove
+from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder, Layout, ProgramBuilder, TensorSpec
 from lbllm_compile.codegen.program.compile import QUANTIZERS, build_loops, operators_to_loops
@@ -138,3 +138,21 @@ def test_rows_that_are_read_elsewhere_or_cut_stay(also):
     spec = QuantizeSpec(32 if also == "halved" else 64, 32, 4)
     module = operators_to_loops(build(64, spec, False, also), LANES)
     assert called(fuse_rows(module, QUANTIZERS)) == called(module)
+
+
+def test_a_result_is_not_copied_to_change_its_shape():
+    whole = ProgramBuilder(Layout({}, {}, 0), Layout({}, {}, 0))
+    inputs = [TensorSpec("x", (LENGTH, 32), "float32"), TensorSpec("clip", (2,), "float32")]
+    function = FunctionBuilder(whole, "f", inputs, {}, blocks=False)
+    x, clip = function.value("x"), function.value("clip")
+    length = function.dimension(LENGTH)
+    kernel = whole.kernel("quantize_rows", lambda: cpu.quantizer(QuantizeSpec(32, 0, 8), HERE, parallel=True))
+    values, _ = function.call(kernel, [x, clip], ([length, 32], "int8"), ([length, 1], "float32"))
+    function.finish(function.emit(relax.op.reshape(values, [1, length, 4, 8])))
+    module = operators_to_loops(whole.finish(), LANES)
+    assert called(module) == ["quantize_rows"]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    executable = build_loops(module, tvm.target.Target(HERE.llvm))
+    result = relax.VirtualMachine(executable, tvm.cpu())["f"](*map(tvm_ffi.from_dlpack, (x, torch.ones(2))), (), ())
+    expected, _ = reference.quantize_activation(x, torch.ones(2), 8, 0)
+    assert torch.equal(torch.from_dlpack(result), expected.view(1, 3, 4, 8))

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import KernelError
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
-from .fuse import fuse_rows
+from .fuse import fuse_rows, view_results
 from .launch import merge_launches
 
 ATTENTION = "attention"
@@ -78,9 +78,8 @@ def operators_to_loops(module: Any, lanes: int) -> Any:
         passes.FuseOps(),
         passes.FuseTIR(),
         passes.RewriteDataflowReshape(),
-        passes.DeadCodeElimination(),
     ]
-    module = tvm.transform.Sequential(fusion)(module)
+    module = relax.transform.DeadCodeElimination()(view_results(tvm.transform.Sequential(fusion)(module)))
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
             module.update_func(name, schedule(function, lanes))

@@ -2,8 +2,9 @@
 
 * :func:`with_residual`: a linear adds a tensor to its result where it stores it.
 * :func:`fuse_rows`: a quantizer computes every row it quantizes: the norm, the gate or the sum in front of it.
+* :func:`view_results`: a function's result is not copied to change its shape.
 
-Neither changes what is computed: every value goes through the same operations in the same order.
+None of them changes what is computed: every value goes through the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -140,6 +141,33 @@ class _RowFusion(relax.expr_functor.PyExprMutator):
             kernel = join_rows(*(self.module[name] for name in names))
             self.fused[names] = kernel and self.builder_.add_func(kernel, "_".join(names))
         return self.fused[names]
+
+
+def view_results(module: Any) -> Any:
+    """Makes views of loops that only copy in order, which Relax leaves where a reshape gives a function's result."""
+    return _Views(module).run()
+
+
+@relax.expr_functor.mutator
+class _Views(relax.expr_functor.PyExprMutator):
+    """Rewrites the calls of such loops."""
+
+    def __init__(self, module: Any):
+        super().__init__(module)
+        self.module = module
+
+    def run(self) -> Any:
+        for variable, function in self.module.functions_items():
+            if isinstance(function, relax.Function):
+                self.builder_.update_func(variable, self.visit_expr(function))
+        return self.builder_.get()
+
+    def visit_call_(self, call: Any) -> Any:
+        """Overrides the visitor's."""
+        name = _tir_name(call)
+        if name and KERNEL not in self.module[name].attrs and relax.analysis.has_reshape_pattern(self.module[name]):
+            return relax.op.reshape(call.args[1][0], call.ty_args[0].shape)
+        return call
 
 
 def _tir_name(value: Any) -> str:

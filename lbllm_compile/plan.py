@@ -4,9 +4,9 @@ A Hugging Face directory, a ``.gguf`` file and a hub id are read as configuratio
 without their weights. A ``model.py`` is run, because only it knows what it builds. Memory is told by phase, because
 only some phases need the whole model (:mod:`lbllm_compile.footprint`).
 
-The times are estimates: weights times tokens times what a stage costs for each, divided by the speed of this machine's
-matrix products as measured on the spot. The costs were fitted on a model of 135 million weights; expect a factor of two
-either way, and more on a busy machine, or on a GPU, whose speed is not measured.
+The times are estimates: weights times tokens times what a stage costs for each, divided by the speed of the device's
+matrix products as measured on the spot. The costs were fitted on a CPU with a model of 135 million weights; expect a
+factor of two either way, and more on a busy machine or on a GPU.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast matrices are multiplied here, in operations per second.
+    """How fast a device multiplies matrices, in operations per second.
 
     Attributes:
         products: in the precision that stages use unless told otherwise.
@@ -109,10 +109,10 @@ class Speed:
     float32: float
 
     @classmethod
-    def here(cls) -> Speed:
+    def of(cls, device: torch.device) -> Speed:
         """Measures it."""
-        float32 = matmul_speed(torch.float32)
-        return cls(matmul_speed(torch.bfloat16) if uses_bfloat16("auto") else float32, float32)
+        float32 = matmul_speed(torch.float32, device)
+        return cls(matmul_speed(torch.bfloat16, device) if uses_bfloat16("auto", device) else float32, float32)
 
     def seconds(self, cost: Cost) -> float:
         """Of a stage, per weight, token and epoch."""
@@ -175,7 +175,7 @@ def make_plan(options: CompileOptions) -> Plan:
     Raises:
         LbllmError: what would stop the compile at its start: a wrong option, a missing file, an unknown target.
     """
-    from lbllm_compile.driver import check_named, check_print_after
+    from lbllm_compile.driver import check_named, check_print_after, device_of
     from lbllm_compile.passes import pipeline
 
     targets = tuple(t.name for t in parse_targets(options.target))
@@ -197,7 +197,7 @@ def make_plan(options: CompileOptions) -> Plan:
     size, work = footprint_of(model, found, passes, preset, artifact, text)
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
     phases = footprint.memory(size, work)
-    speed = Speed.here()
+    speed = Speed.of(device_of(options))
     return Plan(
         model=options.model,
         kind=model.kind,
@@ -456,19 +456,24 @@ _TITLES = {
 }
 
 
-def matmul_speed(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Speed of matrix products here, in operations per second."""
-    size = 768
+def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """Speed of a device's matrix products, in operations per second."""
+    size = 768 if device.type == "cpu" else 4096
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best = float("inf")
-    torch.mm(a, b)
+    _multiply(a, b)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         once = time.perf_counter()
-        torch.mm(a, b)
+        _multiply(a, b)
         best = min(best, time.perf_counter() - once)
     return 2 * size**3 / best
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Multiplies matrices and waits for a device that works on its own."""
+    torch.mm(a, b)[0, 0].item()
 
 
 def _existing(path: Path) -> Path:

@@ -16,6 +16,8 @@ from lbllm_compile.passes.ptq import FIELDS
 from other_device import OnOtherDevice, other_device
 from stages import Memory, annotated, apply, batches, context, quantized, same_tensors
 
+from lbllm_compile import plan
+
 OBSERVED = "observe,ptq{group=32,precision=float32}"
 
 TRAINING = {
@@ -66,6 +68,17 @@ def mixing():
 
 def test_the_other_device_refuses_what_a_gpu_would(process):
     process(mixing)
+
+
+def measured():
+    with OnOtherDevice() as mode:
+        speed = plan.matmul_speed(torch.float32, other_device(), seconds=0.01)
+        return speed, mode.calls
+
+
+def test_a_plan_measures_the_device_that_computes(process):
+    speed, calls = process(measured)
+    assert speed > 0 and calls >= 2
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "mixtral"])

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.threads import thread_count
+from lbllm_compile.codegen.threads import in_words, thread_count
 from rich.table import Table
 
 from lbllm_compile.runtime.native import aligned
@@ -257,7 +257,7 @@ def _measure_here(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(threads: int, document: dict[str, Any]) -> None:
-    harness.CONSOLE.print(f"[bold]{document['cpu']}, {threads} threads[/bold]: the linears of a layer, microseconds")
+    harness.CONSOLE.print(f"[bold]{document['cpu']}, {in_words(threads)}[/bold]: the linears of a layer, microseconds")
     table = Table("", "hot", "cold", "bytes")
     rows = document["rows"]
     for name in dict.fromkeys(row["contender"] for row in rows):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import in_words
 from rich.table import Table
 
 from . import harness, llama, subjects
@@ -100,7 +101,7 @@ def speeds(subject: subjects.Subject, settings: Settings, threads: int, quick: b
                 if quick or index:
                     steps[name] += decoded["steps"]
                     prompts[name].append(prompt["prefill"])
-            harness.CONSOLE.print(f"[dim]{threads} threads, round {index} of {settings.rounds}[/dim]")
+            harness.CONSOLE.print(f"[dim]{in_words(threads)}, round {index} of {settings.rounds}[/dim]")
     return [
         result(name, bits, settings, steps[name], prompts[name], subject.gguf.get(name.removeprefix(LLAMA_CPP)))
         for name, (_, _, bits) in competing.items()
@@ -199,7 +200,7 @@ def machine() -> dict[str, Any]:
 
 
 def _print_speeds(run: Mapping[str, Any], settings: Settings) -> None:
-    table = Table(title=f"{run['threads']} threads: tokens per second (native's as a multiple)", title_justify="left")
+    table = Table(title=f"{in_words(run['threads'])}: tokens per second (native's as a multiple)", title_justify="left")
     for column in (
         "",
         "bits per decoder weight",
@@ -234,7 +235,7 @@ def _print_verdicts(runs: Sequence[Mapping[str, Any]]) -> None:
         for what, found in run["ratios"].items():
             if "fastest" in found:
                 verdict = f"{found['over_fastest']:.2f} times {found['fastest']}, the fastest of llama.cpp's types"
-                harness.CONSOLE.print(f"{run['threads']} threads, {what}: {verdict}")
+                harness.CONSOLE.print(f"{in_words(run['threads'])}, {what}: {verdict}")
 
 
 def _settings(options: argparse.Namespace) -> Settings:

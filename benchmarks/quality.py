@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import in_words
 
 from . import harness
 
@@ -160,7 +161,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     facts = document["rows"][0]
     calibration = facts.get("calibration", "what the command names")
     lines = [
-        f"{document['model']}, preset {document['preset']}, seed {document['seed']}, {document['threads']} threads;"
+        f"{document['model']}, preset {document['preset']}, seed {document['seed']}, {in_words(document['threads'])};"
         f" {facts['text']}: {facts['chunks']} chunks of {facts['seq_len']} tokens, {facts['tokens']} tokens scored;"
         f" calibrated on {calibration}. Perplexity of the float model: {facts['ppl_teacher']:.3f}.",
         "",

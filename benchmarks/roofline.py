@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import in_words
 
 MARKERS = "osDv^<>PX*hpd"
 
@@ -51,8 +52,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axis.set_minor_formatter(ticker.NullFormatter())
-        threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
-        axes.set_title(f"{facts['cpu']}, {threads}; hollow: cold weights")
+        axes.set_title(f"{facts['cpu']}, {in_words(facts['threads'])}; hollow: cold weights")
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize="small")
     figure.tight_layout()

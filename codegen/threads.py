@@ -20,6 +20,11 @@ def shares_work(threads: int) -> bool:
     return threads > 1
 
 
+def in_words(threads: int) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's operators on the calling thread alone, in this block.

@@ -17,7 +17,7 @@ from lbllm_compile.codegen.errors import KernelError, LbllmError, TargetError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, host, runnable_targets
-from lbllm_compile.codegen.threads import thread_count
+from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.codegen.tune.database import Database, Key, Merged, read_results
 from lbllm_compile.codegen.tune.measure import Limits, Measurer, RemoteDevice
 from lbllm_compile.report import terminal
@@ -260,8 +260,8 @@ def render(report: TuneReport) -> list[RenderableType]:
         }
         for row in map(_row, report.choices)
     ]
-    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
-    return [terminal.rows_table(f"Schedules of {report.target} on {report.cpu}, {threads}", rows)]
+    title = f"Schedules of {report.target} on {report.cpu}, {in_words(report.threads)}"
+    return [terminal.rows_table(title, rows)]
 
 
 def _figure(microseconds: float | None) -> float | None:

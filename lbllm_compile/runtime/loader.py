@@ -7,7 +7,7 @@ from pathlib import Path
 from lbllm_compile import artifact
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.codegen.targets import Target
-from lbllm_compile.codegen.threads import thread_count
+from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.runtime.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
 from lbllm_compile.runtime.native import NativeProgram, find
@@ -76,9 +76,8 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
     built = KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
     if built.guessed and progress is not None:
-        threads = thread_count()
         progress.note(
-            f"the artifact was not tuned for {chosen.name} with {threads} thread{'s' if threads > 1 else ''}: "
+            f"the artifact was not tuned for {chosen.name} with {in_words(thread_count())}: "
             f"{built.guessed} of {len(built.records())} schedules are guesses, which may be slow"
             f" ('lbllm-compile tune {loaded.directory} --target {chosen.name}' searches them)"
         )

@@ -99,9 +99,9 @@ def build(width: int, spec: QuantizeSpec, few: bool, also: str = ""):
     return whole.finish()
 
 
-def called(module) -> list[str]:
-    """The kernels that the function of a module calls, in order."""
-    bindings = (binding for block in module["f"].body.blocks for binding in block.bindings)
+def called(module, function: str = "f") -> list[str]:
+    """The kernels that a function of a module calls, in order."""
+    bindings = (binding for block in module[function].body.blocks for binding in block.bindings)
     calls = [b.value for b in bindings if getattr(getattr(b.value, "op", None), "name", "") == "relax.call_tir"]
     return [call.args[0].name_hint for call in calls]
 

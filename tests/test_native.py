@@ -20,6 +20,8 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.kernels import attention
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
+from lbllm_compile.codegen.program.compile import QUANTIZERS, operators_to_loops
+from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
 from lbllm_compile.codegen.spec import AttentionSpec
@@ -27,6 +29,7 @@ from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.rewrite import calls
 from rtn import simulate
+from test_fuse import called
 from test_runtime import VOCABULARY as TOY_VOCABULARY
 from test_runtime import language_model
 from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
@@ -135,6 +138,21 @@ def test_the_float_linear_agrees_with_torch(rows, columns):
             x, out = torch.randn(count, columns, generator=generator), torch.full((count, rows), float("nan"))
             function(x, weight, out)
             torch.testing.assert_close(out, x @ weight.t(), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_gates_and_residuals_are_parts_of_other_kernels():
+    lowered = stages("llama")[1]
+    needed = requirements(lowered)
+    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    module = translate.translate(lowered, kernels, translate.FORMS[2:3]).functions()
+    module = fuse_rows(operators_to_loops(module, kernels.lanes), QUANTIZERS)
+    names = called(module, "tokens")
+    layers = len(calls(lowered.graph, torch.ops.lbllm.cached_attention.default))
+    assert sum(name.endswith("_residual") for name in names) == 2 * layers
+    norms, gates = ([name for name in names if part in name] for part in ("rsqrt", "fast_exp"))
+    assert len(norms) == 2 * layers + 1 and len(gates) == layers
+    # The last norm is taken of all tokens, and the head's quantizer reads the last ones.
+    assert all("_quantize" in name for name in [*norms[:-1], *gates])
 
 
 def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):

@@ -183,7 +183,7 @@ def write_json(document: Any, path: Path | None) -> None:
 
 def _measure_here(settings: Settings, measure: Callable[[Settings], Iterable[dict[str, Any]]]) -> None:
     import torch
-    from lbllm_compile.codegen.threads import thread_count
+    from lbllm_compile.codegen.threads import in_words, thread_count
 
     torch.set_num_threads(thread_count())
     document = {"machine": machine(settings.quick), "results": []}
@@ -191,7 +191,7 @@ def _measure_here(settings: Settings, measure: Callable[[Settings], Iterable[dic
         for row in measure(settings):
             document["results"].append(row)
             CONSOLE.print(
-                f"[dim]{thread_count()} threads {row['shape']} M={row['tokens']} {row.get('cache', '')} "
+                f"[dim]{in_words(thread_count())} {row['shape']} M={row['tokens']} {row.get('cache', '')} "
                 f"{row['contender']}: {row['microseconds']:.1f} us[/dim]"
             )
     print(json.dumps(document))
@@ -227,9 +227,11 @@ def _ratios(results: Sequence[dict[str, Any]], column: str) -> list[dict[str, An
 
 
 def _print(document: dict[str, Any], column: str) -> None:
+    from lbllm_compile.codegen.threads import in_words
+
     facts, results = document["machine"], document["results"]
     figures = [f"{k.replace('_', ' ')}: {v:.0f}" for k, v in facts.items() if k.endswith("per_second")]
-    CONSOLE.print(f"[bold]{facts['cpu']}, {facts['threads']} threads[/bold]; " + ", ".join(figures))
+    CONSOLE.print(f"[bold]{facts['cpu']}, {in_words(facts['threads'])}[/bold]; " + ", ".join(figures))
     for matrix, group in dict.fromkeys((row["shape"], row["group"]) for row in results):
         rows = [row for row in results if (row["shape"], row["group"]) == (matrix, group)]
         values = list(dict.fromkeys(row[column] for row in rows))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.threads import in_words
 
 from . import harness, llama
 
@@ -208,7 +209,7 @@ def _prepare_here(wish: Wish, directory: Path) -> Subject:
 
     if wish.artifact:
         if wish.trials:
-            harness.CONSOLE.print(f"[dim]tuning for {wish.threads} threads[/dim]")
+            harness.CONSOLE.print(f"[dim]tuning for {in_words(wish.threads)}[/dim]")
             tune(TuneOptions(directory=Path(wish.artifact), trials=wish.trials))
         compiled = runtime.load(wish.artifact)
         program, native = compiled.program, wish.artifact

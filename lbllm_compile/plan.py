@@ -32,7 +32,7 @@ from lbllm_compile.passes import annotate, canonicalize, ptq, sensitivity, spool
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.precision import uses_bfloat16
-from lbllm_compile.passes.program import get_attribute
+from lbllm_compile.passes.program import CPU, get_attribute
 from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
@@ -101,18 +101,23 @@ class Speed:
     """How fast a device multiplies matrices, in operations per second.
 
     Attributes:
+        device: its name.
         products: in the precision that stages use unless told otherwise.
         float32: in float32.
+        host: the CPU's in float32: checks run there, whatever computes the stages.
     """
 
+    device: str
     products: float
     float32: float
+    host: float
 
     @classmethod
     def of(cls, device: torch.device) -> Speed:
         """Measures it."""
         float32 = matmul_speed(torch.float32, device)
-        return cls(matmul_speed(torch.bfloat16, device) if uses_bfloat16("auto", device) else float32, float32)
+        products = matmul_speed(torch.bfloat16, device) if uses_bfloat16("auto", device) else float32
+        return cls(device.type, products, float32, float32 if device == CPU else matmul_speed(torch.float32, CPU))
 
     def seconds(self, cost: Cost) -> float:
         """Of a stage, per weight, token and epoch."""
@@ -442,7 +447,7 @@ def _seconds(
     result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
     if model.kind == "causal-lm":
         result["native program"] = _PROGRAM_SECONDS * layers
-    result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed.float32
+    result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed.host
     return result
 
 
@@ -456,9 +461,16 @@ _TITLES = {
 }
 
 
-def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """Speed of a device's matrix products, in operations per second."""
-    size = 768 if device.type == "cpu" else 4096
+def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.3, size: int = 0) -> float:
+    """Speed of a device's matrix products, in operations per second.
+
+    Args:
+        dtype: of the matrices.
+        device: what multiplies them.
+        seconds: how long to measure.
+        size: of the square matrices; 0 for one that suits the device.
+    """
+    size = size or (768 if device == CPU else 4096)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best = float("inf")
@@ -503,7 +515,8 @@ def render(plan: Plan) -> list[RenderableType]:
         *((name, "about " + terminal.duration(seconds)) for name, seconds in plan.seconds.items()),
         (
             "in all",
-            f"about {terminal.duration(sum(plan.seconds.values()))} ({plan.speed.products / 1e9:.0f} GFLOP/s here)",
+            f"about {terminal.duration(sum(plan.seconds.values()))}"
+            f" ({plan.speed.products / 1e9:.0f} GFLOP/s of this {plan.speed.device})",
         ),
         ("targets", ", ".join(plan.targets)),
         ("pipeline", plan.pipeline),

@@ -363,6 +363,20 @@ def test_the_plan_says_what_annotate_does(name: str) -> None:
     assert planned == expected
 
 
+def test_the_plan_divides_by_the_speed_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"meta": 1e15, "cpu": 1e9}
+    monkeypatch.setattr(plan, "matmul_speed", lambda dtype, device: speeds[device.type])
+    options = driver.CompileOptions(str(ROOT / "examples" / "tiny_llama.py"))
+    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("cpu"))
+    slow = plan.make_plan(options)
+    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("meta"))
+    fast = plan.make_plan(options)
+    assert (fast.speed.device, fast.speed.products, fast.speed.host) == ("meta", 1e15, 1e9)
+    for stage in ("stage 1, ptq", "stage 2, distill", "finetune"):
+        assert fast.seconds[stage] == pytest.approx(slow.seconds[stage] / 1e6)
+    assert fast.seconds["checks, artifact, sheet"] == slow.seconds["checks, artifact, sheet"]
+
+
 def test_the_plan_of_a_hub_model_reads_its_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

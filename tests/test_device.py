@@ -72,7 +72,7 @@ def test_the_other_device_refuses_what_a_gpu_would(process):
 
 def measured():
     with OnOtherDevice() as mode:
-        speed = plan.matmul_speed(torch.float32, other_device(), seconds=0.01)
+        speed = plan.matmul_speed(torch.float32, other_device(), seconds=0.01, size=64)
         return speed, mode.calls
 
 

@@ -7,12 +7,13 @@ import torch
 from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder, Layout, ProgramBuilder, TensorSpec
-from lbllm_compile.codegen.program.compile import QUANTIZERS, build_loops, operators_to_loops
+from lbllm_compile.codegen.program.compile import build_loops, compile_program, operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows, with_residual
+from lbllm_compile.codegen.program.launch import without_memory
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.codegen.tune.search import spread
-from lbllm_compile.codegen.tvm_api import T, compile_functions, relax, tvm, tvm_ffi
+from lbllm_compile.codegen.tvm_api import T, compile_functions, relax, tirx, tvm, tvm_ffi
 
 HERE = Target.parse("cpu")
 LANES = cpu.lanes(HERE)
@@ -90,7 +91,7 @@ def build(width: int, spec: QuantizeSpec, few: bool, also: str = ""):
     if also == "halved":
         rows = rows * 2
     flat = function.emit(relax.op.reshape(h, [rows, spec.in_features]))
-    kernel = whole.kernel(f"{QUANTIZERS[spec.knees]}_rows", lambda: cpu.quantizer(spec, HERE, parallel=not few))
+    kernel = whole.kernel("quantize_rows", lambda: cpu.quantizer(spec, HERE, parallel=not few), by_rows=True)
     operands = [flat, factors, factors] if spec.knees else [flat, factors]
     outputs = ([rows, spec.in_features], "int8"), ([rows, spec.scales], "float32")
     values, scale = function.call(kernel, operands, *outputs)
@@ -115,7 +116,7 @@ def test_a_quantizer_computes_its_rows(width, group, knees):
     for few, shapes in ((True, [(1, 1)]), (False, [(1, 1), (1, 5), (3, 7)])):
         before = operators_to_loops(build(width, spec, few), LANES)
         norm, quantizer = called(before)
-        after = fuse_rows(before, QUANTIZERS)
+        after = fuse_rows(before)
         assert called(after) == [f"{norm}_{quantizer}"]
         for batch, length in shapes:
             x = torch.randn(batch, length, width, generator=generator)
@@ -126,9 +127,7 @@ def test_a_quantizer_computes_its_rows(width, group, knees):
 
 def run(module, *arguments) -> list[torch.Tensor]:
     """The results of the function of a module of loops."""
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        executable = build_loops(module, tvm.target.Target(HERE.llvm))
-    machine = relax.VirtualMachine(executable, tvm.cpu())
+    machine = relax.VirtualMachine(build_loops(module, HERE.llvm), tvm.cpu())
     results = machine["f"](*map(tvm_ffi.from_dlpack, arguments), (), ())
     return [torch.from_dlpack(result).clone() for result in results]
 
@@ -137,7 +136,7 @@ def run(module, *arguments) -> list[torch.Tensor]:
 def test_rows_that_are_read_elsewhere_or_cut_stay(also):
     spec = QuantizeSpec(32 if also == "halved" else 64, 32, 4)
     module = operators_to_loops(build(64, spec, False, also), LANES)
-    assert called(fuse_rows(module, QUANTIZERS)) == called(module)
+    assert called(fuse_rows(module)) == called(module)
 
 
 def test_a_result_is_not_copied_to_change_its_shape():
@@ -152,7 +151,59 @@ def test_a_result_is_not_copied_to_change_its_shape():
     module = operators_to_loops(whole.finish(), LANES)
     assert called(module) == ["quantize_rows"]
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    executable = build_loops(module, tvm.target.Target(HERE.llvm))
-    result = relax.VirtualMachine(executable, tvm.cpu())["f"](*map(tvm_ffi.from_dlpack, (x, torch.ones(2))), (), ())
+    machine = relax.VirtualMachine(build_loops(module, HERE.llvm), tvm.cpu())
+    result = machine["f"](*map(tvm_ffi.from_dlpack, (x, torch.ones(2))), (), ())
     expected, _ = reference.quantize_activation(x, torch.ones(2), 8, 0)
     assert torch.equal(torch.from_dlpack(result), expected.view(1, 3, 4, 8))
+
+
+@pytest.mark.parametrize("size", [1, BATCH], ids=["one", "any"])
+def test_a_slice_from_the_beginning_is_no_view(size):
+    whole = ProgramBuilder(Layout({}, {}, 0), Layout({}, {}, 0))
+    function = FunctionBuilder(whole, "f", [TensorSpec("x", (size, 6), "float32")], {}, blocks=False)
+    axis, end = (1, 4) if size == 1 else (0, 2)
+    function.finish(function.emit(relax.op.strided_slice(function.value("x"), [axis], [0], [end], assume_inbound=True)))
+    module = operators_to_loops(whole.finish(), LANES)
+    assert len(called(module)) == 1
+    x = torch.arange(6.0 if size == 1 else 18.0).view(-1, 6)
+    result = relax.VirtualMachine(build_loops(module, HERE.llvm), tvm.cpu())["f"](tvm_ffi.from_dlpack(x), (), ())
+    assert torch.equal(torch.from_dlpack(result), x[:, :4] if size == 1 else x[:2])
+
+
+def test_a_sum_over_another_axis_is_no_loop_over_rows():
+    whole = ProgramBuilder(Layout({}, {}, 0), Layout({}, {}, 0))
+    inputs = [TensorSpec("x", (BATCH, 3, 64), "float32"), TensorSpec("clip", (2,), "float32")]
+    function = FunctionBuilder(whole, "f", inputs, {}, blocks=False)
+    total, rows = function.emit(relax.op.sum(function.value("x"), [1])), function.dimension(BATCH)
+    kernel = whole.kernel("quantize_rows", lambda: cpu.quantizer(QuantizeSpec(64, 32, 4), HERE, parallel=True), True)
+    outputs = ([rows, 64], "int8"), ([rows, 2], "float32")
+    function.finish(function.call(kernel, [total, function.value("clip")], *outputs)[0])
+    module = operators_to_loops(whole.finish(), LANES)
+    assert called(fuse_rows(module)) == called(module) and len(called(module)) == 2
+
+
+def test_a_compiled_program_has_joined_kernels_where_it_may():
+    for apart in ((), ("f",)):
+        module = build(64, QuantizeSpec(64, 32, 4), False)
+        text = compile_program(module, HERE.llvm, LANES, (), apart).executable.as_text()
+        names = [line.split()[1] for line in text.splitlines() if line.strip().startswith("call ")]
+        norm, *rest = [name for name in names if "rsqrt" in name or "quantize" in name]
+        assert (rest == ["quantize_rows"]) == (not norm.endswith("_quantize_rows")) == bool(apart)
+
+
+def test_large_working_memory_of_kernels_is_asked_for_once():
+    @T.prim_func(s_tir=True)
+    def kernel(x_: T.handle):
+        x = T.match_buffer(x_, (8,), "float32", align=4)
+        for i in range(8):
+            large = T.alloc_buffer((300,), "float32")
+            small = T.alloc_buffer((100,), "float32")
+            large[i] = x[i]
+            small[i] = large[i]
+            x[i] = small[i]
+
+    memory, body = without_memory(kernel.body)
+    assert [int(size) for buffer in memory for size in buffer.ty.shape] == [300]
+    left = []
+    tvm_ffi.structural_walk(body, (tirx.AllocBuffer, lambda found: left.append(int(found.buffer.ty.shape[0])) or None))
+    assert left == [100]

@@ -20,13 +20,14 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.kernels import attention
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
-from lbllm_compile.codegen.program.compile import QUANTIZERS, operators_to_loops
+from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
+from lbllm_compile.passes.program import get_attribute, set_attribute
 from lbllm_compile.passes.rewrite import calls
 from rtn import simulate
 from test_fuse import called
@@ -145,7 +146,7 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
     module = translate.translate(lowered, kernels, translate.FORMS[2:3]).functions()
-    module = fuse_rows(operators_to_loops(module, kernels.lanes), QUANTIZERS)
+    module = fuse_rows(operators_to_loops(module, kernels.lanes))
     names = called(module, "tokens")
     layers = len(calls(lowered.graph, torch.ops.lbllm.cached_attention.default))
     assert sum(name.endswith("_residual") for name in names) == 2 * layers
@@ -153,6 +154,31 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     assert len(norms) == 2 * layers + 1 and len(gates) == layers
     # The last norm is taken of all tokens, and the head's quantizer reads the last ones.
     assert all("_quantize" in name for name in [*norms[:-1], *gates])
+
+
+def test_linears_take_over_only_additions_of_their_shape(tmp_path):
+    """The operands turned round, the same linear twice, and a row that is added to all tokens."""
+    lowered = stages("llama")[1].copy()
+    linears = set(calls(lowered.graph, torch.ops.lbllm.bit_linear.default))
+    additions = [node for node in calls(lowered.graph, torch.ops.aten.add.Tensor) if linears & set(node.args)]
+    turned, twice, row, _ = additions
+    turned.args = turned.args[::-1]
+    (linear,) = linears & set(twice.args)
+    twice.args = (linear, linear)
+    (linear,) = linears & set(row.args)
+    rows = get_attribute(lowered.module, linear.args[2].target).shape[0]
+    set_attribute(lowered.module, "row", torch.linspace(-1, 1, rows))
+    with lowered.graph.inserting_before(row):
+        row.args = (lowered.graph.get_attr("row"), linear)
+    lowered.module.recompile()
+    found = build(lowered, tmp_path)
+    assert found is not None and found.description.merged
+    item = inputs(1, 9)
+    ids, expected = item["input_ids"].numpy(), lowered.run(item)
+    agree(torch.from_numpy(found.session(1).logits(ids)), expected, item["attention_mask"].bool())
+    session = found.session(1)
+    steps = torch.from_numpy(np.stack([session.step(ids[:, i : i + 1]) for i in range(9)], 1))
+    agree(steps, expected, item["attention_mask"].bool())
 
 
 def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm, tvm_ffi
+from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
@@ -34,6 +34,9 @@ OPAQUE = 8
 
 KERNEL = "lbllm.kernel"
 """The attribute that marks kernels, whose loops are scheduled already."""
+
+BY_ROWS = "lbllm.by_rows"
+"""The attribute that marks kernels of one loop over the rows of their first parameter."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,17 @@ class ProgramBuilder:
         self.block = relax.BlockBuilder()
         self._kernels: dict[str, Any] = {}
 
-    def kernel(self, name: str, make: Callable[[], PrimFunc]) -> Any:
-        """The kernel of that name, generated where it is not there yet."""
+    def kernel(self, name: str, make: Callable[[], PrimFunc], by_rows: bool = False) -> Any:
+        """The kernel of that name, generated where it is not there yet.
+
+        Args:
+            name: its symbol; kernels of one name are the same.
+            make: generates it.
+            by_rows: it is one loop over the rows of its first parameter.
+        """
         if name not in self._kernels:
             attributes = {"op_pattern": OPAQUE, KERNEL: True, "global_symbol": name}
+            attributes |= {BY_ROWS: True} if by_rows else {}
             self._kernels[name] = self.block.add_func(make().with_attr(attributes), name)
         return self._kernels[name]
 
@@ -203,11 +213,6 @@ class FunctionBuilder:
 def shape(value: Value) -> list[Dimension]:
     """The dimensions of a value; constant ones are ints."""
     return [int(d) if hasattr(d, "value") else d for d in value.ty.shape]
-
-
-def same_sizes(a: Sequence[Dimension], b: Sequence[Dimension]) -> bool:
-    """Whether two shapes are certainly equal, symbols included."""
-    return len(a) == len(b) and all(tvm_ffi.structural_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def dtype(value: Value) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,6 @@ from .launch import merge_launches
 
 ATTENTION = "attention"
 """How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
-
-QUANTIZERS = "quantize", "knees"
-"""How the names of quantizers begin."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,12 @@ class Compiled:
 
 
 def compile_program(
-    module: Any, target: dict[str, Any], lanes: int, merged: Sequence[str], segment: str = ATTENTION
+    module: Any,
+    target: dict[str, Any],
+    lanes: int,
+    merged: Sequence[str],
+    apart: Collection[str] = (),
+    segment: str = ATTENTION,
 ) -> Compiled:
     """Compiles a module of :class:`~.builder.ProgramBuilder`.
 
@@ -43,22 +45,18 @@ def compile_program(
         target: TVM's target description.
         lanes: fp32 lanes of the target's vectors.
         merged: functions of fixed shapes, taking blocks, that are to run in few launches.
+        apart: functions whose quantizers stay kernels of their own.
         segment: prefix of the name of a segment's first kernel.
 
     Raises:
         KernelError: TVM rejects the program.
     """
-    description = tvm.target.Target(target)
-    # Storage rewriting reuses a buffer as soon as its last reader has begun. In a merged launch another thread may
-    # still be reading.
-    config = {"tirx.disable_storage_rewrite": True}
     try:
-        with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
-            module = fuse_rows(operators_to_loops(module, lanes), QUANTIZERS)
-            workspaces = {}
-            for name in merged:
-                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
-            return Compiled(build_loops(module, description), workspaces)
+        module = fuse_rows(operators_to_loops(module, lanes), apart)
+        workspaces = {}
+        for name in merged:
+            module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
+        return Compiled(build_loops(module, target), workspaces)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
         raise KernelError(f"TVM cannot compile the program: {error}") from error
 
@@ -79,15 +77,20 @@ def operators_to_loops(module: Any, lanes: int) -> Any:
         passes.FuseTIR(),
         passes.RewriteDataflowReshape(),
     ]
-    module = relax.transform.DeadCodeElimination()(view_results(tvm.transform.Sequential(fusion)(module)))
+    module = view_results(tvm.transform.Sequential(fusion)(module))
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
             module.update_func(name, schedule(function, lanes))
     return module
 
 
-def build_loops(module: Any, target: Any) -> Any:
-    """Compiles kernels and loops, and turns what calls them into instructions of TVM's virtual machine."""
+def build_loops(module: Any, target: dict[str, Any]) -> Any:
+    """Compiles kernels and loops, and turns what calls them into instructions of TVM's virtual machine.
+
+    Args:
+        module: Relax functions that call kernels and loops.
+        target: TVM's target description.
+    """
     passes = relax.transform
     lowering = [
         passes.DeadCodeElimination(),
@@ -102,7 +105,12 @@ def build_loops(module: Any, target: Any) -> Any:
         passes.VMShapeLower(),
         passes.AttachGlobalSymbol(),
     ]
-    return relax.build(tvm.transform.Sequential(lowering)(module), target, relax_pipeline=None)
+    description = tvm.target.Target(target)
+    # Storage rewriting reuses a buffer as soon as its last reader has begun. In a merged launch another thread may
+    # still be reading.
+    config = {"tirx.disable_storage_rewrite": True}
+    with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
+        return relax.build(tvm.transform.Sequential(lowering)(module), description, relax_pipeline=None)
 
 
 def schedule(function: PrimFunc, lanes: int) -> PrimFunc:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,10 @@ from ..errors import KernelError
 from ..sizes import ALIGNMENT
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
 from .builder import STATE, WEIGHTS
+from .queries import bindings, has_parallel_loop, is_call, with_block
+
+STACK_BYTES = 1024
+"""TVM keeps buffers up to this size on the stack, and asks its runtime for larger ones."""
 
 WORKSPACE = "workspace"
 """The parameter with shared results: the last one of a function of few launches."""
@@ -101,19 +105,19 @@ def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
     places: dict[Any, Any] = {p: _Place(p.name, 0, tuple(p.ty.shape), str(p.ty.dtype)) for p in function.params}
     calls: list[_Call] = []
     numbers = itertools.count()
-    for binding in itertools.chain.from_iterable(block.bindings for block in function.body.blocks):
+    for binding in bindings(function):
         value, kind = binding.value, binding.var.ty
         if isinstance(value, relax.Var):
             places[binding.var] = places[value]
         elif isinstance(value, relax.TupleGetItem):
             places[binding.var] = places[value.tuple_value][value.index]
-        elif _is_call(value, "relax.reshape"):
+        elif is_call(value, "relax.reshape"):
             old = places[value.args[0]]
             places[binding.var] = _Place(old.block, old.offset, tuple(kind.shape), old.dtype, old.result)
-        elif _is_call(value, "relax.memory.view"):
+        elif is_call(value, "relax.memory.view"):
             block = places[value.args[0]].block
             places[binding.var] = _Place(block, _offset(value.args[3]), tuple(kind.shape), str(kind.dtype))
-        elif _is_call(value, "relax.call_tir"):
+        elif is_call(value, "relax.call_tir"):
             kernel = module[value.args[0]]
             types = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
             writes = [_Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
@@ -125,33 +129,11 @@ def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
     return calls, places[function.body.body]
 
 
-def _is_call(value: Any, name: str) -> bool:
-    return isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "") == name
-
-
 def _offset(value: Any) -> int:
     """The offset of a view: bytes, or for KV state what the number of slots is multiplied with."""
     factors: list[Any] = [value] if isinstance(value, tirx.IntImm) else [value.a, value.b]
     (number,) = (int(f) for f in factors if isinstance(f, tirx.IntImm))
     return number
-
-
-def has_parallel_loop(statement: Any) -> bool:
-    """Whether a kernel's body shares work among threads."""
-    return any(isinstance(s, tirx.For) and s.kind == tirx.ForKind.PARALLEL for s in _top_statements(statement))
-
-
-def _top_statements(statement: Any) -> Iterator[Any]:
-    """The statements that a body runs in sequence, within blocks and attributes but not within loops."""
-    if isinstance(statement, tirx.SeqStmt):
-        for part in statement.seq:
-            yield from _top_statements(part)
-    elif isinstance(statement, tirx.AttrStmt):
-        yield from _top_statements(statement.body)
-    elif isinstance(statement, s_tir.SBlockRealize):
-        yield from _top_statements(statement.block.body)
-    else:
-        yield statement
 
 
 def _with_barriers(statement: Any) -> Any:
@@ -161,35 +143,40 @@ def _with_barriers(statement: Any) -> Any:
     if isinstance(statement, tirx.AttrStmt):
         return tirx.AttrStmt(statement.node, statement.attr_key, statement.value, _with_barriers(statement.body))
     if isinstance(statement, s_tir.SBlockRealize):
-        block = statement.block
-        inner = s_tir.SBlock(
-            block.iter_vars, block.reads, block.writes, block.name_hint, _with_barriers(block.body), block.init,
-            block.alloc_buffers, block.match_buffers, block.annotations,
-        )  # fmt: skip
+        inner = with_block(statement.block, _with_barriers(statement.block.body), statement.block.alloc_buffers)
         return s_tir.SBlockRealize(statement.iter_values, statement.predicate, inner)
     if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
         return _barrier_behind(statement)
     return statement
 
 
-def _without_memory(statement: Any) -> tuple[list[Any], Any]:
-    """The working memory that statements allocate, and the statements without that.
+def without_memory(statement: Any) -> tuple[list[Any], Any]:
+    """The working memory that statements ask for at run time, and the statements without that.
 
-    Memory that is no register is asked for at run time, again and again, which costs more than a small kernel does.
+    Asking again and again costs more than a small kernel does. What is small lies on the stack or in registers.
     """
     memory: list[Any] = []
 
-    def allocates(statement: Any) -> bool:
-        if not isinstance(statement, tirx.AllocBuffer) or statement.buffer.scope() == "local":
+    def is_large(buffer: Any) -> bool:
+        sizes = buffer.ty.shape
+        if not all(isinstance(size, tirx.IntImm) for size in sizes):
             return False
-        return all(isinstance(size, tirx.IntImm) for size in statement.buffer.ty.shape)
+        return math.prod(map(int, sizes)) * tvm.DataType(buffer.ty.dtype).itemsize > STACK_BYTES
+
+    def takes(statement: Any) -> bool:
+        return isinstance(statement, tirx.AllocBuffer) and is_large(statement.buffer)
 
     def take(sequence: Any) -> Any:
-        taken = [s for s in sequence.seq if allocates(s)]
-        memory.extend(taken)
-        return _in_turn([s for s in sequence.seq if s not in taken]) if taken else sequence
+        memory.extend(s.buffer for s in sequence.seq if takes(s))
+        kept = [s for s in sequence.seq if not takes(s)]
+        return sequence if len(kept) == len(sequence.seq) else _in_turn(kept)
 
-    return memory, tvm_ffi.structural_map(statement, (tirx.SeqStmt, take))
+    def take_of_block(block: Any) -> Any:
+        memory.extend(buffer for buffer in block.alloc_buffers if is_large(buffer))
+        return with_block(block, block.body, [buffer for buffer in block.alloc_buffers if not is_large(buffer)])
+
+    callbacks = [(tirx.SeqStmt, take), (s_tir.SBlock, take_of_block)]
+    return memory, tvm_ffi.structural_map(statement, callbacks)
 
 
 def _in_turn(statements: Sequence[Any]) -> Any:
@@ -335,8 +322,8 @@ class _SegmentFunction:
                     buffer = self._buffer(f"private_{write.result}", write.shape, write.dtype)
                     self.private[write.result] = buffer
                     private.append(tirx.AllocBuffer(buffer))
-            memory, statement = _without_memory(self._inline(call))
-            private += memory
+            memory, statement = without_memory(self._inline(call))
+            private += map(tirx.AllocBuffer, memory)
             statements.append(statement)
         repeats, repeat = tirx.Var("repeats", "int64"), tirx.Var("repeat", "int64")
         zero = tirx.IntImm("int64", 0)

@@ -66,10 +66,11 @@ def stored_at(digest: str, target: str) -> Path:
 def machine_facts(target: str) -> tuple[str | int, ...]:
     """What a program for a target depends on besides the model.
 
-    The CPU, the number of threads, TVM, and the code that generates kernels.
+    The CPU, the number of threads, TVM, and the code that generates kernels and calls them.
     """
     generators = hashlib.sha256()
-    for file in sorted(Path(codegen.__file__).parent.rglob("*.py")):
+    translation = Path(__file__).with_name("translate.py")
+    for file in [*sorted(Path(codegen.__file__).parent.rglob("*.py")), translation]:
         generators.update(file.read_bytes())
     tvm = metadata.version("apache-tvm")
     cpu = host.cpu_name(), *sorted(host.cpu_flags())

@@ -1,8 +1,9 @@
 """Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
 
 This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.native`). The kernels in
-it were proven one by one before. The program that runs many of them in one launch is held against them here: where it
-does not give, to the bit, what the same kernels give when they are called one after the other, it is not used.
+it were proven one by one before. The program that decodes a token in few launches, in which kernels are joined with
+what is before and behind them, is held against them here: where it does not give, to the bit, what they give when they
+are called one after the other, it is not used.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def _library(program: Program, kernels: KernelSet, translation: Translation, pla
     memory = stored.with_suffix(".json")
     if not memory.is_file():
         merged = [form.name for form in FORMS if form.blocks]
-        compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged)
+        apart = [form.name for form in FORMS if not form.joined]
+        compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
         compiled.executable.export_library(str(place))
         write_atomically(stored, place.read_bytes())
         write_atomically(memory, json.dumps(dict(compiled.workspaces)).encode())

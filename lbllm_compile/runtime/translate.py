@@ -36,6 +36,7 @@ from lbllm_compile.codegen.program.builder import (
     Value,
 )
 from lbllm_compile.codegen.program.fuse import with_residual
+from lbllm_compile.codegen.program.queries import same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
@@ -77,6 +78,7 @@ class Form:
         last: give the logits of the last token only.
         bucket: token bucket whose kernels are called.
         blocks: takes weights and state as blocks, and runs in few launches.
+        joined: kernels take over what is before or behind them: quantizers norms, linears additions.
     """
 
     name: str
@@ -85,11 +87,12 @@ class Form:
     last: bool
     bucket: str
     blocks: bool = False
+    joined: bool = True
 
 
 FORMS = (
     Form("token", 1, 1, True, "1", blocks=True),
-    Form("token_by_kernel", 1, 1, True, "1"),
+    Form("token_by_kernel", 1, 1, True, "1", joined=False),
     Form("tokens", None, None, True, "17+"),
     Form("logits", None, None, False, "17+"),
 )
@@ -217,11 +220,9 @@ def _packs(node: Node) -> bool:
     return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
 
 
-def _awaits_residual(node: Node) -> bool:
-    """Whether a node is a linear whose result is only added to something, which it may then do itself."""
-    if node.target not in KERNEL_TARGETS[1:]:
-        return False
-    return [user.target for user in node.users] == [_aten.add.Tensor]
+def _is_tensor(value: Any) -> bool:
+    """Whether a translation is a tensor, and no size and no number."""
+    return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
 
 
 def _refusal(node: Node, why: str) -> UntranslatableError:
@@ -253,13 +254,14 @@ class _Translator:
         self.function = FunctionBuilder(whole, form.name, inputs, known, form.blocks)
         self.values: dict[Node, Any] = {}
         self.leading: dict[Node, list[Any]] = {}
+        self.sources: dict[Value, Value] = {}
 
     def run(self) -> None:
         for node in self.module.graph.nodes:
             if node.op == "output":
                 self.function.finish(self.value(node.args[0]))
             elif node.op == "call_function":
-                if (node.target in KERNEL_TARGETS or not _packs(node)) and not _awaits_residual(node):
+                if (node.target in KERNEL_TARGETS or not _packs(node)) and not self.awaits_addition(node):
                     self.values[node] = _OPERATORS[node.target](self, node)
             elif node.op == "placeholder" and node.target != "past":
                 self.values[node] = self.function.value(node.target)
@@ -271,21 +273,41 @@ class _Translator:
         if not is_node(argument):
             return argument
         if argument not in self.values:
-            handler = _OPERATORS.get(argument.target)
-            self.values[argument] = handler(self, argument) if handler else self.function.value(argument.target)
+            waited = self.awaits_addition(argument)
+            self.values[argument] = _linear(self, argument) if waited else self.function.value(argument.target)
         return self.values[argument]
 
-    def call(self, kernel: TirKernel, arguments: Sequence[Value], *outputs: tuple[Sequence[Any], str]) -> Any:
-        """Calls a kernel, see :meth:`FunctionBuilder.call`."""
-        return self.function.call(self.whole.kernel(kernel.name, kernel.make), arguments, *outputs)
+    def awaits_addition(self, node: Node) -> bool:
+        """Whether a node is a linear whose result is only added to something: it is translated with the addition."""
+        linear = node.target in KERNEL_TARGETS[1:]
+        return self.form.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
+
+    def call(
+        self,
+        kernel: TirKernel,
+        arguments: Sequence[Value],
+        *outputs: tuple[Sequence[Any], str],
+        by_rows: bool = False,
+    ) -> Any:
+        """Calls a kernel, see :meth:`FunctionBuilder.call` and :meth:`ProgramBuilder.kernel`."""
+        return self.function.call(self.whole.kernel(kernel.name, kernel.make, by_rows), arguments, *outputs)
 
     def emit(self, expression: Any) -> Value:
         return self.function.emit(expression)
 
+    def reshape(self, x: Value, sizes: Sequence[Any]) -> Value:
+        """A value in another shape. Of several in a row only the last is left, and none where the shape is the same."""
+        source = self.sources.get(x, x)
+        if same_sizes(builder.shape(source), sizes):
+            return source
+        result = self.emit(relax.op.reshape(source, sizes))
+        self.sources[result] = source
+        return result
+
     def operands(self, node: Node) -> list[Value]:
         """Both operands as tensors; a number becomes a constant of the other operand's dtype."""
         found = [self.value(a) for a in node.args[:2]]
-        tensors = [v for v in found if isinstance(v, relax.Expr) and hasattr(v.ty, "shape")]
+        tensors = [v for v in found if _is_tensor(v)]
         if not tensors:
             raise _refusal(node, "arithmetic on sizes has no translation")
         kind = builder.dtype(tensors[0])
@@ -314,13 +336,14 @@ def _binary(expression: Callable[[Value, Value], Any]) -> Handler:
 def _add(t: _Translator, node: Node) -> Value:
     """An addition, which a linear takes over where its result is added to a tensor of the same shape."""
     for linear, other in (node.args[:2], node.args[1::-1]):
-        if node.kwargs or not is_node(other) or not is_node(linear) or linear in t.values:
+        if node.kwargs or not is_node(linear) or linear in t.values or linear is other:
             continue
-        if _awaits_residual(linear):
-            residual = t.value(other)
-            shape = [*t.leading[quantizer_of(linear)], linear_spec(t.program, linear).out_features]
-            if builder.dtype(residual) == "float32" and builder.same_sizes(builder.shape(residual), shape):
-                return _linear(t, linear, residual)
+        residual = t.value(other) if t.awaits_addition(linear) else None
+        if not _is_tensor(residual) or builder.dtype(residual) != "float32":
+            continue
+        shape = [*t.leading[quantizer_of(linear)], linear_spec(t.program, linear).out_features]
+        if same_sizes(builder.shape(residual), shape):
+            return _linear(t, linear, residual)
     return _binary(relax.op.add)(t, node)
 
 
@@ -355,7 +378,7 @@ def _reshape(t: _Translator, node: Node) -> Value:
     x, sizes = t.value(node.args[0]), t.value(node.args[1])
     if -1 in [s for s in sizes if isinstance(s, int)]:
         sizes = _infer(builder.shape(x), sizes)
-    return t.emit(relax.op.reshape(x, sizes))
+    return t.reshape(x, sizes)
 
 
 def _infer(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
@@ -518,7 +541,7 @@ def _flat(t: _Translator, x: Value) -> tuple[Value, list[Any], Any]:
     count: Any = 1
     for size in leading:
         count = size if isinstance(count, int) and count == 1 else count * size
-    return t.emit(relax.op.reshape(x, [count, width])), leading, count
+    return t.reshape(x, [count, width]), leading, count
 
 
 def _quantize(t: _Translator, node: Node) -> list[Value]:
@@ -527,7 +550,8 @@ def _quantize(t: _Translator, node: Node) -> list[Value]:
     kernel = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
     kind = "int16" if spec.bits == 16 else "int8"
     factors = [t.value(a) for a in (node.args[1], *activation_knees(node))]
-    return t.call(kernel, [x, *factors], ([count, spec.in_features], kind), ([count, spec.scales], "float32"))
+    outputs = ([count, spec.in_features], kind), ([count, spec.scales], "float32")
+    return t.call(kernel, [x, *factors], *outputs, by_rows=True)
 
 
 def _linear(t: _Translator, node: Node, residual: Value | None = None) -> Value:
@@ -544,7 +568,7 @@ def _linear(t: _Translator, node: Node, residual: Value | None = None) -> Value:
     flat = t.call(kernel, operands, output)
     # A quantizer's result has two dimensions; here the graph's own come back.
     leading = t.leading[quantizer_of(node)]
-    return t.emit(relax.op.reshape(flat, [*leading, spec.out_features]))
+    return t.reshape(flat, [*leading, spec.out_features])
 
 
 def _float_linear(t: _Translator, node: Node) -> Value:
@@ -555,7 +579,7 @@ def _float_linear(t: _Translator, node: Node) -> Value:
     flat, leading, count = _flat(t, x)
     kernel = t.kernels.dense(rows, columns, t.form.length == 1)
     result = t.call(kernel, [flat, weight], ([count, rows], "float32"))
-    result = t.emit(relax.op.reshape(result, [*leading, rows]))
+    result = t.reshape(result, [*leading, rows])
     bias = argument(node, 2, "bias")
     return result if bias is None else t.emit(relax.op.add(result, t.value(bias)))
 

@@ -19,7 +19,7 @@ from .builder import BY_ROWS, KERNEL
 from .queries import bindings, called_kernel, elements, has_parallel_loop, is_call, surely_equal, with_block
 
 
-def with_residual(function: PrimFunc) -> PrimFunc:
+def with_residual(function: Any) -> PrimFunc:
     """A kernel that also adds a tensor to its result.
 
     Given::
@@ -33,7 +33,7 @@ def with_residual(function: PrimFunc) -> PrimFunc:
     A kernel that keeps its sums in the result adds the tensor behind everything else.
 
     Args:
-        function: its last parameter is the result, float32 ``[M, N]``.
+        function: a TIR function, whose last parameter is the result, float32 ``[M, N]``.
     """
     *inputs, out = function.params
     residual = tirx.decl_buffer(out.ty.shape, out.ty.dtype, "residual", data_alignment=out.ty.data_alignment)
@@ -74,7 +74,7 @@ def _add_behind(residual: Any, out: Any, parallel: bool) -> Any:
     return body
 
 
-def _function(parameters: list[Any], body: Any, like: PrimFunc) -> PrimFunc:
+def _function(parameters: list[Any], body: Any, like: Any) -> Any:
     """A TIR function with the attributes of another one, but for its name."""
     attributes = {key: value for key, value in like.attrs.items() if key != "global_symbol"}
     return PrimFunc(parameters, body).with_attr(attributes)
@@ -189,12 +189,12 @@ class _RowFusion(_Rewriter):
         return self.fused[names]
 
 
-def join_rows(producer: PrimFunc, quantizer: PrimFunc) -> PrimFunc | None:
+def join_rows(producer: Any, quantizer: Any) -> PrimFunc | None:
     """One kernel ``(*inputs of the producer, *other parameters of the quantizer)`` for both.
 
     Args:
-        producer: scheduled loops, whose result, float32 ``[..., K]``, is the quantizer's first parameter.
-        quantizer: one loop over the rows of its first parameter, float32 ``[M, K]``.
+        producer: a TIR function of scheduled loops, whose result, float32 ``[..., K]``, is the quantizer's first parameter.
+        quantizer: a TIR function of one loop over the rows of its first parameter, float32 ``[M, K]``.
 
     Returns:
         The kernel; None where the producer is not one loop over rows of ``K``.

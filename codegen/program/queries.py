@@ -46,7 +46,8 @@ def surely_equal(a: Any, b: Any) -> bool:
     """Whether two sizes, ints or expressions over symbols, are equal whatever the symbols are."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(tvm.sym.Analyzer().can_prove_equal(a, b))
+    analyzer: Any = tvm.sym.Analyzer()
+    return bool(analyzer.can_prove_equal(a, b))
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:

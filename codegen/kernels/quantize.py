@@ -73,9 +73,13 @@ class Ranges:
         return top, bottom
 
     def _reduce(self, vector: Any, result: Any, combine: Any) -> None:
-        T.buffer_store(result, vector[0], [0])
-        with T.unroll(self.lanes - 1) as lane:
-            T.buffer_store(result, combine(result[0], vector[lane + 1]), [0])
+        """``result[0]``: the extreme of a vector, half against half."""
+        half = self.lanes // 2
+        while half > 1:
+            lower, upper = (T.ramp(start, 1, half) for start in (0, half))
+            T.buffer_store(vector, combine(vector[lower], vector[upper]), [lower])
+            half //= 2
+        T.buffer_store(result, combine(vector[0], vector[1]), [0])
 
 
 def quantizer(columns: int, group: int, bits: int, lanes: int, parallel: bool) -> PrimFunc:

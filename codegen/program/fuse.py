@@ -193,7 +193,7 @@ def join_rows(producer: Any, quantizer: Any) -> PrimFunc | None:
     """One kernel ``(*inputs of the producer, *other parameters of the quantizer)`` for both.
 
     Args:
-        producer: a TIR function of scheduled loops, whose result, float32 ``[..., K]``, is the quantizer's first parameter.
+        producer: a TIR function of scheduled loops with the result float32 ``[..., K]``, which the quantizer reads.
         quantizer: a TIR function of one loop over the rows of its first parameter, float32 ``[M, K]``.
 
     Returns:

@@ -5,6 +5,9 @@ from __future__ import annotations
 GROUPS = (32, 64, 128, 256)
 """Group sizes, in input columns."""
 
+DEFAULT_GROUP = 64
+"""The group size where none is given."""
+
 ACTIVATION_BITS = (4, 8, 16)
 """Bits of a quantized activation."""
 

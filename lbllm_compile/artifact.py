@@ -373,6 +373,8 @@ def _write_weights(directory: Path, state: Mapping[str, Tensor]) -> None:
     for index, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, str(directory / name), metadata={"format": "pt"})
+        # safetensors lets nobody else read its files, which may be what runs the model
+        shutil.copymode(directory / MEASUREMENTS, directory / name)
 
 
 def _entry(path: Path) -> dict[str, Any]:

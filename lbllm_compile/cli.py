@@ -145,9 +145,12 @@ Calibration = Annotated[
     str | None,
     typer.Option(help="FILE.txt, .jsonl, .parquet or hf:NAME; without it the model writes its own calibration text"),
 ]
-Group = Annotated[int | None, typer.Option(help="input columns that share four levels: 32, 64, 128 or 256")]
-ActBits = Annotated[int | None, typer.Option(help="activation bits: 4, 8 or 16")]
-KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4, 8 or 16")]
+Group = Annotated[
+    int | None,
+    typer.Option(help="input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]"),
+]
+ActBits = Annotated[int | None, typer.Option(help="activation bits: 4, 8 or 16 [default: 4]")]
+KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4, 8 or 16 [default: 4]")]
 KeepDense = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
 ]

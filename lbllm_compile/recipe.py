@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS, KV_BITS
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.registry import suggestion
@@ -49,7 +49,7 @@ RECIPES = {
         "channels evened out, then the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per"
         " token and group, 4-bit KV cache, int8 lm_head",
         smooth=True,
-        group=64,
+        group=DEFAULT_GROUP,
         per_token=False,
         ranges="clip",
         activate_epochs=0,

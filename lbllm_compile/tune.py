@@ -15,6 +15,7 @@ from lbllm_compile import artifact
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError, LbllmError, TargetError
 from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, host, runnable_targets
 from lbllm_compile.codegen.threads import in_words, thread_count
@@ -44,7 +45,7 @@ class TuneOptions:
         shapes: ``OUTxIN`` texts joined by commas.
         directory: an artifact whose linears to tune instead.
         target: a CPU target.
-        kind, group, act_bits: of the shapes; None for W(1+1) weights, groups of 128, and 4 bits (8 for int8 weights).
+        kind, group, act_bits: of the shapes; None for W(1+1) weights, groups as of a compile, and 4 bits (8 for int8).
         tokens: names of token buckets joined by commas; None for all.
         trials: most candidates measured per linear and token bucket.
         budget: most time for all searches, e.g. ``90s``.
@@ -164,7 +165,7 @@ def specs_of(options: TuneOptions) -> list[LinearSpec]:
         raise TuneError(f"--kind {kind!r} does not exist; use bit or int8")
     bits = options.act_bits or (4 if kind == "bit" else 8)
     return [
-        LinearSpec(kind, rows, columns, options.group or 128, bits)
+        LinearSpec(kind, rows, columns, options.group or DEFAULT_GROUP, bits)
         for rows, columns in parse_shapes(options.shapes or "")
     ]
 

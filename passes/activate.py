@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen import ops as ops
-from ..codegen.sizes import ACTIVATION_BITS, GROUPS
+from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .alignment import Together, Whole
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
@@ -86,7 +86,7 @@ class Activate(Pass):
     """
 
     bits: int = 4
-    group: int = 64
+    group: int = DEFAULT_GROUP
     kv: int = 4
     epochs: Count = 0
     steps: Count = 8

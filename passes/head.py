@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..codegen import ops as ops
 from ..codegen.format import quantize_rows
+from ..codegen.sizes import DEFAULT_GROUP
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
@@ -60,7 +61,7 @@ class Head(Pass):
     contract: ClassVar[Contract] = CALIBRATING
 
     bits: Literal[8, 16] = 8
-    group: int = 64
+    group: int = DEFAULT_GROUP
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if self.bits == 16:

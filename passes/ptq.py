@@ -33,7 +33,7 @@ from torch import Tensor, fx
 
 from ..codegen import ops as ops
 from ..codegen.format import QuantizedWeight
-from ..codegen.sizes import GROUPS
+from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .fit import CalibrationError, Factor, Fit, Init, factor, fit
@@ -69,7 +69,7 @@ class Ptq(Pass):
         precision: of the layers' matrix products; statistics and fits are float32.
     """
 
-    group: int = 64
+    group: int = DEFAULT_GROUP
     init: Init = "em"
     damp: float = 0.01
     compensate: bool = True

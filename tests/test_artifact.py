@@ -91,6 +91,11 @@ def test_the_directory_is_what_it_says(saved):
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def test_whoever_may_read_one_file_may_read_all(saved):
+    modes = {path.stat().st_mode for path in saved[1].rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
     item, out = saved
     artifact.save(item, tmp_path / "other", lock=LOCK, history=[("lower", item)])

@@ -15,7 +15,7 @@ from lbllm_compile.codegen.tvm_api import VERSION
 from test_errors import fails, good
 from typer.testing import CliRunner
 
-from lbllm_compile import cli, tune
+from lbllm_compile import cli, recipe, tune
 
 __all__ = ["good"]
 
@@ -177,3 +177,10 @@ def test_an_artifact_says_what_to_tune(good: Path, cache: Path) -> None:
     assert {"bit"} <= {row["kind"] for row in results["results"]}
     assert len(results["results"]) == len((cache / "tuning.jsonl").read_text().splitlines()) > 1
     assert Database(cache).path.is_file()
+
+
+def test_shapes_are_tuned_in_the_groups_of_a_compile():
+    """What is searched without a model has to be what a compile then asks for."""
+    (spec,) = tune.specs_of(tune.TuneOptions(shapes="64x96"))
+    (ptq,) = (item for item in recipe.passes(recipe.Choices(), "cpu") if item.name == "ptq")
+    assert spec.group == ptq.group

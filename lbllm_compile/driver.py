@@ -200,6 +200,8 @@ def compile(
     clock.lap("calibration data")
     facts = fingerprint(job, data)
     work = WorkDir(job.work, facts, fresh=options.fresh)
+    if kept := sum(work.finished().values()):
+        progress.note(f"an interrupted compile goes on: {kept} finished pieces of work are in '{job.work}'")
     try:
         dumps = Dumps(options.dump_dir)
         program, records, history = _transform(job, data, work, dumps, progress, listener)

@@ -230,6 +230,16 @@ def test_lowered_and_simulated_agree(compiled):
     assert float((expected.argmax(-1) == actual.argmax(-1)).float().mean()) >= 0.99
 
 
+class Notes(NoProgress):
+    """Keeps what a user would be told."""
+
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
 def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file, tmp_path):
     out = tmp_path / "out"
     script = textwrap.dedent(
@@ -249,8 +259,13 @@ def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file,
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not out.exists()
-    report = driver.compile(options(model_file, out))
+    notes = Notes()
+    report = driver.compile(options(model_file, out), notes)
     assert report.resumed >= 3 + 2
+    assert (
+        notes.said[0]
+        == f"an interrupted compile goes on: {report.resumed} finished pieces of work are in '{out}.lbllm-work'"
+    )
     for name in ("model.safetensors", "graph.json"):
         assert (out / name).read_bytes() == (compiled.out / name).read_bytes(), name
 

@@ -260,7 +260,7 @@ def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file,
     child.wait()
     assert not out.exists()
     notes = Notes()
-    report = driver.compile(options(model_file, out), notes)
+    report = driver.compile(options(model_file, out), progress=notes)
     assert report.resumed >= 3 + 2
     assert (
         notes.said[0]

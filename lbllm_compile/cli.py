@@ -513,7 +513,9 @@ def tune_search(
     target: Annotated[str, typer.Option("--target", "-t", help="a CPU target; `targets` lists them")] = "cpu",
     kind: Annotated[str | None, typer.Option(help="their weights: bit or int8 [default: bit]")] = None,
     group: Group = None,
-    act_bits: ActBits = None,
+    act_bits: Annotated[
+        int | None, typer.Option(help="activation bits: 4, 8 or 16 [default: 4, or 8 for int8 weights]")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(metavar="RANGE,…", help="numbers of tokens at once: 1, 2-16, 17+ [default: all]")
     ] = None,

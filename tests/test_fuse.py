@@ -10,6 +10,7 @@ from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder
 from lbllm_compile.codegen.program.compile import build_loops, compile_program, operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows, with_residual
 from lbllm_compile.codegen.program.launch import without_memory
+from lbllm_compile.codegen.program.queries import bindings, called_kernel
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.codegen.tune.search import spread
@@ -102,9 +103,7 @@ def build(width: int, spec: QuantizeSpec, few: bool, also: str = ""):
 
 def called(module, function: str = "f") -> list[str]:
     """The kernels that a function of a module calls, in order."""
-    bindings = (binding for block in module[function].body.blocks for binding in block.bindings)
-    calls = [b.value for b in bindings if getattr(getattr(b.value, "op", None), "name", "") == "relax.call_tir"]
-    return [call.args[0].name_hint for call in calls]
+    return [name for binding in bindings(module[function]) if (name := called_kernel(binding.value))]
 
 
 @pytest.mark.parametrize("knees", [False, True], ids=["clip", "knees"])

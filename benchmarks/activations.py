@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lbllm_compile.codegen import reference
-from lbllm_compile.passes.knees import best_knees
+from lbllm_compile.passes.calibrate.knees import best_knees
 from torch import Tensor
 
 TOKENS, CHANNELS = 256, 1024

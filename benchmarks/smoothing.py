@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.passes.base import batches_of
-from lbllm_compile.passes.program import Program, set_attribute
+from lbllm_compile.passes.ir.program import Program, set_attribute
 from torch import Tensor, fx
 
 from . import harness
@@ -106,7 +106,7 @@ def quantize_before_rotation(program: Program, batch: Mapping[str, Any] | None) 
     Args:
         batch: inputs on which the keys' means are taken, which are subtracted before and added behind the quantizer.
     """
-    from lbllm_compile.passes.rewrite import before_repeat, calls, is_call, make_attribute, make_call
+    from lbllm_compile.passes.ir.rewrite import before_repeat, calls, is_call, make_attribute, make_call
 
     graph, aten, lbllm = program.graph, torch.ops.aten, torch.ops.lbllm
     moved: dict[fx.Node, fx.Node] = {}

@@ -22,7 +22,7 @@ from . import harness, llama
 
 if TYPE_CHECKING:
     from lbllm_compile.codegen.format import QuantizedWeight
-    from lbllm_compile.passes.program import Program
+    from lbllm_compile.passes.ir.program import Program
     from torch import Tensor
 
 SHAPE = "shape:"
@@ -150,8 +150,8 @@ def lowered(model: Any, name: str, group: int) -> Program:
     from lbllm_compile.passes.activate import insert_quantizers
     from lbllm_compile.passes.annotate import LINEAR
     from lbllm_compile.passes.base import PassContext
+    from lbllm_compile.passes.ir.program import get_attribute
     from lbllm_compile.passes.observe import decoder_linears
-    from lbllm_compile.passes.program import get_attribute
     from lbllm_compile.passes.ptq import FIELDS, rewrite
 
     from lbllm_compile import frontend
@@ -203,8 +203,8 @@ def _prepare_here(wish: Wish, directory: Path) -> Subject:
 
     from lbllm_compile import runtime
     from lbllm_compile.evaluate import bits_per_weight
-    from lbllm_compile.runtime.executor import requirements
-    from lbllm_compile.runtime.prepare import build_native
+    from lbllm_compile.lowering.build import build_native
+    from lbllm_compile.lowering.executor import requirements
     from lbllm_compile.tune import TuneOptions, tune
 
     if wish.artifact:

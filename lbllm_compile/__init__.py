@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 # In a checkout passes/ and codegen/ lie beside this folder; an installed package has them inside it.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "passes" / "program.py").is_file() and str(_checkout) not in __path__:
+if (_checkout / "passes" / "base.py").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
 
 _HOMES = {

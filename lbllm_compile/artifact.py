@@ -3,7 +3,7 @@
 ========================  =============================================================================================
 ``manifest.json``         format, version, and size and SHA-256 of every other file
 ``program.json``          kind and name of the program, and facts that passes recorded
-``graph.json``            the lowered graph (:mod:`lbllm_compile.passes.graph_json`)
+``graph.json``            the lowered graph (:mod:`lbllm_compile.passes.ir.graph_json`)
 ``passes/NNN_name.json``  the graph after every pass
 ``measured.json``         what the passes measured: errors per layer, flip rates of planes
 ``model.safetensors``     weights in canonical form, under their original module paths (several shards if large)
@@ -39,11 +39,11 @@ from torch import Tensor
 
 from lbllm_compile.codegen.cache import cache_directory, write_failure
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.passes import graph_json
 from lbllm_compile.passes.contracts import Propagation, describe, first_line
+from lbllm_compile.passes.ir import graph_json
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import stored_weights
-from lbllm_compile.passes.program import Program
-from lbllm_compile.passes.rewrite import calls
 
 FORMAT = "lbllm-artifact"
 VERSION = 1

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from lbllm_compile.codegen.progress import Progress
     from lbllm_compile.driver import CompileOptions
+    from lbllm_compile.passes.ir.program import Program
     from lbllm_compile.passes.pipeline import PassRecord
-    from lbllm_compile.passes.program import Program
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
     from lbllm_compile.runtime.generate import Sampling
     from lbllm_compile.runtime.language import LanguageModel

@@ -24,14 +24,15 @@ from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import build_kernels
-from lbllm_compile.passes import dump, pipeline
+from lbllm_compile.lowering.build import build_native, keep_native, workshop
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import MAX_SEED, Pass, PassContext
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.pipeline import Listener, PassRecord
-from lbllm_compile.passes.program import Program
 from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.report import stages
 from lbllm_compile.runtime.model import CompiledModel
-from lbllm_compile.runtime.prepare import build_native, keep_native, workshop
 
 REHEARSAL_TOKENS = 64
 """Calibration tokens of a preflight on its own."""

@@ -1,7 +1,7 @@
 """How much memory each phase of a compile holds at most, and how much it keeps in files meanwhile.
 
 Weights are mapped from a file, activations are read from one, and both are dropped from memory after use
-(:mod:`lbllm_compile.passes.spool`). So most phases hold what belongs to one decoder layer, whatever the number of
+(:mod:`.passes.calibrate.spool`). So most phases hold what belongs to one decoder layer, whatever the number of
 layers. Those that hold the whole model say so by their size: writing the calibration text, training all layers
 together, timing the original model, and reading a model that is not a directory of safetensors.
 
@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lbllm_compile.passes.sensitivity import TOKENS
-from lbllm_compile.passes.spool import RESIDENT
+from lbllm_compile.passes.calibrate.sensitivity import TOKENS
+from lbllm_compile.passes.calibrate.spool import RESIDENT
 
 LIBRARIES = 700 << 20
 """Python, torch, transformers and TVM themselves, and a captured graph."""

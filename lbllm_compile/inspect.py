@@ -20,11 +20,11 @@ from torch import Tensor, fx
 
 from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.passes import dump, graph_json
 from lbllm_compile.passes.annotate import LINEAR
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.ir import dump, graph_json
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.rewrite import activation_knees
 from lbllm_compile.passes.registry import suggestion
-from lbllm_compile.passes.rewrite import activation_knees
 from lbllm_compile.report import graph, summary, terminal
 
 _FILE = re.compile(r"passes/(\d{3})_([a-z0-9-]+)\.json")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target
-from lbllm_compile.passes.program import Program
-from lbllm_compile.runtime.executor import requirements
+from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.passes.ir.program import Program
 
 if TYPE_CHECKING:
     from lbllm_compile.codegen.targets.cuda_kernel import CudaKernel

@@ -28,11 +28,12 @@ from lbllm_compile import footprint, frontend, recipe
 from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
-from lbllm_compile.passes import annotate, canonicalize, ptq, sensitivity, spool
+from lbllm_compile.passes import annotate, canonicalize, ptq
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.precision import uses_bfloat16
-from lbllm_compile.passes.program import CPU, get_attribute
+from lbllm_compile.passes.calibrate import sensitivity, spool
+from lbllm_compile.passes.calibrate.precision import uses_bfloat16
+from lbllm_compile.passes.ir.program import CPU, get_attribute
 from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:

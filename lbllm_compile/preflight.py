@@ -17,13 +17,13 @@ import torch
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.kernels import build_kernels
+from lbllm_compile.lowering.build import build_native, workshop
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.program import CPU, Program
-from lbllm_compile.passes.spool import reclaim
-from lbllm_compile.passes.truncate import first_layer_only
-from lbllm_compile.runtime.prepare import build_native, workshop
+from lbllm_compile.passes.calibrate.spool import reclaim
+from lbllm_compile.passes.ir.program import CPU, Program
+from lbllm_compile.passes.ir.truncate import first_layer_only
 
 
 @dataclass(frozen=True)

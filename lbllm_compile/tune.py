@@ -157,7 +157,7 @@ def specs_of(options: TuneOptions) -> list[LinearSpec]:
         given = [name for name in ("kind", "group", "act_bits") if getattr(options, name) is not None]
         if given:
             raise TuneError(f"an artifact says what its linears are; drop --{given[0].replace('_', '-')}")
-        from lbllm_compile.runtime.executor import requirements
+        from lbllm_compile.lowering.executor import requirements
 
         return list(requirements(artifact.load(options.directory).program).linears)
     kind = options.kind or "bit"

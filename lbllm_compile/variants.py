@@ -28,13 +28,14 @@ from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.driver import Job, peak_memory
 from lbllm_compile.evaluate import Excerpt, Scores
 from lbllm_compile.frontend import language_model_inputs
-from lbllm_compile.passes import graph_json, pipeline
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass, PassCheckpoints, PassContext
-from lbllm_compile.passes.chains import parameters_of
-from lbllm_compile.passes.layers import Activations, Layers, calibration_batches, finish, split
-from lbllm_compile.passes.program import Program
-from lbllm_compile.passes.simulate import lift
-from lbllm_compile.passes.training import DivergenceError
+from lbllm_compile.passes.calibrate.chains import parameters_of
+from lbllm_compile.passes.calibrate.layers import Activations, Layers, calibration_batches, finish, split
+from lbllm_compile.passes.calibrate.simulate import lift
+from lbllm_compile.passes.calibrate.training import DivergenceError
+from lbllm_compile.passes.ir import graph_json
+from lbllm_compile.passes.ir.program import Program
 
 _AFTER = "after-"
 """In front of the key of a finished pass: the stage of the work directory that holds its program."""

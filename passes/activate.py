@@ -43,19 +43,19 @@ from torch import Tensor, fx
 
 from ..codegen import ops as ops
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
-from .alignment import Together, Whole
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
-from .chains import Chains, paired_layers, train_layers, with_tensors
-from .knees import UNPLACED, place_knees
-from .layers import Layers, Stage
+from .calibrate.alignment import Together, Whole
+from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
+from .calibrate.knees import UNPLACED, place_knees
+from .calibrate.layers import Layers, Stage
+from .calibrate.precision import Precision
+from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
+from .calibrate.training import Group, step_scale, train_epochs
+from .ir.program import Program, get_attribute, set_attribute
+from .ir.rewrite import before_repeat, is_call, make_attribute, make_call
 from .observe import decoder_linears
-from .precision import Precision
-from .program import Program, get_attribute, set_attribute
 from .ptq import FIELDS
-from .rewrite import before_repeat, is_call, make_attribute, make_call
-from .simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
-from .training import Group, step_scale, train_epochs
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""

@@ -36,7 +36,7 @@ from torch import fx
 
 from ..codegen import ops as ops
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
-from .program import Program
+from .ir.program import Program
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..codegen.errors import LbllmError
 from ..codegen.progress import NoProgress, Progress
-from .program import CPU, Program
+from .ir.program import CPU, Program
 
 MAX_SEED = 2**32 - 1
 """Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""

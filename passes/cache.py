@@ -46,8 +46,8 @@ from ..codegen import ops as ops
 from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe
-from .program import STATE, Program, StateSpec, get_attribute
-from .rewrite import Node, ancestors, argument, calls, is_call, is_node, make_call, relax_views, replace_call
+from .ir.program import STATE, Program, StateSpec, get_attribute
+from .ir.rewrite import Node, ancestors, argument, calls, is_call, is_node, make_call, relax_views, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm

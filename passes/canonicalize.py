@@ -37,10 +37,10 @@ from torch import fx
 
 from ..codegen import ops as ops
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
+from .calibrate.spool import spooled
 from .cleanup import clean
-from .program import Program, copy_module, get_attribute, set_attribute
-from .rewrite import ancestors, calls, is_node, make_attribute
-from .spool import spooled
+from .ir.program import Program, copy_module, get_attribute, set_attribute
+from .ir.rewrite import ancestors, calls, is_node, make_attribute
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm

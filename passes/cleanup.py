@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from .base import EXACT, Contract, Pass, PassContext, PassResult
-from .program import Program, prune_attributes
+from .ir.program import Program, prune_attributes
 
 aten = torch.ops.aten
 

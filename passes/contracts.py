@@ -13,9 +13,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import ops as ops
 from ..codegen.errors import LbllmError
-from . import dump, exact
 from .base import Pass
-from .program import Program
+from .ir import dump, exact
+from .ir.program import Program
 
 _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 

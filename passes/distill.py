@@ -15,10 +15,10 @@ Result::
     %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)      # other values
 
 An error behind a layer weighs by how strongly the float model's output depends on the channel it is in
-(:mod:`.sensitivity`). The state that reconstructs held-out sequences best is kept, the starting state included: no
-layer ends worse than it began. Three errors are reported per layer, all on held-out sequences and against the float
-model: ``before``, of the program as it came; ``start``, of the untrained layer behind trained ones; ``after``, of the
-trained layer there.
+(:mod:`.calibrate.sensitivity`). The state that reconstructs held-out sequences best is kept, the starting state
+included: no layer ends worse than it began. Three errors are reported per layer, all on held-out sequences and
+against the float model: ``before``, of the program as it came; ``start``, of the untrained layer behind trained ones;
+``after``, of the trained layer there.
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
 """
@@ -35,14 +35,14 @@ import torch
 from torch import Tensor
 
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate, Share
-from .chains import Chains, paired_layers, train_layers, with_tensors
-from .layers import Stage
-from .precision import Precision
-from .program import Program, get_attribute
+from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
+from .calibrate.layers import Stage
+from .calibrate.precision import Precision
+from .calibrate.simulate import LatentWeight, Lifted
+from .calibrate.spool import release
+from .calibrate.training import Group, step_scale, train_epochs
+from .ir.program import Program, get_attribute
 from .ptq import FIELDS
-from .simulate import LatentWeight, Lifted
-from .spool import release
-from .training import Group, step_scale, train_epochs
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""

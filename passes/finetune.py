@@ -29,12 +29,12 @@ from typing import ClassVar
 
 import torch
 
-from .alignment import Together, Whole
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
-from .chains import paired_layers, with_tensors
-from .precision import Precision
-from .program import Program
-from .training import step_scale
+from .calibrate.alignment import Together, Whole
+from .calibrate.chains import paired_layers, with_tensors
+from .calibrate.precision import Precision
+from .calibrate.training import step_scale
+from .ir.program import Program
 
 STREAM = 3 << 20
 """Generator stream of this pass."""

@@ -37,8 +37,8 @@ from ..codegen.sizes import DEFAULT_GROUP
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
-from .program import Program, get_attribute, prune_attributes, set_attribute
-from .rewrite import Node, calls, is_node, make_attribute, make_call, same_storage
+from .ir.program import Program, get_attribute, prune_attributes, set_attribute
+from .ir.rewrite import Node, calls, is_node, make_attribute, make_call, same_storage
 
 _LOOK_THROUGH = (
     torch.ops.aten.view.default,

@@ -21,7 +21,7 @@ Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_
 Needs ``ptq`` and ``activate``: a decoder linear that is not quantized, or whose input is not, is an error, as is a
 leftover observer.
 
-What is checked: the whole program, run in integer arithmetic before and after (:mod:`.exact`), must not change by a
+What is checked: the whole program, run in integer arithmetic before and after (:mod:`.ir.exact`), must not change by a
 bit. And every lowered linear, on the input that its simulated one got on the probe, must give the float result up to
 fp32 rounding (1e-4), so that what the stages trained is what runs.
 """
@@ -42,8 +42,8 @@ from ..codegen.format import QuantizedWeight
 from .annotate import LINEAR
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
-from .program import Program, Runner, get_attribute
-from .rewrite import Node, argument, calls, constant, is_call, is_constant, make_call, replace_call
+from .ir.program import Program, Runner, get_attribute
+from .ir.rewrite import Node, argument, calls, constant, is_call, is_constant, make_call, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm

@@ -37,8 +37,8 @@ from torch import fx
 from ..codegen import ops as ops
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassResult, bounded
-from .program import Program, get_attribute
-from .rewrite import Node, argument, calls, is_call, make_attribute, make_call, relax_views
+from .ir.program import Program, get_attribute
+from .ir.rewrite import Node, argument, calls, is_call, make_attribute, make_call, relax_views
 
 _aten = torch.ops.aten
 

@@ -29,8 +29,8 @@ from torch import fx
 from ..codegen import ops as ops
 from .annotate import LINEAR
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
-from .program import Program
-from .rewrite import make_call
+from .ir.program import Program
+from .ir.rewrite import make_call
 
 STAT = "lbllm_stat"
 """Key in an observer's meta: the statistic it wants."""

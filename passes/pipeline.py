@@ -24,8 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from ..codegen.errors import LbllmError
 from . import contracts, registry
 from .base import Pass, PassCheckpoints, PassContext
-from .program import Program
-from .spool import apart, reclaim
+from .calibrate.spool import apart, reclaim
+from .ir.program import Program
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
 _KEY = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_-]*)\s*=\s*")

@@ -2,8 +2,8 @@
 
 Layers are walked in order. Within a layer the graph is run up to each observer on the already quantized chain, so every
 linear is fitted to the inputs it will really get; its quantized form then takes part in computing the next observer's
-input. The fit is Hessian-weighted expectation maximization with GPTQ compensation (:mod:`.fit`). The observers are
-consumed.
+input. The fit is Hessian-weighted expectation maximization with GPTQ compensation (:mod:`.calibrate.fit`). The
+observers are consumed.
 
 Given::
 
@@ -36,13 +36,13 @@ from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .fit import CalibrationError, Factor, Fit, Init, factor, fit
-from .layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
+from .calibrate.fit import CalibrationError, Factor, Fit, Init, factor, fit
+from .calibrate.layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
+from .calibrate.precision import Precision
+from .calibrate.spool import mapped, release, trim
+from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
+from .ir.rewrite import make_attribute, make_call
 from .observe import STAT, decoder_linears
-from .precision import Precision
-from .program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
-from .rewrite import make_attribute, make_call
-from .spool import mapped, release, trim
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""

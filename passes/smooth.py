@@ -43,12 +43,12 @@ from torch import Tensor, fx
 
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
-from .layers import Activations, Values, calibration_batches, segments, split
+from .calibrate.layers import Activations, Values, calibration_batches, segments, split
+from .calibrate.precision import Precision
+from .calibrate.spool import spooled
+from .ir.program import Program, get_attribute, set_attribute
+from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
 from .observe import decoder_linears
-from .precision import Precision
-from .program import Program, get_attribute, set_attribute
-from .rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
-from .spool import spooled
 
 BATCH = 8
 """Sequences run at a time."""

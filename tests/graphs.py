@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lbllm_compile.codegen import ops as ops
-from lbllm_compile.passes import dump
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LINEAR_TARGETS, LinearInfo
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.program import Program
-from lbllm_compile.passes.rewrite import calls
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor, fx, nn
 
 

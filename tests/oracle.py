@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
-from lbllm_compile.passes.program import Program
 from rtn import CLIP
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -6,8 +6,8 @@ import torch
 from lbllm_compile.codegen import format as w11
 from lbllm_compile.codegen import ops as ops
 from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
-from lbllm_compile.passes.program import Program, get_attribute, prune_attributes, set_attribute
-from lbllm_compile.passes.rewrite import calls, is_call, make_attribute, make_call
+from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
+from lbllm_compile.passes.ir.rewrite import calls, is_call, make_attribute, make_call
 from torch import Tensor
 
 _lbllm, _aten = torch.ops.lbllm, torch.ops.aten

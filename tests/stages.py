@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassResult
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.ir.program import Program
 from torch import Tensor
 from zoo import VOCABULARY, user_model
 

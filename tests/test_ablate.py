@@ -9,9 +9,9 @@ import pytest
 import torch
 from lbllm_compile.codegen.format import LEVELS
 from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.calibrate.fit import even_grid, factor, fit
+from lbllm_compile.passes.calibrate.training import DivergenceError
 from lbllm_compile.passes.finetune import Finetune
-from lbllm_compile.passes.fit import even_grid, factor, fit
-from lbllm_compile.passes.training import DivergenceError
 from stages import annotated, apply, batches, context, quantized, same_tensors
 from test_driver import SMALL
 from test_errors import fails
@@ -84,7 +84,7 @@ def test_logits_that_are_not_finite_have_no_score():
 
 
 def apply_tensor(program, path, tensor):
-    from lbllm_compile.passes.chains import with_tensors
+    from lbllm_compile.passes.calibrate.chains import with_tensors
 
     return with_tensors(program, {path: tensor})
 

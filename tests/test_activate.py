@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from lbllm_compile.passes import simulate
 from lbllm_compile.passes.activate import insert_quantizers
-from lbllm_compile.passes.alignment import kl_loss
 from lbllm_compile.passes.annotate import LAYER, LINEAR
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
-from lbllm_compile.passes.program import Program, get_attribute
+from lbllm_compile.passes.calibrate import simulate
+from lbllm_compile.passes.calibrate.alignment import kl_loss
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 from torch import fx
 

@@ -13,7 +13,7 @@ from lbllm_compile.passes.annotate import LAYER, Annotate, LinearInfo, layer_cou
 from lbllm_compile.passes.base import PassContext, PassError
 from lbllm_compile.passes.canonicalize import Canonicalize
 from lbllm_compile.passes.cleanup import Cleanup
-from lbllm_compile.passes.program import Program, get_attribute
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from torch import Tensor, nn
 
 from lbllm_compile import frontend

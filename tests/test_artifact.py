@@ -14,8 +14,8 @@ from graphs import context, normal, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.ir.program import set_attribute
 from lbllm_compile.passes.lower import Lower
-from lbllm_compile.passes.program import set_attribute
 from rtn import simulate
 from safetensors.torch import load_file, save_file
 

@@ -19,7 +19,7 @@ from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.passes.activate import insert_quantizers
 from lbllm_compile.passes.annotate import layer_count
-from lbllm_compile.passes.rewrite import calls
+from lbllm_compile.passes.ir.rewrite import calls
 from stages import annotated, batches
 
 from benchmarks import decode, decoders, limits, smoothing, subjects

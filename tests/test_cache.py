@@ -11,8 +11,8 @@ from graphs import context, expected, lines, normal, program, token_inputs
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache
-from lbllm_compile.passes.program import STATE, Program, StateSpec
-from lbllm_compile.passes.rewrite import calls
+from lbllm_compile.passes.ir.program import STATE, Program, StateSpec
+from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm

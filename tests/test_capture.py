@@ -13,11 +13,11 @@ import zoo
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LAYER, LINEAR, layer_count, linears, matrix_count
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.program import get_attribute
+from lbllm_compile.passes.ir.program import get_attribute
 from torch import Tensor
 
 from lbllm_compile import frontend
-from lbllm_compile.frontend import LM_INPUTS, language_model_inputs
+from lbllm_compile.frontend import LM_INPUTS, language_model_inputs, tracing
 
 aten = torch.ops.aten
 
@@ -141,14 +141,14 @@ def test_the_graph_is_the_same_in_every_process() -> None:
 
 
 def test_sets_of_a_model_are_ordered_while_it_is_traced() -> None:
-    ordered = frontend._OrderedSet(["b", "a", "b", "c"])
+    ordered = tracing._OrderedSet(["b", "a", "b", "c"])
     ordered.discard("a")
     ordered.add("d")
     assert list(ordered) == ["b", "c", "d"]
     assert ordered == {"b", "c", "d"}
     file = sys.modules[__name__]
-    with frontend._ordered_sets(Walker()):
-        assert file.set is frontend._OrderedSet
+    with tracing._ordered_sets(Walker()):
+        assert file.set is tracing._OrderedSet
     assert "set" not in vars(file)
 
 

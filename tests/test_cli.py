@@ -24,8 +24,8 @@ from lbllm_compile.codegen.targets import cuda_compiler, parse_targets
 from lbllm_compile.passes import canonicalize, pipeline
 from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.dump import LAYER_KEY
-from lbllm_compile.passes.program import Program, set_attribute
+from lbllm_compile.passes.ir.dump import LAYER_KEY
+from lbllm_compile.passes.ir.program import Program, set_attribute
 from rich.console import Console
 from torch import fx
 from typer.testing import CliRunner, Result

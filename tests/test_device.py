@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.layers import Activations, split
+from lbllm_compile.passes.calibrate.layers import Activations, split
 from lbllm_compile.passes.ptq import FIELDS
 from other_device import OnOtherDevice, other_device
 from stages import Memory, annotated, apply, batches, context, quantized, same_tensors

@@ -8,9 +8,9 @@ import pytest
 import torch
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import stored_levels
-from lbllm_compile.passes import layers, simulate, training
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
-from lbllm_compile.passes.sensitivity import channel_weights
+from lbllm_compile.passes.calibrate import layers, simulate, training
+from lbllm_compile.passes.calibrate.sensitivity import channel_weights
 from stages import Memory, annotated, apply, context, quantized, same_tensors
 
 from lbllm_compile.report.stages import of_layers

@@ -16,8 +16,8 @@ import pytest
 import torch
 from lbllm_compile.codegen.errors import KernelError, LbllmError
 from lbllm_compile.codegen.progress import NoProgress
-from lbllm_compile.passes import exact, graph_json
-from lbllm_compile.passes.program import Program, set_attribute
+from lbllm_compile.passes.ir import exact, graph_json
+from lbllm_compile.passes.ir.program import Program, set_attribute
 from rich.table import Table
 
 import lbllm_compile

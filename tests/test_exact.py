@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lbllm_compile.passes import exact, pipeline
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.contracts import relative_error
+from lbllm_compile.passes.ir import exact
 from test_zoo import inputs, stages
 from zoo import ZOO
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.alignment import Together, kl_loss
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
-from lbllm_compile.passes.chains import Chains
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.calibrate.alignment import Together, kl_loss
+from lbllm_compile.passes.calibrate.chains import Chains
+from lbllm_compile.passes.ir.program import Program
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 
 _TEXT = "finetune{steps=12,every=4,precision=float32}"

@@ -61,7 +61,7 @@ GRAPH = import_graph()
 def test_the_graph_sees_the_floors() -> None:
     assert {floor_of(n) for n in GRAPH} == {0, 1, 2}
     crossing = [(a, b) for a, b in GRAPH.edges if floor_of(a) != floor_of(b)]
-    assert ("lbllm_compile.passes.base", "lbllm_compile.passes.program") in GRAPH.edges
+    assert ("lbllm_compile.passes.base", "lbllm_compile.passes.ir.program") in GRAPH.edges
     assert crossing
 
 

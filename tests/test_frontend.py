@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from lbllm_compile.passes import spool
+from lbllm_compile.passes.calibrate import spool
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -11,12 +11,12 @@ import torch
 from graphs import context, normal, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lbllm_compile.passes import dump, graph_json
 from lbllm_compile.passes.annotate import LINEAR
-from lbllm_compile.passes.graph_json import GraphFormatError
 from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.ir import dump, graph_json
+from lbllm_compile.passes.ir.graph_json import GraphFormatError
+from lbllm_compile.passes.ir.program import STATE, Program
 from lbllm_compile.passes.lower import IN_FEATURES, Lower
-from lbllm_compile.passes.program import STATE, Program
 from rtn import simulate
 from test_cache import attention, cached
 

@@ -7,7 +7,7 @@ import torch
 from graphs import context, expected, lines, normal, program
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.head import Head
-from lbllm_compile.passes.program import get_attribute
+from lbllm_compile.passes.ir.program import get_attribute
 
 aten = torch.ops.aten
 IDS = {"input_ids": torch.tensor([[1, 4, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}

@@ -19,13 +19,15 @@ from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.cuda_quantize import quantize_schedules
 from lbllm_compile.codegen.spec import QuantizeSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
-from lbllm_compile.passes import exact, graph_json, pipeline, simulate
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.activate import Activate, insert_quantizers
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.knees import UNPLACED, best_knees
+from lbllm_compile.passes.calibrate import simulate
+from lbllm_compile.passes.calibrate.knees import UNPLACED, best_knees
+from lbllm_compile.passes.ir import exact, graph_json
+from lbllm_compile.passes.ir.program import Program, get_attribute
+from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import Lower
-from lbllm_compile.passes.program import Program, get_attribute
-from lbllm_compile.passes.rewrite import calls
 from oracle import Oracle
 from reference_kernels import ReferenceKernels
 from rtn import KNEES
@@ -37,8 +39,8 @@ from test_zoo import agree, inputs
 from zoo import ZOO, captured
 
 from lbllm_compile import artifact, recipe, runtime
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
-from lbllm_compile.runtime.executor import requirements
 
 lbllm = torch.ops.lbllm
 

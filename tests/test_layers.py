@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lbllm_compile.passes import layers
 from lbllm_compile.passes.annotate import LAYER
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.calibrate import layers
+from lbllm_compile.passes.ir.program import Program
 from stages import annotated, apply, batches
 from torch import fx, nn
 from zoo import LAYERS

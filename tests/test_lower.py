@@ -9,9 +9,9 @@ from lbllm_compile.codegen import reference
 from lbllm_compile.passes import lower
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.ir.program import get_attribute
+from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import IN_FEATURES, Lower, stored_weights
-from lbllm_compile.passes.program import get_attribute
-from lbllm_compile.passes.rewrite import calls
 from rtn import quantize, simulate
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm

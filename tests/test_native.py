@@ -27,8 +27,8 @@ from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
-from lbllm_compile.passes.program import get_attribute, set_attribute
-from lbllm_compile.passes.rewrite import calls
+from lbllm_compile.passes.ir.program import get_attribute, set_attribute
+from lbllm_compile.passes.ir.rewrite import calls
 from rtn import simulate
 from test_fuse import called
 from test_runtime import VOCABULARY as TOY_VOCABULARY
@@ -37,10 +37,12 @@ from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
 from zoo import ZOO, captured
 
 from lbllm_compile import artifact
-from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, prepare, text, translate
-from lbllm_compile.runtime.executor import requirements
+from lbllm_compile.lowering import build as prepare
+from lbllm_compile.lowering import translate
+from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.lowering.translate import UntranslatableError
+from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, text
 from lbllm_compile.runtime.native import NativeModel, NativeProgram
-from lbllm_compile.runtime.translate import UntranslatableError
 from lbllm_compile.tune import TuneOptions, tune
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ import pytest
 import torch
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo
 from lbllm_compile.passes.base import PassContext, PassError
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.observe import STAT, Observe
-from lbllm_compile.passes.program import Program
 from stages import annotated, apply, batches
 from torch import fx, nn
 

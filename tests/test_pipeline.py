@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lbllm_compile.passes import dump, pipeline, registry
+from lbllm_compile.passes import pipeline, registry
 from lbllm_compile.passes.base import CALIBRATING, EXACT, Contract, Pass, PassContext, PassResult, bounded
 from lbllm_compile.passes.contracts import ContractError
-from lbllm_compile.passes.program import Program, get_attribute
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from torch import fx
 
 

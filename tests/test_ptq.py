@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.format import QuantizedWeight
-from lbllm_compile.passes import fit
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo, matrix_count
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.program import Program, get_attribute, set_attribute
+from lbllm_compile.passes.calibrate import fit
+from lbllm_compile.passes.ir.program import Program, get_attribute, set_attribute
 from stages import Memory, annotated, apply, batches, context, quantized, same_tensors
 from torch import fx, nn
 

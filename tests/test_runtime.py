@@ -23,9 +23,9 @@ from rtn import simulate
 from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 
 from lbllm_compile import artifact, runtime
+from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
 from lbllm_compile.runtime import model as torch_model
-from lbllm_compile.runtime.executor import Executor, requirements
 from lbllm_compile.runtime.generate import TextStream, choose, left_pad
 from lbllm_compile.runtime.loader import build_kernels
 from lbllm_compile.runtime.model import FEW_TOKENS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import program
-from lbllm_compile.passes import layers, sensitivity, simulate
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.sensitivity import channel_weights
+from lbllm_compile.passes.calibrate import layers, sensitivity, simulate
+from lbllm_compile.passes.calibrate.sensitivity import channel_weights
 from stages import annotated, batches, context
 from torch import Tensor, fx
 

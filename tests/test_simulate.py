@@ -9,7 +9,7 @@ from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import gradient_formula, level_gradient_formula, matrix_formula, stored_levels
 from lbllm_compile.codegen.sizes import GROUPS
-from lbllm_compile.passes.simulate import LatentWeight, LevelWeight
+from lbllm_compile.passes.calibrate.simulate import LatentWeight, LevelWeight
 
 _CASES = [(group, features, seed) for group in GROUPS for features, seed in ((group, 0), (3 * group, 1))]
 

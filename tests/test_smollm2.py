@@ -9,14 +9,15 @@ import pytest
 import torch
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.targets import Target
-from lbllm_compile.passes import exact, pipeline
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes.ir import exact
 from oracle import Oracle
 from rtn import simulate
 
 from lbllm_compile import evaluate, frontend
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
-from lbllm_compile.runtime.executor import requirements
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2.py"
 

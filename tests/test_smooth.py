@@ -8,7 +8,7 @@ import torch
 from graphs import expected, lines, normal, program
 from lbllm_compile.passes.annotate import LAYER
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.program import Program, get_attribute
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from lbllm_compile.passes.smooth import Smooth
 from torch import Tensor
 from zoo import ZOO

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lbllm_compile.passes import spool
+from lbllm_compile.passes.calibrate import spool
 from torch import Tensor, nn
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")

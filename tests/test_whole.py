@@ -14,7 +14,7 @@ import pytest
 import torch
 from lbllm_compile.passes import pipeline, registry
 from lbllm_compile.passes.base import CALIBRATING, Contract, Pass, PassContext, PassResult
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.ir.program import Program
 from test_driver import SMALL
 from typer.testing import CliRunner
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.targets import Target
-from lbllm_compile.passes import exact, graph_json, pipeline
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes.ir import exact, graph_json
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
-from lbllm_compile.passes.program import Program
 from oracle import Oracle
 from reference_kernels import ReferenceKernels
 from rtn import simulate
@@ -20,8 +21,8 @@ from zoo import VOCABULARY, ZOO, captured
 
 from lbllm_compile.evaluate import Scores
 from lbllm_compile.frontend import language_model_inputs
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
-from lbllm_compile.runtime.executor import requirements
 
 DECODE_STEPS = 8
 

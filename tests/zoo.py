@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.ir.program import Program
 from transformers import PreTrainedModel
 
 from lbllm_compile import frontend

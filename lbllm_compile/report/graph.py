@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lbllm_compile.passes import dump
-from lbllm_compile.passes.program import Program
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.program import Program
 
 _NODE = re.compile(r"%([A-Za-z_][\w.]*)")
 _LAYER = re.compile(r"(?<=[A-Za-z])\.\d+\b")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lbllm_compile.passes.alignment import MEASURES
+from lbllm_compile.passes.calibrate.alignment import MEASURES
 from lbllm_compile.passes.distill import layers_better
 from lbllm_compile.report import terminal
 

@@ -8,7 +8,7 @@ from lbllm_compile import artifact
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
-from lbllm_compile.runtime.executor import Kernels, requirements
+from lbllm_compile.lowering.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
 from lbllm_compile.runtime.native import NativeProgram, find
 
@@ -53,7 +53,7 @@ def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | N
     """Builds and stores the native program of an artifact; None where the graph or the kernels do not allow one."""
     # TVM takes seconds to import
     from lbllm_compile.codegen.build import KernelSet
-    from lbllm_compile.runtime.prepare import build_native, keep_native, workshop
+    from lbllm_compile.lowering.build import build_native, keep_native, workshop
 
     if not isinstance(kernels, KernelSet):
         return None

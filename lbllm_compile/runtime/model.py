@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lbllm_compile.codegen.threads import one_torch_thread
-from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.runtime.executor import Executor, Kernels
+from lbllm_compile.lowering.executor import Executor, Kernels
+from lbllm_compile.passes.ir.program import STATE, Program
 from lbllm_compile.runtime.generate import GenerationError, Sampling
 from lbllm_compile.runtime.language import LanguageModel, Steps
 from lbllm_compile.runtime.native import NativeProgram

@@ -69,8 +69,8 @@ def machine_facts(target: str) -> tuple[str | int, ...]:
     The CPU, the number of threads, TVM, and the code that generates kernels and calls them.
     """
     generators = hashlib.sha256()
-    translation = Path(__file__).with_name("translate.py")
-    for file in [*sorted(Path(codegen.__file__).parent.rglob("*.py")), translation]:
+    folders = Path(codegen.__file__).parent, Path(__file__).parent.parent / "lowering"
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
         generators.update(file.read_bytes())
     tvm = metadata.version("apache-tvm")
     cpu = host.cpu_name(), *sorted(host.cpu_flags())
@@ -168,7 +168,7 @@ class NativeProgram:
     """A program in memory.
 
     Args:
-        directory: what :func:`lbllm_compile.runtime.prepare.prepare` wrote.
+        directory: what :func:`lbllm_compile.lowering.build.prepare` wrote.
 
     Raises:
         KernelError: it cannot be loaded.

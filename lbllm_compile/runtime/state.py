@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lbllm_compile.passes.program import STATE, Program, StateSpec
+from lbllm_compile.passes.ir.program import STATE, Program, StateSpec
 
 MIN_CAPACITY = 64
 """Tokens a fresh state has room for at least."""

@@ -25,10 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from .annotate import LAYER
-from .base import batches_of
+from ..annotate import LAYER
+from ..base import batches_of
+from ..ir.program import CPU, Program, copy_module, discard_attributes, get_attribute, set_attribute
 from .precision import Precision, matrix_products, restored
-from .program import CPU, Program, copy_module, discard_attributes, get_attribute, set_attribute
 from .spool import Record, Records, release
 
 Values = dict[str, Any]

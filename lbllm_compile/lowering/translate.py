@@ -40,9 +40,10 @@ from lbllm_compile.codegen.program.queries import same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
+from lbllm_compile.lowering.executor import KERNEL_TARGETS, last_token_graph, linear_spec, quantize_spec, quantizer_of
 from lbllm_compile.passes.contracts import describe
-from lbllm_compile.passes.program import STATE, Program
-from lbllm_compile.passes.rewrite import (
+from lbllm_compile.passes.ir.program import STATE, Program
+from lbllm_compile.passes.ir.rewrite import (
     Node,
     activation_knees,
     argument,
@@ -51,13 +52,6 @@ from lbllm_compile.passes.rewrite import (
     is_call,
     is_constant,
     is_node,
-)
-from lbllm_compile.runtime.executor import (
-    KERNEL_TARGETS,
-    last_token_graph,
-    linear_spec,
-    quantize_spec,
-    quantizer_of,
 )
 
 _aten = torch.ops.aten

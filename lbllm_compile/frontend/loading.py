@@ -1,20 +1,4 @@
-"""From what the user names to a :class:`Program`: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, a hub id.
-
-A ``model.py`` is Python and runs as such. It must define ``build_model() -> torch.nn.Module`` and may define
-
-===========================  ==========================================================================================
-``weights() -> path``        a ``.safetensors`` file or a directory of them, for a model built on the meta device
-``tokenizer()``              a transformers tokenizer
-``example_inputs()``         a tensor, tuple or dict to call the module with; needed by all but transformers language
-                             models, and batched along the first dimension
-``calibration_text()``       an iterable of strings to calibrate a language model with
-``calibration_inputs()``     an iterable of inputs to calibrate any other module with
-``recipe``                   a dict of compile options
-===========================  ==========================================================================================
-
-:func:`load` reads it into a :class:`UserModel`; :func:`capture` traces that with ``torch.export``. Nothing is
-downloaded unless the name is a hub id, and code that comes with a model is never run.
-"""
+"""Reads what the user names, a ``model.py``, a directory, a file or a hub id, into a :class:`UserModel`."""
 
 from __future__ import annotations
 
@@ -24,13 +8,10 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
-import linecache
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,14 +21,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.passes import spool
-from lbllm_compile.passes.program import Program, set_attribute
-
-LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""Placeholders of a captured language model, in order."""
+from lbllm_compile.frontend.messages import ModelError, a_word, reason_of
+from lbllm_compile.passes.calibrate import spool
 
 HUB = "hf:"
 """What a hub id starts with. A plain ``ORG/NAME`` is a path: a mistyped one must not become a download."""
@@ -55,16 +33,6 @@ HUB = "hf:"
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _HOOKS = ("weights", "tokenizer", "example_inputs", "calibration_text", "calibration_inputs")
 _ACCEPTED = "a model.py, a Hugging Face directory, a .gguf file, or a hub id as hf:ORG/NAME"
-_CHECK_TOLERANCE = 1e-4
-"""Relative error allowed between the captured graph and the model, at sizes the graph was not traced with."""
-
-
-class ModelError(LbllmError):
-    """What the user named is no model that can be compiled, or cannot be read."""
-
-
-class CaptureError(LbllmError):
-    """The model's forward cannot be written down as one graph."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +61,6 @@ class UserModel:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration_text: Callable[[], Iterable[str]] | None = None
     calibration_inputs: Callable[[], Iterable[Any]] | None = None
-
-
-# Loading
 
 
 def load(source: str | Path) -> UserModel:
@@ -146,15 +111,15 @@ def _load_python(path: Path) -> UserModel:
         raise ModelError(f"build_model() in '{path}' returned the class {module.__name__}; return an instance of it")
     if not isinstance(module, nn.Module):
         raise ModelError(
-            f"build_model() in '{path}' returned {_a(type(module).__name__)}; it must return a torch.nn.Module"
+            f"build_model() in '{path}' returned {a_word(type(module).__name__)}; it must return a torch.nn.Module"
         )
     hooks = {name: getattr(user, name, None) for name in _HOOKS}
     for name, hook in hooks.items():
         if hook is not None and not callable(hook):
-            raise ModelError(f"'{name}' in '{path}' must be a function, not {_a(type(hook).__name__)}")
+            raise ModelError(f"'{name}' in '{path}' must be a function, not {a_word(type(hook).__name__)}")
     recipe = getattr(user, "recipe", {})
     if not isinstance(recipe, Mapping):
-        raise ModelError(f"'recipe' in '{path}' must be a dict of options, not {_a(type(recipe).__name__)}")
+        raise ModelError(f"'recipe' in '{path}' must be a dict of options, not {a_word(type(recipe).__name__)}")
     if any(p.is_meta for p in module.parameters()):
         if hooks["weights"] is None:
             raise ModelError(
@@ -164,7 +129,7 @@ def _load_python(path: Path) -> UserModel:
         stored = _call_hook(path, "weights", hooks["weights"])
         if not isinstance(stored, (str, os.PathLike)):
             raise ModelError(
-                f"weights() in '{path}' returned {_a(type(stored).__name__)}; return the path of the .safetensors"
+                f"weights() in '{path}' returned {a_word(type(stored).__name__)}; return the path of the .safetensors"
             )
         module = _materialize(module, Path(stored))
     kind = "causal-lm" if _is_causal_lm(module) else "module"
@@ -208,7 +173,7 @@ def _import_file(path: Path) -> ModuleType:
         raise ModelError(f"syntax error in {where}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise ModelError(f"'{path}' cannot be imported: {_reason(error, path)}") from error
+        raise ModelError(f"'{path}' cannot be imported: {reason_of(error, path)}") from error
     return module
 
 
@@ -219,7 +184,7 @@ def _call_hook(path: Path, name: str, hook: Callable[[], Any]) -> Any:
     except LbllmError:
         raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{name}() in '{path}' failed: {_reason(error, path)}") from error
+        raise ModelError(f"{name}() in '{path}' failed: {reason_of(error, path)}") from error
 
 
 _END = object()
@@ -234,7 +199,8 @@ def _iterated(path: Path, name: str, hook: Callable[[], Any] | None) -> Callable
         given = _call_hook(path, name, hook)
         if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping, Tensor)):
             raise ModelError(
-                f"{name}() in '{path}' returned {_a(type(given).__name__)}; return a list or yield one item at a time"
+                f"{name}() in '{path}' returned {a_word(type(given).__name__)}; return a list or yield one"
+                " item at a time"
             )
         iterator = iter(given)
         while (item := _call_hook(path, name, functools.partial(next, iterator, _END))) is not _END:
@@ -249,8 +215,8 @@ def _tokenizer(path: Path, hook: Callable[[], Any]) -> Any:
     tokenizer = _call_hook(path, "tokenizer", hook)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
-            f"tokenizer() in '{path}' returned {_a(type(tokenizer).__name__)}; return a transformers tokenizer, e.g. of"
-            " AutoTokenizer.from_pretrained()"
+            f"tokenizer() in '{path}' returned {a_word(type(tokenizer).__name__)}; return a transformers"
+            " tokenizer, e.g. of AutoTokenizer.from_pretrained()"
         )
     return tokenizer
 
@@ -275,7 +241,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
             with _quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"the tokenizer of {what} cannot be loaded: {_reason(error, frame=False)}") from error
+            raise ModelError(f"the tokenizer of {what} cannot be loaded: {reason_of(error, frame=False)}") from error
     return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
 
 
@@ -291,7 +257,7 @@ def _weight_files(source: str, what: str, local: bool) -> list[Path]:
             index = None if whole else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
             shards = (get_checkpoint_shard_files(source, index, local_files_only=local)[0] if index else None) or []
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+        raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error
     return [Path(file) for file in ([whole] if whole else shards)]
 
 
@@ -304,7 +270,7 @@ def _skeleton(source: str, what: str, local: bool) -> Any:
             config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+        raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error
 
 
 def _state(files: Sequence[Path], what: str) -> dict[str, Tensor]:
@@ -314,7 +280,7 @@ def _state(files: Sequence[Path], what: str) -> dict[str, Tensor]:
     try:
         return spool.mapped(_stored_tensors(files))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+        raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error
 
 
 def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -335,7 +301,7 @@ def _refuse_quantized(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")
     except (ValueError, AttributeError) as error:
-        reason = _reason(error, frame=False)
+        reason = reason_of(error, frame=False)
         raise ModelError(f"'{directory / 'config.json'}' is not a model configuration: {reason}") from error
     if method:
         raise ModelError(f"the model in '{directory}' is already quantized ({method}); give the original weights")
@@ -373,7 +339,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
                 tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
         except Exception as error:
             raise ModelError(
-                f"the tokenizer of the GGUF file '{path}' cannot be loaded: {_reason(error, frame=False)}"
+                f"the tokenizer of the GGUF file '{path}' cannot be loaded: {reason_of(error, frame=False)}"
             ) from error
     return module, tokenizer
 
@@ -386,7 +352,7 @@ def _from_pretrained(loader: Any, what: str, source: str | None, **options: Any)
                 source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:
-        raise ModelError(f"{what} cannot be loaded as a language model: {_reason(error, frame=False)}") from error
+        raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ModelError(f"{what} lacks the weight '{missing[0]}' ({len(missing)} missing in all)")
@@ -411,14 +377,14 @@ def _materialize(module: nn.Module, path: Path) -> nn.Module:
     try:
         state = spool.mapped(_stored_tensors(files))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"the weights '{path}' cannot be read: {_reason(error)}") from error
+        raise ModelError(f"the weights '{path}' cannot be read: {reason_of(error)}") from error
     if _is_causal_lm(module):
         # Only from_pretrained computes buffers that are not stored, such as the rotary frequencies.
         return _from_pretrained(type(module), f"'{path}'", None, config=module.config, state_dict=state)
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"the weights '{path}' do not fit the model: {_reason(error)}") from error
+        raise ModelError(f"the weights '{path}' do not fit the model: {reason_of(error)}") from error
     missing = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
     if missing:
         raise ModelError(f"the weights '{path}' lack '{missing[0]}' ({len(missing)} missing in all)")
@@ -460,7 +426,7 @@ def prepare(model: UserModel) -> UserModel:
         if type(module)._can_set_experts_implementation():  # type: ignore[attr-defined]
             module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     except ValueError as error:
-        raise ModelError(f"'{model.name}' cannot use torch's attention operator: {_reason(error)}") from error
+        raise ModelError(f"'{model.name}' cannot use torch's attention operator: {reason_of(error)}") from error
     return dataclasses.replace(
         model, module=module, config=clean_config(config.to_dict() | {"architectures": [type(module).__name__]})
     )
@@ -505,7 +471,7 @@ def bind_inputs(module: nn.Module, inputs: Any, hook: str = "example_inputs") ->
     positional, named = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     if not isinstance(positional, (tuple, list)):
         raise ModelError(
-            f"{hook}() gives {_a(type(inputs).__name__)}; each batch must be a tensor, a tuple of tensors or a dict"
+            f"{hook}() gives {a_word(type(inputs).__name__)}; each batch must be a tensor, a tuple of tensors or a dict"
         )
     try:
         bound = inspect.signature(module.forward).bind(*positional, **named).arguments
@@ -514,7 +480,7 @@ def bind_inputs(module: nn.Module, inputs: Any, hook: str = "example_inputs") ->
     for name, value in bound.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"the input '{name}' of {hook}() is {_a(type(value).__name__)}; every input must be a tensor"
+                f"the input '{name}' of {hook}() is {a_word(type(value).__name__)}; every input must be a tensor"
                 " (bake other values into build_model())"
             )
         if not bool(torch.isfinite(value).all()):
@@ -541,343 +507,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-# Capture
-
-
-class _LanguageModel(nn.Module):
-    """A transformers causal LM as a function of the three placeholders."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).logits
-
-
-def language_model_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-    """The three placeholders for token ids ``[B, S]``; positions count attended tokens, so left padding is fine."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-@torch.no_grad()
-def capture(model: UserModel) -> Program:
-    """Traces the model's forward into a :class:`Program` at ATen level, batch and sequence dynamic.
-
-    Weights become ``get_attr`` nodes under the paths they have in the model; tied weights share one path. Nodes keep
-    ``nn_module_stack`` (which module they come from), ``stack_trace`` (which line) and ``val`` (their shape).
-
-    Raises:
-        CaptureError: the forward cannot be captured; the message names the operation, the line and a way out.
-    """
-    if model.kind == "causal-lm":
-        module: nn.Module = _LanguageModel(model.module)
-        vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        inputs = language_model_inputs(_token_ids((2, 5), vocabulary))
-        batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
-        shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in LM_INPUTS}
-        strip = "model"
-    else:
-        module, inputs, strip = model.module, _at_least_two(model.inputs), ""
-        free = _takes_any_batch(module, inputs)
-        shapes = {n: {0: torch.export.Dim.AUTO} if free and t.dim() else None for n, t in inputs.items()}
-    _run_eagerly(model, module, inputs)
-    exported = _export(model, module, inputs, shapes)
-    program = Program(
-        module=_graph_module(model, exported, strip),
-        kind=model.kind,
-        name=model.name,
-        config=model.config,
-        tokenizer=model.tokenizer,
-    )
-    _check(model, module, program, inputs)
-    return program
-
-
-def _token_ids(shape: tuple[int, int], vocabulary: int) -> Tensor:
-    return (torch.arange(shape[0] * shape[1]) * 7 + 3).remainder(vocabulary).view(shape)
-
-
-def _at_least_two(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Repeats a batch of one, because a traced size of 1 would stay 1."""
-    single = all(t.dim() > 0 and t.shape[0] == 1 for t in inputs.values())
-    return {n: torch.cat([t, t]) if single else t for n, t in inputs.items()}
-
-
-def _one_more(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: torch.cat([t, t[:1]]) if t.dim() else t for n, t in inputs.items()}
-
-
-def _takes_any_batch(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether the first dimension of every input is a batch: one row more is as welcome."""
-    if len({t.shape[0] for t in inputs.values() if t.dim()}) != 1:
-        return False
-    try:
-        with spool.streamed(module):
-            module(**_one_more(inputs))
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False
-    return True
-
-
-def _run_eagerly(model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    try:
-        with spool.streamed(module):
-            output = module(**inputs)
-    except Exception as error:
-        raise CaptureError(f"the forward of '{model.name}' failed on its example inputs: {_reason(error)}") from error
-    if not isinstance(output, Tensor):
-        raise CaptureError(
-            f"the forward of '{model.name}' returns {_a(type(output).__name__)}; wrap the model so that it returns one"
-            " tensor"
-        )
-
-
-def _export(
-    model: UserModel, module: nn.Module, inputs: Mapping[str, Tensor], shapes: Mapping[str, Any]
-) -> torch.export.ExportedProgram:
-    # A tensor must not be two inputs at once, and export keeps what it gets.
-    arguments = {n: t.clone() for n, t in inputs.items()}
-    try:
-        with _quiet_export(), _ordered_sets(module):
-            exported = torch.export.export(
-                module,
-                args=(),
-                kwargs=arguments,
-                dynamic_shapes=dict(shapes),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-            if any(_mutates(node) for node in exported.graph.nodes):
-                exported = exported.run_decompositions({})
-    except Exception as error:
-        raise CaptureError(f"'{model.name}' cannot be captured: {_capture_reason(error)}") from error
-    written = [
-        *exported.graph_signature.buffers_to_mutate.values(),
-        *exported.graph_signature.user_inputs_to_mutate.values(),
-    ]
-    if written:
-        raise CaptureError(
-            f"'{model.name}' cannot be captured: its forward writes to '{written[0]}'; compute a new tensor instead"
-        )
-    return exported
-
-
-class _OrderedSet(set):
-    """A set whose elements come in the order in which it was given them."""
-
-    def __init__(self, elements: Iterable[Any] = ()):
-        ordered = dict.fromkeys(elements)
-        super().__init__(ordered)
-        self._place = {element: place for place, element in enumerate(ordered)}
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(sorted(super().__iter__(), key=lambda element: self._place.get(element, len(self._place))))
-
-
-@contextlib.contextmanager
-def _ordered_sets(module: nn.Module) -> Iterator[None]:
-    """While this lasts, ``set`` is :class:`_OrderedSet` in the files that define a model.
-
-    Strings hash differently in every process. A forward that walks through a set of them (transformers' Gemma 3 makes a
-    rotary table for each kind of layer) would give another graph each time, and an interrupted compile of it could not
-    be resumed.
-    """
-    names = {type(m).__module__ for m in module.modules()}
-    files = [sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")]
-    changed = [file for file in files if "set" not in vars(file)]
-    for file in changed:
-        vars(file)["set"] = _OrderedSet
-    try:
-        yield
-    finally:
-        for file in changed:
-            del vars(file)["set"]
-
-
-@contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Silence around torch.export, which writes the half-traced graph to stderr before it raises."""
-    silence = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
-
-
-def _graph_module(model: UserModel, exported: torch.export.ExportedProgram, strip: str) -> fx.GraphModule:
-    """Rebuilds the exported graph with weights as attributes under their original paths."""
-    from torch.export.graph_signature import InputKind
-
-    prefix = f"{strip}." if strip else ""
-    first_path = {id(t): n for n, t in reversed([*_named_tensors(model.module)])}
-    root = nn.Module()
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    call = exported.call_spec.in_spec
-    assert call is not None
-    arguments = iter(call.child(1).context)  # the keyword arguments' names, in order
-    for node in exported.graph.nodes:
-        if node.op == "output":
-            graph.output(values[node.args[0][0]])
-            continue
-        if node.op != "placeholder":
-            values[node] = _copy_node(exported, root, graph, node, values)
-        elif specs[node.name].kind is InputKind.USER_INPUT:
-            values[node] = graph.placeholder(next(arguments))
-        else:
-            target = str(specs[node.name].target)
-            tensor = exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
-            path = first_path.get(id(tensor), target.removeprefix(prefix))
-            set_attribute(root, path, tensor)  # pyright: ignore[reportArgumentType]
-            values[node] = graph.get_attr(path)
-        values[node].meta = _clean_meta(node.meta, strip)
-    return fx.GraphModule(root, graph)
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _copy_node(
-    exported: torch.export.ExportedProgram,
-    root: nn.Module,
-    graph: fx.Graph,
-    node: fx.Node,
-    values: Mapping[fx.Node, fx.Node],
-) -> fx.Node:
-    if node.op == "get_attr":  # the body of a higher-order operator
-        root.add_module(str(node.target), getattr(exported.graph_module, str(node.target)))
-    return graph.node_copy(node, lambda n: values[n])
-
-
-def _clean_meta(meta: Mapping[str, Any], strip: str) -> dict[str, Any]:
-    """What later passes may rely on: shape, line and module path, the latter without the wrapper's prefix."""
-    kept = {k: meta[k] for k in ("val", "stack_trace") if k in meta}
-    stack: dict[str, tuple[str, str]] = {}
-    for key, (path, kind) in meta.get("nn_module_stack", {}).items():
-        if path == "_empty_nn_module_stack_from_metadata_hook" or (strip and path == ""):
-            continue
-        path = path.removeprefix(strip).removeprefix(".") if strip else path
-        stack[key] = (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
-    if stack:
-        kept["nn_module_stack"] = stack
-    return kept
-
-
-@torch.no_grad()
-def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mapping[str, Tensor]) -> None:
-    """Compares graph and model at sizes other than the traced ones, with padding on the left.
-
-    Raises:
-        CaptureError: they disagree, which means that tracing froze something that depends on the inputs.
-    """
-    attended: Any = ...
-    if model.kind == "causal-lm":
-        vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        mask = torch.ones((3, 9), dtype=torch.int64)
-        mask[1, :4] = 0
-        inputs, attended = language_model_inputs(_token_ids((3, 9), vocabulary), mask), mask.bool()
-    elif all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in program.placeholders() if n.meta["val"].dim()):
-        inputs = _one_more(inputs)
-    with spool.streamed(module):
-        expected = module(**inputs)[attended]
-    try:
-        actual = program.run(inputs)[attended]
-    except Exception as error:
-        raise CaptureError(f"the captured graph of '{model.name}' does not run: {_reason(error)}") from error
-    error = float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
-    if not error <= _CHECK_TOLERANCE:
-        raise CaptureError(
-            f"the captured graph of '{model.name}' differs from the model by {error:.2g}; its forward must be a"
-            " function of its inputs alone, without branches on their values"
-        )
-
-
-def fingerprint(program: Program) -> str:
-    """SHA-256 of a program's graph and weights: two programs that agree in it compute the same."""
-    return _hash(program.parameters(), str(program.graph))
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights and their names."""
-    return _hash(module.named_parameters(), type(module).__qualname__)
-
-
-def _hash(tensors: Iterable[tuple[str, Tensor]], preamble: str) -> str:
-    digest = hashlib.sha256(preamble.encode())
-    gauge = spool.Gauge()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        gauge.use([tensor])
-    spool.release()
-    return digest.hexdigest()
-
-
-# Messages
-
-
-def _a(word: str) -> str:
-    return "None" if word == "NoneType" else f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
-
-
-def _reason(error: BaseException, path: Path | None = None, frame: bool = True) -> str:
-    """The first line of an exception, and the line of ``path`` (or of any code but torch's) that it came from."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    message = f"{name}: {text}" if text else name
-    where = _user_frame(error, path) if frame else ""
-    return f"{message} ({where})" if where else message
-
-
-def _user_frame(error: BaseException, path: Path | None = None) -> str:
-    """``file.py:12`` of the innermost frame outside torch and this package, or an empty string."""
-    own = str(Path(__file__).resolve().parent)
-    torch_root = str(Path(torch.__file__).resolve().parent)
-    found = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        file = Path(frame.filename)
-        if path is not None and file.resolve() != path.resolve():
-            continue
-        if frame.filename.startswith(("<", own, torch_root)):
-            continue
-        found = f"{file.name if path is not None else _short(file)}:{frame.lineno}"
-        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-        found += f" `{line}`" if line else ""
-    return found
-
-
-def _short(file: Path) -> str:
-    parts = file.parts
-    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else file.name
-
-
-def _capture_reason(error: BaseException) -> str:
-    """What stopped ``torch.export``, in one sentence: the operation, the line, the way out."""
-    chain: list[BaseException] = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
-    frame = next((f for e in reversed(chain) if (f := _user_frame(e))), "")
-    text = " ".join(str(e) for e in chain)
-    if any(type(e).__name__.startswith("GuardOnDataDependent") for e in chain) or "data-dependent" in text.lower():
-        reason = "a branch or a size depends on the values of a tensor; compute both sides and use torch.where"
-    elif "ConstraintViolation" in text or "Constraints violated" in text:
-        reason = "the batch or sequence size is fixed by the forward; derive shapes from the inputs' shapes"
-    elif ".item()" in text or "aten._local_scalar_dense" in text:
-        reason = "a tensor is read as a Python number; keep the computation in tensors"
-    else:
-        reason = _reason(chain[-1] if not str(error).strip() else error)
-        return f"{reason}; rewrite this with tensor operations that torch.export supports"
-    return f"{reason} (at {frame})" if frame else reason

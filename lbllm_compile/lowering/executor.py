@@ -21,9 +21,9 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
+from lbllm_compile.passes.ir.program import Program, copy_module, get_attribute
+from lbllm_compile.passes.ir.rewrite import Node, activation_knees, calls, constant, is_call, is_constant, is_node
 from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
-from lbllm_compile.passes.program import Program, copy_module, get_attribute
-from lbllm_compile.passes.rewrite import Node, activation_knees, calls, constant, is_call, is_constant, is_node
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .base import PassContext, PassError
+from ..base import PassContext, PassError
+from ..ir.program import Program, get_attribute
+from ..ir.rewrite import calls
+from ..ptq import FIELDS
 from .chains import Chains, parameters_of, weight_of
 from .layers import Activations, Layers, Values, finish
 from .precision import Precision, restored
-from .program import Program, get_attribute
-from .ptq import FIELDS
-from .rewrite import calls
 from .simulate import (
     KNEE_LOGIT,
     LOGIT,

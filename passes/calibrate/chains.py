@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lbllm_compile.codegen.format import QuantizedWeight
 from torch import Tensor
 
-from ..codegen.format import QuantizedWeight
-from .base import PassContext, PassError
+from ..base import PassContext, PassError
+from ..ir.program import CPU, Program, get_attribute, set_attribute
+from ..ptq import FIELDS, stored_weight
 from .layers import Activations, Layers, Stage, Values, calibration_batches, split
 from .precision import Precision
-from .program import CPU, Program, get_attribute, set_attribute
-from .ptq import FIELDS, stored_weight
 from .sensitivity import channel_weights
 from .simulate import Lifted, lift
 from .spool import mapped, trim

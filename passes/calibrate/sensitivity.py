@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PassContext, PassError
+from ..base import PassContext, PassError
+from ..ir.program import CPU, Program
 from .layers import Activations, Layers, Stage, Values, calibration_batches, finish
 from .precision import Precision, matrix_products, restored
-from .program import CPU, Program
 from .simulate import lift
 from .spool import release
 from .training import squares, targets_of

@@ -23,13 +23,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen.errors import LbllmError
 from torch import Tensor, fx
 
-from ..codegen import ops as ops
-from ..codegen.errors import LbllmError
+from ..annotate import LAYER, LINEAR, LinearInfo
+from ..lower import IN_FEATURES
 from . import dump
-from .annotate import LAYER, LINEAR, LinearInfo
-from .lower import IN_FEATURES
 from .program import STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 

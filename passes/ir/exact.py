@@ -4,7 +4,7 @@ A simulated linear is a float matrix product of dequantized activations and weig
 the kernels, which sum integers exactly, by about 1e-7: enough to move one 4-bit activation in a million to the next
 code, and through thirty layers one moved code becomes another answer. So wherever a simulated program is compared with
 what it is lowered to, it is run like this: activations and weights stay integers and scales, and every linear between
-them is evaluated by :mod:`..codegen.reference`.
+them is evaluated by :mod:`...codegen.reference`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lbllm_compile.codegen import reference
+from lbllm_compile.codegen.format import QuantizedWeight
 from torch import Tensor, fx
 
-from ..codegen import reference
-from ..codegen.format import QuantizedWeight
 from .program import Program, Runner
 from .rewrite import argument, is_call
 

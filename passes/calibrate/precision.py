@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .program import CPU
+from ..ir.program import CPU
 
 Precision = Literal["auto", "float32", "bfloat16"]
 """``auto`` is bfloat16 where the device multiplies it natively, else float32."""

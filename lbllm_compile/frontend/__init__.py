@@ -1,0 +1,39 @@
+"""From what the user names to a :class:`Program`: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, a hub id.
+
+A ``model.py`` is Python and runs as such. It must define ``build_model() -> torch.nn.Module`` and may define
+
+===========================  ==========================================================================================
+``weights() -> path``        a ``.safetensors`` file or a directory of them, for a model built on the meta device
+``tokenizer()``              a transformers tokenizer
+``example_inputs()``         a tensor, tuple or dict to call the module with; needed by all but transformers language
+                             models, and batched along the first dimension
+``calibration_text()``       an iterable of strings to calibrate a language model with
+``calibration_inputs()``     an iterable of inputs to calibrate any other module with
+``recipe``                   a dict of compile options
+===========================  ==========================================================================================
+
+:func:`load` reads it into a :class:`UserModel`; :func:`capture` traces that with ``torch.export``. Nothing is
+downloaded unless the name is a hub id, and code that comes with a model is never run.
+"""
+
+from lbllm_compile.frontend.loading import HUB, UserModel, bind_inputs, clean_config, hub_id, load, load_gguf, prepare
+from lbllm_compile.frontend.messages import CaptureError, ModelError
+from lbllm_compile.frontend.tracing import LM_INPUTS, capture, fingerprint, language_model_inputs, weights_hash
+
+__all__ = [
+    "HUB",
+    "LM_INPUTS",
+    "CaptureError",
+    "ModelError",
+    "UserModel",
+    "bind_inputs",
+    "capture",
+    "clean_config",
+    "fingerprint",
+    "hub_id",
+    "language_model_inputs",
+    "load",
+    "load_gguf",
+    "prepare",
+    "weights_hash",
+]

@@ -1,0 +1,218 @@
+"""Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
+
+This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.runtime.native`). The
+kernels in it were proven one by one before. The program that decodes a token in few launches, in which kernels are
+joined with what is before and behind them, is held against them here: where it does not give, to the bit, what they
+give when they are called one after the other, it is not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cache import write_atomically
+from lbllm_compile.codegen.program.builder import Layout
+from lbllm_compile.codegen.program.compile import compile_program
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.lowering.translate import FORMS, Translation, UntranslatableError, translate
+from lbllm_compile.passes.ir import graph_json
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.runtime import text
+from lbllm_compile.runtime.native import (
+    DESCRIPTION,
+    LIBRARY,
+    WEIGHTS,
+    Description,
+    Member,
+    NativeProgram,
+    machine_facts,
+    programs_directory,
+    stored_at,
+)
+
+PROBE_PROMPT, PROBE_STEPS = 5, 6
+"""Tokens of the proof's prompt, and steps behind it."""
+
+PAGE = 2 << 20
+"""Bytes of a large page on most systems."""
+
+UNUSED_DAYS = 30
+"""A stored program that was not used for so long is removed when another is stored."""
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A folder beside the stored programs to build one in; what is still there at the end is removed."""
+    programs_directory().mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=programs_directory()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_native(
+    program: Program, kernels: KernelSet, folder: Path, progress: Progress | None = None
+) -> NativeProgram | None:
+    """Builds and stores the native program of a lowered graph.
+
+    Returns:
+        The program; None where the graph has something that no program can hold, which ``progress`` is told.
+
+    Raises:
+        KernelError: it cannot be compiled.
+    """
+    progress = progress or NoProgress()
+    if program.kind != "causal-lm":
+        return None
+    with progress.task("preparing the program", 4) as task:
+        try:
+            translation = translate(program, kernels)
+            task.advance("translated")
+            # Only here is every operator translated, and one may have a form that cannot be.
+            workspaces = _library(program, kernels, translation, folder / LIBRARY)
+        except UntranslatableError as error:
+            progress.note(f"the model runs operator by operator in torch, which is slower: {error}")
+            return None
+        task.advance("compiled")
+        with (folder / WEIGHTS).open("wb") as file:
+            write_in_blocks(file, translation.weight_bytes())
+        description = _describe(program, translation, workspaces)
+        _store(description, folder)
+        task.advance("stored")
+        native = NativeProgram(folder)
+        if not merging_is_exact(native):
+            progress.note(
+                "one token is decoded with a launch for every kernel, which is slower: on this CPU the program with few"
+                " launches rounds otherwise than its kernels"
+            )
+            _store(dataclasses.replace(description, merged=False), folder)
+            native = NativeProgram(folder)
+        task.advance("proven")
+    return native
+
+
+def write_in_blocks(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
+    """Writes bytes in pieces of ``PAGE``, whatever pieces they come in.
+
+    The system may then keep the file in pages of that size. Mapped into memory, all of it is read for every token, and
+    every page costs a look at the page tables.
+    """
+    page = bytearray()
+    for piece in pieces:
+        while len(piece):
+            taken = min(PAGE - len(page), len(piece))
+            page += piece[:taken]
+            piece = piece[taken:]
+            if len(page) == PAGE:
+                file.write(page)
+                page.clear()
+    file.write(page)
+
+
+def _store(description: Description, folder: Path) -> None:
+    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
+
+
+def keep_native(native: NativeProgram, digest: str, target: str) -> None:
+    """Moves a program that was built in a workshop to where :func:`.native.find` looks for it.
+
+    Args:
+        native: from :func:`build_native`.
+        digest: the artifact's.
+        target: the target's name.
+    """
+    place = stored_at(digest, target)
+    try:
+        native.directory.rename(place)
+    except OSError:  # another process was faster; its program is the same
+        return
+    native.directory = place
+    _forget_unused()
+
+
+def _forget_unused() -> None:
+    """Removes programs, and folders of builds that were killed, that nothing has used for :data:`UNUSED_DAYS`."""
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for path in programs_directory().iterdir():
+        mark = path / DESCRIPTION if (path / DESCRIPTION).is_file() else path
+        if mark.stat().st_mtime >= oldest:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _library(program: Program, kernels: KernelSet, translation: Translation, place: Path) -> dict[str, int]:
+    """Puts the program's library at ``place``; returns the working memory its functions take.
+
+    A library depends on the graph and the schedules and not on the weights, so one that was compiled before for the
+    same graph is used again.
+    """
+    facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    stored = programs_directory() / f"{key}.so"
+    memory = stored.with_suffix(".json")
+    if not memory.is_file():
+        merged = [form.name for form in FORMS if form.blocks]
+        apart = [form.name for form in FORMS if not form.joined]
+        compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
+        compiled.executable.export_library(str(place))
+        write_atomically(stored, place.read_bytes())
+        write_atomically(memory, json.dumps(dict(compiled.workspaces)).encode())
+    else:
+        place.write_bytes(stored.read_bytes())
+    return json.loads(memory.read_bytes())
+
+
+def _describe(program: Program, translation: Translation, workspaces: dict[str, int]) -> Description:
+    return Description(
+        inputs=tuple(spec.name for spec in translation.inputs),
+        weights=_members(translation.layout),
+        state=_members(translation.state),
+        state_bytes=translation.state.bytes,
+        workspaces=workspaces,
+        vocabulary=translation.vocabulary,
+        merged=True,
+        config=dict(program.config),
+        plain_tokenizer=_has_plain_tokenizer(program),
+    )
+
+
+def _has_plain_tokenizer(program: Program) -> bool:
+    if program.tokenizer is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        return text.agrees(program.tokenizer, Path(folder))
+
+
+def _members(layout: Layout) -> tuple[Member, ...]:
+    return tuple(Member(n, spec.shape, spec.dtype, layout.offsets[n]) for n, spec in layout.tensors.items())
+
+
+def merging_is_exact(native: NativeProgram) -> bool:
+    """Whether the same tokens in few launches and kernel by kernel give equal logits and KV state, to the bit."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, native.description.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
+    few, many = (native.session(1) for _ in range(2))
+    for session in (few, many):
+        session.step(ids[:, :PROBE_PROMPT])
+    for i in range(PROBE_PROMPT, PROBE_PROMPT + PROBE_STEPS):
+        ours, theirs = few.step(ids[:, i : i + 1]), many.step_by_kernel(ids[:, i : i + 1])
+        same_state = all(np.array_equal(a, b) for a, b in zip(few.state.arrays, many.state.arrays, strict=True))
+        if not np.array_equal(ours, theirs) or not same_state:
+            return False
+    return True

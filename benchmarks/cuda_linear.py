@@ -15,13 +15,13 @@ import sys
 from ctypes import c_int, c_uint64
 
 import torch
+from lbllm_compile.codegen.cuda.device import Device, prove_on_device
+from lbllm_compile.codegen.cuda.dp4a import pack_bit_weight, pitch
+from lbllm_compile.codegen.cuda.emit import emit_cuda
+from lbllm_compile.codegen.cuda.kernel import CudaKernel
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
-from lbllm_compile.codegen.kernels.cuda_dp4a import pack_bit_weight, pitch
 from lbllm_compile.codegen.spec import LinearSpec
-from lbllm_compile.codegen.targets.cuda import emit_cuda
-from lbllm_compile.codegen.targets.cuda_device import Device, prove_on_device
-from lbllm_compile.codegen.targets.cuda_kernel import CudaKernel
 
 CACHE_BYTES = 256 << 20
 """More than any GPU's last-level cache holds."""

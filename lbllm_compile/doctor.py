@@ -160,12 +160,12 @@ def _compilers() -> Iterable[Finding]:
     else:
         cost = "kernels cannot be linked into libraries and kept: install gcc or clang"
         yield Finding("compilers", "C compiler", "missing", "none (cc, gcc, clang)", cost)
-    if _why_broken("lbllm_compile.codegen.targets.cuda_compiler"):
+    if _why_broken("lbllm_compile.codegen.cuda.compiler"):
         yield Finding(
             "compilers", "CUDA compiler", "note", "unknown", "it cannot be looked for, because torch does not load"
         )
         return
-    from lbllm_compile.codegen.targets import cuda_compiler
+    from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 
     nvcc, nvrtc = cuda_compiler.find_tool("nvcc"), cuda_compiler.nvrtc_version()
     neither = (

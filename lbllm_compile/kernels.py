@@ -14,7 +14,7 @@ from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
 
 if TYPE_CHECKING:
-    from lbllm_compile.codegen.targets.cuda_kernel import CudaKernel
+    from lbllm_compile.codegen.cuda.kernel import CudaKernel
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def build_kernels(
     archs = [t.arch for t in targets if t.kind == "cuda"]
     if not archs:
         return BuiltKernels(host, host.records(), sources)
-    from lbllm_compile.codegen.targets.cuda import emit_cuda
+    from lbllm_compile.codegen.cuda.emit import emit_cuda
 
     cuda = emit_cuda(needed.linears, needed.quantizers, archs, progress=progress)
     sources |= {f"{k.name}.cu": k.source for k in cuda}

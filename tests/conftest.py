@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lbllm_compile.codegen.targets.cuda_device import device_count
+from lbllm_compile.codegen.cuda.device import device_count
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

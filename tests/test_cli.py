@@ -19,8 +19,9 @@ import pytest
 import torch
 import transformers
 import zoo
+from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.targets import cuda_compiler, parse_targets
+from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.passes import canonicalize, pipeline
 from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
 from lbllm_compile.passes.base import PassContext

@@ -15,16 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.emulate import DESCENDING, Emulator, Launch, Sparse, cuda_proof
+from lbllm_compile.codegen.cuda import compiler as cuda_compiler
+from lbllm_compile.codegen.cuda import device as cuda_device
+from lbllm_compile.codegen.cuda import dp4a as cuda_dp4a
+from lbllm_compile.codegen.cuda import emit as cuda
+from lbllm_compile.codegen.cuda import proof as cuda_proof
+from lbllm_compile.codegen.cuda.dp4a import GemmSchedule, GemvSchedule
+from lbllm_compile.codegen.cuda.emulator import DESCENDING, Emulator, Launch, Sparse
+from lbllm_compile.codegen.cuda.quantize import QuantizeSchedule
+from lbllm_compile.codegen.cuda.text import signature
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
-from lbllm_compile.codegen.kernels import cuda_dp4a
-from lbllm_compile.codegen.kernels.cuda_dp4a import GemmSchedule, GemvSchedule
-from lbllm_compile.codegen.kernels.cuda_quantize import QuantizeSchedule
-from lbllm_compile.codegen.kernels.cuda_text import signature
 from lbllm_compile.codegen.sizes import GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
-from lbllm_compile.codegen.targets import cuda, cuda_compiler, cuda_device, parse_targets
+from lbllm_compile.codegen.targets import parse_targets
+from lbllm_compile.codegen.targets.cuda import parse_architectures
 
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate CUDA kernels with")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the search path")
@@ -55,7 +60,7 @@ def gemv() -> cuda.EmittedKernel:
     ],
 )
 def test_architectures_of_a_target(text: str, archs: tuple[str, ...]) -> None:
-    assert cuda.parse_architectures(text) == archs
+    assert parse_architectures(text) == archs
     assert [t.arch for t in parse_targets(text)] == list(archs)
 
 

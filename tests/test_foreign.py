@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lbllm_compile.codegen import prove
-from lbllm_compile.codegen.emulate.cpu import AARCH64, HERE, ForeignLibrary, Machine
+from lbllm_compile.codegen.cpu.emulator import AARCH64, HERE, ForeignLibrary, Machine
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.cpu import Bucket, Implementation, Schedule

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..errors import KernelError
 from ..spec import LinearSpec, QuantizeSpec
+from .dp4a import GemmSchedule, GemvSchedule
+from .quantize import QuantizeSchedule
 
-if TYPE_CHECKING:
-    from ..kernels.cuda_dp4a import GemmSchedule, GemvSchedule
-    from ..kernels.cuda_quantize import QuantizeSchedule
-
-    Schedule = GemvSchedule | GemmSchedule | QuantizeSchedule
+Schedule = GemvSchedule | GemmSchedule | QuantizeSchedule
 
 Form = Literal["gemv", "gemm", "quantize"]
 """One token, any number of tokens, or the quantizer of activations."""

@@ -9,17 +9,15 @@ import ctypes
 import statistics
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-
-if TYPE_CHECKING:
-    from ..emulate import Launch
-    from .cuda_kernel import CudaKernel
+from .emulator import Launch, Sparse
+from .kernel import CudaKernel
+from .proof import check_outputs, proof_runs
 
 _LIBRARY = "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -217,8 +215,6 @@ class Device:
         Raises:
             KernelError: the driver reports an error.
         """
-        from ..emulate import Sparse
-
         function = self.load(kernel.cubin, kernel.symbol)
         arguments: list[c_uint64 | c_int] = []
         outputs: dict[str, int] = {}
@@ -258,8 +254,6 @@ def prove_on_device(kernel: CudaKernel, device: Device) -> str:
     Raises:
         KernelError: a result differs, or the driver reports an error.
     """
-    from ..emulate.cuda_proof import check_outputs, proof_runs
-
     for name, launch, expected in proof_runs(kernel):
         check_outputs(kernel.symbol, name, device.run(kernel, launch), expected)
     return f"proven on {device.name}"

@@ -2,7 +2,7 @@
 
 Maxima and minima are exact in any order; everything behind them is element-wise fp32 with explicit rounding
 (``__fmul_rn``, ``__fdiv_rn``, ``rintf``), so the result equals :func:`..reference.quantize_activation` bit for bit.
-Values are written as ``int8 [M, pitch(K)]`` with zeros behind column ``K``, as :mod:`.cuda_dp4a` reads them.
+Values are written as ``int8 [M, pitch(K)]`` with zeros behind column ``K``, as :mod:`.dp4a` reads them.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -16,7 +16,7 @@ from ..errors import KernelError
 from ..reference import INT4_MAX, INT8_MAX, RANGE_MAX, RANGE_MIN
 from ..spec import QuantizeSpec
 from ..tvm_api import PrimFunc, T
-from .cuda_dp4a import pitch
+from .dp4a import pitch
 
 LANES = 32
 ALL_LANES = 0xFFFFFFFF

@@ -1,6 +1,6 @@
-"""Runs generated CUDA kernels on a CPU, to prove them where there is no GPU (:mod:`.cpu`: those of another CPU).
+"""Runs generated CUDA kernels on a CPU, to prove them where there is no GPU.
 
-The kernel's text is compiled by g++ against ``cuda_emulation.h``; ``cuda_runtime.cpp`` runs it with every CUDA thread a
+The kernel's text is compiled by g++ against ``emulation.h``; ``emulation.cpp`` runs it with every CUDA thread a
 fiber and sees every memory access, so races, divergent barriers and accesses outside a buffer are errors, not luck. The
 program runs as a process of its own: a broken kernel cannot take the compiler down.
 """
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from ..cache import write_atomically
+from ..cuda.text import signature
 from ..errors import KernelError
-from ..kernels.cuda_text import signature
 
 ASCENDING, DESCENDING = 0, 1
 """Orders in which the threads of a block run between barriers; larger numbers are seeds of a shuffled order."""
 
 _HERE = Path(__file__).parent
-_HEADER, _RUNTIME = _HERE / "cuda_emulation.h", _HERE / "cuda_runtime.cpp"
+_HEADER, _RUNTIME = _HERE / "emulation.h", _HERE / "emulation.cpp"
 _COMMON = ["-std=c++17", "-ffp-contract=off", f"-I{_HERE}"]
 _KERNEL = ["-O1", "-fno-strict-aliasing", "-fsanitize=thread", "-w"]
 _TIMEOUT_S = 600.0
@@ -135,7 +135,7 @@ void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, a
         return outputs
 
     def _encode(self, launch: Launch) -> bytes:
-        """The job file that ``cuda_runtime.cpp`` reads."""
+        """The job file that ``emulation.cpp`` reads."""
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         if threads > self.signature.threads:
             raise KernelError(f"{threads} threads exceed the launch bound {self.signature.threads}")

@@ -7,10 +7,10 @@
 //   - reading shared memory that no thread of the block wrote is an error;
 //   - __syncthreads() that only a part of the block reaches, or a shuffle that not all lanes of its mask reach, is an error.
 //
-// Usage: program JOB RESULT. Both are binary; emulate/__init__.py writes the one and reads the other. Errors go to stderr,
+// Usage: program JOB RESULT. Both are binary; emulator.py writes the one and reads the other. Errors go to stderr,
 // one line, exit code 3.
 
-#include "cuda_emulation.h"
+#include "emulation.h"
 
 #include <algorithm>
 #include <cstdarg>

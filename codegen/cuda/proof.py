@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +18,10 @@ from .. import prove, reference
 from ..cache import write_atomically
 from ..errors import KernelError
 from ..format import QuantizedWeight
-from ..kernels.cuda_dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
 from ..spec import LinearSpec, QuantizeSpec
-from . import Emulator, Launch, Sparse, compiler
-
-if TYPE_CHECKING:
-    from ..targets.cuda_kernel import EmittedKernel
+from .dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
+from .emulator import Emulator, Launch, Sparse, compiler
+from .kernel import EmittedKernel
 
 EMULATED = "emulated on CPU, unverified on device"
 NOT_RUN = "not run: no g++ to emulate with, unverified on device"

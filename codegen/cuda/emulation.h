@@ -1,6 +1,6 @@
 // What CUDA kernel text needs to compile as C++: the types, built-in variables, barriers and single instructions that the
 // generated kernels use. Anything else does not compile, on purpose. The semantics of threads, barriers and memory are in
-// cuda_runtime.cpp.
+// emulation.cpp.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 """Runs kernels generated for one CPU on another, to prove them where there is no such machine.
 
-The kernels are linked with ``cpu_runtime.c`` into a program that runs as a process of its own, under QEMU where the
+The kernels are linked with ``emulation.c`` into a program that runs as a process of its own, under QEMU where the
 architecture is another. A :class:`ForeignLibrary` is called like the library of kernels that this machine runs, so
 :mod:`..prove` works on it unchanged.
 """
@@ -26,7 +26,7 @@ from ..tvm_api import include_paths
 PACKED_ALIGNMENT = 64
 """Alignment in bytes that kernels expect of packed weights, the only ``uint8`` arguments; others have their dtype's."""
 
-_RUNTIME = Path(__file__).parent / "cpu_runtime.c"
+_RUNTIME = Path(__file__).parent / "emulation.c"
 _COMPILE_S = 120.0
 _DTYPES = {torch.int8: (0, 8), torch.int16: (0, 16), torch.uint8: (1, 8), torch.float32: (2, 32)}
 """DLPack's code and bits."""
@@ -139,14 +139,14 @@ class ForeignLibrary:
 
 
 def _table(names: Sequence[str]) -> str:
-    """C text of the table of kernels in which ``cpu_runtime.c`` looks them up."""
+    """C text of the table of kernels in which ``emulation.c`` looks them up."""
     declarations = "".join(f"int __tvm_ffi_{name}(void*, const void*, int, void*);\n" for name in names)
     entries = ", ".join(f"__tvm_ffi_{name}" for name in names)
     return f"{declarations}int (*const kernels[])(void*, const void*, int, void*) = {{{entries}}};\n"
 
 
 def _encode(tensor: Tensor) -> bytes:
-    """A tensor as ``cpu_runtime.c`` reads it."""
+    """A tensor as ``emulation.c`` reads it."""
     if not tensor.is_contiguous():
         raise KernelError("the arguments of a kernel must be contiguous; call .contiguous() on them")
     alignment = PACKED_ALIGNMENT if tensor.dtype == torch.uint8 else tensor.element_size()

@@ -1,0 +1,1 @@
+"""What CPUs have of their own: running the kernels of one that is not here."""

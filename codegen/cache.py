@@ -1,8 +1,10 @@
-"""Where results that cost time are kept between runs."""
+"""Where results that cost time are kept between runs, and how files are written that survive a crash."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -32,13 +34,68 @@ def write_failure(error: Exception) -> str:
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
-    """Writes a file that other processes see whole or not at all; its folder is made where it is missing."""
+    """Writes a file that other processes, and this machine after a crash, see whole or not at all.
+
+    Its folder is made where it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(contents)
-        os.replace(fresh, path)
+        replace_durably(Path(fresh), path)
     except BaseException:
         Path(fresh).unlink(missing_ok=True)
         raise
+
+
+def replace_durably(fresh: Path, path: Path) -> None:
+    """Renames a written file to its final name; after a crash there is the old or the whole new one."""
+    sync(fresh)
+    os.replace(fresh, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems have nothing to flush for a directory, and say so.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+_CURRENT_DIRECTORY, _RENAME_EXCHANGE = -100, 2
+"""``AT_FDCWD`` and ``RENAME_EXCHANGE`` of Linux."""
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once; False, and nothing is done, where the system or the file system cannot.
+
+    Raises:
+        OSError: it could, but not these two.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    here = ctypes.c_int(_CURRENT_DIRECTORY)
+    if rename(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

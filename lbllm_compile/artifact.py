@@ -20,13 +20,12 @@ against the format, every graph against an allow-list of operators.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -37,37 +36,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile.codegen.cache import cache_directory, write_failure
+from lbllm_compile.codegen.cache import cache_directory, exchange, sha256, sync, write_failure
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.manifest import FORMAT, MANIFEST, VERSION, ArtifactError, check_file, is_artifact, read_manifest
 from lbllm_compile.passes.contracts import Propagation, describe, first_line
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import stored_weights
 
-FORMAT = "lbllm-artifact"
-VERSION = 1
-
-MANIFEST = "manifest.json"
 MEASUREMENTS = "measured.json"
 SHARD_BYTES = 2 << 30
 """Weights beyond this go into several safetensors files."""
 
 _MAX_JSON = 64 << 20
-_MAX_MANIFEST = 4 << 20
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,150}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-_LATER = ("sheet.json", "report.html", "report.json", "README.md")
-"""Files that other tools put beside an artifact's own."""
-
 _TOKENIZER_PREFIXES = (
     "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "config", "generation",
 )  # fmt: skip
 """Starts of file names that a tokenizer library reads when it finds them; only listed ones may be there."""
 
 
-class ArtifactError(LbllmError):
-    """A directory that is not a whole, unaltered artifact of a version this build reads, or cannot be written."""
+_OURS = re.compile(
+    rf"(passes|kernels)/|({'|'.join(_TOKENIZER_PREFIXES)})[^/]*$|model(-\d+-of-\d+)?\.safetensors$"
+    r"|(manifest|program|graph|measured|tuning)\.json$|lbllm\.lock$"
+)
+"""Names that files of an artifact have."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +93,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def is_artifact(directory: Path) -> bool:
-    """Whether a directory says that it is one of ours (of any version)."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes()[:_MAX_MANIFEST])
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
 def check_destination(directory: Path) -> None:
     """Checks that an artifact may be written to ``directory``, before anything else is done.
+
+    A symbolic link stands for what it points to. Files of the user's beside an older artifact are kept, so only those
+    are in the way that have the name of a file an artifact may have.
 
     Raises:
         ArtifactError: it is a file, holds something that is not ours, or cannot be written.
     """
-    directory = Path(directory)
+    directory = _real(directory)
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ArtifactError(f"cannot write the artifact to '{directory}': it is not a directory; pass another --out")
     if directory.is_dir() and any(directory.iterdir()):
@@ -123,13 +110,13 @@ def check_destination(directory: Path) -> None:
             raise ArtifactError(
                 f"'{directory}' holds files that are not an lbllm artifact; pass another --out or an empty directory"
             )
-        foreign = sorted(set(_files(directory)) - set(_listed(directory)) - {MANIFEST, *_LATER})
-        if foreign:
-            raise ArtifactError(
-                f"'{directory}' holds '{foreign[0]}' beside the artifact, which writing would delete; move it away or"
-                " pass another --out"
-            )
-    parent = directory.absolute().parent
+        for name in sorted(_kept(directory)):
+            if _OURS.match(name):
+                raise ArtifactError(
+                    f"'{directory}' holds '{name}', which is not part of the artifact there but could be of the new"
+                    " one; move it away or pass another --out"
+                )
+    parent = directory.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -151,6 +138,9 @@ def save(
 ) -> str:
     """Writes an artifact. It appears complete or not at all; an older artifact in its place is replaced.
 
+    When this returns the artifact survives a crash of the machine, and what it was made from is no longer needed. Files
+    of the user's beside an older artifact stay where they are.
+
     Args:
         program: the lowered program.
         lock: what made it, JSON-able.
@@ -166,11 +156,12 @@ def save(
         ArtifactError: the destination is not ours to write.
         GraphFormatError: the graph uses what a stored graph may not use.
     """
-    directory = Path(directory)
+    directory = _real(directory)
+    _recover(directory)
     check_destination(directory)
     partial = directory.with_name(f".{directory.name}.lbllm-partial")
-    replaced = directory.with_name(f".{directory.name}.lbllm-replaced")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in (partial, _replaced(directory)):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         state = dict(program.parameters())
@@ -193,12 +184,13 @@ def save(
         _write_json(partial / "config.json", dict(program.config))
         files = {name: _entry(partial / name) for name in sorted(_files(partial))}
         _write_json(partial / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            directory.rename(replaced)
-        partial.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-        digest = _sha256(directory / MANIFEST)
+        sync(partial / MANIFEST)
+        digest = sha256(partial / MANIFEST)
+        if is_artifact(directory):
+            _carry_over(directory, partial)
+        for folder, _, _ in os.walk(partial):
+            sync(Path(folder))
+        _put(partial, directory)
         _remember(digest)
         return digest
     except (OSError, SafetensorError) as error:
@@ -214,10 +206,11 @@ def load(directory: str | Path) -> Artifact:
         ArtifactError: it is truncated, altered, foreign or of another version.
     """
     directory = Path(directory)
-    manifest, digest = _read_manifest(directory)
+    _recover(_real(directory))
+    manifest, digest = read_manifest(directory)
     files = manifest["files"]
     for name, entry in files.items():
-        _check_file(directory, name, entry)
+        check_file(directory, name, entry)
     _refuse_unlisted(directory, files)
     for needed in ("program.json", "graph.json", "config.json", "lbllm.lock", "tuning.json"):
         if needed not in files:
@@ -257,7 +250,7 @@ def read_file(directory: Path, name: str) -> bytes:
     files = listed_files(directory)
     if name not in files:
         raise ArtifactError(f"'{directory}' has no {name}; compile the model again")
-    _check_file(directory, name, files[name])
+    check_file(directory, name, files[name])
     return (directory / name).read_bytes()
 
 
@@ -305,7 +298,7 @@ def listed_files(directory: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the directory is no artifact of this version.
     """
-    return _read_manifest(directory)[0]["files"]
+    return read_manifest(directory)[0]["files"]
 
 
 def compiled_here(loaded: Artifact) -> bool:
@@ -330,14 +323,76 @@ def _facts(program: Program) -> dict[str, Any]:
 
 def _files(directory: Path) -> Iterator[str]:
     """Relative paths of all files below a directory; links are not followed."""
-    for root, _, names in os.walk(directory):
-        for name in names:
+    for root, folders, names in os.walk(directory):
+        for name in (*names, *(f for f in folders if (Path(root) / f).is_symlink())):
             yield (Path(root) / name).relative_to(directory).as_posix()
 
 
-def _listed(directory: Path) -> Iterable[str]:
-    files = json.loads((directory / MANIFEST).read_bytes()).get("files")
-    return files if isinstance(files, dict) else ()
+def _real(directory: Path) -> Path:
+    """The directory that a path names, through links; it need not exist."""
+    return Path(os.path.realpath(directory))
+
+
+def _kept(directory: Path) -> set[str]:
+    """Files and links in an artifact's directory that are not the artifact's."""
+    listed = json.loads((directory / MANIFEST).read_bytes()).get("files")
+    return set(_files(directory)) - {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+
+
+def _carry_over(older: Path, newer: Path) -> None:
+    """Gives the newer artifact what users have put beside the older one: the same files, under a second name.
+
+    Raises:
+        ArtifactError: one has the name of a file of the newer artifact.
+    """
+    kept = _kept(older)
+    for name in sorted(kept):
+        source, place = older / name, newer / name
+        if os.path.lexists(place):
+            raise ArtifactError(
+                f"'{older}' holds '{name}', which is not part of the artifact there but is of the new one; move it"
+                " away or pass another --out"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, place, follow_symlinks=False)
+        except OSError:  # a file system without second names
+            shutil.copy2(source, place, follow_symlinks=False)
+    for folder, _, _ in os.walk(older):
+        within = newer / Path(folder).relative_to(older)
+        if not within.exists() and not any(Path(folder).iterdir()):
+            within.mkdir(parents=True)
+    shutil.copymode(older, newer)
+
+
+def _put(fresh: Path, directory: Path) -> None:
+    """Gives a directory its final name, in place of what has it, so that a kill at any time leaves one of the two.
+
+    Where names cannot be swapped at once, there is a moment in which what is replaced has another name, under which
+    :func:`_recover` finds it.
+    """
+    if not is_artifact(directory):
+        fresh.rename(directory)  # fails where something else has come there
+        sync(directory.parent)
+        return
+    if not exchange(fresh, directory):
+        replaced = _replaced(directory)
+        directory.rename(replaced)
+        fresh.rename(directory)
+        fresh = replaced
+    sync(directory.parent)
+    shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replaced(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lbllm-replaced")
+
+
+def _recover(directory: Path) -> None:
+    """Gives an artifact its name back that a kill in :func:`_put` has left without."""
+    if not os.path.lexists(directory) and _replaced(directory).is_dir():
+        with contextlib.suppress(OSError):  # another process was faster, or may write here where this one may not
+            _replaced(directory).rename(directory)
 
 
 def _kernel_name(name: str, suffix: str) -> str:
@@ -348,10 +403,7 @@ def _kernel_name(name: str, suffix: str) -> str:
 
 def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -378,72 +430,9 @@ def _write_weights(directory: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise ArtifactError(f"there is no artifact at '{directory}'; name the directory that a compile wrote")
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError(f"'{directory}' is not an lbllm artifact (it has no {MANIFEST})")
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_MANIFEST + 1)
-        manifest = json.loads(content)
-    except OSError as error:
-        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{path}' is damaged; copy or compile the artifact again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"'{directory}' is not an lbllm artifact")
-    if manifest.get("version") != VERSION:
-        raise ArtifactError(
-            f"'{directory}' has format version {str(manifest.get('version'))[:20]}, this build reads version {VERSION};"
-            " compile the model again or use the matching lbllm-compile"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files:
-        raise ArtifactError(f"'{path}' lists no files; copy or compile the artifact again")
-    return manifest, hashlib.sha256(content).hexdigest()
-
-
-def _check_file(directory: Path, name: str, entry: Any) -> None:
-    """One file of the manifest: inside the directory, no link, and with the size and hash that are listed."""
-    parts = name.split("/")
-    if len(parts) > 4 or any(not _PART.fullmatch(p) for p in parts):
-        raise ArtifactError(f"'{directory}' lists the file {name[:100]!r}, which is not a plain name inside it")
-    path = directory
-    for part in parts:
-        path = path / part
-        if path.is_symlink():
-            raise ArtifactError(f"'{path}' is a link; an artifact consists of plain files")
-    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not _is_hash(entry.get("sha256")):
-        raise ArtifactError(f"'{directory / MANIFEST}' is damaged at {name!r}; copy or compile the artifact again")
-    try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ArtifactError(
-                f"'{path}' has {size} bytes instead of {entry['bytes']}; copy or compile the artifact again"
-            )
-        if _sha256(path) != entry["sha256"]:
-            raise ArtifactError(f"'{path}' was altered (its SHA-256 differs); copy or compile the artifact again")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"'{path}' is missing; copy or compile the artifact again") from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+    """What the manifest says of a written file, which is on disk then."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _refuse_unlisted(directory: Path, files: Mapping[str, Any]) -> None:

@@ -20,13 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile.codegen.cache import write_failure
+from lbllm_compile.codegen.cache import replace_durably, sync, write_atomically, write_failure
 from lbllm_compile.codegen.errors import LbllmError
 
 _log = logging.getLogger(__name__)
 
 FINGERPRINT = "fingerprint.json"
 LOCK = ".lock"
+
+_UNFINISHED = f".{FINGERPRINT}."
+"""How files begin that a kill while the fingerprint was written leaves behind."""
 
 
 class WorkDirError(LbllmError):
@@ -109,12 +112,15 @@ class WorkDir:
             WorkDirError: it cannot be written, as when the disk is full.
         """
         file = self._file(stage, index)
-        file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".partial")
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
+            if not file.parent.is_dir():
+                file.parent.mkdir(parents=True)
+                for folder in (self.path, file.parent.parent):
+                    sync(folder)
             save_file(contiguous, temporary, metadata={"metrics": json.dumps(metrics, sort_keys=True)})
-            _replace(temporary, file)
+            replace_durably(temporary, file)
         except (SafetensorError, OSError) as error:
             temporary.unlink(missing_ok=True)
             raise WorkDirError(
@@ -138,7 +144,8 @@ class WorkDir:
     def remove(self) -> None:
         """Deletes the directory after a successful compile: only what this class put there."""
         shutil.rmtree(self.path / "stages", ignore_errors=True)
-        (self.path / FINGERPRINT).unlink(missing_ok=True)
+        for file in (self.path / FINGERPRINT, *self.path.glob(f"{_UNFINISHED}*")):
+            file.unlink(missing_ok=True)
         self._lock.release()
         (self.path / LOCK).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
@@ -188,27 +195,8 @@ def _make(path: Path) -> None:
 def _refuse_foreign(path: Path) -> None:
     ours = {FINGERPRINT, LOCK, "stages"}
     try:
-        foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith("fingerprint.")]
+        foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(_UNFINISHED)]
     except OSError as error:
         raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error
     if foreign:
         raise WorkDirError(f"{path} is not a work directory (it holds '{foreign[0]}'); pass another --work-dir")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either whole or absent."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(data)
-    _replace(temporary, path)
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    """Flushes ``temporary`` to disk and renames it to ``final``, durably."""
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

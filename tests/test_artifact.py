@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,19 +150,140 @@ def test_a_failing_save_leaves_the_older_artifact(saved, monkeypatch):
 
 
 def test_foreign_directories_are_not_overwritten(tmp_path, saved):
-    item, out = saved
+    item, _ = saved
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match="holds files that are not an lbllm artifact"):
         artifact.save(item, foreign, lock=LOCK)
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"holds 'notes\.txt' beside the artifact"):
-        artifact.save(item, out, lock=LOCK)
-    assert (foreign / "thesis.tex").read_text() == "years of work" and (out / "notes.txt").read_text() == "mine"
+    assert (foreign / "thesis.tex").read_text() == "years of work"
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="it is not a directory"):
         artifact.check_destination(tmp_path / "file")
+
+
+def users_files(out: Path):
+    """What a user may have put beside an artifact: files, a folder, a link and an empty folder."""
+    (out / "README.md").write_text("mine")
+    (out / "report.html").write_text("mine too")
+    (out / "notes" / "deep").mkdir(parents=True)
+    (out / "notes" / "deep" / "a.txt").write_text("deep")
+    (out / "notes" / "link").symlink_to("deep")
+    (out / "empty").mkdir()
+
+
+def check_users_files(out: Path):
+    assert (out / "README.md").read_text() == "mine" and (out / "report.html").read_text() == "mine too"
+    assert (out / "notes" / "link" / "a.txt").read_text() == "deep" and (out / "notes" / "link").is_symlink()
+    assert (out / "empty").is_dir()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["second names", "copies"])
+def test_files_of_the_users_beside_an_artifact_stay(saved, links, monkeypatch):
+    _, out = saved
+    users_files(out)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "no second names here")))
+    artifact.save(lowered(seed=5), out, lock=LOCK)
+    check_users_files(out)
+    assert torch.equal(artifact.load(out).program.run(token_inputs()), lowered(seed=5).run(token_inputs()))
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "passes/notes.txt", "kernels/mine.py", "model-1-of-2.safetensors"])
+def test_a_file_of_the_users_that_an_artifact_could_have_is_in_the_way(saved, name):
+    _, out = saved
+    (out / name).write_text("mine")
+    with pytest.raises(ArtifactError, match=f"holds '{name}', which is not part of the artifact") as raised:
+        artifact.check_destination(out)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_link_stands_for_what_it_points_to(saved, tmp_path):
+    item, out = saved
+    for name, target in (("link", out), ("dangling", tmp_path / "new"), ("circle", tmp_path / "circle")):
+        (tmp_path / name).symlink_to(target)
+    for name in ("link", "dangling"):
+        artifact.save(lowered(seed=5), tmp_path / name, lock=LOCK)
+        assert (tmp_path / name).is_symlink()
+    for place in (out, tmp_path / "new"):
+        assert torch.equal(artifact.load(place).program.run(token_inputs()), lowered(seed=5).run(token_inputs()))
+    with pytest.raises(ArtifactError, match="it is not a directory"):
+        artifact.save(item, tmp_path / "circle", lock=LOCK)
+
+
+KILLS = """
+import os, shutil, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from lbllm_compile import artifact
+from test_artifact import LOCK, check_users_files, lowered, users_files
+
+folder, swaps = Path(sys.argv[2]), sys.argv[3] == "swap"
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+older, newer = lowered(), lowered(seed=5)
+swap = artifact.exchange if swaps else lambda *_: False
+
+
+def arm(moment):
+    left = moment
+
+    def count():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, arguments):
+        if event in CALLS or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING):
+            count()
+
+    def counted(*names):
+        count()
+        done = swap(*names)
+        count()
+        return done
+
+    sys.addaudithook(hook)
+    artifact.exchange = counted
+
+
+moment, found = 0, set()
+while True:
+    moment += 1
+    shutil.rmtree(folder, ignore_errors=True)
+    out = folder / "out"
+    digests = {artifact.save(older, out, lock=LOCK): "older"}
+    users_files(out)
+    child = os.fork()
+    if not child:
+        arm(moment)
+        artifact.save(newer, out, lock=LOCK)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), status
+    loaded = artifact.load(out)
+    found.add(digests.get(loaded.digest, "newer"))
+    check_users_files(out)
+    artifact.save(newer, out, lock=LOCK)
+    check_users_files(out)
+    assert artifact.load(out).digest not in digests
+    assert [p.name for p in folder.iterdir()] == ["out"], list(folder.iterdir())
+    if status == 0:
+        break
+assert found == {"older", "newer"} and moment > 40, (found, moment)
+"""
+
+
+@pytest.mark.parametrize("way", ["swap", "two renames"])
+def test_a_kill_between_any_two_calls_leaves_one_whole_artifact(tmp_path, way):
+    """Also where the file system cannot swap two names at once; and what users put there stays."""
+    tests = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", KILLS, str(tests), str(tmp_path / "kills"), way], cwd=tests.parent, check=True
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

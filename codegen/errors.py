@@ -21,3 +21,15 @@ class KernelError(LbllmError):
 
 class TargetError(LbllmError):
     """A target string names nothing this build can generate code for."""
+
+
+class UntranslatableError(KernelError):
+    """The graph has an operator, or a form of one, that a program cannot hold.
+
+    Attributes:
+        node: the call, where one is known.
+    """
+
+    def __init__(self, why: str, node: object = None):
+        super().__init__(why)
+        self.node = node

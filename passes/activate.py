@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate

@@ -34,7 +34,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir.program import Program
 

@@ -42,7 +42,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import describe

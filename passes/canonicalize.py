@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .calibrate.spool import spooled
 from .cleanup import clean

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen.errors import LbllmError
 from .base import Pass
 from .ir import dump, exact

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
 from ..codegen.sizes import DEFAULT_GROUP
 from .annotate import LINEAR

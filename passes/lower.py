@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen import reference
 from ..codegen.format import QuantizedWeight
 from .annotate import LINEAR
@@ -57,22 +57,10 @@ _LINEAR_BOUND = 1e-4
 IN_FEATURES = "lbllm_in_features"
 """Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
 
-SIMULATED = (
-    _lbllm.observe.default,
-    _lbllm.fake_quantize.default,
-    _lbllm.unpack_weight.default,
-    _lbllm.unpack_rows.default,
-    _lbllm.grouped_linear.default,
-)
+SIMULATED = tuple(o.target for o in operators.operators() if o.simulates)
 """Operators that only simulate; none is left in a lowered graph."""
 
-INTEGER = (
-    _lbllm.quantize_activation.default,
-    _lbllm.bit_linear.default,
-    _lbllm.grouped_bit_linear.default,
-    _lbllm.int8_linear.default,
-    _lbllm.int8_embedding.default,
-)
+INTEGER = tuple(o.target for o in operators.operators() if o.integer)
 """What they become."""
 
 

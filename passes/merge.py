@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .ir.program import Program, get_attribute

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from .annotate import LINEAR
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir.program import Program

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..codegen import ops as ops
+from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen import operators as operators
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LINEAR_TARGETS, LinearInfo
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir import dump

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from lbllm_compile.codegen import format as w11
-from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen import operators as operators
 from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
 from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls, is_call, make_attribute, make_call

@@ -12,7 +12,7 @@ from graphs import context as no_probe
 from graphs import expected, lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.cuda.quantize import quantize_schedules
 from lbllm_compile.codegen.errors import FormatError, KernelError

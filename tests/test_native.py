@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from lbllm_compile.codegen import reference
+from lbllm_compile.codegen import operators, reference
 from lbllm_compile.codegen.build import KernelSet
-from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.kernels import attention
 from lbllm_compile.codegen.kernels.dense import dense
+from lbllm_compile.codegen.operators import registry
+from lbllm_compile.codegen.operators.aten.shapes import infer
+from lbllm_compile.codegen.operators.translator import refusal
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
@@ -40,7 +44,6 @@ from lbllm_compile import artifact
 from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
 from lbllm_compile.lowering.executor import requirements
-from lbllm_compile.lowering.translate import UntranslatableError
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, text
 from lbllm_compile.runtime.native import NativeModel, NativeProgram
 from lbllm_compile.tune import TuneOptions, tune
@@ -192,10 +195,11 @@ def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path):
 def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(tmp_path, monkeypatch):
     """The operator is known; that this use of it is not shows when it is translated."""
 
-    def refuse(_, node):
-        raise translate._refusal(node, "this form of the operator has no translation")
+    def refuse(_, arguments):
+        raise refusal(arguments, "this form of the operator has no translation")
 
-    monkeypatch.setitem(translate._OPERATORS, torch.ops.aten.add.Tensor, refuse)
+    add = operators.find(torch.ops.aten.add.Tensor)
+    monkeypatch.setitem(registry._registered, add.target, dataclasses.replace(add, translate=refuse))
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "empty"))
     notes = Notes()
     with prepare.workshop() as folder:
@@ -212,12 +216,12 @@ def test_a_reshape_is_solved_with_symbols():
             return ("product", self, other)
 
     batch, length = Symbol(), Symbol()
-    assert translate._infer([batch, length, 72], [batch, length, -1, 18]) == [batch, length, 4, 18]
-    assert translate._infer([batch, 6, 4], [batch, -1]) == [batch, 24]
-    assert translate._infer([batch, length, 8], [batch, 8, -1]) == [batch, 8, length]
+    assert infer([batch, length, 72], [batch, length, -1, 18]) == [batch, length, 4, 18]
+    assert infer([batch, 6, 4], [batch, -1]) == [batch, 24]
+    assert infer([batch, length, 8], [batch, 8, -1]) == [batch, 8, length]
     for old, new in (([batch, 7], [-1, 2]), ([batch, 4], [length, -1])):
         with pytest.raises(UntranslatableError, match="cannot be solved"):
-            translate._infer(old, new)
+            infer(old, new)
 
 
 def test_a_layout_aligns_its_tensors():
@@ -465,7 +469,7 @@ def test_the_block_of_weights_is_what_its_layout_says():
     tensors = {"a": torch.arange(5, dtype=torch.int16), "b": torch.tensor(2.5), "c": torch.arange(6.0).view(2, 3).t()}
     specs = [TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
     layout = Layout.of(specs, 64)
-    block = b"".join(translate.Translation(None, tensors, layout, layout, (), 0).weight_bytes())
+    block = b"".join(translate.Translated(None, tensors, layout, layout, (), 0).weight_bytes())
     assert len(block) == layout.bytes == 192
     for name, tensor in tensors.items():
         data = tensor.contiguous().numpy().tobytes()

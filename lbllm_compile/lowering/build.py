@@ -23,10 +23,11 @@ import numpy as np
 
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.cache import write_atomically
+from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.lowering.translate import FORMS, Translation, UntranslatableError, translate
+from lbllm_compile.lowering.translate import FORMS, Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.runtime import text
@@ -156,7 +157,7 @@ def _forget_unused() -> None:
             path.unlink(missing_ok=True)
 
 
-def _library(program: Program, kernels: KernelSet, translation: Translation, place: Path) -> dict[str, int]:
+def _library(program: Program, kernels: KernelSet, translation: Translated, place: Path) -> dict[str, int]:
     """Puts the program's library at ``place``; returns the working memory its functions take.
 
     A library depends on the graph and the schedules and not on the weights, so one that was compiled before for the
@@ -178,7 +179,7 @@ def _library(program: Program, kernels: KernelSet, translation: Translation, pla
     return json.loads(memory.read_bytes())
 
 
-def _describe(program: Program, translation: Translation, workspaces: dict[str, int]) -> Description:
+def _describe(program: Program, translation: Translated, workspaces: dict[str, int]) -> Description:
     return Description(
         inputs=tuple(spec.name for spec in translation.inputs),
         weights=_members(translation.layout),

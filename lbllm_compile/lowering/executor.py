@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from lbllm_compile.codegen import ops as ops
+from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -28,13 +28,11 @@ from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
-KERNEL_TARGETS = (
-    _lbllm.quantize_activation.default,
-    _lbllm.bit_linear.default,
-    _lbllm.grouped_bit_linear.default,
-    _lbllm.int8_linear.default,
-)
+KERNEL_TARGETS = tuple(o.target for o in operators.operators() if o.kernel)
 """Operators that only ever run as kernels."""
+
+LINEAR_TARGETS = tuple(t for t in KERNEL_TARGETS if t is not _lbllm.quantize_activation.default)
+"""Those of them that are linears."""
 
 _POINTWISE = frozenset(
     (
@@ -236,7 +234,7 @@ class Executor:
 def _bind(program: Program, kernels: Kernels) -> None:
     """Replaces every kernel operator of the program's graph by a callable on packed weights, in place."""
     graph = program.graph
-    for node in calls(graph, *KERNEL_TARGETS[1:]):
+    for node in calls(graph, *LINEAR_TARGETS):
         spec = linear_spec(program, node)
         kernel = kernels.linear(spec)
         if node.target is _lbllm.grouped_bit_linear.default:

@@ -10,9 +10,6 @@ torch instead and says so.
 
 from __future__ import annotations
 
-import math
-import operator
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet, TirKernel
-from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators.translator import Translation, flat
 from lbllm_compile.codegen.program import builder
 from lbllm_compile.codegen.program.builder import (
     BATCH,
@@ -38,28 +38,27 @@ from lbllm_compile.codegen.program.builder import (
 from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.program.queries import same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
-from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec
 from lbllm_compile.codegen.tvm_api import relax
-from lbllm_compile.lowering.executor import KERNEL_TARGETS, last_token_graph, linear_spec, quantize_spec, quantizer_of
+from lbllm_compile.lowering.executor import (
+    KERNEL_TARGETS,
+    LINEAR_TARGETS,
+    last_token_graph,
+    linear_spec,
+    quantize_spec,
+    quantizer_of,
+)
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.program import STATE, Program
 from lbllm_compile.passes.ir.rewrite import (
     Node,
-    activation_knees,
-    argument,
     calls,
     constant,
-    is_call,
     is_constant,
     is_node,
 )
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
-
-
-class UntranslatableError(KernelError):
-    """The graph has an operator, or a form of one, that a program cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ all logits."""
 
 
 @dataclass
-class Translation:
+class Translated:
     """What a lowered graph became.
 
     Attributes:
@@ -125,7 +124,7 @@ class Translation:
         yield memoryview(bytes(self.layout.bytes - end))
 
 
-def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translation:
+def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translated:
     """Translates a language model after ``cache``.
 
     Raises:
@@ -134,8 +133,8 @@ def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORM
     if program.kind != "causal-lm":
         raise UntranslatableError("only language models become a program")
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target not in _OPERATORS:
-            raise _refusal(node, f"the operator {node.target} has no translation")
+        if node.op == "call_function" and _translation(node) is None:
+            raise UntranslatableError(f"the operator {node.target} has no translation: {describe(node)}")
     weights = _Weights(program, kernels)
     layout = Layout.of(weights.specs(), ALIGNMENT)
     state = Layout.of(_state_spec(n) for n in program.state_placeholders())
@@ -147,15 +146,17 @@ def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORM
             _Translator(program, kernels, whole, weights, form, inputs).run()
         return whole.finish()
 
-    return Translation(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
+    return Translated(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
 
 
 def _vocabulary(program: Program) -> int:
     """Rows of the table that ``input_ids`` index."""
     (ids,) = (n for n in program.placeholders() if n.target == "input_ids")
     for node in calls(program.graph, _lbllm.int8_embedding.default, _aten.embedding.default):
-        if ids in (node.args[-1], *node.args[-1].all_input_nodes):
-            return constant(program.module, node.args[0]).shape[0]
+        arguments = Arguments(node)
+        looked_up = arguments.indices if node.target is _aten.embedding.default else arguments.ids
+        if ids in (looked_up, *looked_up.all_input_nodes):
+            return constant(program.module, arguments.weight).shape[0]
     raise UntranslatableError("the graph looks its tokens up in no table")
 
 
@@ -184,7 +185,7 @@ class _Weights:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in calls(self.program.graph, *KERNEL_TARGETS[1:]):
+        for node in calls(self.program.graph, *LINEAR_TARGETS):
             self.tensors[self.packed_name(node)] = self._pack(node)
         for node in self.program.graph.nodes:
             if node.op == "get_attr" and not all(_packs(user) for user in node.users):
@@ -209,22 +210,20 @@ class _Weights:
 
 def _packs(node: Node) -> bool:
     """Whether a node's weights are in a kernel's packed ones: a linear, or what joins the weights of one."""
-    if node.target in KERNEL_TARGETS[1:]:
+    if node.target in LINEAR_TARGETS:
         return True
     return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
 
 
-def _is_tensor(value: Any) -> bool:
-    """Whether a translation is a tensor, and no size and no number."""
-    return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
-
-
-def _refusal(node: Node, why: str) -> UntranslatableError:
-    return UntranslatableError(f"{why}: {describe(node)}")
+def _translation(node: Node) -> Translation | None:
+    known = operators.find(node.target)
+    return None if known is None else known.translate
 
 
 class _Translator:
-    """Translates the graph into one function."""
+    """Translates the graph into one function; what its operators' translations ask."""
+
+    op = relax.op
 
     def __init__(
         self,
@@ -256,9 +255,24 @@ class _Translator:
                 self.function.finish(self.value(node.args[0]))
             elif node.op == "call_function":
                 if (node.target in KERNEL_TARGETS or not _packs(node)) and not self.awaits_addition(node):
-                    self.values[node] = _OPERATORS[node.target](self, node)
+                    self.values[node] = self.translated(node)
             elif node.op == "placeholder" and node.target != "past":
                 self.values[node] = self.function.value(node.target)
+
+    def translated(self, node: Node) -> Any:
+        """The translation of a call.
+
+        Raises:
+            UntranslatableError: no program can hold this form of the operator; naming the call.
+        """
+        translation = _translation(node)
+        assert translation is not None
+        try:
+            return translation(self, Arguments(node, self.value))
+        except UntranslatableError as error:
+            if error.node is None:
+                error = UntranslatableError(str(error), node)
+            raise UntranslatableError(f"{error}: {describe(error.node)}", error.node) from error
 
     def value(self, argument: Any) -> Any:
         """The translation of an operand: a value, a dimension, a number, or a list of them."""
@@ -268,12 +282,12 @@ class _Translator:
             return argument
         if argument not in self.values:
             waited = self.awaits_addition(argument)
-            self.values[argument] = _linear(self, argument) if waited else self.function.value(argument.target)
+            self.values[argument] = self.linear(argument) if waited else self.function.value(argument.target)
         return self.values[argument]
 
     def awaits_addition(self, node: Node) -> bool:
         """Whether a node is a linear whose result is only added to something: it is translated with the addition."""
-        linear = node.target in KERNEL_TARGETS[1:]
+        linear = node.target in LINEAR_TARGETS
         return self.form.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
 
     def call(
@@ -298,341 +312,73 @@ class _Translator:
         self.sources[result] = source
         return result
 
-    def operands(self, node: Node) -> list[Value]:
-        """Both operands as tensors; a number becomes a constant of the other operand's dtype."""
-        found = [self.value(a) for a in node.args[:2]]
-        tensors = [v for v in found if _is_tensor(v)]
-        if not tensors:
-            raise _refusal(node, "arithmetic on sizes has no translation")
-        kind = builder.dtype(tensors[0])
-        return [v if any(v is t for t in tensors) else relax.const(v, kind) for v in found]
-
-
-Handler = Callable[[_Translator, Node], Any]
-
-
-def _unary(expression: Callable[[Value], Any]) -> Handler:
-    return lambda t, node: t.emit(expression(t.value(node.args[0])))
-
-
-def _binary(expression: Callable[[Value, Value], Any]) -> Handler:
-    def handler(t: _Translator, node: Node) -> Value:
-        if set(node.kwargs) - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
-            raise _refusal(node, "this form of the operator has no translation")
-        a, b = t.operands(node)
-        if builder.dtype(a) != builder.dtype(b):
-            raise _refusal(node, "operands of different types have no translation")
-        return t.emit(expression(a, b))
-
-    return handler
-
-
-def _add(t: _Translator, node: Node) -> Value:
-    """An addition, which a linear takes over where its result is added to a tensor of the same shape."""
-    for linear, other in (node.args[:2], node.args[1::-1]):
-        if node.kwargs or not is_node(linear) or linear in t.values or linear is other:
-            continue
-        residual = t.value(other) if t.awaits_addition(linear) else None
-        if not _is_tensor(residual) or builder.dtype(residual) != "float32":
-            continue
-        shape = [*t.leading[quantizer_of(linear)], linear_spec(t.program, linear).out_features]
-        if same_sizes(builder.shape(residual), shape):
-            return _linear(t, linear, residual)
-    return _binary(relax.op.add)(t, node)
-
-
-def _same(t: _Translator, node: Node) -> Any:
-    return t.value(node.args[0])
-
-
-def _size(t: _Translator, node: Node) -> Any:
-    return builder.shape(t.value(node.args[0]))[node.args[1]]
-
-
-def _item(t: _Translator, node: Node) -> Any:
-    return t.value(node.args[0])[node.args[1]]
-
-
-def _power(t: _Translator, node: Node) -> Value:
-    x, exponent = t.value(node.args[0]), node.args[1]
-    if exponent not in (2, 3):
-        return t.emit(relax.op.power(x, relax.const(float(exponent), builder.dtype(x))))
-    result = t.emit(relax.op.multiply(x, x))
-    return t.emit(relax.op.multiply(result, x)) if exponent == 3 else result
-
-
-def _mean(t: _Translator, node: Node) -> Value:
-    x, dimensions, keep = node.args[0], list(node.args[1]), argument(node, 2, "keepdim", False)
-    if keep and dimensions == [-1] and is_call(x, _aten.pow.Tensor_Scalar) and x.args[1] == 2:
-        return t.function.mean_of_squares(t.value(x.args[0]))
-    return t.emit(relax.op.mean(t.value(x), dimensions, keep))
-
-
-def _reshape(t: _Translator, node: Node) -> Value:
-    x, sizes = t.value(node.args[0]), t.value(node.args[1])
-    if -1 in [s for s in sizes if isinstance(s, int)]:
-        sizes = _infer(builder.shape(x), sizes)
-    return t.reshape(x, sizes)
-
-
-def _infer(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
-    """``new`` with its one -1 replaced, so that it has as many elements as ``old``; equal symbols cancel."""
-    symbols = [d for d in old if not isinstance(d, int)]
-    for size in (d for d in new if not isinstance(d, int)):
-        match = next((i for i, d in enumerate(symbols) if d.same_as(size)), None)
-        if match is None:
-            raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
-        symbols.pop(match)
-    elements = math.prod(d for d in old if isinstance(d, int))
-    missing, rest = divmod(elements, math.prod(d for d in new if isinstance(d, int) and d != -1))
-    if rest:
-        raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
-    for symbol in symbols:
-        missing = symbol if missing == 1 else symbol * missing
-    return [missing if isinstance(d, int) and d == -1 else d for d in new]
-
-
-def _transpose(t: _Translator, node: Node) -> Value:
-    x = t.value(node.args[0])
-    axes = list(range(len(builder.shape(x))))
-    a, b = node.args[1], node.args[2]
-    axes[a], axes[b] = axes[b], axes[a]
-    return t.emit(relax.op.permute_dims(x, axes))
-
-
-def _permute(t: _Translator, node: Node) -> Value:
-    return t.emit(relax.op.permute_dims(t.value(node.args[0]), list(node.args[1])))
-
-
-def _unsqueeze(t: _Translator, node: Node) -> Value:
-    return t.emit(relax.op.expand_dims(t.value(node.args[0]), node.args[1]))
-
-
-def _expand(t: _Translator, node: Node) -> Value:
-    x, sizes = t.value(node.args[0]), t.value(node.args[1])
-    old = builder.shape(x)
-    old = [1] * (len(sizes) - len(old)) + old
-    return t.emit(
-        relax.op.broadcast_to(x, [o if isinstance(s, int) and s == -1 else s for o, s in zip(old, sizes, strict=True)])
-    )
-
-
-def _cut(t: _Translator, x: Value, axis: int, start: int, end: Any) -> Value:
-    return t.emit(relax.op.strided_slice(x, [axis], [start], [end], assume_inbound=True))
-
-
-def _slice(t: _Translator, node: Node) -> Value:
-    x, axis = t.value(node.args[0]), argument(node, 1, "dim", 0)
-    start = t.value(argument(node, 2, "start")) or 0
-    end = t.value(argument(node, 3, "end"))
-    size = builder.shape(x)[axis]
-    if argument(node, 4, "step", 1) != 1:
-        raise _refusal(node, "a slice with steps has no translation")
-    if end is None or (isinstance(end, int) and end >= sys.maxsize):
-        end = size
-    if isinstance(start, int) and start < 0:
-        start = size + start
-    if isinstance(end, int) and end < 0:
-        end = size + end
-    if isinstance(end, int) and isinstance(size, int):
-        end = min(end, size)
-    if isinstance(start, int) and start == 0 and end is size:
-        return x
-    return _cut(t, x, axis % len(builder.shape(x)), start, end)
-
-
-def _parts(t: _Translator, node: Node, sizes: Sequence[int], axis: int) -> list[Value]:
-    x, found, start = t.value(node.args[0]), [], 0
-    for size in sizes:
-        found.append(_cut(t, x, axis % len(builder.shape(x)), start, start + size))
-        start += size
-    return found
-
-
-def _split_sizes(t: _Translator, node: Node) -> list[Value]:
-    return _parts(t, node, node.args[1], node.args[2] if len(node.args) > 2 else 0)
-
-
-def _split(t: _Translator, node: Node) -> list[Value]:
-    axis = node.args[2] if len(node.args) > 2 else 0
-    size, each = builder.shape(t.value(node.args[0]))[axis], node.args[1]
-    if not isinstance(size, int):
-        raise _refusal(node, "a split of a dynamic dimension has no translation")
-    return _parts(t, node, [min(each, size - i) for i in range(0, size, each)], axis)
-
-
-def _chunk(t: _Translator, node: Node) -> list[Value]:
-    axis = node.args[2] if len(node.args) > 2 else 0
-    size = builder.shape(t.value(node.args[0]))[axis]
-    if not isinstance(size, int):
-        raise _refusal(node, "a split of a dynamic dimension has no translation")
-    each = -(-size // node.args[1])
-    return _parts(t, node, [min(each, size - i) for i in range(0, size, each)], axis)
-
-
-def _cat(t: _Translator, node: Node) -> Value:
-    return t.emit(relax.op.concat(t.value(node.args[0]), node.args[1] if len(node.args) > 1 else 0))
-
-
-def _cast(t: _Translator, node: Node) -> Value:
-    kind = node.args[1] if len(node.args) > 1 else node.kwargs.get("dtype")
-    x = t.value(node.args[0])
-    if kind is None or _dtype(kind) == builder.dtype(x):
-        return x
-    return t.emit(relax.op.astype(x, _dtype(kind)))
-
-
-def _sigmoid_of(x: Value) -> Any:
-    one = relax.const(1.0, builder.dtype(x))
-    return relax.op.divide(one, relax.op.add(one, relax.op.exp(relax.op.negative(x))))
-
-
-def _silu(t: _Translator, node: Node) -> Value:
-    x = t.value(node.args[0])
-    one = relax.const(1.0, builder.dtype(x))
-    return t.emit(relax.op.divide(x, relax.op.add(one, relax.op.exp(relax.op.negative(x)))))
-
-
-def _gelu(t: _Translator, node: Node) -> Value:
-    x = t.value(node.args[0])
-
-    def number(value: float) -> Any:
-        return relax.const(value, builder.dtype(x))
-
-    if node.kwargs.get("approximate", "none") == "tanh":
-        cube = relax.op.multiply(relax.op.multiply(x, x), x)
-        inner = relax.op.add(x, relax.op.multiply(cube, number(0.044715)))
-        gate = relax.op.tanh(relax.op.multiply(inner, number((2 / torch.pi) ** 0.5)))
-    else:
-        gate = relax.op.erf(relax.op.multiply(x, number(0.5**0.5)))
-    half = relax.op.multiply(x, number(0.5))
-    return t.emit(relax.op.multiply(half, relax.op.add(gate, number(1.0))))
-
-
-def _layer_norm(t: _Translator, node: Node) -> Value:
-    x, sizes = node.args[:2]
-    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    if weight is None or bias is None:
-        raise _refusal(node, "a layer norm without weight and bias has no translation")
-    axes = list(range(-len(sizes), 0))
-    epsilon = argument(node, 4, "eps", 1e-5)
-    return t.emit(relax.op.nn.layer_norm(t.value(x), t.value(weight), t.value(bias), axes, epsilon))
-
-
-def _embedding(t: _Translator, node: Node) -> Value:
-    return t.emit(relax.op.take(t.value(node.args[0]), t.value(node.args[1]), 0))
-
-
-def _int8_embedding(t: _Translator, node: Node) -> Value:
-    rows, scale, ids = t.value(node.args)
-    spec = EmbeddingSpec(*builder.shape(rows))
-    return t.call(t.kernels.embedding(spec), [rows, scale, ids], ([*builder.shape(ids), spec.columns], "float32"))
-
-
-def _flat(t: _Translator, x: Value) -> tuple[Value, list[Any], Any]:
-    """A value as ``[M, K]``, its leading dimensions, and ``M``."""
-    *leading, width = builder.shape(x)
-    count: Any = 1
-    for size in leading:
-        count = size if isinstance(count, int) and count == 1 else count * size
-    return t.reshape(x, [count, width]), leading, count
-
-
-def _quantize(t: _Translator, node: Node) -> list[Value]:
-    spec = quantize_spec(node)
-    x, t.leading[node], count = _flat(t, t.value(node.args[0]))
-    kernel = t.kernels.quantizer(spec).tir(parallel=t.form.length is None)
-    kind = "int16" if spec.bits == 16 else "int8"
-    factors = [t.value(a) for a in (node.args[1], *activation_knees(node))]
-    outputs = ([count, spec.in_features], kind), ([count, spec.scales], "float32")
-    return t.call(kernel, [x, *factors], *outputs, by_rows=True)
-
-
-def _linear(t: _Translator, node: Node, residual: Value | None = None) -> Value:
-    values, scale = t.value(node.args[:2])
-    spec = linear_spec(t.program, node)
-    count = builder.shape(values)[0]
-    packed = t.function.value(t.weights.packed_name(node))
-    output = ([count, spec.out_features], "float32")
-    kernel, operands = t.kernels.linear(spec).tir(t.form.bucket), [values, scale, packed]
-    if residual is not None:
-        make = kernel.make
-        kernel = TirKernel(f"{kernel.name}_residual", lambda: with_residual(make()))
-        operands.append(_flat(t, residual)[0])
-    flat = t.call(kernel, operands, output)
-    # A quantizer's result has two dimensions; here the graph's own come back.
-    leading = t.leading[quantizer_of(node)]
-    return t.reshape(flat, [*leading, spec.out_features])
-
-
-def _float_linear(t: _Translator, node: Node) -> Value:
-    x, weight = t.value(node.args[:2])
-    if builder.dtype(x) != "float32" or builder.dtype(weight) != "float32" or len(builder.shape(weight)) != 2:
-        raise _refusal(node, "a linear of this kind has no translation")
-    rows, columns = builder.shape(weight)
-    flat, leading, count = _flat(t, x)
-    kernel = t.kernels.dense(rows, columns, t.form.length == 1)
-    result = t.call(kernel, [flat, weight], ([count, rows], "float32"))
-    result = t.reshape(result, [*leading, rows])
-    bias = argument(node, 2, "bias")
-    return result if bias is None else t.emit(relax.op.add(result, t.value(bias)))
-
-
-def _attention(t: _Translator, node: Node) -> Value:
-    query, key, value, *state, mask = t.value(node.args[:8])
-    _, _, _, _, _, _, _, _, _, scale, window, bits = node.args
-    heads, _, width = builder.shape(query)[1:]
-    spec = AttentionSpec(heads, builder.shape(key)[1], width, builder.shape(value)[3], bits, window, scale)
-    if bits == 16:
-        state = [state[0], state[0], state[2], state[2]]
-    output = ([*builder.shape(query)[:3], spec.value_width], "float32")
-    # Within a launch that is there anyway, heads are worth sharing out even for one token.
-    kernel = t.kernels.attention(spec, t.form.length, parallel=t.form.length is None or t.form.blocks)
-    return t.call(kernel, [query, key, value, *state, mask], output)
-
-
-_OPERATORS: dict[Any, Handler] = {
-    operator.getitem: _item,
-    _aten.sym_size.int: _size,
-    _aten.add.Tensor: _add,
-    _aten.sub.Tensor: _binary(relax.op.subtract),
-    _aten.mul.Tensor: _binary(relax.op.multiply),
-    _aten.div.Tensor: _binary(relax.op.divide),
-    _aten.neg.default: _unary(relax.op.negative),
-    _aten.rsqrt.default: _unary(relax.op.rsqrt),
-    _aten.cos.default: _unary(relax.op.cos),
-    _aten.sin.default: _unary(relax.op.sin),
-    _aten.exp.default: _unary(relax.op.exp),
-    _aten.tanh.default: _unary(relax.op.tanh),
-    _aten.relu.default: _unary(relax.op.nn.relu),
-    _aten.sigmoid.default: _unary(_sigmoid_of),
-    _aten.silu.default: _silu,
-    _aten.gelu.default: _gelu,
-    _aten.pow.Tensor_Scalar: _power,
-    _aten.mean.dim: _mean,
-    _aten.layer_norm.default: _layer_norm,
-    _aten.embedding.default: _embedding,
-    _aten.reshape.default: _reshape,
-    _aten.view.default: _reshape,
-    _aten._unsafe_view.default: _reshape,
-    _aten.transpose.int: _transpose,
-    _aten.permute.default: _permute,
-    _aten.unsqueeze.default: _unsqueeze,
-    _aten.expand.default: _expand,
-    _aten.slice.Tensor: _slice,
-    _aten.split_with_sizes.default: _split_sizes,
-    _aten.split.Tensor: _split,
-    _aten.chunk.default: _chunk,
-    _aten.cat.default: _cat,
-    _aten.to.dtype: _cast,
-    _aten._to_copy.default: _cast,
-    _aten.contiguous.default: _same,
-    _aten.clone.default: _same,
-    _aten.alias.default: _same,
-    _lbllm.int8_embedding.default: _int8_embedding,
-    _lbllm.quantize_activation.default: _quantize,
-    _aten.linear.default: _float_linear,
-    _lbllm.bit_linear.default: _linear,
-    _lbllm.int8_linear.default: _linear,
-    _lbllm.cached_attention.default: _attention,
-}
+    @property
+    def bucket(self) -> str:
+        return self.form.bucket
+
+    @property
+    def length(self) -> int | None:
+        return self.form.length
+
+    @property
+    def blocks(self) -> bool:
+        return self.form.blocks
+
+    def constant(self, number: bool | int | float, dtype: str) -> Any:
+        return relax.const(number, dtype)
+
+    def shape(self, x: Value) -> list[Any]:
+        return builder.shape(x)
+
+    def dtype(self, x: Value) -> str:
+        return builder.dtype(x)
+
+    def is_tensor(self, value: Any) -> bool:
+        return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
+
+    def mean_of_squares(self, x: Value) -> Value:
+        return self.function.mean_of_squares(x)
+
+    def quantize(self, node: Node) -> list[Value]:
+        """The rows of a quantizer's input, quantized: ``[values [M, K], scales [M, G]]``."""
+        spec = quantize_spec(node)
+        arguments = Arguments(node, self.value)
+        x, self.leading[node], count = flat(self, arguments.x)
+        kernel = self.kernels.quantizer(spec).tir(parallel=self.length is None)
+        kind = "int16" if spec.bits == 16 else "int8"
+        factors = [arguments.clip, *([] if arguments.knees is None else [arguments.knees])]
+        outputs = ([count, spec.in_features], kind), ([count, spec.scales], "float32")
+        return self.call(kernel, [x, *factors], *outputs, by_rows=True)
+
+    def linear(self, node: Node, residual: Value | None = None) -> Value:
+        """A linear on its packed weights, with what is added to its result."""
+        arguments = Arguments(node, self.value)
+        values, scale = arguments.pick("values", "x_scale")
+        spec = linear_spec(self.program, node)
+        count = builder.shape(values)[0]
+        packed = self.function.value(self.weights.packed_name(node))
+        output = ([count, spec.out_features], "float32")
+        kernel, operands = self.kernels.linear(spec).tir(self.bucket), [values, scale, packed]
+        if residual is not None:
+            make = kernel.make
+            kernel = TirKernel(f"{kernel.name}_residual", lambda: with_residual(make()))
+            operands.append(flat(self, residual)[0])
+        result = self.call(kernel, operands, output)
+        # A quantizer's result has two dimensions; here the graph's own come back.
+        leading = self.leading[quantizer_of(node)]
+        return self.reshape(result, [*leading, spec.out_features])
+
+    def add_to_linear(self, node: Node) -> Value | None:
+        operands = Arguments(node)
+        if operands.alpha != 1:
+            return None
+        for linear, other in ((operands.self, operands.other), (operands.other, operands.self)):
+            if not is_node(linear) or linear in self.values or linear is other:
+                continue
+            residual = self.value(other) if self.awaits_addition(linear) else None
+            if not self.is_tensor(residual) or builder.dtype(residual) != "float32":
+                continue
+            shape = [*self.leading[quantizer_of(linear)], linear_spec(self.program, linear).out_features]
+            if same_sizes(builder.shape(residual), shape):
+                return self.linear(linear, residual)
+        return None

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lbllm_compile.codegen.format import QuantizedWeight
 from torch import Tensor
 
+from ...codegen.format import QuantizedWeight
 from ..base import PassContext, PassError
 from ..ir.program import CPU, Program, get_attribute, set_attribute
 from ..ptq import FIELDS, stored_weight

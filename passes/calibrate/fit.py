@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.format import LEVELS, quantize_levels
-from lbllm_compile.codegen.sizes import group_count
 from torch import Tensor
+
+from ...codegen.errors import LbllmError
+from ...codegen.format import LEVELS, quantize_levels
+from ...codegen.sizes import group_count
 
 Init = Literal["em", "rtn"]
 """How a group's levels start: by expectation maximization, or as an even grid between its least and largest weight."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lbllm_compile.codegen import ops as ops
-from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.progress import Progress
 from torch import Tensor, fx
 
+from ...codegen import operators as operators
+from ...codegen import reference
+from ...codegen.progress import Progress
 from ..base import batches_of
 from ..ir.program import Program
 from ..ir.rewrite import activation_knees, is_call

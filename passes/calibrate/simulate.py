@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lbllm_compile.codegen import ops as ops
-from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.format import LEVELS, QuantizedWeight
-from lbllm_compile.codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
 from torch import Tensor, fx
 
+from ...codegen import operators as operators
+from ...codegen import reference
+from ...codegen.format import LEVELS, QuantizedWeight
+from ...codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
 from ..ir.program import discard_attributes, get_attribute
 from ..ir.rewrite import activation_knees
 from .layers import Stage, Values

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from lbllm_compile.codegen.errors import LbllmError
 from torch import Tensor, nn
+
+from ...codegen.errors import LbllmError
 
 ALIGNMENT = 64
 """Bytes that a mapped tensor's address is a multiple of, as torch's own memory is: the speed, and in some libraries the

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lbllm_compile.codegen.errors import FormatError
 from torch import Tensor
 
+from ...codegen.errors import FormatError
 from ..base import Checkpoints, PassError
 from .layers import Values
 from .precision import Precision, matrix_products

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.format import QuantizedWeight
 from torch import Tensor, fx
 
+from ...codegen import reference
+from ...codegen.format import QuantizedWeight
 from .program import Program, Runner
 from .rewrite import argument, is_call
 

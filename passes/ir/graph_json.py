@@ -17,16 +17,16 @@ import dataclasses
 import json
 import keyword
 import math
-import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lbllm_compile.codegen import ops as ops
-from lbllm_compile.codegen.errors import LbllmError
 from torch import Tensor, fx
 
+from ...codegen import operators as operators
+from ...codegen.errors import LbllmError
+from ...codegen.operators import stored
 from ..annotate import LAYER, LINEAR, LinearInfo
 from ..lower import IN_FEATURES
 from . import dump
@@ -43,38 +43,6 @@ MAX_NODES = 1_000_000
 MAX_DEPTH = 6
 MAX_TEXT = 1000
 MAX_DIMENSION = 1 << 24
-
-_INTEGER_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "operator.add": operator.add,
-    "operator.sub": operator.sub,
-    "operator.mul": operator.mul,
-    "operator.floordiv": operator.floordiv,
-    "operator.mod": operator.mod,
-    "operator.neg": operator.neg,
-    "operator.getitem": operator.getitem,
-    "torch.sym_max": torch.sym_max,
-    "torch.sym_min": torch.sym_min,
-}
-
-_ATEN_NAMES = """
-    __and__ __or__ __xor__ abs add addcdiv addcmul addmm alias all amax amin any arange argmax argmin argsort
-    baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to cat ceil chunk clamp clamp_max clamp_min
-    clone constant_pad_nd contiguous copy cos cumsum detach div div_ dropout elu embedding empty_like eq erf exp
-    expand expand_as expm1 eye fill flatten flip floor floor_divide full full_like gather ge gelu glu group_norm gt
-    hardsigmoid hardswish hardtanh histc index index_add index_add_ index_put index_put_ index_select isfinite isinf
-    isnan layer_norm le leaky_relu lift_fresh_copy linear log log1p log2 log_softmax logical_and logical_not
-    logical_or logsumexp lt masked_fill masked_fill_ masked_scatter matmul max maximum mean min minimum mish mm
-    movedim mul narrow native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero numel one_hot ones
-    ones_like pad permute pow prod reciprocal relu relu6 remainder repeat repeat_interleave reshape rms_norm roll
-    round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_add_ scatter_ select
-    select_scatter selu sigmoid sign silu sin slice slice_scatter softmax softplus sort split split_with_sizes sqrt
-    square squeeze stack std sub sum swapaxes t take_along_dim tanh tensor_split threshold to topk transpose tril
-    triu trunc type_as unbind unflatten unsqueeze unsqueeze_ upsample_nearest2d var var_mean view view_as where
-    zero_ zeros zeros_like _safe_softmax _softmax _to_copy _unsafe_view conv1d conv2d sym_size sym_numel
-"""
-"""Operators of the ``aten`` namespace that a stored graph may call, every overload without an ``out`` argument."""
-
-_ATEN = frozenset(_ATEN_NAMES.split())
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in dump._DTYPES}
 _LAYOUTS = {"strided": torch.strided}
@@ -146,12 +114,10 @@ def operator_name(target: Any) -> str:
     Raises:
         GraphFormatError: the target is neither an operator overload nor a known function.
     """
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    for name, function in _INTEGER_FUNCTIONS.items():
-        if function is target:
-            return name
-    raise GraphFormatError(f"a graph that calls '{getattr(target, '__name__', target)}' cannot be stored")
+    name = stored.name_of(target)
+    if name is None:
+        raise GraphFormatError(f"a graph that calls '{getattr(target, '__name__', target)}' cannot be stored")
+    return name
 
 
 def resolve_operator(name: Any) -> Callable[..., Any]:
@@ -160,19 +126,12 @@ def resolve_operator(name: Any) -> Callable[..., Any]:
     Raises:
         GraphFormatError: the name is outside the allow-list.
     """
-    if isinstance(name, str) and name in _INTEGER_FUNCTIONS:
-        return _INTEGER_FUNCTIONS[name]
-    parts = name.split(".") if isinstance(name, str) else []
-    allowed = len(parts) == 3 and (parts[0] == "lbllm" or (parts[0] == "aten" and parts[1] in _ATEN))
-    if allowed:
-        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-        if packet is not None and parts[2] in packet.overloads():
-            overload = getattr(packet, parts[2])
-            if not any(a.is_out for a in overload._schema.arguments):
-                return overload
-    raise GraphFormatError(
-        f"the graph calls {str(name)[:100]!r}, which is outside the operators a stored graph may use"
-    )
+    target = stored.resolve(name) if isinstance(name, str) else None
+    if target is None:
+        raise GraphFormatError(
+            f"the graph calls {str(name)[:100]!r}, which is outside the operators a stored graph may use"
+        )
+    return target
 
 
 def _symbols(graph: fx.Graph) -> dict[str, str]:

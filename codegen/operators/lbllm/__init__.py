@@ -1,0 +1,24 @@
+"""The project's own operators.
+
+==========================  ===========================================================================================
+``observe``                 identity; marks an input whose statistics a calibration pass wants
+``unpack_weight``           W(1+1) planes and levels to a float matrix (simulation)
+``unpack_rows``             int8-per-row matrix to float (simulation of embedding and lm_head)
+``fake_quantize``           quantize and dequantize activations (simulation)
+``fake_quantize_kv``        quantize and dequantize keys or values per token and head (simulation)
+``grouped_linear``          float linear over stacked experts, tokens sorted by expert
+``quantize_activation``     float activations to integer values and scales
+``bit_linear``              quantized activations times W(1+1) weights
+``grouped_bit_linear``      the same for stacked experts, tokens sorted by expert
+``int8_linear``             quantized activations times int8-per-row weights
+``int8_embedding``          rows of an int8-per-row table
+``cached_attention``        attention over a quantized KV cache, which it updates
+==========================  ===========================================================================================
+
+Their eager implementation *is* the reference (:mod:`...reference`): slow and exact. A compiled model never runs it for
+those that are kernels; its executor binds proven ones to those nodes instead.
+"""
+
+from . import activations, attention, embeddings, linears
+
+__all__ = ["activations", "attention", "embeddings", "linears"]

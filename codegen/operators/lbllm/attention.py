@@ -1,0 +1,70 @@
+"""Attention over a quantized KV cache, and what simulates its quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...sizes import KV_BITS
+from ...spec import AttentionSpec
+from ..arguments import Arguments
+from ..checks import require, require_bits
+from ..registry import define
+from ..translator import Translator
+
+STATE = ("key_codes", "key_params", "value_codes", "value_params")
+"""Arguments that are the KV state of one attention."""
+
+
+def _fake_quantize_kv(x: Tensor, bits: int) -> Tensor:
+    return reference.dequantize_kv(*reference.quantize_kv(x, bits), bits, x.shape[-1]).to(x.dtype)
+
+
+fake_quantize_kv = define(
+    "fake_quantize_kv(Tensor x, int bits) -> Tensor",
+    reference=_fake_quantize_kv,
+    shape=lambda x, bits: torch.empty_like(x),
+    verify=lambda a: require_bits(a, KV_BITS),
+)
+
+
+def _shape(query, key, value, *rest):
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _verify(a: Arguments) -> None:
+    require_bits(a, KV_BITS)
+    require(a.window >= 0, a, f"a window of {a.window} tokens is less than none")
+    for name in ("query", "key", "value"):
+        require(getattr(a, name).dim() == 4, a, f"{name} is not [batch, heads, tokens, channels]")
+    heads, shared = a.query.shape[1], a.key.shape[1]
+    require(heads % shared == 0 and a.value.shape[1] == shared, a, f"{heads} heads cannot share {shared} of the keys'")
+    require(a.query.shape[-1] == a.key.shape[-1], a, "queries and keys differ in their channels")
+
+
+def _translate(t: Translator, a: Arguments) -> Any:
+    query, key, value, mask = a.pick("query", "key", "value", "key_mask")
+    state = a.pick(*STATE)
+    heads, _, width = t.shape(query)[1:]
+    spec = AttentionSpec(heads, t.shape(key)[1], width, t.shape(value)[3], a.bits, a.window, a.scale)
+    if a.bits == 16:
+        state = [state[0], state[0], state[2], state[2]]
+    output = ([*t.shape(query)[:3], spec.value_width], "float32")
+    # Within a launch that is there anyway, heads are worth sharing out even for one token.
+    kernel = t.kernels.attention(spec, t.length, parallel=t.length is None or t.blocks)
+    return t.call(kernel, [query, key, value, *state, mask], output)
+
+
+cached_attention = define(
+    "cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_codes, Tensor(b!) key_params,"
+    " Tensor(c!) value_codes, Tensor(d!) value_params, Tensor key_mask, SymInt past, float scale, int window,"
+    " int bits) -> Tensor",
+    reference=reference.cached_attention,
+    shape=_shape,
+    verify=_verify,
+    translate=_translate,
+    updates=STATE,
+)

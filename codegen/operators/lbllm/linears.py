@@ -1,0 +1,157 @@
+"""Linears: simulated, W(1+1), int8 per row, and over stacked experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...format import QuantizedWeight
+from ..arguments import Arguments
+from ..checks import require, require_group, require_scales, require_tensor
+from ..registry import define
+from ..translator import Translator
+
+WEIGHT = ("sign", "bitmap", "levels", "scale")
+"""Arguments of a W(1+1) weight, in the order of :class:`QuantizedWeight`."""
+
+
+def _unpack(sign: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor, in_features: int, group: int) -> Tensor:
+    return QuantizedWeight(sign, bitmap, levels, scale, in_features, group).dequantize()
+
+
+unpack_weight = define(
+    "unpack_weight(Tensor sign, Tensor bitmap, Tensor levels, Tensor scale, int in_features, int group) -> Tensor",
+    reference=_unpack,
+    shape=lambda sign, bitmap, levels, scale, in_features, group: scale.new_empty(
+        (*sign.shape[:-1], in_features), dtype=torch.float32
+    ),
+    simulates=True,
+)
+
+unpack_rows = define(
+    "unpack_rows(Tensor weight, Tensor scale) -> Tensor",
+    reference=lambda weight, scale: weight.float() * scale.unsqueeze(-1),
+    shape=lambda weight, scale: weight.new_empty(weight.shape, dtype=torch.float32),
+    simulates=True,
+)
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    out = x.new_zeros((x.shape[0], weight.shape[1]))
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        out[start:end] = torch.nn.functional.linear(x[start:end], weight[expert])
+        start = end
+    return out
+
+
+grouped_linear = define(
+    "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    reference=_grouped,
+    shape=lambda x, weight, offsets: x.new_empty((x.shape[0], weight.shape[1])),
+    simulates=True,
+)
+
+
+def _translate(t: Translator, a: Arguments) -> Any:
+    return t.linear(a.node)
+
+
+def _verify_input(a: Arguments) -> None:
+    values = a.values
+    require(values.dtype in (torch.int8, torch.int16), a, f"values are {values.dtype}, not quantized ones")
+    require_scales(a, "x_scale", torch.float32, None)
+
+
+def _verify_bit(a: Arguments) -> None:
+    require_group(a, whole_token=False)
+    _verify_input(a)
+    rows = a.sign.shape[-2]
+    for name in ("sign", "bitmap"):
+        require_tensor(a, name, torch.uint8, rows, a.sign.shape[-1])
+    groups = require_scales(a, "scale", torch.float16, rows, None).shape[-1]
+    require_tensor(a, "levels", torch.int8, rows, groups, 4)
+
+
+def _bit_linear(
+    values: Tensor,
+    x_scale: Tensor,
+    sign: Tensor,
+    bitmap: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    weight = QuantizedWeight(sign, bitmap, levels, scale, values.shape[-1], group)
+    return reference.bit_linear(values, x_scale, weight, bias)
+
+
+bit_linear = define(
+    "bit_linear(Tensor values, Tensor x_scale, Tensor sign, Tensor bitmap, Tensor levels, Tensor scale,"
+    " Tensor? bias, int group) -> Tensor",
+    reference=_bit_linear,
+    shape=lambda values, x_scale, sign, bitmap, levels, scale, bias, group: values.new_empty(
+        (*values.shape[:-1], sign.shape[-2]), dtype=torch.float32
+    ),
+    verify=_verify_bit,
+    translate=_translate,
+    integer=True,
+    kernel=True,
+)
+
+
+def _grouped_bit_linear(
+    values: Tensor,
+    x_scale: Tensor,
+    sign: Tensor,
+    bitmap: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    offsets: Tensor,
+    group: int,
+) -> Tensor:
+    out = values.new_zeros((values.shape[0], sign.shape[-2]), dtype=torch.float32)
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        weight = QuantizedWeight(sign[expert], bitmap[expert], levels[expert], scale[expert], values.shape[-1], group)
+        out[start:end] = reference.bit_linear(values[start:end], x_scale[start:end], weight)
+        start = end
+    return out
+
+
+grouped_bit_linear = define(
+    "grouped_bit_linear(Tensor values, Tensor x_scale, Tensor sign, Tensor bitmap, Tensor levels, Tensor scale,"
+    " Tensor offsets, int group) -> Tensor",
+    reference=_grouped_bit_linear,
+    shape=lambda values, x_scale, sign, bitmap, levels, scale, offsets, group: values.new_empty(
+        (values.shape[0], sign.shape[-2]), dtype=torch.float32
+    ),
+    verify=_verify_bit,
+    integer=True,
+    kernel=True,
+)
+
+
+def _verify_int8(a: Arguments) -> None:
+    require_group(a, whole_token=True)
+    _verify_input(a)
+    rows = require_tensor(a, "weight", torch.int8, None, None)
+    require(rows.dim() == 2, a, "weight is no matrix")
+    require_scales(a, "w_scale", torch.float32, rows.shape[0])
+
+
+int8_linear = define(
+    "int8_linear(Tensor values, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, int group) -> Tensor",
+    reference=reference.int8_linear,
+    shape=lambda values, x_scale, weight, w_scale, bias, group: values.new_empty(
+        (*values.shape[:-1], weight.shape[0]), dtype=torch.float32
+    ),
+    verify=_verify_int8,
+    translate=_translate,
+    integer=True,
+    kernel=True,
+)

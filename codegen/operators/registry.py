@@ -1,0 +1,98 @@
+"""What is known of an operator, and where it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import LbllmError
+from .arguments import Arguments
+from .translator import Translation
+
+NAMESPACE = "lbllm"
+"""The namespace of the project's own operators."""
+
+Verification = Callable[[Arguments], None]
+"""Raises :class:`OperatorError` where arguments are not what an operator takes.
+
+Tensors may be fake ones, of which only shape and dtype are known.
+"""
+
+
+class OperatorError(LbllmError):
+    """A call has arguments that its operator does not take."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator.
+
+    Attributes:
+        target: what a graph's node calls: an overload of ``torch.ops``, or a function.
+        translate: makes a call part of a program; None where no program can hold it.
+        verify: checks the arguments of a call.
+        simulates: it stands for integer arithmetic and is computed in floats; none is left in a lowered graph.
+        integer: it takes or gives quantized values; ``lower`` makes it.
+        kernel: in a compiled model it only ever runs as a proven kernel, never as its slow reference.
+        updates: names of the arguments that are state, which it changes in place.
+    """
+
+    target: Callable[..., Any]
+    translate: Translation | None = None
+    verify: Verification | None = None
+    simulates: bool = False
+    integer: bool = False
+    kernel: bool = False
+    updates: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is called in a stored graph, e.g. ``aten.add.Tensor`` or ``operator.mul``."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            return str(self.target)
+        return f"{self.target.__module__.removeprefix('_')}.{self.target.__name__}"
+
+
+_registered: dict[Callable[..., Any], Operator] = {}
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(operator: Operator) -> Operator:
+    """Makes an operator known.
+
+    Raises:
+        ValueError: its target is known already.
+    """
+    if operator.target in _registered:
+        raise ValueError(f"the operator {operator.name} is registered already")
+    _registered[operator.target] = operator
+    return operator
+
+
+def define(schema: str, *, reference: Callable[..., Any], shape: Callable[..., Any], **facts: Any) -> Operator:
+    """Makes a new operator ``lbllm::NAME``, for torch and for graphs.
+
+    Args:
+        schema: torch's, without the namespace, e.g. ``"double(Tensor x) -> Tensor"``.
+        reference: what it computes, exactly; its eager implementation on every device.
+        shape: the same on fake tensors: shapes and dtypes alone.
+        facts: see :class:`Operator`.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=_library)
+    return register(Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, **facts))
+
+
+def find(target: Any) -> Operator | None:
+    """What is known of a node's target."""
+    return _registered.get(target)
+
+
+def operators() -> Iterator[Operator]:
+    """Every operator that is known."""
+    yield from _registered.values()

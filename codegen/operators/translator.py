@@ -1,0 +1,110 @@
+"""What an operator's translation can ask for: the function that is being built, and the kernels it may call.
+
+A translation gets the call's arguments by name, translated as they are asked for: tensors are values of the program,
+sizes are integers or symbols, numbers stay numbers. It touches TVM through the translator alone, so that operators can
+be known without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..errors import UntranslatableError
+from .arguments import Arguments
+
+Value = Any
+"""A tensor of the program."""
+
+Size = Any
+"""A dimension: an integer, or an expression over symbols."""
+
+
+class Translator(Protocol):
+    """Builds one function of a program.
+
+    Attributes:
+        op: the operators that values are made of (TVM's ``relax.op``).
+        kernels: the proven kernels.
+        bucket: the token bucket whose kernels the function calls.
+        length: tokens of a call, where that is known.
+        blocks: the function runs in few launches.
+    """
+
+    op: Any
+    kernels: Any
+
+    @property
+    def bucket(self) -> str: ...
+
+    @property
+    def length(self) -> int | None: ...
+
+    @property
+    def blocks(self) -> bool: ...
+
+    def value(self, argument: Any) -> Any:
+        """The translation of an argument of the graph."""
+        ...
+
+    def emit(self, expression: Any) -> Value:
+        """The value of an expression."""
+        ...
+
+    def constant(self, number: bool | int | float, dtype: str) -> Any:
+        """A number as a tensor without dimensions."""
+        ...
+
+    def shape(self, x: Value) -> list[Size]:
+        """The dimensions of a value."""
+        ...
+
+    def dtype(self, x: Value) -> str:
+        """The dtype of a value, e.g. ``"float32"``."""
+        ...
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a translation is a tensor, and no size and no number."""
+        ...
+
+    def reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
+        """A value in another shape."""
+        ...
+
+    def call(self, kernel: Any, arguments: Sequence[Value], *outputs: Any, by_rows: bool = False) -> Any:
+        """Calls a kernel; ``outputs`` are shapes and dtypes of what it writes. Gives one value or a list."""
+        ...
+
+    def mean_of_squares(self, x: Value) -> Value:
+        """``mean(x * x)`` over the last dimension, which stays with size one."""
+        ...
+
+    def quantize(self, node: Any) -> list[Value]:
+        """Translates a call of ``quantize_activation``: values and scales of the rows."""
+        ...
+
+    def linear(self, node: Any) -> Value:
+        """Translates a call of a linear that runs as a kernel."""
+        ...
+
+    def add_to_linear(self, node: Any) -> Value | None:
+        """An addition as part of the linear whose result it adds to; None where no linear waits for it."""
+        ...
+
+
+Translation = Callable[[Translator, Arguments], Any]
+"""Makes a call part of a program."""
+
+
+def refusal(arguments: Arguments, why: str) -> UntranslatableError:
+    """The error of a call that no program can hold."""
+    return UntranslatableError(why, arguments.node)
+
+
+def flat(t: Translator, x: Value) -> tuple[Value, list[Size], Size]:
+    """A value as ``[M, K]``, its leading dimensions, and ``M``."""
+    *leading, width = t.shape(x)
+    count: Any = 1
+    for size in leading:
+        count = size if isinstance(count, int) and count == 1 else count * size
+    return t.reshape(x, [count, width]), leading, count

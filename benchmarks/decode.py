@@ -269,7 +269,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="lbllm-decode-") as folder:
             kinds = () if absent else KINDS
             for threads in sorted(options.threads):
-                subject = subjects.prepare(_wish(options, kinds, threads), Path(folder))
+                subject = subjects.make(_wish(options, kinds, threads), Path(folder))
                 document |= {"original": subject.original, "parameters": subject.parameters}
                 results = speeds(subject, settings, threads, options.quick)
                 run = {"threads": threads, "results": results, "ratios": ratios(results)}

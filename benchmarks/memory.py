@@ -133,9 +133,10 @@ def measure(run: Run) -> dict[str, Any]:
 
 def _planned(run: Run, passes: Sequence[Any]) -> dict[str, int]:
     """What ``plan`` says of the phases that are measured, for the tokens that are used."""
-    from lbllm_compile import driver, footprint, plan, recipe
+    from lbllm_compile import footprint, plan, recipe
+    from lbllm_compile.options import CompileOptions
 
-    made = plan.make_plan(driver.CompileOptions(run.model, pipeline=run.pipeline))
+    made = plan.make_plan(CompileOptions(run.model, pipeline=run.pipeline))
     tokens = {
         "sequences": run.sequences,
         "sequence_length": run.length,

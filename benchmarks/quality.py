@@ -100,7 +100,8 @@ def measure_here(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     from lbllm_compile.passes import pipeline
 
     from lbllm_compile import ablate, evaluate
-    from lbllm_compile.driver import CompileOptions
+    from lbllm_compile.job import read_job
+    from lbllm_compile.options import CompileOptions
     from lbllm_compile.report.terminal import make_progress
     from lbllm_compile.variants import Study
 
@@ -112,7 +113,7 @@ def measure_here(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         work_dir=options.work / "stages",
     )
-    job = ablate.prepare(chosen, progress)
+    job = read_job(chosen, progress, ablate.places(chosen))
     excerpt = evaluate.Excerpt.of(job.program, options.text, options.seq_len, options.chunks)
     study = Study(job, preparation(options.preset), excerpt, progress)
     try:

@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> None:
     progress = make_progress(harness.CONSOLE)
     model = frontend.load(options.model)
     program = frontend.capture(model)
-    data = calibration.prepare(
+    data = calibration.collect(
         model, program, options.calibration, tokens=SEQUENCES * LENGTH, length=LENGTH, progress=progress
     )
     context = PassContext(calibration=data.calibration, probe=data.probe, progress=progress)

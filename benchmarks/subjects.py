@@ -63,7 +63,7 @@ LEVELS = (-1.5, -0.45, 0.45, 1.5)
 
 @dataclass(frozen=True)
 class Wish:
-    """What to prepare.
+    """What to make ready.
 
     Attributes:
         artifact: a directory that a compile wrote; empty for a model of random weights.
@@ -174,11 +174,11 @@ def lowered(model: Any, name: str, group: int) -> Program:
     return apply(program, "head,merge,lower,cache,cleanup")
 
 
-def prepare(wish: Wish, directory: Path) -> Subject:
-    """Prepares a model for a number of threads; what takes much memory happens in a child process.
+def make(wish: Wish, directory: Path) -> Subject:
+    """Makes a model ready for a number of threads; what takes much memory happens in a child process.
 
     Args:
-        wish: what to prepare.
+        wish: what to make ready.
         directory: where its files go.
 
     Raises:
@@ -197,7 +197,7 @@ def prepare(wish: Wish, directory: Path) -> Subject:
     return Subject(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _prepare_here(wish: Wish, directory: Path) -> Subject:
+def _make_here(wish: Wish, directory: Path) -> Subject:
     from lbllm_compile.codegen.build import KernelSet
     from lbllm_compile.codegen.targets import Target
 
@@ -253,7 +253,7 @@ def _write_gguf(model: Any, kinds: Sequence[str], threads: int, directory: Path)
 if __name__ == "__main__":
     fields = json.loads(sys.stdin.read())
     try:
-        made = _prepare_here(Wish(**{**fields, "kinds": tuple(fields["kinds"])}), Path(sys.argv[1]))
+        made = _make_here(Wish(**{**fields, "kinds": tuple(fields["kinds"])}), Path(sys.argv[1]))
     except LbllmError as error:
         sys.exit(str(error))
     print(json.dumps(asdict(made)))

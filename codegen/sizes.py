@@ -1,4 +1,4 @@
-"""Sizes that the format allows and that kernels count on, for modules that need no torch."""
+"""Sizes that the format allows and that kernels count on, and other limits, for modules that need no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ ALIGNMENT = 64
 
 CAPACITY_MULTIPLE = 16
 """Capacities of KV caches are multiples of this: attention kernels read blocks of keys whole."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""
 
 
 def group_count(in_features: int, group: int) -> int:

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbllm_compile.version import __version__
+
 if TYPE_CHECKING:
-    from lbllm_compile.driver import CompileOptions, CompileReport, compile
+    from lbllm_compile.driver import compile
+    from lbllm_compile.options import CompileOptions
+    from lbllm_compile.records import CompileReport
     from lbllm_compile.runtime import CompiledModel, load
 
 __all__ = ["CompileOptions", "CompileReport", "CompiledModel", "__version__", "compile", "load"]
-__version__ = "0.1.0"
 
 # In a checkout passes/ and codegen/ lie beside this folder; an installed package has them inside it.
 _checkout = Path(__file__).resolve().parent.parent
@@ -16,8 +19,8 @@ if (_checkout / "passes" / "base.py").is_file() and str(_checkout) not in __path
     __path__.append(str(_checkout))
 
 _HOMES = {
-    "CompileOptions": "driver",
-    "CompileReport": "driver",
+    "CompileOptions": "options",
+    "CompileReport": "records",
     "CompiledModel": "runtime",
     "compile": "driver",
     "load": "runtime",

@@ -19,10 +19,12 @@ from typing import Any, Literal, TypeVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from lbllm_compile import checkpoint, driver, evaluate, recipe
+from lbllm_compile import evaluate, recipe
+from lbllm_compile.checkpoint import check_work_dir
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.driver import CompileOptions, Job
+from lbllm_compile.job import Places, read_job
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.activate import Activate
 from lbllm_compile.passes.base import Pass
@@ -251,7 +253,7 @@ def ablate(
     evaluate.check_numbers(seq_len, chunks)
     evaluate.read_text(text)
     chosen_of(comparisons(Parts.of(recipe.passes(recipe.choices(options), options.target))), only)
-    job = prepare(options, progress)
+    job = read_job(options, progress, places(options))
     parts = Parts.of(job.passes)
     chosen = chosen_of(comparisons(parts), only)
     excerpt = evaluate.Excerpt.of(job.program, text, seq_len, chunks)
@@ -286,19 +288,15 @@ def chosen_of(known: Sequence[Comparison], names: Sequence[str]) -> list[Compari
     return [c for c in known if not names or c.name in names]
 
 
-def prepare(options: CompileOptions, progress: Progress) -> Job:
-    """Reads and captures the model; the work directory is ``NAME-ablation.lbllm-work`` unless named.
+def places(options: CompileOptions) -> Places:
+    """Where an ablation keeps what is finished: ``NAME-ablation.lbllm-work`` unless named."""
 
-    Raises:
-        LbllmError: something the user named is missing or wrong.
-    """
-
-    def places(name: str) -> tuple[Path, Path]:
+    def checked(name: str) -> tuple[Path, Path]:
         work = options.work_dir or Path(f"{name}-ablation.lbllm-work")
-        checkpoint.check_work_dir(work)
+        check_work_dir(work)
         return Path(f"{name}-ablation"), work
 
-    return driver.capture(options, places, progress)
+    return checked
 
 
 COLUMNS = ("perplexity", "KL mean", "KL p99", "same top token", "time")

@@ -26,7 +26,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.records import MeasuredPass
 
 MEASUREMENTS = "measured.json"
 SHARD_BYTES = 2 << 30
@@ -131,7 +132,7 @@ def save(
     *,
     lock: Mapping[str, Any],
     history: Sequence[tuple[str, Program]] = (),
-    passes: Sequence[Mapping[str, Any]] = (),
+    passes: Sequence[MeasuredPass] = (),
     records: Sequence[Mapping[str, Any]] = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
@@ -145,7 +146,7 @@ def save(
         program: the lowered program.
         lock: what made it, JSON-able.
         history: ``(pass name, program after it)`` in order.
-        passes: what the passes measured, JSON-able: see :class:`MeasuredPass`.
+        passes: what the passes measured.
         records: tuning records, JSON-able.
         sources, binaries: generated kernels by file name, for reading.
 
@@ -170,7 +171,7 @@ def save(
         _write(partial / "graph.json", graph)
         for index, (name, after) in enumerate(history, start=1):
             _write(partial / "passes" / f"{index:03d}_{name}.json", graph_json.dumps(after.module))
-        _write_json(partial / MEASUREMENTS, list(passes))
+        _write_json(partial / MEASUREMENTS, [asdict(item) for item in passes])
         _write_weights(partial, state)
         _write_json(partial / "program.json", {"kind": program.kind, "name": program.name, **_facts(program)})
         _write_json(partial / "lbllm.lock", dict(lock))
@@ -252,24 +253,6 @@ def read_file(directory: Path, name: str) -> bytes:
         raise ArtifactError(f"'{directory}' has no {name}; compile the model again")
     check_file(directory, name, files[name])
     return (directory / name).read_bytes()
-
-
-@dataclass(frozen=True)
-class MeasuredPass:
-    """What a pass of the compile measured.
-
-    Attributes:
-        name, text: the pass, and as pipeline text.
-        contract: as declared, in words.
-        rows: figures per layer or per linear.
-        summary: figures of the whole pass.
-    """
-
-    name: str
-    text: str
-    contract: str
-    rows: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
 
 
 def measured_passes(directory: Path) -> list[MeasuredPass]:

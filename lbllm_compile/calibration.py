@@ -90,7 +90,7 @@ class CalibrationSet:
         return sum(_rows(batch) for batch in self.calibration)
 
 
-def prepare(
+def collect(
     model: UserModel,
     program: Program,
     source: str | None = None,
@@ -104,7 +104,7 @@ def prepare(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CalibrationSet:
-    """Makes the calibration set of a model.
+    """Collects the calibration set of a model.
 
     Args:
         model: the loaded model; it is the one that samples.

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lbllm_compile import __version__
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.options import CompileOptions
+from lbllm_compile.version import __version__
 
 # torch, transformers and tvm take seconds to import: every verb imports what it needs when it runs.
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from lbllm_compile.codegen.progress import Progress
-    from lbllm_compile.driver import CompileOptions
     from lbllm_compile.passes.ir.program import Program
     from lbllm_compile.passes.pipeline import PassRecord
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
@@ -203,7 +203,7 @@ def compile_command(
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into an artifact directory. Interrupted? The same command resumes."""
-    options = _compile_options(
+    options = CompileOptions(
         model=model,
         target=target,
         out=out,
@@ -260,7 +260,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a compile of MODEL would do to each linear and why, and what RAM, disk and time it would take."""
-    options = _compile_options(
+    options = CompileOptions(
         model=model,
         target=target,
         recipe=recipe,
@@ -298,7 +298,7 @@ def preflight(
     as_json: Json = False,
 ) -> None:
     """Take one decoder layer of MODEL through every stage and its kernels, to see that a compile will work."""
-    options = _compile_options(
+    options = CompileOptions(
         model=model,
         target=target,
         recipe=recipe,
@@ -437,7 +437,7 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Say what each part of the recipe earns on MODEL, as a table. Interrupted? The same command resumes."""
-    options = _compile_options(
+    options = CompileOptions(
         model=model,
         preset=preset,
         calibration=calibration,
@@ -637,12 +637,6 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         if "--debug" not in sys.argv:
             warnings.simplefilter("ignore")
         yield ui
-
-
-def _compile_options(**values: Any) -> CompileOptions:
-    from lbllm_compile.driver import CompileOptions
-
-    return CompileOptions(**values)
 
 
 def _read_prompt() -> str:

@@ -274,7 +274,7 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
     model = frontend.load(str(source))
     if model.kind != "causal-lm":
         raise EvaluationError(f"'{source}' is not a language model, so it cannot be the teacher")
-    same = frontend.fingerprint(frontend.capture(model)) == loaded.lock.get("model")
+    same = frontend.program_hash(frontend.capture(model)) == loaded.lock.get("model")
     if not same and named is None:
         progress.note(f"no comparison with the original model: '{source}' has changed; name it with --teacher")
         return None

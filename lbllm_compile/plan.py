@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import RenderableType
@@ -28,16 +28,15 @@ from lbllm_compile import footprint, frontend, recipe
 from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
-from lbllm_compile.passes import annotate, canonicalize, ptq
+from lbllm_compile.job import check_named, check_print_after, device_of
+from lbllm_compile.options import CompileOptions
+from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.calibrate import sensitivity, spool
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
 from lbllm_compile.passes.ir.program import CPU, get_attribute
 from lbllm_compile.report import terminal
-
-if TYPE_CHECKING:
-    from lbllm_compile.driver import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,6 @@ def make_plan(options: CompileOptions) -> Plan:
     Raises:
         LbllmError: what would stop the compile at its start: a wrong option, a missing file, an unknown target.
     """
-    from lbllm_compile.driver import check_named, check_print_after, device_of
-    from lbllm_compile.passes import pipeline
-
     targets = tuple(t.name for t in parse_targets(options.target))
     passes = recipe.passes(recipe.choices(options), options.target)
     check_named(options, passes)

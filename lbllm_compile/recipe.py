@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
+from lbllm_compile.options import OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.registry import suggestion
@@ -67,10 +67,6 @@ RECIPES = {
     ),
 }
 """Known recipes by name."""
-
-
-class OptionError(LbllmError):
-    """An option has a value it cannot have, or two options contradict each other."""
 
 
 class Preset(BaseModel):

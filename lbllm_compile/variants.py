@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_compile import driver
 from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.driver import Job, peak_memory
 from lbllm_compile.evaluate import Excerpt, Scores
 from lbllm_compile.frontend import language_model_inputs
+from lbllm_compile.job import Job
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass, PassCheckpoints, PassContext
 from lbllm_compile.passes.calibrate.chains import parameters_of
@@ -36,6 +35,7 @@ from lbllm_compile.passes.calibrate.simulate import lift
 from lbllm_compile.passes.calibrate.training import DivergenceError
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.records import peak_memory
 
 _AFTER = "after-"
 """In front of the key of a finished pass: the stage of the work directory that holds its program."""
@@ -242,9 +242,9 @@ class Study:
         self._job = job
         self._progress = progress or NoProgress()
         self._text = _digest(str(excerpt.facts["seq_len"]), *(piece.numpy().tobytes() for piece in excerpt.pieces))
-        data = driver.calibration_data(job, self._progress)
+        data = job.calibration_data(self._progress)
         # Every piece of work is kept under its pipeline, so that studies of other pipelines share the directory.
-        facts = {k: v for k, v in driver.fingerprint(job, data).items() if k != "pipeline"}
+        facts = {k: v for k, v in job.fingerprint(data).items() if k != "pipeline"}
         self.calibration = data.source
         self.work = WorkDir(job.work, facts, fresh=job.options.fresh)
         context = PassContext(
@@ -252,7 +252,7 @@ class Study:
             validation=data.validation,
             probe=data.probe,
             seed=job.options.seed,
-            device=driver.device_of(job.options),
+            device=job.device,
             progress=self._progress,
         )
         self._tree = Tree.start(job.program, preparation, context, self.work)

@@ -15,9 +15,6 @@ from ..codegen.errors import LbllmError
 from ..codegen.progress import NoProgress, Progress
 from .ir.program import CPU, Program
 
-MAX_SEED = 2**32 - 1
-"""Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""
-
 
 class PassError(LbllmError):
     """A pass refuses the program: a precondition does not hold. The message names the node and the way out."""

@@ -36,7 +36,7 @@ from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
-from .calibrate.fit import CalibrationError, Factor, Fit, Init, factor, fit
+from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .calibrate.precision import Precision
 from .calibrate.spool import mapped, release, trim
@@ -270,14 +270,14 @@ class Statistic:
         """Mean outer product of an expert's inputs ``[K, K]``; for ``absmax`` the squared peaks on the diagonal."""
         total = self.sums[expert]
         if total is None:
-            raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
+            raise FitError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
         return torch.diag(total.square()) if self.kind == "absmax" else _symmetric(total) / self.counts[expert]
 
     def shared(self) -> Tensor:
         """The Hessian of all experts' inputs together."""
         seen = [t for t in self.sums if t is not None]
         if not seen:
-            raise CalibrationError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
+            raise FitError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
         if self.kind == "absmax":
             return torch.diag(torch.stack(seen).amax(0).square())
         return _symmetric(torch.stack(seen).sum(0)) / sum(self.counts)

@@ -20,7 +20,7 @@ from zoo import VOCABULARY
 from lbllm_compile import ablate, evaluate, recipe
 from lbllm_compile.ablate import AblationError, Parts
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
-from lbllm_compile.driver import CompileOptions
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.report import terminal
 from lbllm_compile.variants import DivergedError, Scorer, Tree
 

@@ -68,7 +68,7 @@ def test_samples(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> 
     log = Log()
     state = torch.random.get_rng_state()
     options = {"tokens": 160, "validation_tokens": 50, "length": 20, "batch": 3, "cache_dir": tmp_path}
-    data = calibration.prepare(model, program, **options, progress=log)
+    data = calibration.collect(model, program, **options, progress=log)
     assert torch.equal(state, torch.random.get_rng_state())
     assert [b["input_ids"].shape for b in data.calibration] == [(3, 20), (3, 20), (2, 20)]
     assert [b["input_ids"].shape for b in data.validation] == [(3, 20)]
@@ -80,9 +80,9 @@ def test_samples(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> 
         )
     assert log.tasks == [("sampling the calibration text", 19)] and log.steps == 19
     again = Log()
-    assert calibration.prepare(model, program, **options, progress=again).sha256 == data.sha256
+    assert calibration.collect(model, program, **options, progress=again).sha256 == data.sha256
     assert again.tasks == [], "the second time it comes from the cache"
-    other = calibration.prepare(model, program, **options, seed=1)
+    other = calibration.collect(model, program, **options, seed=1)
     assert other.sha256 != data.sha256
 
 
@@ -91,7 +91,7 @@ def test_sampling_goes_on_behind_the_chunks_that_were_finished(
 ) -> None:
     monkeypatch.setattr(calibration, "_CHUNK_BYTES", 4 * calibration._cache_bytes(model.module.config, 10))
     options = {"tokens": 80, "validation_tokens": 20, "length": 10}
-    whole = calibration.prepare(model, program, **options, cache_dir=tmp_path / "whole")
+    whole = calibration.collect(model, program, **options, cache_dir=tmp_path / "whole")
     assert len(list((tmp_path / "whole").iterdir())) == 3, "10 sequences, 4 at once"
     assert len({tuple(row) for row in rows(whole)}) == 10
 
@@ -102,10 +102,10 @@ def test_sampling_goes_on_behind_the_chunks_that_were_finished(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=Interrupts())
+        calibration.collect(model, program, **options, cache_dir=tmp_path / "cut", progress=Interrupts())
     assert len(list((tmp_path / "cut").iterdir())) == 1
     log = Log()
-    resumed = calibration.prepare(model, program, **options, cache_dir=tmp_path / "cut", progress=log)
+    resumed = calibration.collect(model, program, **options, cache_dir=tmp_path / "cut", progress=log)
     assert resumed.sha256 == whole.sha256
     assert log.tasks == [("sampling the calibration text", 2 * 9)] and log.steps == 2 * 9
 
@@ -151,11 +151,11 @@ def test_the_probe_needs_no_calibration_data(model: UserModel, program: SimpleNa
 
 def test_a_damaged_cache_is_replaced(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
     options = {"tokens": 20, "validation_tokens": 10, "length": 10, "cache_dir": tmp_path}
-    data = calibration.prepare(model, program, **options)
+    data = calibration.collect(model, program, **options)
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"nonsense")
     log = Log()
-    assert calibration.prepare(model, program, **options, progress=log).sha256 == data.sha256
+    assert calibration.collect(model, program, **options, progress=log).sha256 == data.sha256
     assert "is damaged" in log.notes[0] and len(log.tasks) == 1
 
 
@@ -165,16 +165,16 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "file"))
     log = Log()
-    data = calibration.prepare(model, program, tokens=20, validation_tokens=10, length=10, progress=log)
+    data = calibration.collect(model, program, tokens=20, validation_tokens=10, length=10, progress=log)
     assert data.tokens == 20 and "set LBLLM_CACHE_DIR" in log.notes[0]
 
 
 def test_samples_depend_on_the_weights(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
     options = {"tokens": 20, "validation_tokens": 10, "length": 10, "cache_dir": tmp_path}
-    calibration.prepare(model, program, **options)
+    calibration.collect(model, program, **options)
     other = frontend.load(EXAMPLES / "tiny_llama.py")
     other.module.model.norm.weight.data.mul_(2)
-    calibration.prepare(other, program, **options)
+    calibration.collect(other, program, **options)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -210,7 +210,7 @@ def test_drawing_follows_the_distribution() -> None:
 
 def test_sequences_fit_the_model(program: SimpleNamespace, tmp_path: Path) -> None:
     model = zoo.user_model("llama")
-    data = calibration.prepare(
+    data = calibration.collect(
         model, program, tokens=1, validation_tokens=1, length=100_000, cache_dir=tmp_path, batch=1
     )
     assert data.calibration[0]["input_ids"].shape == (1, model.config["max_position_embeddings"])
@@ -225,12 +225,12 @@ TEXT = "".join(f"line {i} says {i * i}\n" for i in range(400))
 def test_texts(model: UserModel, program: SimpleNamespace, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"text{suffix}"
     path.write_text(TEXT if suffix == ".txt" else "\n".join(json.dumps({"text": TEXT[i::2]}) for i in (0, 1)) + "\n\n")
-    data = calibration.prepare(model, program, str(path), tokens=320, validation_tokens=64, length=32)
+    data = calibration.collect(model, program, str(path), tokens=320, validation_tokens=64, length=32)
     found = rows(data)
     assert len(found) == 12 and all(len(row) == 32 for row in found)
     assert len({tuple(row) for row in found}) == 12, "calibration and validation do not overlap"
     assert data.source == str(path)
-    other = calibration.prepare(model, program, str(path), tokens=320, validation_tokens=64, length=32, seed=1)
+    other = calibration.collect(model, program, str(path), tokens=320, validation_tokens=64, length=32, seed=1)
     assert other.sha256 != data.sha256
     if suffix == ".txt":
         assert all(model.tokenizer.decode(row) in TEXT for row in found)
@@ -240,7 +240,7 @@ def test_a_short_text_is_used_whole(model: UserModel, program: SimpleNamespace, 
     path = tmp_path / "short.txt"
     path.write_text(TEXT[:2000])
     log = Log()
-    data = calibration.prepare(model, program, str(path), tokens=16384, length=100, progress=log)
+    data = calibration.collect(model, program, str(path), tokens=16384, length=100, progress=log)
     assert (sum(len(b["input_ids"]) for b in data.calibration), len(data.validation[0]["input_ids"])) == (18, 2)
     assert "has only 2000 tokens" in log.notes[0]
 
@@ -251,7 +251,7 @@ def test_the_models_own_text(model: UserModel, program: SimpleNamespace) -> None
             yield TEXT
 
     own = UserModel(**{**vars(model), "calibration_text": text})
-    data = calibration.prepare(own, program, tokens=320, validation_tokens=64, length=32)
+    data = calibration.collect(own, program, tokens=320, validation_tokens=64, length=32)
     assert len(rows(data)) == 12 and data.source.startswith("calibration_text()")
 
 
@@ -276,7 +276,7 @@ def test_bad_texts(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CalibrationError, match=message):
-        calibration.prepare(model, program, str(path), length=32)
+        calibration.collect(model, program, str(path), length=32)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_missing_packages_are_named(
     with pytest.raises(
         CalibrationError, match=rf"package {package}; install it with `pip install 'lbllm-compile\[{extra}\]'`"
     ):
-        calibration.prepare(model, program, source.format(tmp_path))
+        calibration.collect(model, program, source.format(tmp_path))
 
 
 def test_text_needs_a_tokenizer_that_fits(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:
@@ -304,10 +304,10 @@ def test_text_needs_a_tokenizer_that_fits(model: UserModel, program: SimpleNames
     path.write_text(TEXT)
     without = UserModel(**{**vars(model), "tokenizer": None})
     with pytest.raises(CalibrationError, match="has no tokenizer"):
-        calibration.prepare(without, program, str(path))
+        calibration.collect(without, program, str(path))
     misfit = UserModel(**{**vars(zoo.user_model("llama")), "tokenizer": model.tokenizer})
     with pytest.raises(CalibrationError, match="use the tokenizer the model was trained with"):
-        calibration.prepare(misfit, program, str(path))
+        calibration.collect(misfit, program, str(path))
 
 
 # Plain modules
@@ -326,7 +326,7 @@ def test_modules_get_inputs_like_their_example(tmp_path: Path) -> None:
     inputs = {"ids": torch.arange(8).view(8, 1), "x": 5 + 2 * torch.randn(8, 1, 6, generator=torch.Generator())}
     model = frontend.prepare(UserModel(Net(), "module", "net", "-", inputs=inputs))
     program = frontend.capture(model)
-    data = calibration.prepare(model, program, tokens=200, validation_tokens=10)
+    data = calibration.collect(model, program, tokens=200, validation_tokens=10)
     assert [{n: tuple(t.shape) for n, t in b.items()} for b in data.calibration] == [
         {"ids": (64, 1), "x": (64, 1, 6)}
     ] * 4
@@ -336,7 +336,7 @@ def test_modules_get_inputs_like_their_example(tmp_path: Path) -> None:
     ids = torch.cat([b["ids"] for b in data.calibration])
     assert ids.dtype == torch.int64 and (int(ids.min()), int(ids.max())) == (0, 7)
     assert program.run(data.probe).shape == (4, 1, 6)
-    assert calibration.prepare(model, program, tokens=200, validation_tokens=10).sha256 == data.sha256
+    assert calibration.collect(model, program, tokens=200, validation_tokens=10).sha256 == data.sha256
 
 
 def test_modules_may_bring_inputs(tmp_path: Path) -> None:
@@ -346,11 +346,11 @@ def test_modules_may_bring_inputs(tmp_path: Path) -> None:
         "def calibration_inputs():\n    for i in range(12): yield torch.full((3, 4), float(i))\n"
     )
     model = frontend.load(path)
-    data = calibration.prepare(model, frontend.capture(model))
+    data = calibration.collect(model, frontend.capture(model))
     assert [int(b["input"][0, 0]) for b in (*data.calibration, *data.validation)] == list(range(12))
     assert len(data.validation) == 1
     with pytest.raises(CalibrationError, match="is no language model"):
-        calibration.prepare(model, frontend.capture(model), "text.txt")
+        calibration.collect(model, frontend.capture(model), "text.txt")
 
 
 def test_modules_of_a_fixed_batch() -> None:
@@ -360,5 +360,5 @@ def test_modules_of_a_fixed_batch() -> None:
 
     model = frontend.prepare(UserModel(Fixed(6, 6), "module", "f", "-", inputs={"input": torch.ones(4, 6)}))
     program = frontend.capture(model)
-    data = calibration.prepare(model, program, tokens=100)
+    data = calibration.collect(model, program, tokens=100)
     assert {tuple(b["input"].shape) for b in (*data.calibration, data.probe)} == {(4, 6)}

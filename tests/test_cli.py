@@ -32,6 +32,8 @@ from torch import fx
 from typer.testing import CliRunner, Result
 
 from lbllm_compile import cli, doctor, driver, footprint, frontend, plan, recipe
+from lbllm_compile.options import CompileOptions
+from lbllm_compile.records import CompileReport
 from lbllm_compile.report import catalogue, graph, stages, summary, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ def invoke(*args: str) -> Result:
 def test_the_first_word_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def stop(options: driver.CompileOptions, **_: object) -> None:
+    def stop(options: CompileOptions, **_: object) -> None:
         seen.append(options)
         raise LbllmError("enough")
 
@@ -60,9 +62,9 @@ def test_the_first_word_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[driver.CompileOptions] = []
+    seen: list[CompileOptions] = []
 
-    def stop(options: driver.CompileOptions, **_: object) -> None:
+    def stop(options: CompileOptions, **_: object) -> None:
         seen.append(options)
         raise LbllmError("enough")
 
@@ -74,7 +76,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     invoke(*line.split())
     assert seen == [
-        driver.CompileOptions(
+        CompileOptions(
             model="model.py",
             target="cuda:sm_90",
             out=Path("o"),
@@ -367,10 +369,10 @@ def test_the_plan_says_what_annotate_does(name: str) -> None:
 def test_the_plan_divides_by_the_speed_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"meta": 1e15, "cpu": 1e9}
     monkeypatch.setattr(plan, "matmul_speed", lambda dtype, device: speeds[device.type])
-    options = driver.CompileOptions(str(ROOT / "examples" / "tiny_llama.py"))
-    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("cpu"))
+    options = CompileOptions(str(ROOT / "examples" / "tiny_llama.py"))
+    monkeypatch.setattr(plan, "device_of", lambda options: torch.device("cpu"))
     slow = plan.make_plan(options)
-    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("meta"))
+    monkeypatch.setattr(plan, "device_of", lambda options: torch.device("meta"))
     fast = plan.make_plan(options)
     assert (fast.speed.device, fast.speed.products, fast.speed.host) == ("meta", 1e15, 1e9)
     for stage in ("stage 1, ptq", "stage 2, distill", "finetune"):
@@ -390,7 +392,7 @@ def test_the_plan_of_a_hub_model_reads_its_configuration_alone(monkeypatch: pyte
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", configuration)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", download)
-    result = plan.make_plan(driver.CompileOptions("hf:some/model"))
+    result = plan.make_plan(CompileOptions("hf:some/model"))
     assert asked == ["some/model"] and result.layers == zoo.LAYERS
 
 
@@ -407,7 +409,7 @@ def test_the_plan_counts_what_sampling_takes(tmp_path: Path) -> None:
     )
     config.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("words")
-    sampled = driver.CompileOptions(str(tmp_path / "model"), preset="quick")
+    sampled = CompileOptions(str(tmp_path / "model"), preset="quick")
     read = dataclasses.replace(sampled, calibration=str(tmp_path / "text.txt"))
     size = recipe.PRESETS["quick"]
     tokens = (size.sequences + size.validation_sequences) * size.sequence_length
@@ -587,7 +589,7 @@ def test_the_end_of_a_compile_says_whether_the_stages_did_their_part() -> None:
     assert passed(record("activate", [], error_before=0.2, error_after=0.1)) == [True]
     assert passed(record("ptq", [{"before": 1.0}])) == []
     console, stream = text_console()
-    report = driver.CompileReport(Path("o"), [good], {}, 0)
+    report = CompileReport(Path("o"), [good], stages.verdicts([good]), {}, 0)
     for part in summary.compile_report(report):
         console.print(part)
     assert "4 of 5 layers have flipped bits and a held-out error lower by 10% or more" in stream.getvalue()

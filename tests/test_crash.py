@@ -26,6 +26,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from lbllm_compile import artifact, checkpoint, driver, preflight, recipe
+from lbllm_compile.options import CompileOptions
 
 model, out, moment = sys.argv[1:]
 
@@ -52,7 +53,7 @@ class WorkDir(checkpoint.WorkDir):
 driver.WorkDir = WorkDir
 preflight.rehearse = lambda *_, **__: None
 recipe.PRESETS["quick"] = recipe.Preset(**PRESET)
-driver.compile(driver.CompileOptions(model=model, out=Path(out), preset="quick"))
+driver.compile(CompileOptions(model=model, out=Path(out), preset="quick"))
 """
 
 

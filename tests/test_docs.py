@@ -13,6 +13,7 @@ from lbllm_compile.passes import Pass, PassContext, pipeline, registry
 from test_cli import layered
 
 from lbllm_compile import driver
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.report import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,4 +129,4 @@ def test_the_readmes_model_and_pipeline_go_through(tmp_path: Path) -> None:
     given = re.search(r"\| `--pipeline TEXT` .*`(canonicalize[^`]*)`", text)
     assert given
     for passes in (None, given.group(1)):
-        assert driver.rehearse(driver.CompileOptions(str(model), preset="quick", pipeline=passes)).complete
+        assert driver.rehearse(CompileOptions(str(model), preset="quick", pipeline=passes)).complete

@@ -16,13 +16,16 @@ import pytest
 import torch
 from lbllm_compile.codegen.errors import KernelError, LbllmError
 from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.ir import exact, graph_json
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from rich.table import Table
 
 import lbllm_compile
-from lbllm_compile import artifact, driver, evaluate, inspect, recipe
+from lbllm_compile import artifact, driver, dumps, evaluate, frontend, inspect, recipe
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
+from lbllm_compile.job import check_named, read_job
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.runtime.model import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +83,7 @@ def model_file(tmp_path_factory):
 
 
 def options(model_file, out, **changes):
-    return driver.CompileOptions(model=str(model_file), out=out, preset="quick", **changes)
+    return CompileOptions(model=str(model_file), out=out, preset="quick", **changes)
 
 
 def generators():
@@ -246,8 +249,9 @@ def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file,
         f"""
         from pathlib import Path
         from lbllm_compile import driver, recipe
+        from lbllm_compile.options import CompileOptions
         recipe.PRESETS["quick"] = recipe.Preset(**{SMALL.model_dump()!r})
-        driver.compile(driver.CompileOptions(model={str(model_file)!r}, out=Path({str(out)!r}), preset="quick"))
+        driver.compile(CompileOptions(model={str(model_file)!r}, out=Path({str(out)!r}), preset="quick"))
         """
     )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
@@ -285,24 +289,24 @@ def test_no_global_generator_is_touched(compilation):
 
 
 def test_whatever_decides_the_weights_is_named_when_it_has_changed(model_file, tmp_path, monkeypatch):
-    job = driver.prepare(options(model_file, tmp_path / "out"))
-    data = driver.calibration_data(job, NoProgress())
-    facts = driver.fingerprint(job, data)
+    job = read_job(options(model_file, tmp_path / "out"))
+    data = job.calibration_data(NoProgress())
+    facts = job.fingerprint(data)
     other = job.program.copy()
     path, weight = next(iter(other.parameters()))
     set_attribute(other.module, path, weight + 1)
     coarser = recipe.passes(recipe.Choices(group=128), "cpu")
     changed = {
-        "model": driver.fingerprint(dataclasses.replace(job, program=other), data),
-        "pipeline": driver.fingerprint(dataclasses.replace(job, passes=coarser), data),
-        "calibration": driver.fingerprint(job, dataclasses.replace(data, sha256="another")),
-        "seed": driver.fingerprint(dataclasses.replace(job, options=dataclasses.replace(job.options, seed=1)), data),
+        "model": dataclasses.replace(job, program=other).fingerprint(data),
+        "pipeline": dataclasses.replace(job, passes=coarser).fingerprint(data),
+        "calibration": job.fingerprint(dataclasses.replace(data, sha256="another")),
+        "seed": dataclasses.replace(job, options=dataclasses.replace(job.options, seed=1)).fingerprint(data),
     }
-    monkeypatch.setattr(driver, "__version__", "another")
-    changed["version"] = driver.fingerprint(job, data)
+    monkeypatch.setattr("lbllm_compile.job.__version__", "another")
+    changed["version"] = job.fingerprint(data)
     monkeypatch.undo()
-    monkeypatch.setattr(driver, "device_of", lambda options: torch.device("cuda"))
-    changed["device"] = driver.fingerprint(job, data)
+    monkeypatch.setattr("lbllm_compile.job.device_of", lambda options: torch.device("cuda"))
+    changed["device"] = job.fingerprint(data)
     work = WorkDir(tmp_path / "w", facts)
     work.save("01-ptq", 0, {"x": torch.ones(1)}, {})
     work.release()
@@ -364,20 +368,20 @@ def test_wrong_options_are_one_sentence(model_file, tmp_path, changes, message):
 def test_a_models_own_recipe_is_used_and_options_win(tmp_path):
     path = tmp_path / "with_recipe.py"
     path.write_text(MODEL + "\nrecipe = {'group': 128, 'act_bits': 8, 'preset': 'quick'}\n")
-    job = driver.prepare(driver.CompileOptions(model=str(path), out=tmp_path / "out", act_bits=16))
-    text = driver.pipeline.render(job.passes, full=True)
+    job = read_job(CompileOptions(model=str(path), out=tmp_path / "out", act_bits=16))
+    text = pipeline.render(job.passes, full=True)
     assert "ptq{group=128" in text and "activate{bits=16" in text
     path.write_text(MODEL + "\nrecipe = {'gruop': 128}\n")
     with pytest.raises(LbllmError, match=r"no option 'gruop'.*did you mean 'group'"):
-        driver.prepare(driver.CompileOptions(model=str(path), out=tmp_path / "out"))
+        read_job(CompileOptions(model=str(path), out=tmp_path / "out"))
 
 
 def test_a_pass_that_only_the_models_recipe_runs_may_be_printed_after(tmp_path, monkeypatch):
     monkeypatch.setitem(recipe.PRESETS, "default", SMALL.model_copy(update={"finetune_steps": 0}))
     path = tmp_path / "with_recipe.py"
     path.write_text(MODEL + "\nrecipe = {'preset': 'quick'}\n")
-    named = driver.CompileOptions(model=str(path), out=tmp_path / "out", print_after=("finetune",))
-    assert "finetune" in [p.name for p in driver.prepare(named).passes]
+    named = CompileOptions(model=str(path), out=tmp_path / "out", print_after=("finetune",))
+    assert "finetune" in [p.name for p in read_job(named).passes]
 
 
 def test_the_rehearsal_comes_before_sampling_and_only_once(model_file, tmp_path, monkeypatch):
@@ -395,7 +399,7 @@ def test_the_rehearsal_comes_before_sampling_and_only_once(model_file, tmp_path,
         raise LbllmError("enough")
 
     monkeypatch.setattr(preflight, "rehearse", rehearse)
-    monkeypatch.setattr(calibration, "prepare", sample)
+    monkeypatch.setattr(calibration, "collect", sample)
     work = WorkDir(tmp_path / "w", {"model": "another"})
     work.save("ptq", 0, {"x": torch.ones(1)}, {})
     work.release()
@@ -409,7 +413,7 @@ def test_the_rehearsal_comes_before_sampling_and_only_once(model_file, tmp_path,
 def test_a_model_that_does_not_go_through_costs_no_sampling(model_file, tmp_path, monkeypatch):
     from lbllm_compile import calibration
 
-    monkeypatch.setattr(calibration, "prepare", None)
+    monkeypatch.setattr(calibration, "collect", None)
     text = "canonicalize,annotate,observe,ptq{group=64},activate{group=128},head,lower,cache"
     with pytest.raises(LbllmError, match="group cannot be 128"):
         driver.compile(options(model_file, tmp_path / "out", pipeline=text))
@@ -428,7 +432,7 @@ def test_an_interrupt_says_what_is_kept(model_file, tmp_path, monkeypatch):
 
 
 def test_paths_may_be_text_and_text_paths():
-    chosen = driver.CompileOptions(model=Path("m.py"), out="o", work_dir="w", dump_dir="d")
+    chosen = CompileOptions(model=Path("m.py"), out="o", work_dir="w", dump_dir="d")
     assert (chosen.model, chosen.out, chosen.work_dir, chosen.dump_dir) == ("m.py", Path("o"), Path("w"), Path("d"))
 
 
@@ -436,7 +440,7 @@ class TestDumps:
     """``--dump-dir`` replaces earlier dumps and touches nothing else, and nothing before the long work starts."""
 
     def prepare(self, model_file, directory):
-        return driver.prepare(options(model_file, directory / "out", dump_dir=directory / "dumps"))
+        return read_job(options(model_file, directory / "out", dump_dir=directory / "dumps"))
 
     def test_a_users_files_are_left_alone(self, model_file, tmp_path):
         (tmp_path / "dumps").mkdir()
@@ -444,7 +448,7 @@ class TestDumps:
         with pytest.raises(LbllmError, match=r"holds other files.*2024-taxes\.txt"):
             self.prepare(model_file, tmp_path)
         with pytest.raises(LbllmError, match="holds other files"):
-            driver.Dumps(tmp_path / "dumps")
+            dumps.Dumps(tmp_path / "dumps")
         assert (tmp_path / "dumps" / "2024-taxes.txt").read_text() == "mine"
 
     def test_a_refused_compile_writes_and_deletes_nothing(self, model_file, tmp_path):
@@ -454,7 +458,7 @@ class TestDumps:
         (tmp_path / "dumps" / "001_ptq.txt").write_text("earlier")
         self.prepare(model_file, tmp_path)
         assert (tmp_path / "dumps" / "001_ptq.txt").exists()
-        driver.Dumps(tmp_path / "dumps")
+        dumps.Dumps(tmp_path / "dumps")
         assert list((tmp_path / "dumps").iterdir()) == []
 
 
@@ -465,9 +469,9 @@ class TestDumps:
 )  # fmt: skip
 def test_directories_that_would_get_in_each_others_way_are_refused(model_file, tmp_path, monkeypatch, out, work, dumps):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(driver.frontend, "capture", None)
+    monkeypatch.setattr(frontend, "capture", None)
     with pytest.raises(LbllmError, match="would lie inside one another"):
-        driver.prepare(options(model_file, out, work_dir=work, dump_dir=dumps))
+        read_job(options(model_file, out, work_dir=work, dump_dir=dumps))
 
 
 def test_checking_a_work_directory_leaves_it_as_it_is(model_file, tmp_path):
@@ -480,7 +484,7 @@ def test_checking_a_work_directory_leaves_it_as_it_is(model_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for path in (absent, used):
         chosen = options(model_file, None, work_dir=path)
-        driver.check_named(chosen, recipe.passes(recipe.choices(chosen), chosen.target))
+        check_named(chosen, recipe.passes(recipe.choices(chosen), chosen.target))
     assert sorted(tmp_path.rglob("*")) == before
 
 

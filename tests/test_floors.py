@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import networkx as nx
@@ -13,6 +14,7 @@ FLOORS = {"lbllm_compile": 2, "lbllm_compile.passes": 1, "lbllm_compile.codegen"
 FOLDERS = {"lbllm_compile": "lbllm_compile", "lbllm_compile.passes": "passes", "lbllm_compile.codegen": "codegen"}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the three folders by the name it is imported under."""
     found = {}
@@ -30,7 +32,11 @@ def floor_of(name: str) -> int:
 
 
 def imported(name: str, file: Path) -> set[str]:
-    """Absolute names a file imports, at any depth, relative ones resolved."""
+    """Absolute names a file imports, at any depth, in functions and for types too, relative ones resolved.
+
+    ``from package import name`` is an import of ``package.name`` where that is a module, and of ``package`` otherwise.
+    """
+    own = modules()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -41,7 +47,8 @@ def imported(name: str, file: Path) -> set[str]:
             if node.level:
                 parts = package.split(".")
                 base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in own else base for name in submodules}
     return found
 
 
@@ -73,6 +80,19 @@ def test_imports_only_go_down() -> None:
 def test_the_floors_form_a_chain() -> None:
     quotient = nx.DiGraph((floor_of(a), floor_of(b)) for a, b in GRAPH.edges if floor_of(a) != floor_of(b))
     assert nx.is_directed_acyclic_graph(quotient)
+
+
+def test_no_imports_form_a_circle() -> None:
+    circles = [sorted(names) for names in nx.strongly_connected_components(GRAPH) if len(names) > 1]
+    assert circles == []
+
+
+def test_a_circle_is_seen_wherever_its_imports_stand(tmp_path: Path) -> None:
+    inside, types = tmp_path / "inside.py", tmp_path / "types.py"
+    inside.write_text("def f():\n    from lbllm_compile.job import Job\n    from lbllm_compile import driver\n")
+    types.write_text("if TYPE_CHECKING:\n    from lbllm_compile import __version__, records\n")
+    assert imported("lbllm_compile.inside", inside) == {"lbllm_compile.job", "lbllm_compile.driver"}
+    assert imported("lbllm_compile.types", types) == {"lbllm_compile", "lbllm_compile.records"}
 
 
 def test_no_folder_is_imported_under_its_bare_name() -> None:

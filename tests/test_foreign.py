@@ -23,7 +23,8 @@ from lbllm_compile.codegen.tune.search import spread
 from lbllm_compile.codegen.tvm_api import PrimFunc, T, assembly, object_code
 from test_kernels import MORE_SHAPES, SHAPES, build
 
-from lbllm_compile import driver
+from lbllm_compile.job import read_job
+from lbllm_compile.options import CompileOptions
 
 FUSED = re.compile(r"v?fn?m(add|sub|la|ls)\w*")
 """Fused multiply-adds, as ARM and x86 call them."""
@@ -294,7 +295,7 @@ def test_kernels_of_another_architecture_are_not_built_for_use(family, tmp_path)
     with pytest.raises(TargetError, match=sentence):
         build([], [], f"cpu:{family}", tmp_path)
     with pytest.raises(TargetError, match=sentence):  # before the model is looked for
-        driver.prepare(driver.CompileOptions(model="absent.py", target=f"cpu,cpu:{family}"))
+        read_job(CompileOptions(model="absent.py", target=f"cpu,cpu:{family}"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from test_driver import ROOT
 
 from lbllm_compile import ablate
-from lbllm_compile.driver import CompileOptions
+from lbllm_compile.options import CompileOptions
 
 EXAMPLE = ROOT / "examples" / "gpt2_tiny.py"
 

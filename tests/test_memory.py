@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from benchmarks import memory
-from lbllm_compile import driver, plan
+from lbllm_compile import plan
+from lbllm_compile.options import CompileOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {
@@ -33,7 +34,7 @@ def planned(folder: Path, layers: int, pipeline: str) -> dict[str, int]:
     config = transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     (folder / "text.txt").write_text("words")
-    options = driver.CompileOptions(str(folder), pipeline=pipeline, calibration=str(folder / "text.txt"))
+    options = CompileOptions(str(folder), pipeline=pipeline, calibration=str(folder / "text.txt"))
     return plan.make_plan(options).memory
 
 

@@ -150,7 +150,7 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     lowered = stages("llama")[1]
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    module = translate.translate(lowered, kernels, translate.FORMS[2:3]).functions()
+    module = translate.translate(lowered, kernels, translate.ENTRY_POINTS[2:3]).functions()
     module = fuse_rows(operators_to_loops(module, kernels.lanes))
     names = called(module, "tokens")
     layers = len(calls(lowered.graph, torch.ops.lbllm.cached_attention.default))

@@ -76,7 +76,7 @@ def test_damping_adapts_to_a_singular_hessian_and_dead_columns_are_found():
     hessian[3], hessian[:, 3] = 0, 0
     factored = fit.factor(hessian, 32, 0.0)
     assert factored.damp > 0 and factored.dead.nonzero().flatten().tolist() == [3]
-    with pytest.raises(fit.CalibrationError, match="not finite"):
+    with pytest.raises(fit.FitError, match="not finite"):
         fit.factor(torch.full((4, 4), float("nan")), 32, 0.01)
 
 

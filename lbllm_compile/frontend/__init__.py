@@ -18,7 +18,7 @@ downloaded unless the name is a hub id, and code that comes with a model is neve
 
 from lbllm_compile.frontend.loading import HUB, UserModel, bind_inputs, clean_config, hub_id, load, load_gguf, prepare
 from lbllm_compile.frontend.messages import CaptureError, ModelError
-from lbllm_compile.frontend.tracing import LM_INPUTS, capture, fingerprint, language_model_inputs, weights_hash
+from lbllm_compile.frontend.tracing import LM_INPUTS, capture, language_model_inputs, program_hash, weights_hash
 
 __all__ = [
     "HUB",
@@ -29,7 +29,7 @@ __all__ = [
     "bind_inputs",
     "capture",
     "clean_config",
-    "fingerprint",
+    "program_hash",
     "hub_id",
     "language_model_inputs",
     "load",

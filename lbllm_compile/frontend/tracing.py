@@ -284,7 +284,7 @@ def _check(model: UserModel, module: nn.Module, program: Program, inputs: Mappin
         )
 
 
-def fingerprint(program: Program) -> str:
+def program_hash(program: Program) -> str:
     """SHA-256 of a program's graph and weights: two programs that agree in it compute the same."""
     return _hash(program.parameters(), str(program.graph))
 

@@ -27,7 +27,7 @@ from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.lowering.translate import FORMS, Translated, translate
+from lbllm_compile.lowering.translate import ENTRY_POINTS, Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.runtime import text
@@ -168,8 +168,8 @@ def _library(program: Program, kernels: KernelSet, translation: Translated, plac
     stored = programs_directory() / f"{key}.so"
     memory = stored.with_suffix(".json")
     if not memory.is_file():
-        merged = [form.name for form in FORMS if form.blocks]
-        apart = [form.name for form in FORMS if not form.joined]
+        merged = [entry.name for entry in ENTRY_POINTS if entry.blocks]
+        apart = [entry.name for entry in ENTRY_POINTS if not entry.joined]
         compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
         compiled.executable.export_library(str(place))
         write_atomically(stored, place.read_bytes())

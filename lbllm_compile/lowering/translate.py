@@ -1,8 +1,8 @@
 """Translates a lowered graph, operator by operator, into one program of proven kernels and fused loops.
 
 What comes out is independent of torch: a module of Relax functions (:mod:`lbllm_compile.codegen.program`) and the
-weights they take, packed into the kernels' layouts. Each :class:`Form` is the whole graph once more for another number
-of tokens, because the best kernels differ.
+weights they take, packed into the kernels' layouts. Each :class:`EntryPoint` is the whole graph once more for another
+number of tokens, because the best kernels differ.
 
 A graph with an operator that has no translation is refused with :class:`UntranslatableError`; the caller runs it in
 torch instead and says so.
@@ -62,7 +62,7 @@ _lbllm = torch.ops.lbllm
 
 
 @dataclass(frozen=True)
-class Form:
+class EntryPoint:
     """One function of a program.
 
     Attributes:
@@ -83,11 +83,11 @@ class Form:
     joined: bool = True
 
 
-FORMS = (
-    Form("token", 1, 1, True, "1", blocks=True),
-    Form("token_by_kernel", 1, 1, True, "1", joined=False),
-    Form("tokens", None, None, True, "17+"),
-    Form("logits", None, None, False, "17+"),
+ENTRY_POINTS = (
+    EntryPoint("token", 1, 1, True, "1", blocks=True),
+    EntryPoint("token_by_kernel", 1, 1, True, "1", joined=False),
+    EntryPoint("tokens", None, None, True, "17+"),
+    EntryPoint("logits", None, None, False, "17+"),
 )
 """Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a prompt or a batch of sequences; and
 all logits."""
@@ -98,7 +98,7 @@ class Translated:
     """What a lowered graph became.
 
     Attributes:
-        functions: builds the Relax functions, one per form, and the kernels, which takes a while.
+        functions: builds the Relax functions, one per entry point, and the kernels, which takes a while.
         weights: every weight by name.
         layout: where each lies in the block of weights.
         state: where each tensor of the KV state lies.
@@ -124,7 +124,7 @@ class Translated:
         yield memoryview(bytes(self.layout.bytes - end))
 
 
-def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORMS) -> Translated:
+def translate(program: Program, kernels: KernelSet, entries: Sequence[EntryPoint] = ENTRY_POINTS) -> Translated:
     """Translates a language model after ``cache``.
 
     Raises:
@@ -142,8 +142,8 @@ def translate(program: Program, kernels: KernelSet, forms: Sequence[Form] = FORM
 
     def functions() -> Any:
         whole = ProgramBuilder(layout, state)
-        for form in forms:
-            _Translator(program, kernels, whole, weights, form, inputs).run()
+        for entry in entries:
+            _Translator(program, kernels, whole, weights, entry, inputs).run()
         return whole.finish()
 
     return Translated(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
@@ -231,20 +231,20 @@ class _Translator:
         kernels: KernelSet,
         whole: ProgramBuilder,
         weights: _Weights,
-        form: Form,
+        entry: EntryPoint,
         inputs: Sequence[TensorSpec],
     ):
-        self.kernels, self.whole, self.form, self.weights = kernels, whole, form, weights
+        self.kernels, self.whole, self.entry, self.weights = kernels, whole, entry, weights
         self.module = program.module
-        if form.last:
+        if entry.last:
             shortened = last_token_graph(program.module)
             if shortened is None:
                 raise UntranslatableError("the output head is not the last linear of the graph")
             self.module = shortened
         self.program = program.with_module(self.module)
-        sizes = {BATCH: form.batch, LENGTH: form.length}
+        sizes = {BATCH: entry.batch, LENGTH: entry.length}
         known = {name: size for name, size in sizes.items() if size is not None}
-        self.function = FunctionBuilder(whole, form.name, inputs, known, form.blocks)
+        self.function = FunctionBuilder(whole, entry.name, inputs, known, entry.blocks)
         self.values: dict[Node, Any] = {}
         self.leading: dict[Node, list[Any]] = {}
         self.sources: dict[Value, Value] = {}
@@ -288,7 +288,7 @@ class _Translator:
     def awaits_addition(self, node: Node) -> bool:
         """Whether a node is a linear whose result is only added to something: it is translated with the addition."""
         linear = node.target in LINEAR_TARGETS
-        return self.form.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
+        return self.entry.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
 
     def call(
         self,
@@ -314,15 +314,15 @@ class _Translator:
 
     @property
     def bucket(self) -> str:
-        return self.form.bucket
+        return self.entry.bucket
 
     @property
     def length(self) -> int | None:
-        return self.form.length
+        return self.entry.length
 
     @property
     def blocks(self) -> bool:
-        return self.form.blocks
+        return self.entry.blocks
 
     def constant(self, number: bool | int | float, dtype: str) -> Any:
         return relax.const(number, dtype)

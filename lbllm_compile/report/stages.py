@@ -8,30 +8,19 @@ whole model's output closer to the original's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lbllm_compile.passes.calibrate.alignment import MEASURES
 from lbllm_compile.passes.distill import layers_better
+from lbllm_compile.passes.pipeline import PassRecord
+from lbllm_compile.records import Verdict
 from lbllm_compile.report import terminal
-
-if TYPE_CHECKING:
-    from lbllm_compile.passes.pipeline import PassRecord
 
 LAYER_GAIN = 0.10
 """Share of its error that stage 2 should take from a layer."""
 
 LAYER_SHARE = 0.80
 """Share of the layers of which it should."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a stage did its part, and the figures that say so, in a sentence."""
-
-    stage: str
-    passed: bool
-    text: str
 
 
 def verdicts(records: Iterable[PassRecord]) -> list[Verdict]:

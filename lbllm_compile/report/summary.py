@@ -10,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
-from lbllm_compile.report import stages, terminal
+from lbllm_compile.records import CompileReport, MeasuredPass
+from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
-    from lbllm_compile.artifact import MeasuredPass
-    from lbllm_compile.driver import CompileReport
     from lbllm_compile.preflight import Rehearsal
 
 
@@ -23,8 +22,8 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
     parts: list[RenderableType] = [terminal.pass_table(report.records, times=times)]
     for table in layer_tables(report.records):
         parts += [Text(), table]
-    if judged := stages.verdicts(report.records):
-        rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in judged]
+    if report.verdicts:
+        rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in report.verdicts]
         parts += [Text(), terminal.table("What training achieved", ["", "", ""], rows)]
     if times:
         phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lbllm_compile import __version__, codegen
+from lbllm_compile import codegen
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE
@@ -29,6 +29,7 @@ from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_runtime import Machine, array
 from lbllm_compile.runtime.generate import GenerationError
 from lbllm_compile.runtime.language import LanguageModel
+from lbllm_compile.version import __version__
 
 MANIFEST = "manifest.json"
 """The file of an artifact that lists all others."""
@@ -168,7 +169,7 @@ class NativeProgram:
     """A program in memory.
 
     Args:
-        directory: what :func:`lbllm_compile.lowering.build.prepare` wrote.
+        directory: what :func:`lbllm_compile.lowering.build.build_native` wrote.
 
     Raises:
         KernelError: it cannot be loaded.

@@ -43,7 +43,7 @@ DAMP_LIMIT = 1.0
 """Damping above which a Hessian counts as unusable."""
 
 
-class CalibrationError(LbllmError):
+class FitError(LbllmError):
     """The calibration statistics cannot be used (not finite, or not positive definite under any damping)."""
 
 
@@ -104,10 +104,10 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     factorization fails all the same, ten times as much, and so on.
 
     Raises:
-        CalibrationError: the Hessian is not finite, or no damping up to 1 makes it positive definite.
+        FitError: the Hessian is not finite, or no damping up to 1 makes it positive definite.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise CalibrationError("the calibration activations are not finite; check the model's weights and its inputs")
+        raise FitError("the calibration activations are not finite; check the model's weights and its inputs")
     k = hessian.shape[0]
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
@@ -131,7 +131,7 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
             if bool(torch.isfinite(inverse).all()):
                 return Factor(order, groups, sizes, root, inverse, dead, damp)
         damp = max(10 * damp, 1e-4)
-    raise CalibrationError("the calibration Hessian cannot be factored; use more calibration text or a larger damp")
+    raise FitError("the calibration Hessian cannot be factored; use more calibration text or a larger damp")
 
 
 def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,234 @@
+"""A compile that has been read and checked but not started: everything the user named, and where things go."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbllm_compile import artifact, calibration, frontend, recipe
+from lbllm_compile.calibration import CalibrationSet
+from lbllm_compile.checkpoint import check_work_dir
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.targets import Target, parse_targets
+from lbllm_compile.dumps import check_dump_dir
+from lbllm_compile.frontend import UserModel
+from lbllm_compile.options import CompileOptions, OptionError
+from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.base import Pass
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.registry import suggestion
+from lbllm_compile.version import __version__
+
+Places = Callable[[str], tuple[Path, Path]]
+"""A model's name to the directories for the result and for unfinished work, both checked."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compile that has been read and checked but not started.
+
+    Attributes:
+        choices: recipe, preset and options, the model's own recipe included.
+        passes: the pipeline.
+        targets: parsed ``options.target``.
+        program: the captured model, before the first pass.
+        out: where the artifact goes.
+        work: where finished pieces of work are kept.
+    """
+
+    options: CompileOptions
+    model: UserModel
+    choices: recipe.Choices
+    passes: list[Pass]
+    targets: tuple[Target, ...]
+    program: Program
+    out: Path
+    work: Path
+
+    @property
+    def preset(self) -> recipe.Preset:
+        """How much work."""
+        return recipe.preset(self.choices.preset)
+
+    @property
+    def device(self) -> torch.device:
+        """Where calibrations compute."""
+        return device_of(self.options)
+
+    def calibration_data(self, progress: Progress) -> CalibrationSet:
+        """The inputs that the passes calibrate on, as many as the preset says."""
+        return calibration.collect(
+            self.model,
+            self.program,
+            self.options.calibration,
+            tokens=self.preset.sequences * self.preset.sequence_length,
+            validation_tokens=self.preset.validation_sequences * self.preset.sequence_length,
+            length=self.preset.sequence_length,
+            seed=self.options.seed,
+            device=self.device,
+            progress=progress,
+        )
+
+    def fingerprint(self, data: CalibrationSet) -> dict[str, str]:
+        """Everything that decides the weights of the artifact, hashed or in words."""
+        return {
+            "model": frontend.program_hash(self.program),
+            "calibration": data.sha256,
+            "pipeline": pipeline.render(self.passes, full=True),
+            "seed": str(self.options.seed),
+            "threads": str(torch.get_num_threads()),
+            "device": self.device.type,
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+
+    def lock(self, facts: Mapping[str, str], data: CalibrationSet, check: Mapping[str, Any]) -> dict[str, Any]:
+        """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave."""
+        return {
+            **facts,
+            "source": str(Path(self.model.source).resolve()) if Path(self.model.source).exists() else self.model.source,
+            "calibration_source": data.source,
+            "recipe": self.choices.recipe,
+            "preset": self.choices.preset,
+            "target": self.options.target,
+            "versions": artifact.versions(),
+            "check": dict(check),
+        }
+
+
+def read_job(options: CompileOptions, progress: Progress | None = None, places: Places | None = None) -> Job:
+    """Reads everything the user named and captures the model; nothing is written.
+
+    Args:
+        options: of the compile, or of something like it.
+        progress: told what goes on.
+        places: where the results of something like a compile go; those of a compile go where its options say.
+
+    Raises:
+        LbllmError: something the user named is missing or wrong.
+    """
+    progress = progress or NoProgress()
+    targets = parse_targets(options.target)
+    if places is None:
+        places = _compile_places(options, targets)
+    choices = recipe.choices(options)
+    passes = recipe.passes(choices, options.target)
+    check_named(options, passes)
+    device_of(options)  # a wrong one before the model is read
+    with progress.task("reading and capturing the model", 2) as task:
+        model = frontend.load(options.model)
+        task.advance("read")
+        if model.recipe:
+            choices = recipe.choices(options, model.recipe)
+            passes = recipe.passes(choices, options.target)
+        check_print_after(options, passes)
+        out, work = places(model.name)
+        program = frontend.capture(model)
+        task.advance("captured")
+    return Job(options, model, choices, passes, targets, program, out, work)
+
+
+def _compile_places(options: CompileOptions, targets: Sequence[Target]) -> Places:
+    """Where a compile puts things, after checks that need no model.
+
+    Raises:
+        TargetError: this machine cannot prove the kernels of a target.
+        ArtifactError: the artifact may not be written where it was asked for.
+    """
+    for target in targets:
+        if target.kind == "cpu":
+            target.check_runs_here()
+    if options.out is not None:
+        artifact.check_destination(options.out)
+
+    def places(name: str) -> tuple[Path, Path]:
+        out = options.out or Path(f"{name}-lbllm")
+        artifact.check_destination(out)
+        work = options.work_dir or out.with_name(out.name + ".lbllm-work")
+        check_apart(out, work, options.dump_dir)
+        return out, work
+
+    return places
+
+
+def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
+    """Checks the calibration text, the directories and the passes to print after, as far as no model is needed.
+
+    Nothing is written, no text is tokenized and the network is not asked.
+
+    Args:
+        passes: the pipeline of the command line.
+
+    Raises:
+        CalibrationError: the text is missing, of no known kind or unreadable, or a package that reads it is missing.
+        WorkDirError: the work directory holds other things or cannot be written.
+        LbllmError: the directory for dumps does, or one of the directories lies inside another.
+        OptionError: a pass to print after is not in the pipeline.
+    """
+    if options.calibration is not None:
+        texts = calibration.read_texts(options.calibration)
+        # The first document says whether the rest can be read. That of a data set comes from the network, unless the
+        # package that would fetch it is missing.
+        if not options.calibration.startswith("hf:") or importlib.util.find_spec("datasets") is None:
+            next(iter(texts), None)
+    if options.work_dir is not None:
+        check_work_dir(options.work_dir)
+    if options.dump_dir is not None:
+        check_dump_dir(options.dump_dir)
+    check_apart(options.out, options.work_dir, options.dump_dir)
+    # A model.py may bring a recipe with another pipeline.
+    if options.pipeline is not None or not options.model.endswith(".py"):
+        check_print_after(options, passes)
+
+
+def check_apart(out: Path | None, work: Path | None, dumps: Path | None) -> None:
+    """Checks that artifact, work directory and dumps do not lie inside one another; None is not known yet or not asked.
+
+    Raises:
+        LbllmError: two of them do.
+    """
+    roles = {"the artifact": out, "the work directory": work, "the dumps": dumps}
+    placed = [(role, path, path.resolve()) for role, path in roles.items() if path is not None]
+    for (role, path, place), (other_role, other, other_place) in itertools.combinations(placed, 2):
+        if place == other_place or place in other_place.parents or other_place in place.parents:
+            raise LbllmError(
+                f"{role} '{path}' and {other_role} '{other}' would lie inside one another; choose --out, --work-dir"
+                " and --dump-dir apart"
+            )
+
+
+def check_print_after(options: CompileOptions, passes: Sequence[Pass]) -> None:
+    """Checks that every pass to print after is run.
+
+    Raises:
+        OptionError: one is not in the pipeline.
+    """
+    names = [p.name for p in passes]
+    for name in options.print_after:
+        if name not in names:
+            raise OptionError(
+                f"--print-after {name}: the pipeline has no pass '{name}'{suggestion(name, names)}; it has"
+                f" {', '.join(names)}"
+            )
+
+
+def device_of(options: CompileOptions) -> torch.device:
+    """Where calibrations compute.
+
+    Raises:
+        LbllmError: there is no such device here.
+    """
+    name = options.device
+    if name not in ("auto", "cpu", "cuda"):
+        hint = suggestion(name, ("auto", "cpu", "cuda"))
+        raise LbllmError(f"--device cannot be '{name}'{hint}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LbllmError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,100 @@
+"""What a compile tells of itself: of every pass, of its stages, of the result, and what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbllm_compile.passes.pipeline import PassRecord
+
+
+@dataclass(frozen=True)
+class MeasuredPass:
+    """What a pass of the compile measured: all but times, so that the same compile gives the same bytes.
+
+    Attributes:
+        name, text: the pass, and as pipeline text.
+        contract: as declared, in words.
+        rows: figures per layer or per linear.
+        summary: figures of the whole pass.
+    """
+
+    name: str
+    text: str
+    contract: str
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: PassRecord) -> MeasuredPass:
+        """What an artifact keeps of a pass."""
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in record.rows]
+        return cls(record.name, record.text, record.contract, rows, dict(record.summary))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a stage did its part, and the figures that say so, in a sentence."""
+
+    stage: str
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compile did.
+
+    Attributes:
+        out: the artifact.
+        records: one per pass.
+        verdicts: whether the stages that trained did their part.
+        sheet: sizes, perplexities and speeds, see :func:`lbllm_compile.sheet.measure`.
+        resumed: finished pieces taken over from an interrupted compile.
+        seconds: wall time by phase.
+        peak_memory: most bytes this process has held resident.
+    """
+
+    out: Path
+    records: Sequence[PassRecord]
+    verdicts: Sequence[Verdict]
+    sheet: Mapping[str, Any]
+    resumed: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "passes": [dataclasses.asdict(r) for r in self.records],
+            "sheet": dict(self.sheet),
+            "stages": [dataclasses.asdict(v) for v in self.verdicts],
+            "resumed": self.resumed,
+            "seconds": dict(self.seconds),
+            "peak_memory": self.peak_memory,
+        }
+
+
+class Clock:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -54,7 +54,7 @@ from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_fac
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import before_repeat, is_call, make_attribute, make_call
-from .observe import decoder_linears
+from .observe import decoder_linears, nothing_to_quantize
 from .ptq import FIELDS
 
 STREAM = 2 << 20
@@ -105,7 +105,10 @@ class Activate(Pass):
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program)
+        dense = nothing_to_quantize(self.name, program, context)
         program = insert_quantizers(program, self.bits, self.group, self.kv, self.ranges == "knees")
+        if dense:
+            return PassResult(program)
         pair = paired_layers(self.name, program, context)
         if self.ranges == "knees":
             place_knees(program, context.calibration[0], context.progress)
@@ -159,10 +162,10 @@ class Activate(Pass):
         linears = [n for users in decoder_linears(program.graph).values() for n in users]
         if any(is_call(n.args[0], _lbllm.fake_quantize.default) for n in linears):
             raise PassError("the activations are quantized already; use 'activate' once")
-        if not linears or not all(is_call(n.args[1], _lbllm.unpack_weight.default) for n in linears):
+        if not all(is_call(n.args[1], _lbllm.unpack_weight.default) for n in linears):
             raise PassError("activate needs quantized weights; run 'ptq' before it")
         groups = {n.args[1].args[5] for n in linears}
-        if self.group not in (0, *groups):
+        if groups and self.group not in (0, *groups):
             choices = " or ".join(str(g) for g in sorted(groups & set(GROUPS)))
             raise PassError(
                 f"activate: group cannot be {self.group}; choose the weights' {choices}, or 0 for per token"

@@ -42,6 +42,7 @@ from .calibrate.simulate import LatentWeight, Lifted
 from .calibrate.spool import release
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute
+from .observe import nothing_to_quantize
 from .ptq import FIELDS
 
 STREAM = 1 << 20
@@ -77,6 +78,8 @@ class Distill(Pass):
         return dataclasses.replace(self, epochs=min(self.epochs, 1))
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if nothing_to_quantize(self.name, program, context):
+            return PassResult(program)
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         pair = paired_layers(self.name, program, context)

@@ -35,6 +35,7 @@ from .calibrate.chains import paired_layers, with_tensors
 from .calibrate.precision import Precision
 from .calibrate.training import step_scale
 from .ir.program import Program
+from .observe import nothing_to_quantize
 
 STREAM = 3 << 20
 """Generator stream of this pass."""
@@ -73,6 +74,8 @@ class Finetune(Pass):
         return dataclasses.replace(self, steps=min(self.steps, 1))
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if nothing_to_quantize(self.name, program, context):
+            return PassResult(program)
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("finetune needs quantized weights; run 'ptq' before it")
         pair = paired_layers(self.name, program, context)

@@ -2,7 +2,8 @@
 
 They are not W(1+1): in a small model they hold most of the bytes, and both are sensitive. One int8 matrix with an fp32
 scale a row costs 8 bits a weight and almost nothing in quality; the head's input is quantized to 8 bits per group, so
-that it runs on an integer kernel. A tied pair stays one tensor. ``bits=16`` leaves both in the model's own dtype.
+that it runs on an integer kernel. A tied pair stays one tensor: where ``annotate`` kept the head float, so is the
+embedding. ``bits=16`` leaves both in the model's own dtype.
 
 Given::
 
@@ -34,7 +35,7 @@ from torch import Tensor
 from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
 from ..codegen.sizes import DEFAULT_GROUP
-from .annotate import LINEAR
+from .annotate import LINEAR, linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import Program, get_attribute, prune_attributes, set_attribute
@@ -68,6 +69,7 @@ class Head(Pass):
             return PassResult(program, summary={"bits": 16, "matrices": 0})
         program = program.copy()
         sites = [*_token_embeddings(program), *_head_linears(program)]
+        sites = [(node, weight) for node, weight in sites if not _kept_float(program, weight)]
         names = _canonical_names(program, [weight for _, weight in sites])
         unpacked: dict[str, Node] = {}
         for node, weight in sites:
@@ -119,6 +121,13 @@ def _head_linears(program: Program) -> list[tuple[Node, Node]]:
             raise PassError(f"the head {describe(node)} is quantized already; run 'head' once")
         found.append((node, node.args[1]))
     return found
+
+
+def _kept_float(program: Program, weight: Node) -> bool:
+    """Whether ``annotate`` kept a linear with this very tensor float."""
+    tensor = get_attribute(program.module, weight.target)
+    kept = (node.args[1] for node, info in linears(program) if info.role == "dense")
+    return any(same_storage(get_attribute(program.module, other.target), tensor) for other in kept)
 
 
 def _canonical_names(program: Program, weights: list[Node]) -> dict[str, str]:

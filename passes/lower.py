@@ -16,7 +16,8 @@ Result::
     %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 64)
 
 Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_linear``, and linears and look-ups over
-``lbllm.unpack_rows`` become ``lbllm.int8_linear`` and ``lbllm.int8_embedding``.
+``lbllm.unpack_rows`` become ``lbllm.int8_linear`` and ``lbllm.int8_embedding``. Linears and experts that ``annotate``
+kept float stay the operators they are.
 
 Needs ``ptq`` and ``activate``: a decoder linear that is not quantized, or whose input is not, is an error, as is a
 leftover observer.

@@ -15,7 +15,7 @@ Result::
     %q = aten.linear(%observe, %q_weight)
     %k = aten.linear(%observe, %k_weight)
 
-Needs ``annotate``.
+Needs ``annotate``. Where it kept every linear float there is nothing to observe, and the program stays as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from ..codegen import operators as operators
-from .annotate import LINEAR
+from .annotate import LINEAR, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir.program import Program
 from .ir.rewrite import make_call
@@ -53,20 +53,20 @@ class Observe(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if nothing_to_quantize(self.name, program, context):
+            return PassResult(program, summary={"observers": 0})
         program = program.copy()
         graph = program.graph
         if any(n.target is _OBSERVE for n in graph.nodes):
             raise PassError("the program is observed already; use 'observe' once, before 'ptq'")
         rows: list[dict[str, Any]] = []
-        for source, linears in decoder_linears(graph).items():
-            site = linears[0].meta[LINEAR].path
-            with graph.inserting_before(linears[0]):
-                observer = make_call(graph, _OBSERVE, (source, site), linears[0], {STAT: self.stat})
-            for linear in linears:
+        for source, readers in decoder_linears(graph).items():
+            site = readers[0].meta[LINEAR].path
+            with graph.inserting_before(readers[0]):
+                observer = make_call(graph, _OBSERVE, (source, site), readers[0], {STAT: self.stat})
+            for linear in readers:
                 linear.update_arg(0, observer)
-            rows.append({"site": site, "linears": [n.meta[LINEAR].path for n in linears], "stat": self.stat})
-        if not rows:
-            raise PassError("there is no decoder linear to observe; run 'annotate' first, or check keep_dense")
+            rows.append({"site": site, "linears": [n.meta[LINEAR].path for n in readers], "stat": self.stat})
         program.module.recompile()
         return PassResult(program, rows, {"observers": len(rows)})
 
@@ -79,3 +79,17 @@ def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if info is not None and info.role == "decoder":
             found.setdefault(node.args[0], []).append(node)
     return found
+
+
+def nothing_to_quantize(name: str, program: Program, context: PassContext) -> bool:
+    """Whether ``annotate`` kept every linear float, which the pass ``name`` then says.
+
+    Raises:
+        PassError: the linears are not annotated.
+    """
+    if decoder_linears(program.graph):
+        return False
+    if not linears(program):
+        raise PassError(f"{name} finds no annotated linear; run 'annotate' before it")
+    context.progress.note(f"every linear stays float, so '{name}' leaves the weights as they are")
+    return True

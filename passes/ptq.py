@@ -42,7 +42,7 @@ from .calibrate.precision import Precision
 from .calibrate.spool import mapped, release, trim
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import make_attribute, make_call
-from .observe import STAT, decoder_linears
+from .observe import STAT, decoder_linears, nothing_to_quantize
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
@@ -80,6 +80,8 @@ class Ptq(Pass):
     contract: ClassVar[Contract] = CALIBRATING
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if nothing_to_quantize(self.name, program, context):
+            return PassResult(program, summary={"linears": 0})
         self._check(program, context)
         layers = split(program)
         chain = Activations(calibration_batches(program, context.calibration, BATCH), context.device)

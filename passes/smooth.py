@@ -48,7 +48,7 @@ from .calibrate.precision import Precision
 from .calibrate.spool import spooled
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
-from .observe import decoder_linears
+from .observe import decoder_linears, nothing_to_quantize
 
 BATCH = 8
 """Sequences run at a time."""
@@ -86,9 +86,8 @@ class Smooth(Pass):
             raise PassError("the program is observed or quantized already; move 'smooth' in front of 'observe'")
         program = program.copy()
         graph = program.graph
+        nothing_to_quantize(self.name, program, context)
         sites = decoder_linears(graph)
-        if not sites:
-            raise PassError("there is no decoder linear to smooth; run 'annotate' first, or check keep_dense")
         folds = {source: _fold_of(program, source, linears) for source, linears in sites.items()}
         keys = _keys(graph) if self.center_keys and program.kind == "causal-lm" else {}
         wanted = {s.name: -1 for s, fold in folds.items() if isinstance(fold, Fold) and self.strength > 0}

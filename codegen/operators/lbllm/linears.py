@@ -43,7 +43,8 @@ def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_zeros((x.shape[0], weight.shape[1]))
     start = 0
     for expert, end in enumerate(offsets.tolist()):
-        out[start:end] = torch.nn.functional.linear(x[start:end], weight[expert])
+        if end > start:
+            out[start:end] = torch.nn.functional.linear(x[start:end], weight[expert])
         start = end
     return out
 
@@ -52,7 +53,6 @@ grouped_linear = define(
     "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
     reference=_grouped,
     shape=lambda x, weight, offsets: x.new_empty((x.shape[0], weight.shape[1])),
-    simulates=True,
 )
 
 

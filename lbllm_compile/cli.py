@@ -154,6 +154,13 @@ KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4
 KeepDense = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens to attend to at most [default: all the model is made for; as many as have unscaled frequencies"
+        " where long or dynamic rotary embeddings change them]"
+    ),
+]
 Device = Annotated[
     str, typer.Option(help="where calibrations compute and the model samples calibration text: auto, cpu or cuda")
 ]
@@ -191,6 +198,7 @@ def compile_command(
     act_bits: ActBits = None,
     kv_bits: KvBits = None,
     keep_dense: KeepDense = None,
+    context: Context = None,
     device: Device = "auto",
     work_dir: WorkDirectory = None,
     seed: Seed = 0,
@@ -215,6 +223,7 @@ def compile_command(
         act_bits=act_bits,
         kv_bits=kv_bits,
         keep_dense=tuple(keep_dense or ()),
+        context=context,
         device=device,
         work_dir=work_dir,
         seed=seed,
@@ -256,6 +265,7 @@ def plan(
     act_bits: ActBits = None,
     kv_bits: KvBits = None,
     keep_dense: KeepDense = None,
+    context: Context = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -271,6 +281,7 @@ def plan(
         act_bits=act_bits,
         kv_bits=kv_bits,
         keep_dense=tuple(keep_dense or ()),
+        context=context,
         device=device,
     )
     with _terminal(as_json) as ui:
@@ -293,6 +304,7 @@ def preflight(
     act_bits: ActBits = None,
     kv_bits: KvBits = None,
     keep_dense: KeepDense = None,
+    context: Context = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -309,6 +321,7 @@ def preflight(
         act_bits=act_bits,
         kv_bits=kv_bits,
         keep_dense=tuple(keep_dense or ()),
+        context=context,
         device=device,
         seed=seed,
     )
@@ -422,6 +435,7 @@ def ablate(
     act_bits: ActBits = None,
     kv_bits: KvBits = None,
     keep_dense: KeepDense = None,
+    context: Context = None,
     seq_len: Annotated[
         int | None, typer.Option(help="tokens in a chunk [default: 512, or what the model's context holds]")
     ] = None,
@@ -445,6 +459,7 @@ def ablate(
         act_bits=act_bits,
         kv_bits=kv_bits,
         keep_dense=tuple(keep_dense or ()),
+        context=context,
         device=device,
         work_dir=work_dir,
         seed=seed,

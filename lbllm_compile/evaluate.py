@@ -27,7 +27,7 @@ from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.report import summary, terminal
-from lbllm_compile.runtime.language import context_length
+from lbllm_compile.runtime.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.runtime.loader import prepared
 
 Logits = Callable[[Tensor], Tensor]
@@ -274,7 +274,8 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
     model = frontend.load(str(source))
     if model.kind != "causal-lm":
         raise EvaluationError(f"'{source}' is not a language model, so it cannot be the teacher")
-    same = frontend.program_hash(frontend.capture(model)) == loaded.lock.get("model")
+    program = frontend.capture(model, loaded.program.config.get(COMPILED_CONTEXT))
+    same = frontend.program_hash(program) == loaded.lock.get("model")
     if not same and named is None:
         progress.note(f"no comparison with the original model: '{source}' has changed; name it with --teacher")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -130,8 +131,11 @@ def read_job(options: CompileOptions, progress: Progress | None = None, places: 
             passes = recipe.passes(choices, options.target)
         check_print_after(options, passes)
         out, work = places(model.name)
-        program = frontend.capture(model)
+        program = frontend.capture(model, options.context)
         task.advance("captured")
+    if "context" in program.metadata:
+        progress.note(program.metadata["context"])
+    model = dataclasses.replace(model, config=program.config)
     return Job(options, model, choices, passes, targets, program, out, work)
 
 

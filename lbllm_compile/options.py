@@ -25,6 +25,7 @@ class CompileOptions:
         pipeline: pipeline text instead of the recipe's.
         calibration: calibration text; the model's own samples by default.
         group, act_bits, kv_bits, keep_dense: override the recipe's.
+        context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
         device: where calibrations compute and the model samples its calibration text: ``auto``, ``cpu`` or ``cuda``.
         work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
         seed: of every random choice.
@@ -43,6 +44,7 @@ class CompileOptions:
     act_bits: int | None = None
     kv_bits: int | None = None
     keep_dense: tuple[str, ...] = ()
+    context: int | None = None
     device: str = "auto"
     work_dir: Path | None = None
     seed: int = 0

@@ -8,16 +8,20 @@ import sys
 
 import pytest
 import torch
+import transformers
 import transformers.masking_utils
 import zoo
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LAYER, LINEAR, layer_count, linears, matrix_count
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.ir.program import get_attribute
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lbllm_compile import frontend
-from lbllm_compile.frontend import LM_INPUTS, language_model_inputs, tracing
+from lbllm_compile.frontend import LM_INPUTS, CaptureError, UserModel, language_model_inputs, tracing
+from lbllm_compile.runtime.language import COMPILED_CONTEXT
 
 aten = torch.ops.aten
 
@@ -154,3 +158,93 @@ def test_sets_of_a_model_are_ordered_while_it_is_traced() -> None:
 
 class Walker(torch.nn.Module):
     pass
+
+
+def rotary_model(context: int | None = None, **rope: object) -> tuple[PreTrainedModel, Program]:
+    options = {} if rope["rope_type"] == "dynamic" else {"original_max_position_embeddings": 32}
+    name = "Llama" if rope["rope_type"] == "dynamic" else "Phi3"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=zoo.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=128 if options else 32,
+        pad_token_id=0,
+        rope_scaling={**rope, "rope_theta": 100.0},
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model, frontend.capture(frontend.prepare(UserModel(model, "causal-lm", "rotary", "-")), context)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+
+
+def error_at(model: PreTrainedModel, program: Program, length: int) -> float:
+    tokens = inputs(2, length)
+    with torch.no_grad():
+        expected = model(**tokens, use_cache=False).logits
+    return float((program.run(tokens) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_rotary_frequencies_are_those_of_the_context(rope: dict[str, object]) -> None:
+    """The default context has the unscaled frequencies, a longer one those of its length; the model stays as it was."""
+    model, program = rotary_model(**rope)
+    before = model.model.rotary_emb.inv_freq.clone()
+    assert program.config[COMPILED_CONTEXT] == 32 and "up to 32 tokens" in program.metadata["context"]
+    assert error_at(model, program, 32) < 1e-5 and error_at(model, program, 1) < 1e-5
+    assert error_at(model, program, 60) > 1e-2, "the frequencies of longer sequences are others"
+    assert error_at(model, program, 8) < 1e-5
+
+    model, program = rotary_model(context=60, **rope)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before) and model.model.rotary_emb.rope_type != "default"
+    assert program.config[COMPILED_CONTEXT] == 60 and "60 tokens" in program.metadata["context"]
+    assert error_at(model, program, 60) < 1e-5
+    assert error_at(model, program, 8) > 1e-2
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(CaptureError, match="attends to 128 tokens at most; --context cannot be 129"):
+        rotary_model(context=129, **LONGROPE)
+    with pytest.raises(CaptureError, match="--context cannot be 0; ask for at least 1"):
+        rotary_model(context=0, **LONGROPE)
+    with pytest.raises(CaptureError, match="attends to 128 tokens at most"):
+        model = zoo.ZOO["llama-tied"].build()
+        frontend.capture(frontend.prepare(UserModel(model, "causal-lm", "llama", "-")), 257)
+
+
+def test_tables_made_for_the_longest_sequence_bound_the_context() -> None:
+    """GPT-Neo slices a mask that was made for the longest sequence."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=zoo.VOCABULARY,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        max_position_embeddings=40,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+    )
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    program = frontend.capture(frontend.prepare(UserModel(model, "causal-lm", "neo", "-")))
+    assert program.config[COMPILED_CONTEXT] == 40
+    program, _ = pipeline.run(program, pipeline.parse("canonicalize"), PassContext(probe=inputs(2, 7)))
+    assert all(error_at(model, program, length) < 1e-5 for length in (1, 7, 40))
+
+
+def test_source_lines_are_the_models() -> None:
+    """Of every operation of a transformers model, the line of its modeling file."""
+    _, program = zoo.captured("llama-tied")
+    program, _ = pipeline.run(program, pipeline.parse("canonicalize"), PassContext(probe=inputs(2, 7)))
+    # torch itself reads sizes, for its own checks
+    operations = [n for n in program.graph.nodes if n.op == "call_function" and n.target is not aten.sym_size.int]
+    lines = [dump.source_line(n) for n in operations]
+    assert len(lines) > 50
+    assert {line.rpartition("/")[2].rpartition(":")[0] for line in lines} == {"modeling_llama.py"}

@@ -63,13 +63,13 @@ def test_provenance_and_symbolic_sizes_survive():
     before = lowered()
     node = next(n for n in before.graph.nodes if n.op == "call_function")
     node.meta["nn_module_stack"] = {"": ("model.embed", "Embedding")}
-    node.meta["stack_trace"] = '  File "/home/someone/site-packages/transformers/llama.py", line 7, in forward'
+    node.meta["stack_trace"] = '  File "/home/someone/site-packages/transformers/models/llama.py", line 7, in forward'
     node.meta["shape"] = "f32[B, S, 40]"
     text = graph_json.dumps(before.module)
     assert "/home/someone" not in text, "paths of the compiling machine do not belong into an artifact"
     new = next(n for n in again(before).graph.nodes if n.name == node.name)
     assert dump.module_path(new) == "model.embed"
-    assert dump.source_line(new) == "transformers/llama.py:7"
+    assert dump.source_line(new) == "transformers/models/llama.py:7"
     assert new.meta["shape"] == "f32[B, S, 40]"
 
 

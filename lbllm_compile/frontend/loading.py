@@ -421,12 +421,13 @@ def prepare(model: UserModel) -> UserModel:
     if config.is_encoder_decoder:
         raise ModelError(f"'{model.name}' is an encoder-decoder model; only decoder-only language models are supported")
     try:
-        # One attention operator per layer, and experts as grouped matrix products over their stacked weights.
-        module.set_attn_implementation("sdpa")  # type: ignore[operator]
+        # One attention operator per layer where the model can, and experts as grouped matrix products over their
+        # stacked weights.
+        module.set_attn_implementation("sdpa" if module._supports_sdpa else "eager")  # type: ignore[operator]
         if type(module)._can_set_experts_implementation():  # type: ignore[attr-defined]
             module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     except ValueError as error:
-        raise ModelError(f"'{model.name}' cannot use torch's attention operator: {reason_of(error)}") from error
+        raise ModelError(f"'{model.name}' cannot be made to compute attention in torch: {reason_of(error)}") from error
     return dataclasses.replace(
         model, module=module, config=clean_config(config.to_dict() | {"architectures": [type(module).__name__]})
     )

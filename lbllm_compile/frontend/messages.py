@@ -54,16 +54,28 @@ def short_path(file: Path) -> str:
     return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else file.name
 
 
-def capture_reason(error: BaseException) -> str:
-    """What stopped ``torch.export``, in one sentence: the operation, the line, the way out."""
-    chain: list[BaseException] = [error]
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and what it came from, the outermost first."""
+    chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
+    return chain
+
+
+def fixes_size(error: BaseException) -> bool:
+    """Whether what stopped ``torch.export`` is that the forward fits some sizes only."""
+    text = " ".join(str(e) for e in _chain(error))
+    return "ConstraintViolation" in text or "Constraints violated" in text
+
+
+def capture_reason(error: BaseException) -> str:
+    """What stopped ``torch.export``, in one sentence: the operation, the line, the way out."""
+    chain = _chain(error)
     frame = next((f for e in reversed(chain) if (f := user_frame(e))), "")
     text = " ".join(str(e) for e in chain)
     if any(type(e).__name__.startswith("GuardOnDataDependent") for e in chain) or "data-dependent" in text.lower():
         reason = "a branch or a size depends on the values of a tensor; compute both sides and use torch.where"
-    elif "ConstraintViolation" in text or "Constraints violated" in text:
+    elif fixes_size(error):
         reason = "the batch or sequence size is fixed by the forward; derive shapes from the inputs' shapes"
     elif ".item()" in text or "aten._local_scalar_dense" in text:
         reason = "a tensor is read as a Python number; keep the computation in tensors"

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lbllm_compile.frontend import rotary
 from lbllm_compile.frontend.loading import UserModel
-from lbllm_compile.frontend.messages import CaptureError, a_word, capture_reason, reason_of
+from lbllm_compile.frontend.messages import CaptureError, a_word, capture_reason, fixes_size, reason_of
 from lbllm_compile.passes.calibrate import spool
 from lbllm_compile.passes.ir.program import Program, set_attribute
+from lbllm_compile.runtime.language import COMPILED_CONTEXT, context_length
 
 LM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Placeholders of a captured language model, in order."""
 
 _CHECK_TOLERANCE = 1e-4
 """Relative error allowed between the captured graph and the model, at sizes the graph was not traced with."""
+
+
+_FRAME_HERE = re.compile(rf' *File "{re.escape(__file__)}".*\n(?:    .*(?:\n|$))*')
+"""Frames of this file, which are no part of the model, in a stack trace."""
 
 
 class _LanguageModel(nn.Module):
@@ -45,34 +53,89 @@ def language_model_inputs(input_ids: Tensor, attention_mask: Tensor | None = Non
 
 
 @torch.no_grad()
-def capture(model: UserModel) -> Program:
+def capture(model: UserModel, context: int | None = None) -> Program:
     """Traces the model's forward into a :class:`Program` at ATen level, batch and sequence dynamic.
 
     Weights become ``get_attr`` nodes under the paths they have in the model; tied weights share one path. Nodes keep
-    ``nn_module_stack`` (which module they come from), ``stack_trace`` (which line) and ``val`` (their shape).
+    ``nn_module_stack`` (which module they come from), ``stack_trace`` (which line) and ``val`` (their shape). Where the
+    graph is right up to some length only, its configuration says so under ``COMPILED_CONTEXT``, and the metadata's
+    ``context`` says why.
+
+    Args:
+        model: what to trace.
+        context: tokens that a language model shall attend to at most; by default as many as it is made for, or, where
+            its rotary frequencies depend on the length, as many as have unscaled ones.
 
     Raises:
-        CaptureError: the forward cannot be captured; the message names the operation, the line and a way out.
+        CaptureError: the forward cannot be captured, or not for that context; the message names the operation, the line
+            and a way out.
     """
-    if model.kind == "causal-lm":
-        module: nn.Module = _LanguageModel(model.module)
-        vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        inputs = language_model_inputs(_token_ids((2, 5), vocabulary))
-        batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
-        shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in LM_INPUTS}
-        strip = "model"
-    else:
-        module, inputs, strip = model.module, _at_least_two(model.inputs), ""
-        free = _takes_any_batch(module, inputs)
+    if model.kind != "causal-lm":
+        if context is not None:
+            raise CaptureError(f"'{model.name}' is no language model, so it has no context; leave out --context")
+        inputs = _at_least_two(model.inputs)
+        free = _takes_any_batch(model.module, inputs)
         shapes = {n: {0: torch.export.Dim.AUTO} if free and t.dim() else None for n, t in inputs.items()}
+        return _capture(model, model.module, inputs, lambda _: shapes, "")
+    held = rotary.frozen_kind(model.module, context)
+    _check_context(model, context, held)
+    vocabulary = int(model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    with rotary.frozen(model.module, held.context) if held else contextlib.nullcontext():
+        module, inputs = _LanguageModel(model.module), language_model_inputs(_token_ids((2, 5), vocabulary))
+        program = _capture(model, module, inputs, _lm_shapes, "model")
+    limits = [n for n in (context, held and held.context, program.metadata.get("longest")) if n]
+    if not limits:
+        return program
+    config = {**program.config, COMPILED_CONTEXT: min(limits)}
+    metadata = {**program.metadata, "context": str(held)} if held else program.metadata
+    return dataclasses.replace(program, config=config, metadata=metadata)
+
+
+def _check_context(model: UserModel, context: int | None, held: rotary.Frozen | None) -> None:
+    longest = context_length(model.config)
+    if context is None:
+        return
+    if context < 1:
+        raise CaptureError(f"--context cannot be {context}; ask for at least 1 token")
+    if longest is not None and context > longest and not (held and held.kind == rotary.DYNAMIC):
+        raise CaptureError(f"'{model.name}' attends to {longest} tokens at most; --context cannot be {context}")
+
+
+def _lm_shapes(longest: int | None) -> dict[str, Any]:
+    """Dynamic sizes of a language model's inputs, sequences of up to ``longest`` tokens."""
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1, max=longest)
+    return {name: {0: batch, 1: sequence} for name in LM_INPUTS}
+
+
+def _capture(
+    model: UserModel,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    shapes: Callable[[int | None], Mapping[str, Any]],
+    strip: str,
+) -> Program:
+    """Traces ``module``, the model or a wrapper that holds it as ``strip``, on ``inputs``.
+
+    Args:
+        shapes: gives dynamic sizes for the longest sequence, None for any.
+    """
     _run_eagerly(model, module, inputs)
-    exported = _export(model, module, inputs, shapes)
+    longest = None
+    try:
+        exported = _export(model, module, inputs, shapes(None))
+    except _FixedSizeError:
+        # A forward that slices a table made for the longest sequence fits sequences up to that.
+        longest = context_length(model.config)
+        if longest is None:
+            raise
+        exported = _export(model, module, inputs, shapes(longest))
     program = Program(
         module=_graph_module(model, exported, strip),
         kind=model.kind,
         name=model.name,
         config=model.config,
         tokenizer=model.tokenizer,
+        metadata={"longest": longest} if longest else {},
     )
     _check(model, module, program, inputs)
     return program
@@ -135,7 +198,8 @@ def _export(
             if any(_mutates(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})
     except Exception as error:
-        raise CaptureError(f"'{model.name}' cannot be captured: {capture_reason(error)}") from error
+        kind = _FixedSizeError if fixes_size(error) else CaptureError
+        raise kind(f"'{model.name}' cannot be captured: {capture_reason(error)}") from error
     written = [
         *exported.graph_signature.buffers_to_mutate.values(),
         *exported.graph_signature.user_inputs_to_mutate.values(),
@@ -145,6 +209,10 @@ def _export(
             f"'{model.name}' cannot be captured: its forward writes to '{written[0]}'; compute a new tensor instead"
         )
     return exported
+
+
+class _FixedSizeError(CaptureError):
+    """The forward fits some sizes only."""
 
 
 class _OrderedSet(set):
@@ -243,7 +311,9 @@ def _copy_node(
 
 def _clean_meta(meta: Mapping[str, Any], strip: str) -> dict[str, Any]:
     """What later passes may rely on: shape, line and module path, the latter without the wrapper's prefix."""
-    kept = {k: meta[k] for k in ("val", "stack_trace") if k in meta}
+    kept = {k: meta[k] for k in ("val",) if k in meta}
+    if trace := _FRAME_HERE.sub("", meta.get("stack_trace") or ""):
+        kept["stack_trace"] = trace
     stack: dict[str, tuple[str, str]] = {}
     for key, (path, kind) in meta.get("nn_module_stack", {}).items():
         if path == "_empty_nn_module_stack_from_metadata_hook" or (strip and path == ""):

@@ -23,9 +23,13 @@ class Steps(Protocol):
         ...
 
 
+COMPILED_CONTEXT = "compiled_context"
+"""Key of a compiled model's configuration: tokens its graph is right for, where that is less than the model's own."""
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens that a model of this configuration can attend to; None where it does not say."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+    for key in (COMPILED_CONTEXT, "max_position_embeddings", "n_positions", "max_seq_len"):
         value = config.get(key)
         if isinstance(value, int) and value > 0:
             return value

@@ -29,6 +29,10 @@ LAYER_KEY = "lbllm_layer"
 """Node meta key with the decoder-layer index (set by the pass ``annotate``)."""
 
 
+_LIBRARY = re.compile(r"(^|/)torch/|/transformers/(?!models/)")
+"""Files that models are made with but not written in."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One node as text."""
@@ -71,10 +75,14 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``file:line`` of the innermost frame the node came from, the user's own file preferred over libraries."""
+    """``file:line`` of the innermost frame of the model's source that the node came from.
+
+    That is the user's file or transformers' modeling file; what those call in torch and in the rest of transformers,
+    such as an activation function, is passed by.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if "site-packages" not in f[0]] or frames
-    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
+    model = [f for f in frames if not _LIBRARY.search(f[0])]
+    return f"{model[-1][0]}:{model[-1][1]}" if model else ""
 
 
 def _argument(value: Any) -> str:

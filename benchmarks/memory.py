@@ -112,7 +112,7 @@ def measure(run: Run) -> dict[str, Any]:
     model = frontend.load(run.model)
     peak.lap("reading")
     program = frontend.capture(model)
-    frontend.fingerprint(program)
+    frontend.program_hash(program)
     peak.lap("capture")
     passes, targets = pipeline.parse(run.pipeline), parse_targets("cpu")
     probe = calibration.random_probe(model, program, 0)

@@ -13,6 +13,7 @@ import torch
 import transformers
 import zoo
 from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir.program import set_attribute
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -269,7 +270,7 @@ def test_shards_in_half_precision_load_as_transformers_loads_them(tmp_path: Path
     ties = [len({id(p) for p in m.parameters()}) for m in (model.module, expected)]
     assert ties[0] == ties[1]
     assert all(spool.is_mapped(p) for p in model.module.parameters())
-    assert frontend.fingerprint(frontend.capture(model)) == frontend.fingerprint(frontend.capture(reference))
+    assert frontend.program_hash(frontend.capture(model)) == frontend.program_hash(frontend.capture(reference))
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -457,9 +458,9 @@ def test_smollm2_example(capfd: pytest.CaptureFixture[str]) -> None:
 def test_fingerprint_tells_weights_apart() -> None:
     program = zoo.captured("llama")[1]
     other = program.copy()
-    assert frontend.fingerprint(program) == frontend.fingerprint(other)
+    assert frontend.program_hash(program) == frontend.program_hash(other)
     path, tensor = next((p, t) for p, t in other.parameters() if t.dim() == 2)
     changed = tensor.clone()
     changed[0, 0] += 1
-    frontend.set_attribute(other.module, path, changed)
-    assert frontend.fingerprint(program) != frontend.fingerprint(other)
+    set_attribute(other.module, path, changed)
+    assert frontend.program_hash(program) != frontend.program_hash(other)

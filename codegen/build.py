@@ -21,6 +21,7 @@ from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
+from .sizes import MOST_ELEMENTS
 from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target
 from .threads import thread_count
@@ -182,6 +183,12 @@ class QuantizeKernel:
         values = torch.empty((m, spec.in_features), dtype=value_dtype(spec.value_bits))
         scale = torch.empty((m, spec.scales), dtype=torch.float32)
         if m == 0:
+            return values, scale
+        most = MOST_ELEMENTS // spec.in_features
+        if m > most:
+            for start in range(0, m, most):
+                part = slice(start, start + most)
+                values[part], scale[part] = self(x[part], clip, *knees)
             return values, scale
         wide = m > 1 and m * spec.in_features >= PARALLEL_QUANTIZER_ELEMENTS
         try:
@@ -417,7 +424,8 @@ def _prove_linear(
     for case in prove.linear_cases(spec):
         packed = implementation.pack(case.weight, case.bias)
         for bucket, function in callables:
-            counts = prove.token_counts(bucket.lowest, bucket.highest)
+            # A program calls the kernels of many tokens for what is left of a prompt or a batch, too.
+            counts = sorted({m for first in (1, bucket.lowest) for m in prove.token_counts(first, bucket.highest)})
             if failure := prove.linear_failure(function, packed, case, counts):
                 raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}

@@ -23,6 +23,9 @@ CAPACITY_MULTIPLE = 16
 MAX_SEED = 2**32 - 1
 """Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""
 
+MOST_ELEMENTS = 2**31 - 1
+"""Elements of the largest tensor that kernels can index, because their indices have 32 bits."""
+
 
 def group_count(in_features: int, group: int) -> int:
     """Number of groups along ``K``, the short tail included."""

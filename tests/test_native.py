@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import transformers
 from lbllm_compile.codegen import operators, reference
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
-from lbllm_compile.codegen.kernels import attention
+from lbllm_compile.codegen.kernels import attention, cpu
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.operators.aten.shapes import infer
@@ -150,7 +151,8 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     lowered = stages("llama")[1]
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    module = translate.translate(lowered, kernels, translate.ENTRY_POINTS[2:3]).functions()
+    entries = [entry for entry in translate.ENTRY_POINTS if entry.name == "tokens"]
+    module = translate.translate(lowered, kernels, entries).functions()
     module = fuse_rows(operators_to_loops(module, kernels.lanes))
     names = called(module, "tokens")
     layers = len(calls(lowered.graph, torch.ops.lbllm.cached_attention.default))
@@ -267,6 +269,92 @@ def test_a_long_prompt_is_fed_in_parts(monkeypatch):
     monkeypatch.setattr(native, "PART_TOKENS", 16)
     np.testing.assert_allclose(toy().session(1).logits(ids), whole, atol=0.05)
     assert toy().session(1).logits(ids).shape == whole.shape
+
+
+def watched(found: NativeProgram, monkeypatch, **changes) -> tuple[NativeProgram, list[str]]:
+    """A program whose description has other fields, and the names of the functions it calls from now on."""
+    other, names = NativeProgram(found.directory), []
+    other.description = dataclasses.replace(found.description, **changes)
+    call = other.call
+    monkeypatch.setattr(other, "call", lambda name, *a: (names.append(name), call(name, *a))[1])
+    return other, names
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "name"),
+    [
+        *((*size, "few_tokens") for size in ((1, 2), (2, 1), (16, 1), (3, 5), (1, 16))),
+        *((*size, "tokens") for size in ((1, 17), (17, 1), (4, 5))),
+    ],
+)
+def test_few_tokens_are_computed_by_the_kernels_for_few_tokens(batch, length, name, monkeypatch):
+    """To the bit as by those for many."""
+    ids = np.random.default_rng(batch).integers(1, TOY_VOCABULARY, (batch, length + 2))
+    mask = np.ones((batch, length), np.int64)
+    mask[-1, : length // 3] = 0
+    functions = tuple(f for f in toy().description.functions if f.name != "few_tokens")
+    chosen, names = watched(toy(), monkeypatch)
+    sessions = [chosen.session(batch), watched(toy(), monkeypatch, functions=functions)[0].session(batch)]
+    for session in sessions:
+        session.start(mask)
+    for part in (ids[:, :length], ids[:, length:]):
+        ours, theirs = (session.step(part) for session in sessions)
+        assert np.array_equal(ours, theirs)
+    assert all(np.array_equal(a, b) for a, b in zip(*(s.state.arrays for s in sessions), strict=True))
+    assert names == [name, "few_tokens" if 2 * batch <= 16 else "tokens"]
+
+
+def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
+    lowered = stages("llama")[1]
+    needed = requirements(lowered)
+    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    entries = [entry for entry in translate.ENTRY_POINTS if entry.length is None]
+    module = translate.translate(lowered, kernels, entries).functions()
+    found = {}
+    for entry in entries:
+        linears = {kernels.linear(spec).tir(bucket.name).name for spec in needed.linears for bucket in cpu.BUCKETS}
+        names = {name.removesuffix("_residual") for name in called(module, entry.name)}
+        found[entry.name] = names & linears
+        assert found[entry.name] == {kernels.linear(spec).tir(entry.bucket).name for spec in needed.linears}
+    assert found["few_tokens"].isdisjoint(found["tokens"])
+
+
+def test_indices_of_kernels_stay_within_their_32_bits(monkeypatch):
+    """What is too large for one call, of the logits or of anything else, is computed for some sequences at a time."""
+    ids = np.random.default_rng(5).integers(1, TOY_VOCABULARY, (5, 9))
+    mask = np.ones((5, 6), np.int64)
+    mask[1, :4] = 0
+    logits = next(f for f in toy().description.functions if f.name == "logits")
+    assert dict(logits.tensors)["batch", "length"] >= TOY_VOCABULARY
+
+    def run(program) -> list[np.ndarray]:
+        session = program.session(5)
+        session.start(mask)
+        outputs = [session.logits(ids[:, :6]), session.step(ids[:, 6:8]), session.step(ids[:, 8:])]
+        return outputs + session.state.arrays
+
+    whole = run(toy())
+    program, names = watched(toy(), monkeypatch)
+    sizes = {"length": 6, "total": 6, "capacity": native.MIN_CAPACITY}
+    monkeypatch.setattr(native, "MOST_ELEMENTS", 2 * (native.MOST_ELEMENTS // logits.sequences(sizes)))
+    assert all(np.array_equal(a, b) for a, b in zip(run(program), whole, strict=True))
+    assert names.count("logits") == 3
+    monkeypatch.setattr(native, "MOST_ELEMENTS", 64)
+    with pytest.raises(GenerationError, match="too many for one call"):
+        program.session(1).logits(ids[:1])
+
+
+def test_a_state_of_more_elements_than_32_bits_count():
+    """Memory that nothing is written to costs nothing, so it can really be so large."""
+    ids = np.random.default_rng(6).integers(1, TOY_VOCABULARY, (3, 7))
+    widest = max(math.prod(array.shape[1:]) // native.MIN_CAPACITY for array in toy().session(1).state.arrays)
+    sessions = toy().session(3), toy().session(3, 2**31 // (2 * widest) + 1)
+    assert max(array.size for array in sessions[1].state.arrays) > 2**31
+    for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
+        small, large = (session.step(part) for session in sessions)
+        assert np.array_equal(small, large)
+    for small, large in zip(*(s.state.arrays for s in sessions), strict=True):
+        assert np.array_equal(small[:, :, :7], large[:, :, :7])
 
 
 @pytest.mark.parametrize("token", [-1, TOY_VOCABULARY])

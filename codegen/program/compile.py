@@ -12,6 +12,7 @@ from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
 from .fuse import fuse_rows, view_results
 from .launch import merge_launches
+from .queries import index_sizes
 
 ATTENTION = "attention"
 """How the names of attention kernels begin. They come once a decoder layer, so a segment of a launch begins there."""
@@ -24,10 +25,12 @@ class Compiled:
     Attributes:
         executable: TVM's executable of the virtual machine.
         workspaces: bytes of working memory that functions of few launches take, by function.
+        index_sizes: by function, what :func:`~.queries.index_sizes` says of it.
     """
 
     executable: Any
     workspaces: Mapping[str, int]
+    index_sizes: Mapping[str, Mapping[tuple[str, ...], int]]
 
 
 def compile_program(
@@ -52,11 +55,14 @@ def compile_program(
         KernelError: TVM rejects the program.
     """
     try:
+        sizes = {
+            name.name_hint: index_sizes(f) for name, f in module.functions_items() if isinstance(f, relax.Function)
+        }
         module = fuse_rows(operators_to_loops(module, lanes), apart)
         workspaces = {}
         for name in merged:
             module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
-        return Compiled(build_loops(module, target), workspaces)
+        return Compiled(build_loops(module, target), workspaces, sizes)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
         raise KernelError(f"TVM cannot compile the program: {error}") from error
 

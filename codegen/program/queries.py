@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..tvm_api import s_tir, tirx, tvm
+from ..tvm_api import relax, s_tir, tirx, tvm
 
 
 def is_call(value: Any, name: str) -> bool:
@@ -53,6 +53,44 @@ def surely_equal(a: Any, b: Any) -> bool:
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are surely equal."""
     return len(a) == len(b) and all(map(surely_equal, a, b))
+
+
+def index_sizes(function: Any) -> dict[tuple[str, ...], int]:
+    """How large the tensors are that a Relax function's kernels index.
+
+    Returns:
+        By the symbols in a shape, sorted: elements of the largest such tensor where each symbol is one. A size with
+        symbols is a product of them and a number.
+    """
+    largest: dict[tuple[str, ...], int] = {}
+    for binding in bindings(function):
+        if not called_kernel(binding.value):
+            continue
+        for tensor in (*_tensor_types(binding.value.args[1].ty), *_tensor_types(binding.var.ty)):
+            symbols: dict[str, Any] = {}
+            count = 1
+            for size in tensor.shape:
+                found = tirx.analysis.undefined_vars(size)
+                symbols |= {variable.name: variable for variable in found}
+                count *= _with_ones(size, found)
+            key = tuple(sorted(symbols))
+            largest[key] = max(count, largest.get(key, 0))
+    return largest
+
+
+def _tensor_types(kind: Any) -> Sequence[Any]:
+    """The tensors of a tensor's or a tuple's type."""
+    return kind.fields if isinstance(kind, relax.TupleType) else [kind]
+
+
+def _with_ones(size: Any, symbols: Sequence[Any]) -> int:
+    """A size where every symbol is one."""
+    if isinstance(size, int):
+        return size
+    analyzer: Any = tvm.sym.Analyzer()
+    for symbol in symbols:
+        analyzer.bind(symbol, tirx.const(1, str(symbol.ty.dtype)))
+    return int(analyzer.simplify(size))
 
 
 def elements(shape: Any) -> Any:

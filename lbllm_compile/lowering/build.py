@@ -36,6 +36,7 @@ from lbllm_compile.runtime.native import (
     LIBRARY,
     WEIGHTS,
     Description,
+    Function,
     Member,
     NativeProgram,
     machine_facts,
@@ -83,14 +84,14 @@ def build_native(
             translation = translate(program, kernels)
             task.advance("translated")
             # Only here is every operator translated, and one may have a form that cannot be.
-            workspaces = _library(program, kernels, translation, folder / LIBRARY)
+            workspaces, functions = _library(program, kernels, translation, folder / LIBRARY)
         except UntranslatableError as error:
             progress.note(f"the model runs operator by operator in torch, which is slower: {error}")
             return None
         task.advance("compiled")
         with (folder / WEIGHTS).open("wb") as file:
             write_in_blocks(file, translation.weight_bytes())
-        description = _describe(program, translation, workspaces)
+        description = _describe(program, translation, workspaces, functions)
         _store(description, folder)
         task.advance("stored")
         native = NativeProgram(folder)
@@ -157,8 +158,10 @@ def _forget_unused() -> None:
             path.unlink(missing_ok=True)
 
 
-def _library(program: Program, kernels: KernelSet, translation: Translated, place: Path) -> dict[str, int]:
-    """Puts the program's library at ``place``; returns the working memory its functions take.
+def _library(
+    program: Program, kernels: KernelSet, translation: Translated, place: Path
+) -> tuple[dict[str, int], tuple[Function, ...]]:
+    """Puts the program's library at ``place``; returns the working memory its functions take, and the functions.
 
     A library depends on the graph and the schedules and not on the weights, so one that was compiled before for the
     same graph is used again.
@@ -173,18 +176,27 @@ def _library(program: Program, kernels: KernelSet, translation: Translated, plac
         compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
         compiled.executable.export_library(str(place))
         write_atomically(stored, place.read_bytes())
-        write_atomically(memory, json.dumps(dict(compiled.workspaces)).encode())
+        sizes = {name: list(tensors.items()) for name, tensors in compiled.index_sizes.items()}
+        write_atomically(memory, json.dumps([dict(compiled.workspaces), sizes]).encode())
     else:
         place.write_bytes(stored.read_bytes())
-    return json.loads(memory.read_bytes())
+    workspaces, sizes = json.loads(memory.read_bytes())
+    functions = []
+    for entry in ENTRY_POINTS:
+        tensors = tuple((tuple(symbols), count) for symbols, count in sizes[entry.name])
+        functions.append(Function(entry.name, entry.batch, entry.length, entry.most, entry.last, tensors))
+    return workspaces, tuple(functions)
 
 
-def _describe(program: Program, translation: Translated, workspaces: dict[str, int]) -> Description:
+def _describe(
+    program: Program, translation: Translated, workspaces: dict[str, int], functions: tuple[Function, ...]
+) -> Description:
     return Description(
         inputs=tuple(spec.name for spec in translation.inputs),
         weights=_members(translation.layout),
         state=_members(translation.state),
         state_bytes=translation.state.bytes,
+        functions=functions,
         workspaces=workspaces,
         vocabulary=translation.vocabulary,
         merged=True,

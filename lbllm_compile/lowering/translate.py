@@ -21,6 +21,7 @@ from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet, TirKernel
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.kernels.cpu import bucket_named
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Translation, flat
 from lbllm_compile.codegen.program import builder
@@ -70,6 +71,7 @@ class EntryPoint:
         batch, length: sequences and tokens of a call; None for any number.
         last: give the logits of the last token only.
         bucket: token bucket whose kernels are called.
+        most: tokens of all sequences together that a call takes at most; None for any number.
         blocks: takes weights and state as blocks, and runs in few launches.
         joined: kernels take over what is before or behind them: quantizers norms, linears additions.
     """
@@ -79,18 +81,22 @@ class EntryPoint:
     length: int | None
     last: bool
     bucket: str
+    most: int | None = None
     blocks: bool = False
     joined: bool = True
 
 
+FEW = bucket_named("2-16")
+
 ENTRY_POINTS = (
     EntryPoint("token", 1, 1, True, "1", blocks=True),
     EntryPoint("token_by_kernel", 1, 1, True, "1", joined=False),
+    EntryPoint("few_tokens", None, None, True, FEW.name, most=FEW.highest),
     EntryPoint("tokens", None, None, True, "17+"),
     EntryPoint("logits", None, None, False, "17+"),
 )
-"""Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a prompt or a batch of sequences; and
-all logits."""
+"""Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a short prompt or a small batch of
+sequences; any prompt or batch; and all logits."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ import numpy as np
 from lbllm_compile import codegen
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
-from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE
+from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE, MOST_ELEMENTS
 from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_runtime import Machine, array
@@ -44,7 +44,7 @@ PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Counts changes of what a stored program is; part of its key."""
 
 
@@ -132,6 +132,41 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Function:
+    """One function of a stored program.
+
+    Attributes:
+        name: in the library.
+        batch, length: sequences and tokens of a call; None for any number.
+        most: tokens of all sequences together that a call takes at most; None for any number.
+        last: gives the logits of the last token only.
+        tensors: the tensors that its kernels index, as pairs of the symbols in a shape and the elements there are
+            where each symbol is one.
+    """
+
+    name: str
+    batch: int | None
+    length: int | None
+    most: int | None
+    last: bool
+    tensors: tuple[tuple[tuple[str, ...], int], ...]
+
+    def takes(self, batch: int, length: int, last: bool) -> bool:
+        """Whether it computes a call of that kind, however large its tensors get."""
+        fits = self.batch in (None, batch) and self.length in (None, length)
+        return fits and (self.most is None or batch * length <= self.most) and self.last == last
+
+    def sequences(self, sizes: Mapping[str, int]) -> int:
+        """Most sequences for which every tensor can be indexed; ``sizes`` are what the other symbols stand for."""
+        elements = [
+            count * math.prod(sizes[symbol] for symbol in symbols if symbol != "batch")
+            for symbols, count in self.tensors
+            if "batch" in symbols
+        ]
+        return MOST_ELEMENTS // max(elements, default=1)
+
+
+@dataclass(frozen=True)
 class Description:
     """What a stored program says of itself.
 
@@ -140,6 +175,7 @@ class Description:
             ``position_ids``.
         weights, state: tensors of the two blocks.
         state_bytes: of the KV state per sequence and slot.
+        functions: what the library computes; the first that takes a call is the best for it.
         workspaces: bytes of working memory of the functions that take some.
         vocabulary: rows of the token embedding.
         merged: whether one token is decoded in few launches, else with one for every kernel.
@@ -151,6 +187,7 @@ class Description:
     weights: tuple[Member, ...]
     state: tuple[Member, ...]
     state_bytes: int
+    functions: tuple[Function, ...]
     workspaces: Mapping[str, int]
     vocabulary: int
     merged: bool
@@ -162,7 +199,15 @@ class Description:
         fields = json.loads(text)
         for block in ("weights", "state"):
             fields[block] = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in fields[block])
-        return cls(**{**fields, "inputs": tuple(fields["inputs"])})
+        functions = []
+        for function in fields["functions"]:
+            tensors = tuple((tuple(symbols), count) for symbols, count in function["tensors"])
+            functions.append(Function(**{**function, "tensors": tensors}))
+        return cls(**{**fields, "inputs": tuple(fields["inputs"]), "functions": tuple(functions)})
+
+    def function(self, batch: int, length: int, last: bool) -> Function:
+        """The best function for a call, of those that launch kernel by kernel or fuse what may be fused."""
+        return next(f for f in self.functions if f.name not in self.workspaces and f.takes(batch, length, last))
 
 
 class NativeProgram:
@@ -190,13 +235,20 @@ class NativeProgram:
         """An empty conversation with ``batch`` sequences and room for ``capacity`` tokens, which grows."""
         return NativeSession(self, batch, capacity)
 
-    def call(self, name: str, inputs: Mapping[str, Any], state: State) -> np.ndarray:
-        """Runs a function of the program on input tensors, by name, and a KV state, which it changes."""
+    def call(self, name: str, inputs: Mapping[str, Any], state: State, part: slice | None = None) -> np.ndarray:
+        """Runs a function of the program on input tensors, by name, and a KV state, which it changes.
+
+        Args:
+            name: of the function.
+            inputs: tensors.
+            state: of the whole batch.
+            part: the sequences that ``inputs`` are of, where they are not all.
+        """
         description, function = self.description, self.machine.function(name)
         arguments = [inputs[name] for name in description.inputs]
         if name in description.workspaces:
             return array(function(*arguments, self._weights, state.block, state.workspace(name)))
-        return array(function(*arguments, self._weight_tuple, state.tuple))
+        return array(function(*arguments, self._weight_tuple, state.tuple if part is None else state.part(part)))
 
 
 def _map(file: Path) -> np.ndarray:
@@ -243,6 +295,10 @@ class State:
         self.tuple = machine.tuple(self.arrays)
         self._workspaces: dict[str, Any] = {}
 
+    def part(self, sequences: slice) -> Any:
+        """:attr:`tuple` of some sequences."""
+        return self._program.machine.tuple([array[sequences] for array in self.arrays])
+
     def workspace(self, name: str) -> Any:
         """The working memory of a function."""
         if name not in self._workspaces:
@@ -283,7 +339,7 @@ class NativeSession:
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
         if ids.shape != (1, 1) or self._prompt_mask is not None:
-            return self._feed(ids, "tokens")[-1][:, -1]
+            return self._feed(ids, last=True)[-1][:, -1]
         return self._feed_one(ids, "token") if self._program.description.merged else self.step_by_kernel(ids)
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
@@ -292,17 +348,17 @@ class NativeSession:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
-        return np.concatenate(self._feed(ids, "logits"), 1)
+        return _joined(self._feed(ids, last=False), 1)
 
-    def _feed(self, ids: np.ndarray, function: str) -> list[np.ndarray]:
-        """Feeds token ids part by part; returns what the function gives for each part."""
+    def _feed(self, ids: np.ndarray, last: bool) -> list[np.ndarray]:
+        """Feeds token ids part by part; returns the logits of each part, or of its last token."""
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.size:
             self._check(int(ids.min()), int(ids.max()))
         mask = np.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         self._prompt_mask = None
         return [
-            self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], function)
+            self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], last)
             for i in range(0, ids.shape[1], PART_TOKENS)
         ]
 
@@ -317,20 +373,34 @@ class NativeSession:
             self.state = self.state.grown(end, self.past)
             self._mask = np.pad(self._mask, ((0, 0), (0, self.state.capacity - self._mask.shape[1])))
 
-    def _feed_part(self, ids: np.ndarray, new: np.ndarray, function: str) -> np.ndarray:
-        end = self.past + ids.shape[1]
+    def _feed_part(self, ids: np.ndarray, new: np.ndarray, last: bool) -> np.ndarray:
+        batch, length = ids.shape
+        end = self.past + length
         self._make_room(end)
         self._mask[:, self.past : end] = new
-        tensor = self._program.machine.tensor
         inputs = {
-            "input_ids": tensor(np.ascontiguousarray(ids)),
-            "attention_mask": tensor(np.ascontiguousarray(self._mask[:, :end])),
-            "position_ids": tensor((self._lengths + new.cumsum(1) - 1).clip(min=0)),
+            "input_ids": ids,
+            "attention_mask": self._mask[:, :end],
+            "position_ids": (self._lengths + new.cumsum(1) - 1).clip(min=0),
         }
-        result = self._program.call(function, inputs, self.state)
+        function = self._program.description.function(batch, length, last)
+        most = function.sequences({"length": length, "total": end, "capacity": self.state.capacity})
+        if most < 1:
+            raise GenerationError(
+                f"{length} tokens of a sequence with room for {self.state.capacity} are too many for one call; use a"
+                " shorter context"
+            )
+        parts = [slice(i, i + most) for i in range(0, batch, most)] if most < batch else [None]
+        result = _joined([self._call(function, inputs, part) for part in parts], 0)
         self._lengths += new.sum(1, keepdims=True)
         self.past = end
         return result
+
+    def _call(self, function: Function, inputs: Mapping[str, np.ndarray], part: slice | None) -> np.ndarray:
+        """Runs a function for all sequences, or for a part of them."""
+        tensor, chosen = self._program.machine.tensor, slice(None) if part is None else part
+        tensors = {name: tensor(np.ascontiguousarray(array[chosen])) for name, array in inputs.items()}
+        return self._program.call(function.name, tensors, self.state, part)
 
     def _feed_one(self, ids: np.ndarray, function: str) -> np.ndarray:
         """Feeds one token of one sequence; returns its logits, ``[1, V]``."""
@@ -345,6 +415,11 @@ class NativeSession:
         self._lengths += 1
         self.past = end
         return result[:, 0]
+
+
+def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    """Arrays one behind the other along an axis; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 class NativeModel(LanguageModel):

@@ -1,9 +1,14 @@
-"""Where long work reports: the protocols, and a listener that says nothing."""
+"""Where long work reports: the protocols, a listener that says nothing, and warnings for who does not listen."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+
+class LbllmWarning(UserWarning):
+    """Something works, but worse than it could, or not as its user may believe."""
 
 
 class Task(Protocol):
@@ -42,3 +47,22 @@ class NoProgress:
 
     def note(self, text: str) -> None:
         pass
+
+
+_warned: set[str] = set()
+"""Kinds of warnings that this process has given."""
+
+
+def warn(progress: Progress | None, kind: str, text: str) -> None:
+    """Says what must not go unheard: to ``progress``, or where nobody listens as a warning, once for each kind.
+
+    Args:
+        progress: None or a plain :class:`NoProgress` where nobody listens.
+        kind: what the texts that say the same of different things have in common.
+        text: one sentence.
+    """
+    if progress is not None and type(progress) is not NoProgress:
+        progress.note(text)
+    elif kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(text, LbllmWarning, stacklevel=3)

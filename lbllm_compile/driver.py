@@ -9,7 +9,7 @@ from typing import Any
 from lbllm_compile import artifact, calibration, checkpoint, preflight, sheet
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import WorkDir
-from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.dumps import Dumps
 from lbllm_compile.job import Job, read_job
 from lbllm_compile.kernels import build_kernels
@@ -61,9 +61,11 @@ def compile(
     clock.lap("calibration data")
     facts = job.fingerprint(data)
     work = WorkDir(job.work, facts, fresh=options.fresh)
-    if kept := sum(work.finished().values()):
-        progress.note(f"an interrupted compile goes on: {kept} finished pieces of work are in '{job.work}'")
     with _released(work), workshop() as folder:
+        if kept := sum(work.finished().values()):
+            progress.note(f"an interrupted compile goes on: {kept} finished pieces of work are in '{job.work}'")
+        elif replaced := job.replaced(facts, data):
+            warn(progress, "replaced", replaced)
         program, records, history = _transform(job, data, work, progress, listener)
         clock.lap("passes")
         kernels = build_kernels(

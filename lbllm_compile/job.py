@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -26,6 +27,9 @@ from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.version import __version__
+
+_LONG_CHANGE = 200
+"""Letters of a change that are too many for a line."""
 
 Places = Callable[[str], tuple[Path, Path]]
 """A model's name to the directories for the result and for unfinished work, both checked."""
@@ -102,6 +106,43 @@ class Job:
             "versions": artifact.versions(),
             "check": dict(check),
         }
+
+    def replaced(self, facts: Mapping[str, str], data: CalibrationSet) -> str:
+        """What sets the artifact apart that this one will replace, in one line; empty where there is none.
+
+        Args:
+            facts: see :meth:`fingerprint`.
+            data: what the passes calibrate on.
+        """
+        if not artifact.is_artifact(self.out):
+            return ""
+        older = f"'{self.out}' holds an artifact"
+        newer = "this compile replaces it when it is done"
+        try:
+            stored = artifact.read_lock(self.out)
+        except artifact.ArtifactError:
+            return f"{older} that is damaged or of another version; {newer}"
+        wanted = self.lock(facts, data, {})
+        names = (*facts, "target")
+        changes = [_change(name, stored, wanted) for name in names if stored.get(name) != wanted[name]]
+        return f"{older} that was compiled {'with other ' + ', '.join(changes) if changes else 'alike'}; {newer}"
+
+
+_IN_WORDS = {"model": "source", "calibration": "calibration_source"}
+"""Facts that are hashes, and what of a lock says them in words."""
+
+
+def _change(name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How a fact of a lock differs from that of another, e.g. ``seed (1, now 0)``; the name alone where words fail."""
+    old, new = (str(lock.get(_IN_WORDS.get(name, name))) for lock in (stored, wanted))
+    if name == "pipeline":
+        with contextlib.suppress(LbllmError):
+            passes = [[pipeline.render_pass(item) for item in pipeline.parse(text)] for text in (old, new)]
+            old, new = (
+                ",".join(item for item in ours if item not in theirs) or "without it"
+                for ours, theirs in (passes, passes[::-1])
+            )
+    return name if old == new or len(old) + len(new) > _LONG_CHANGE else f"{name} ({old}, now {new})"
 
 
 def read_job(options: CompileOptions, progress: Progress | None = None, places: Places | None = None) -> Job:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbllm_compile.codegen.build import KernelSet
-from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
@@ -65,7 +65,8 @@ def build_kernels(
         progress=progress,
     )
     if cpu is None:
-        progress.note(f"no CPU target was asked for; the compile checks itself on untuned {host.target.name} kernels")
+        text = f"no CPU target was asked for; the compile checks itself on untuned {host.target.name} kernels"
+        warn(progress, "untuned checks", text)
     sources = {f"{name}.py": text for name, text in host.sources().items()} if cpu else {}
     archs = [t.arch for t in targets if t.kind == "cuda"]
     if not archs:

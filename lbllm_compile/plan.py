@@ -36,6 +36,7 @@ from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.calibrate import sensitivity, spool
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
 from lbllm_compile.passes.ir.program import CPU, get_attribute
+from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import terminal
 
 
@@ -82,7 +83,7 @@ class Treatment:
         shape: ``[N, K]``, or ``[E, N, K]`` for stacked experts.
         treatment: in words, e.g. ``"W(1+1) g64, A4"``.
         reason: why.
-        bytes_before: in float32 (as computed with while compiling).
+        bytes_before: in the original, counted in 16 bit.
         bytes_after: as stored.
     """
 
@@ -377,7 +378,7 @@ def _option(passes: Sequence[Pass], name: str, option: str, default: Any) -> Any
 
 def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
     info, (*_, rows, columns) = linear.info, linear.shape
-    before = 4 * linear.weights
+    before = ORIGINAL_BYTES * linear.weights
     group = _option(passes, "ptq", "group", None)
     bits = _option(passes, "activate", "bits", None)
     knees = " with knees" if _option(passes, "activate", "ranges", "clip") == "knees" else ""
@@ -389,7 +390,7 @@ def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
     elif info.role == "head" and head == 8:
         after, text = rows * (columns + 4), "int8 per row, A8"
     else:
-        after, text = before, "float"
+        after, text = 4 * linear.weights, "float"
     return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
 
 
@@ -497,10 +498,10 @@ def render(plan: Plan) -> list[RenderableType]:
         for (place, path, shape, treatment, reason), count in _fold(plan.linears).items()
     ]
     linears = terminal.table("Linears", ["where", "linear", "shape", "count", "becomes", "why"], rows)
-    before, after = 4 * plan.parameters, plan.artifact
+    before, after = ORIGINAL_BYTES * plan.parameters, plan.artifact
     facts = [
-        ("parameters", f"{plan.parameters / 1e6:.1f} M, {terminal.size(before)} in float32"),
-        ("artifact", f"{terminal.size(after)}, {before / max(1, after):.1f} times smaller"),
+        ("parameters", f"{plan.parameters / 1e6:.1f} M, {terminal.size(before)} in 16 bit"),
+        ("artifact", f"{terminal.size(after)}, {before / max(1, after):.1f} times smaller; the original in 16 bit"),
         ("peak memory", terminal.size(plan.peak_memory) + _against(plan.peak_memory, plan.memory_available)),
         *(("  " + name, terminal.size(size)) for name, size in plan.memory.items()),
         ("disk", terminal.size(plan.disk) + _against(plan.disk, plan.disk_available)),

@@ -13,6 +13,9 @@ from typing import Any
 
 from lbllm_compile.passes.pipeline import PassRecord
 
+ORIGINAL_BYTES = 2
+"""Bytes of one weight of an original model, whenever a size is compared with it: models are published in 16 bit."""
+
 
 @dataclass(frozen=True)
 class MeasuredPass:

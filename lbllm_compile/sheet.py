@@ -21,6 +21,7 @@ from lbllm_compile.kernels import BuiltKernels
 from lbllm_compile.passes.calibrate import spool
 from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.runtime import Sampling, load
 from lbllm_compile.runtime.model import CompiledModel
 
@@ -99,7 +100,7 @@ def measure(
 def _sizes(program: Program, original: UserModel) -> dict[str, Any]:
     tied = {p.data_ptr(): p.numel() for p in original.module.parameters()}
     compiled = sum(t.numel() * t.element_size() for _, t in program.parameters())
-    sizes = {"bytes_original": 2 * sum(tied.values()), "bytes_compiled": compiled}
+    sizes = {"bytes_original": ORIGINAL_BYTES * sum(tied.values()), "bytes_compiled": compiled}
     return sizes | evaluate.bits_per_weight(program)
 
 

@@ -588,6 +588,8 @@ def test_the_end_of_a_compile_says_whether_the_stages_did_their_part() -> None:
     assert passed(record("activate", [], **untrained)) == [False]
     assert passed(record("activate", [], error_before=0.2, error_after=0.1)) == [True]
     assert passed(record("ptq", [{"before": 1.0}])) == []
+    (missed,) = stages.verdicts([record("activate", [], **untrained)])
+    assert missed.text.endswith(f"; {stages.WAY_OUT}") and "--preset" in stages.WAY_OUT
     console, stream = text_console()
     report = CompileReport(Path("o"), [good], stages.verdicts([good]), {}, 0)
     for part in summary.compile_report(report):

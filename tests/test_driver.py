@@ -1,19 +1,23 @@
 """The whole compile, on a model small enough to do it often: what it writes, what survives, what is refused."""
 
 import dataclasses
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lbllm_compile.codegen import progress
 from lbllm_compile.codegen.errors import KernelError, LbllmError
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
@@ -22,10 +26,11 @@ from lbllm_compile.passes.ir.program import Program, set_attribute
 from rich.table import Table
 
 import lbllm_compile
-from lbllm_compile import artifact, driver, dumps, evaluate, frontend, inspect, recipe
+from lbllm_compile import artifact, calibration, driver, dumps, evaluate, frontend, inspect, plan, recipe
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
 from lbllm_compile.job import check_named, read_job
 from lbllm_compile.options import CompileOptions
+from lbllm_compile.report import terminal
 from lbllm_compile.runtime.model import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,6 +318,53 @@ def test_whatever_decides_the_weights_is_named_when_it_has_changed(model_file, t
     for name, different in changed.items():
         with pytest.raises(WorkDirError, match=f"with another {name}; pass --fresh"):
             WorkDir(tmp_path / "w", different)
+
+
+def test_a_compile_says_what_sets_it_apart_from_the_artifact_it_replaces(compiled, model_file, tmp_path):
+    out = Path(shutil.copytree(compiled.out, tmp_path / "out"))
+    lock = json.loads((out / "lbllm.lock").read_text())
+
+    def said(chosen, sha256=lock["calibration"]):
+        data = calibration.CalibrationSet([], [], {}, "book.txt", sha256)
+        job = read_job(chosen)
+        return job.replaced(job.fingerprint(data), data)
+
+    assert said(options(model_file, out)) == (
+        f"'{out}' holds an artifact that was compiled alike; this compile replaces it when it is done"
+    )
+    other = said(options(model_file, out, group=128, seed=3), "another")
+    assert "with other calibration (the model's own samples, now book.txt), pipeline (ptq," in other
+    assert "now ptq{group=128},activate{" in other and "seed (0, now 3); this compile replaces it" in other
+    assert "distill" not in other and "\n" not in other
+    assert said(options(model_file, tmp_path / "elsewhere")) == ""
+    (out / "lbllm.lock").write_text("{}")
+    assert "holds an artifact that is damaged or of another version" in said(options(model_file, out))
+
+
+def test_who_does_not_listen_is_warned_once_of_each_kind(monkeypatch):
+    monkeypatch.setattr(progress, "_warned", set())
+    with pytest.warns(progress.LbllmWarning) as caught:
+        for listener in (None, NoProgress()):
+            progress.warn(listener, "slow", "this is slow")
+            progress.warn(listener, "wrong", f"this is odd: {listener}")
+    assert [str(item.message) for item in caught] == ["this is slow", "this is odd: None"]
+    notes = Notes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        progress.warn(notes, "slow", "this is slow")
+        progress.warn(notes, "slow", "that is slow")
+    assert notes.said == ["this is slow", "that is slow"]
+
+
+def test_a_plan_and_a_compile_count_the_original_alike(compiled, model_file):
+    planned = plan.make_plan(CompileOptions(model_file, preset="quick"))
+    assert planned.parameters * 2 == compiled.sheet["bytes_original"]
+    assert planned.artifact == pytest.approx(compiled.sheet["bytes_compiled"], rel=0.05)
+    smaller = f"{compiled.sheet['bytes_original'] / planned.artifact:.1f} times smaller; the original in 16 bit"
+    stream = io.StringIO()
+    for part in plan.render(planned):
+        terminal.make_console(file=stream).print(part)
+    assert smaller in stream.getvalue()
 
 
 def test_an_artifact_keeps_what_its_passes_measured(compiled):

@@ -26,7 +26,7 @@ from lbllm_compile.codegen.cache import write_atomically
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.program.compile import compile_program
-from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.lowering.translate import ENTRY_POINTS, Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
@@ -86,7 +86,7 @@ def build_native(
             # Only here is every operator translated, and one may have a form that cannot be.
             workspaces, functions = _library(program, kernels, translation, folder / LIBRARY)
         except UntranslatableError as error:
-            progress.note(f"the model runs operator by operator in torch, which is slower: {error}")
+            warn(progress, "in torch", f"the model runs operator by operator in torch, which is slower: {error}")
             return None
         task.advance("compiled")
         with (folder / WEIGHTS).open("wb") as file:
@@ -96,9 +96,11 @@ def build_native(
         task.advance("stored")
         native = NativeProgram(folder)
         if not merging_is_exact(native):
-            progress.note(
+            warn(
+                progress,
+                "unmerged",
                 "one token is decoded with a launch for every kernel, which is slower: on this CPU the program with few"
-                " launches rounds otherwise than its kernels"
+                " launches rounds otherwise than its kernels",
             )
             _store(dataclasses.replace(description, merged=False), folder)
             native = NativeProgram(folder)

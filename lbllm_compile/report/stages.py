@@ -19,6 +19,12 @@ from lbllm_compile.report import terminal
 LAYER_GAIN = 0.10
 """Share of its error that stage 2 should take from a layer."""
 
+WAY_OUT = (
+    "a larger --preset and text like the model's own (--calibration) give training more to go by; with random weights"
+    " there is nothing to win"
+)
+"""What to do about a stage that did not do its part."""
+
 LAYER_SHARE = 0.80
 """Share of the layers of which it should."""
 
@@ -39,7 +45,7 @@ def of_layers(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"{better} of {len(rows)} layers have flipped bits and a held-out error lower by {LAYER_GAIN:.0%} or more"
         f" (wanted: {LAYER_SHARE:.0%} of them)"
     )
-    return Verdict("stage 2", better >= LAYER_SHARE * len(rows), text)
+    return _verdict("stage 2", better >= LAYER_SHARE * len(rows), text)
 
 
 def of_output(summaries: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -48,7 +54,11 @@ def of_output(summaries: Sequence[Mapping[str, Any]]) -> Verdict:
     after = summaries[-1][f"{_measure(summaries[-1])}_after"]
     what = "KL divergence from" if _measure(summaries[0]) == "kl" else "relative error against"
     figures = f"{terminal.figure(before)} before, {terminal.figure(after)} after (wanted: lower)"
-    return Verdict("stage 3", after < before, f"{what} the original on held-out data: {figures}")
+    return _verdict("stage 3", after < before, f"{what} the original on held-out data: {figures}")
+
+
+def _verdict(stage: str, passed: bool, text: str) -> Verdict:
+    return Verdict(stage, passed, text if passed else f"{text}; {WAY_OUT}")
 
 
 def _measure(summary: Mapping[str, Any]) -> str:

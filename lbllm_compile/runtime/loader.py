@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.lowering.executor import Kernels, requirements
@@ -75,10 +75,12 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
 
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
     built = KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
-    if built.guessed and progress is not None:
-        progress.note(
+    if built.guessed:
+        warn(
+            progress,
+            "guessed schedules",
             f"the artifact was not tuned for {chosen.name} with {in_words(thread_count())}: "
             f"{built.guessed} of {len(built.records())} schedules are guesses, which may be slow"
-            f" ('lbllm-compile tune {loaded.directory} --target {chosen.name}' searches them)"
+            f" ('lbllm-compile tune {loaded.directory} --target {chosen.name}' searches them)",
         )
     return built

@@ -7,6 +7,7 @@ reference bit for bit on this machine in this process.
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,7 +349,13 @@ class KernelSet:
 
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
+        name += f"_scale{_fp32_bits(spec.scale)}"
         name += f"_w{spec.window}" if spec.window else ""
+        name += f"_cap{_fp32_bits(spec.softcap)}" if spec.softcap else ""
+        name += "_sinks" if spec.sinks else ""
+        name += "_alibi" if spec.slopes else ""
+        name += f"_c{spec.chunk}" if spec.chunk else ""
+        name += "_counted" if spec.places and spec.counted else ""
         name += f"_{tile}_{'parallel' if parallel else 'serial'}"
         return TirKernel(name, lambda: attention.cached_attention(spec, self.lanes, tile, parallel))
 
@@ -446,6 +453,11 @@ def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]
             raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
     return QuantizeKernel(spec, target, *callables)
+
+
+def _fp32_bits(value: float) -> str:
+    """A number as it is in a kernel, for names: hexadecimal digits."""
+    return struct.pack(">f", value).hex()
 
 
 def _quantizer_name(spec: QuantizeSpec, parallel: bool) -> str:

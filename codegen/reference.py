@@ -269,16 +269,83 @@ def dequantize_kv(codes: Tensor, params: Tensor, bits: int, head_dim: int) -> Te
     return (codes.float() - params[..., 1:2]) * params[..., 0:1]
 
 
-def attention_mask(key_mask: Tensor, queries: int, past: int, window: int) -> Tensor:
+def attention_places(key_mask: Tensor, counted: bool) -> Tensor:
+    """Where every slot of ``key_mask [B, T]`` stands in its sequence, int64 ``[B, T]``; -1 before the first token.
+
+    Slots count from the sequence's first token on; with ``counted``, tokens alone count, so that a hole takes no place.
+    """
+    seen = (key_mask != 0).cumsum(-1)
+    return (seen if counted else (seen > 0).cumsum(-1)) - 1
+
+
+def attention_mask(
+    key_mask: Tensor, queries: int, past: int, window: int, chunk: int = 0, counted: bool = False
+) -> Tensor:
     """Boolean ``[B, 1, S, T]``: query slot ``past + i`` sees key slot ``j <= past + i`` that ``key_mask [B, T]`` marks,
-    and, with a sliding ``window > 0``, only ``j > past + i - window``."""
+    with a sliding ``window > 0`` only ``j > past + i - window``, and with a ``chunk > 0`` only keys whose place
+    (:func:`attention_places`) is in the query's chunk of that many."""
     total = key_mask.shape[1]
     query = torch.arange(past, past + queries, device=key_mask.device)[:, None]
     key = torch.arange(total, device=key_mask.device)[None, :]
     visible = key <= query
     if window > 0:
         visible = visible & (key > query - window)
-    return visible[None, None] & key_mask.bool()[:, None, None, :]
+    visible = visible[None, None] & (key_mask != 0)[:, None, None, :]
+    if chunk > 0:
+        of_key = attention_places(key_mask, counted).div(chunk, rounding_mode="floor")
+        visible = visible & (of_key[:, None, None, :] == of_key[:, None, past : past + queries, None])
+    return visible
+
+
+def soft_cap(scores: Tensor, bound: float) -> Tensor:
+    """``bound * tanh(scores / bound)``; with a bound of 0, the scores."""
+    return bound * torch.tanh(scores / bound) if bound else scores
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Shares of keys by their ``scores [B, H, S, T]``, of which -inf hides one; a row that sees none gives zeros.
+
+    Args:
+        scores: of every key.
+        sinks: ``[H]`` further scores, whose shares are left out.
+    """
+    best = scores.amax(-1, keepdim=True)
+    sink = None if sinks is None else sinks[:, None, None].to(scores.dtype)
+    if sink is not None:
+        best = torch.maximum(best, sink)
+    shares = (scores - best.clamp_min(torch.finfo(scores.dtype).min)).exp()
+    total = shares.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - best).exp()
+    return shares / total.masked_fill(total == 0, 1.0)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention whose scores are capped, or of which sinks take a share: ``[B, H, S, Dv]``.
+
+    The score of a key is ``soft_cap(scale * query @ key) + mask``.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key, value: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; ``H`` is a multiple of ``Hkv``.
+        mask: float, broadcast to ``[B, H, S, T]``: what is added to the scores.
+        scale: softmax scale.
+        softcap: see :func:`soft_cap`.
+        sinks: ``[H]``, see :func:`softmax_with_sinks`.
+    """
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = soft_cap(query @ key.transpose(-1, -2) * scale, softcap) + mask
+    return softmax_with_sinks(scores, sinks) @ value
 
 
 def cached_attention(
@@ -294,6 +361,11 @@ def cached_attention(
     scale: float,
     window: int,
     bits: int,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    counted: bool = False,
+    chunk: int = 0,
 ) -> Tensor:
     """Attention over a quantized KV cache; writes the new keys and values at slots ``past .. past + S``.
 
@@ -307,6 +379,12 @@ def cached_attention(
         scale: softmax scale.
         window: sliding window in tokens, 0 for none.
         bits: 4, 8 or 16.
+        softcap: bound of the scores' magnitude, 0 for none; see :func:`soft_cap`.
+        sinks: ``[H]`` scores that take a share and add no value, or None.
+        slopes: ``[H]``, or None. ALiBi (Press et al., arXiv 2108.12409): ``slope * (place of key - place of query)`` is
+            added to a score, after it was capped.
+        counted: what a place is, see :func:`attention_places`.
+        chunk: tokens in a chunk beyond which no query sees, 0 for none.
 
     Returns:
         float ``[B, H, S, Dv]``. A query that sees no key (a padding slot) gives zeros.
@@ -318,8 +396,15 @@ def cached_attention(
         params[:, :, past:end] = new_params
     keys = dequantize_kv(key_codes[:, :, :end], key_params[:, :, :end], bits, key.shape[-1]).to(query.dtype)
     values = dequantize_kv(value_codes[:, :, :end], value_params[:, :, :end], bits, value.shape[-1]).to(query.dtype)
+    mask = attention_mask(key_mask, s, past, window, chunk, counted)
+    if softcap or sinks is not None or slopes is not None:
+        bias = torch.zeros_like(mask, dtype=query.dtype)
+        if slopes is not None:
+            places = attention_places(key_mask, counted)
+            distance = places[:, None, None, :] - places[:, None, past:end, None]
+            bias = slopes[:, None, None].to(query.dtype) * distance
+        return attention(query, keys, values, bias.masked_fill(~mask, -torch.inf), scale, softcap, sinks)
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
-    mask = attention_mask(key_mask, s, past, window)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)

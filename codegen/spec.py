@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,11 @@ class AttentionSpec:
         bits: 4, 8 or 16 bits a stored number.
         window: sliding window in tokens, 0 for none.
         scale: softmax scale.
+        softcap: bound of the scores' magnitude, 0 for none.
+        sinks: every head has a score that takes its share and adds no value.
+        slopes: every head has a bias per token of distance (ALiBi).
+        counted: places count attended tokens instead of slots.
+        chunk: tokens in a chunk beyond which no query sees, 0 for none.
 
     Raises:
         KernelError: a field is outside what the operator defines.
@@ -119,17 +125,36 @@ class AttentionSpec:
     bits: int
     window: int
     scale: float
+    softcap: float = 0.0
+    sinks: bool = False
+    slopes: bool = False
+    counted: bool = False
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if min(self.kv_heads, self.key_width, self.value_width) < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise KernelError(f"{self.heads} query heads cannot share {self.kv_heads} key and value heads")
         if self.bits not in KV_BITS:
             raise KernelError(f"{self.bits}-bit keys and values do not exist; use one of {KV_BITS}")
+        if not 0.0 <= self.softcap < math.inf:
+            raise KernelError(f"scores cannot be bounded by {self.softcap}")
+        if min(self.window, self.chunk) < 0:
+            raise KernelError("a window or a chunk has no negative size")
 
     @property
     def repeat(self) -> int:
         """Query heads that share a KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def per_head(self) -> bool:
+        """Whether the kernel takes numbers of every query head."""
+        return self.sinks or self.slopes
+
+    @property
+    def places(self) -> bool:
+        """Whether it matters where among a sequence's tokens a slot is."""
+        return self.slopes or self.chunk > 0
 
     def stored(self, width: int) -> int:
         """Elements in which a key or value of ``width`` channels is stored: bytes, halves at 16 bits."""

@@ -16,10 +16,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from lbllm_compile.codegen import operators, reference
+from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
-from lbllm_compile.codegen.kernels import attention, cpu
+from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.operators.aten.shapes import infer
@@ -28,8 +28,6 @@ from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.progress import NoProgress
-from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE
-from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.ir.program import get_attribute, set_attribute
@@ -479,61 +477,6 @@ def test_a_plain_tokenizer_does_what_the_transformers_one_does(stored, tmp_path)
     plain = text.TextTokenizer(folder)
     assert plain.apply_chat_template([{"role": "user", "content": "w3"}]) == "w3 w1"
     assert plain.eos_token_id == 1
-
-
-# The attention kernel
-
-ATTENTIONS = [
-    AttentionSpec(9, 3, 64, 64, 4, 0, 0.125),
-    AttentionSpec(4, 2, 18, 18, 4, 8, 0.2),
-    AttentionSpec(4, 4, 16, 20, 8, 0, 0.25),
-    AttentionSpec(2, 1, 33, 33, 4, 3, 0.17),
-    AttentionSpec(3, 1, 7, 9, 16, 0, 0.38),
-]
-
-
-def attention_state(spec: AttentionSpec, batch: int, past: int, capacity: int, generator) -> list[torch.Tensor]:
-    tensors = []
-    for width in (spec.key_width, spec.value_width):
-        stored = reference.quantize_kv(torch.randn(batch, spec.kv_heads, past, width, generator=generator), spec.bits)
-        for part in stored:
-            whole = torch.zeros((batch, spec.kv_heads, capacity, *part.shape[3:]), dtype=part.dtype)
-            whole[:, :, :past] = part
-            tensors.append(whole)
-    return tensors
-
-
-@pytest.mark.parametrize(
-    "spec", ATTENTIONS, ids=lambda s: f"{s.heads}x{s.kv_heads}x{s.key_width}-kv{s.bits}-w{s.window}"
-)
-@pytest.mark.parametrize(
-    "lanes", [16, pytest.param(8, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_attention_agrees_with_the_reference(spec, lanes):
-    generator = torch.Generator().manual_seed(spec.key_width)
-    target = Target.parse("cpu")
-    for queries, parallel in ((1, False), (1, True), (None, True)):
-        tile = attention.tile_rows(spec, queries)
-        kernel = attention.cached_attention(spec, lanes, tile, parallel)
-        function = compile_functions({"kernel": kernel}, target.llvm)["kernel"]
-        for batch, length, past in ((1, 1, 0), (1, 1, 40), (2, 7, 0), (3, 33, 5)):
-            shapes = [(spec.heads, spec.key_width), (spec.kv_heads, spec.key_width), (spec.kv_heads, spec.value_width)]
-            new = [torch.randn(batch, heads, length, width, generator=generator) for heads, width in shapes]
-            mask = torch.ones(batch, past + length, dtype=torch.int64)
-            for row in range(batch - 1):
-                mask[row, : 3 * (row + 1)] = 0
-            capacity = -(-(past + length) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-            expected_state = attention_state(spec, batch, past, capacity, generator)
-            state = [t.clone() for t in expected_state]
-            arguments = (mask, past, spec.scale, spec.window, spec.bits)
-            expected = reference.cached_attention(*new, *expected_state, *arguments)
-            given = state if spec.bits < 16 else [state[0], state[0], state[2], state[2]]
-            out = torch.full_like(expected, float("nan"))
-            function(*new, *given, mask, out)
-            assert all(torch.equal(a, b) for a, b in zip(state, expected_state, strict=True))
-            seen = reference.attention_mask(mask, length, past, spec.window).any(-1).expand(batch, spec.heads, length)
-            torch.testing.assert_close(out[seen], expected[seen], rtol=1e-5, atol=1e-5)
-            assert not out[~seen].any()
 
 
 class Writes(list):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..spec import AttentionSpec
 from ..tvm_api import PrimFunc, T
-from .exponential import exponential
+from .exponential import exponential, hyperbolic_tangent
 
 HIDDEN = -3.0e38
 """The score of a key that a query must not see."""
@@ -210,14 +210,29 @@ class _Kernel:
             return d % 2 * (self.value_vectors * self.lanes) + d // 2
         return d
 
+    def capped(self, score: Any) -> Any:
+        """Scores within the bound of their magnitude."""
+        bound = self.spec.softcap
+        if not bound:
+            return score
+        return hyperbolic_tangent(score / self.all(T.float32(bound)), self.lanes) * self.all(T.float32(bound))
+
+    def biased(self, score: Any, places: Any, block: Any, slot: Any, slope: Any) -> Any:
+        """Scores of a block of keys with what their distance from the query's slot adds."""
+        if slope is None:
+            return score
+        distance = places[self.at(block * self.lanes)] - self.all(places[slot])
+        return score + T.cast(distance, self.float32) * self.all(slope)
+
     def soften(
         self, scores: Any, limits: Any, lane_buffer: Any, totals: Any, zeros: Any, value_factors: Any,
-        row: Any, slot: Any, stride: Any, blocks: Any,
+        row: Any, slot: Any, stride: Any, blocks: Any, places: Any, sink: Any, slope: Any,
     ) -> None:  # fmt: skip
         """One row's scores to softmax numerators times value scales; their sum, and that of the zero points' share.
 
         ``slot`` is the query's own; ``limits`` are upper bounds of scores; ``value_factors`` the scales of the values
-        and, ``stride`` behind them, their zero points.
+        and, ``stride`` behind them, their zero points; ``places`` those of all slots; ``sink`` and ``slope`` the
+        head's. What the attention has not, is None.
         """
         lanes, window = self.lanes, self.spec.window
         scaled = self.spec.bits < 16
@@ -225,17 +240,27 @@ class _Kernel:
         with T.serial(blocks) as i:
             where = self.at(row * stride + i * lanes)
             slots = T.Bind(T.ramp(i * lanes, 1, lanes))
-            score = T.min(scores[where], limits[self.at(i * lanes)])
+            score = self.biased(self.capped(scores[where]), places, i, slot, slope)
+            score = T.min(score, limits[self.at(i * lanes)])
             score = T.Select(slots <= self.all(slot), score, self.all(T.float32(HIDDEN)))
             if window:
                 score = T.Select(slots > self.all(slot - window), score, self.all(T.float32(HIDDEN)))
+            if self.spec.chunk:
+                first = places[slot] - places[slot] % self.spec.chunk
+                score = T.Select(places[self.at(i * lanes)] >= self.all(first), score, self.all(T.float32(HIDDEN)))
             bounded = T.Bind(score)
             T.buffer_store(scores, bounded, [where])
             T.buffer_store(lane_buffer, T.max(lane_buffer[self.at(0)], bounded), [self.at(0)])
         T.buffer_store(totals, lane_buffer[0], [row])
         with T.serial(lanes - 1) as lane:
             T.buffer_store(totals, T.max(totals[row], lane_buffer[lane + 1]), [row])
+        if sink is not None:
+            T.buffer_store(totals, T.max(totals[row], sink), [row])
         best = T.Bind(totals[row])
+        rest: Any = T.float32(0)
+        if sink is not None:
+            T.buffer_store(lane_buffer, exponential(self.all(sink - best), lanes), [self.at(0)])
+            rest = T.Bind(lane_buffer[0])
         T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(0)])
         T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(lanes)])
         with T.serial(blocks) as i:
@@ -255,7 +280,7 @@ class _Kernel:
                 T.buffer_store(lane_buffer, lane_buffer[self.at(lanes)] + offset, [self.at(lanes)])
             else:
                 T.buffer_store(scores, share, [where])
-        T.buffer_store(totals, T.float32(0), [row])
+        T.buffer_store(totals, rest, [row])
         T.buffer_store(zeros, T.float32(0), [row])
         with T.serial(lanes) as lane:
             T.buffer_store(totals, totals[row] + lane_buffer[lane], [row])
@@ -263,12 +288,14 @@ class _Kernel:
 
 
 def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool) -> PrimFunc:
-    """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
+    """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``; for an attention with
+    numbers of every head ``(..., key_mask, sinks, slopes, out)``.
 
     ``query`` fp32 ``[B, H, S, D]``, ``key`` ``[B, Hkv, S, D]``, ``value`` ``[B, Hkv, S, Dv]``; the state as the
     reference lays it out, changed in place, its capacity a multiple of :data:`~..sizes.CAPACITY_MULTIPLE`;
     ``key_mask`` int64 ``[B, T]`` with ``T = past + S``; ``out`` fp32 ``[B, H, S, Dv]``. Numbers of 16 bits have no
-    parameters; the codes are passed again in their place.
+    parameters; the codes are passed again in their place. ``sinks`` and ``slopes`` are fp32 ``[H]``; of one that the
+    attention has not, nothing is read.
 
     Args:
         spec: the attention.
@@ -322,8 +349,33 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
             y = sums[local % k.value_rows * (k.out_vectors * lanes) + k.channel(d)] - zeros[local]
             T.buffer_store(out, y * inverse, [b, h * repeat + row % repeat, row // repeat, d])
 
+    def place(key_mask, places, b, count, blocks) -> None:
+        """Where every slot stands in its sequence, see :func:`~..reference.attention_places`."""
+        passed = T.alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(passed, T.int32(-1), [0])
+        with T.serial(blocks * lanes) as j:
+            here = key_mask[b, T.min(j, count - 1)] != T.int64(0)
+            if not spec.counted:
+                here = T.Or(here, passed[0] >= T.int32(0))
+            T.buffer_store(passed, passed[0] + T.Select(here, T.int32(1), T.int32(0)), [0])
+            T.buffer_store(places, passed[0], [j])
+
     def attend(
-        query, key_codes, key_params, value_codes, value_params, key_mask, out, b, h, first, length, past, stride
+        query,
+        key_codes,
+        key_params,
+        value_codes,
+        value_params,
+        key_mask,
+        out,
+        b,
+        h,
+        first,
+        length,
+        past,
+        stride,
+        sinks,
+        slopes,
     ) -> None:
         last_row = T.Bind(length * repeat - 1)
         # Keys up to the last query of the tile.
@@ -345,6 +397,9 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         with T.serial(blocks * lanes) as j:
             shown = key_mask[b, T.min(j, count - 1)] != T.int64(0)
             T.buffer_store(limits, T.Select(shown, T.float32(SHOWN), T.float32(HIDDEN)), [j])
+        places = T.alloc_buffer((stride,), "int32") if spec.places else None
+        if places is not None:
+            place(key_mask, places, b, count, blocks)
         if scaled:
             with T.serial(blocks) as block_index:
                 for i, factor in enumerate(k.pairs(value_params, b, h, block_index * lanes)):
@@ -355,12 +410,85 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
             )  # fmt: skip
         with T.serial(tile) as r:
             slot = T.Bind(past + T.min(first + r, last_row) // repeat)
-            k.soften(scores, limits, lane_buffer, totals, zeros, value_factors, r, slot, stride, blocks)
+            head = h * repeat + T.min(first + r, last_row) % repeat
+            sink = T.Bind(sinks[head]) if spec.sinks else None
+            slope = T.Bind(slopes[head]) if spec.slopes else None
+            k.soften(
+                scores, limits, lane_buffer, totals, zeros, value_factors, r, slot, stride, blocks, places, sink, slope
+            )  # fmt: skip
         with T.serial(tile // k.value_rows) as part:
             weigh(value_codes, scores, stride, value_sums, part * k.value_rows, count, b, h)
             with T.serial(T.min(k.value_rows, T.max(last_row + 1 - first - part * k.value_rows, 0))) as r:
                 local = T.Bind(part * k.value_rows + r)
                 store(out, value_sums, totals, zeros, b, h, first + local, local)
+
+    def buffers(
+        batch, length, total, capacity,
+        query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out,
+    ) -> Any:  # fmt: skip
+        return (
+            T.match_buffer(query, (batch, spec.heads, length, width), "float32", align=4),
+            T.match_buffer(key, (batch, spec.kv_heads, length, width), "float32", align=4),
+            T.match_buffer(value, (batch, spec.kv_heads, length, value_width), "float32", align=4),
+            T.match_buffer(key_codes, (batch, spec.kv_heads, capacity, k.key_bytes), code_type, align=1),
+            T.match_buffer(key_params, (batch, spec.kv_heads, capacity, key_parameters), "float16", align=2),
+            T.match_buffer(value_codes, (batch, spec.kv_heads, capacity, k.value_bytes), code_type, align=1),
+            T.match_buffer(value_params, (batch, spec.kv_heads, capacity, value_parameters), "float16", align=2),
+            T.match_buffer(key_mask, (batch, total), "int64", align=8),
+            T.match_buffer(out, (batch, spec.heads, length, value_width), "float32", align=4),
+        )
+
+    def steps(
+        batch, length, total,
+        query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out, sinks=None, slopes=None,
+    ) -> None:  # fmt: skip
+        past = T.Bind(total - length)
+        tiles = T.Bind((length * repeat + tile - 1) // tile)
+        # A buffer's size must be known outside the loop that uses it, so a task has room for all keys.
+        stride = T.Bind((total + lanes - 1) // lanes * lanes)
+        with loop(batch * spec.kv_heads) as i, T.serial(length) as s:
+            append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+            append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+        with loop(batch * spec.kv_heads * tiles) as task:
+            attend(
+                query, key_codes, key_params, value_codes, value_params, key_mask, out,
+                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile,
+                length, past, stride, sinks, slopes,
+            )  # fmt: skip
+
+    if spec.per_head:
+
+        @T.prim_func(s_tir=True)
+        def kernel_of_heads(
+            query_: T.handle,
+            key_: T.handle,
+            value_: T.handle,
+            key_codes_: T.handle,
+            key_params_: T.handle,
+            value_codes_: T.handle,
+            value_params_: T.handle,
+            key_mask_: T.handle,
+            sinks_: T.handle,
+            slopes_: T.handle,
+            out_: T.handle,
+        ):
+            T.func_attr({"tirx.noalias": True})
+            batch = T.int32()
+            length = T.int32()
+            total = T.int32()
+            capacity = T.int32()
+            query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out = buffers(
+                batch, length, total, capacity,
+                query_, key_, value_, key_codes_, key_params_, value_codes_, value_params_, key_mask_, out_,
+            )  # fmt: skip
+            sinks = T.match_buffer(sinks_, (spec.heads,), "float32", align=4)
+            slopes = T.match_buffer(slopes_, (spec.heads,), "float32", align=4)
+            steps(
+                batch, length, total,
+                query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out, sinks, slopes,
+            )  # fmt: skip
+
+        return kernel_of_heads
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -379,30 +507,13 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         length = T.int32()
         total = T.int32()
         capacity = T.int32()
-        query = T.match_buffer(query_, (batch, spec.heads, length, width), "float32", align=4)
-        key = T.match_buffer(key_, (batch, spec.kv_heads, length, width), "float32", align=4)
-        value = T.match_buffer(value_, (batch, spec.kv_heads, length, value_width), "float32", align=4)
-        key_codes = T.match_buffer(key_codes_, (batch, spec.kv_heads, capacity, k.key_bytes), code_type, align=1)
-        key_params = T.match_buffer(key_params_, (batch, spec.kv_heads, capacity, key_parameters), "float16", align=2)
-        value_codes = T.match_buffer(value_codes_, (batch, spec.kv_heads, capacity, k.value_bytes), code_type, align=1)
-        value_params = T.match_buffer(
-            value_params_, (batch, spec.kv_heads, capacity, value_parameters), "float16", align=2
-        )
-        key_mask = T.match_buffer(key_mask_, (batch, total), "int64", align=8)
-        out = T.match_buffer(out_, (batch, spec.heads, length, value_width), "float32", align=4)
-        past: T.let = total - length
-        tiles: T.let = (length * repeat + tile - 1) // tile
-        # A buffer's size must be known outside the loop that uses it, so a task has room for all keys.
-        stride: T.let = (total + lanes - 1) // lanes * lanes
-        for i in loop(batch * spec.kv_heads):
-            for s in T.serial(length):
-                append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
-                append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
-        for task in loop(batch * spec.kv_heads * tiles):
-            attend(
-                query, key_codes, key_params, value_codes, value_params, key_mask, out,
-                task // tiles // spec.kv_heads, task // tiles % spec.kv_heads, task % tiles * tile,
-                length, past, stride,
-            )  # fmt: skip
+        query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out = buffers(
+            batch, length, total, capacity,
+            query_, key_, value_, key_codes_, key_params_, value_codes_, value_params_, key_mask_, out_,
+        )  # fmt: skip
+        steps(
+            batch, length, total,
+            query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out,
+        )  # fmt: skip
 
     return kernel

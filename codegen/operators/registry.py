@@ -72,19 +72,23 @@ def register(operator: Operator) -> Operator:
     return operator
 
 
-def define(schema: str, *, reference: Callable[..., Any], shape: Callable[..., Any], **facts: Any) -> Operator:
+def define(schema: str, *, reference: Callable[..., Any], shape: Callable[..., Any] | None, **facts: Any) -> Operator:
     """Makes a new operator ``lbllm::NAME``, for torch and for graphs.
 
     Args:
         schema: torch's, without the namespace, e.g. ``"double(Tensor x) -> Tensor"``.
         reference: what it computes, exactly; its eager implementation on every device.
-        shape: the same on fake tensors: shapes and dtypes alone.
+        shape: the same on fake tensors: shapes and dtypes alone. None for a reference that torch itself takes apart
+            into its own operators, to differentiate it and to find shapes.
         facts: see :class:`Operator`.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=_library)
+    if shape is None:
+        _library.impl(name, reference, "CompositeImplicitAutograd")
+    else:
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=_library)
     return register(Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, **facts))
 
 

@@ -12,6 +12,7 @@
 ``grouped_bit_linear``      the same for stacked experts, tokens sorted by expert
 ``int8_linear``             quantized activations times int8-per-row weights
 ``int8_embedding``          rows of an int8-per-row table
+``attention``               attention with capped scores or sinks, which torch's own operator has not
 ``cached_attention``        attention over a quantized KV cache, which it updates
 ==========================  ===========================================================================================
 

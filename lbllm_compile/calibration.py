@@ -4,7 +4,7 @@ By default a language model writes its own calibration text, so that no data is 
 section 3.1): it samples at temperature 1, half of the sequences from its start token, half from random tokens. It
 does so in chunks of sequences whose keys and values fit a fixed share of memory; each finished chunk is cached, under a
 key of the weights, the seed and the sizes, so that an interrupted sampling goes on where it was. ``FILE.txt``,
-``FILE.jsonl``, ``FILE.parquet`` and ``hf:NAME`` name other texts.
+``FILE.jsonl``, ``FILE.parquet`` and ``hf:NAME:CONFIG@SPLIT`` name other texts.
 
 All sequences are equally long and none is padded. Calibration and validation sequences never overlap.
 """
@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -58,6 +59,12 @@ PROBE_SHAPE = (2, 16)
 
 _PROBE_ROWS = 4
 """Rows of the probe batch of a plain module."""
+
+DATA_SETS = f"{frontend.HUB}NAME[:CONFIG][@SPLIT]"
+"""How a data set of the hub is written."""
+
+_EXAMPLE = f"{frontend.HUB}Salesforce/wikitext:wikitext-2-raw-v1@train"
+_DATA_SET = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?::([\w.+-]+))?(?:@([\w.+-]+))?")
 
 Batch = Mapping[str, Tensor]
 
@@ -109,8 +116,9 @@ def collect(
     Args:
         model: the loaded model; it is the one that samples.
         program: its captured program.
-        source: ``FILE.txt``, ``FILE.jsonl`` (field ``text``), ``FILE.parquet`` (column ``text``), ``hf:NAME``, or None
-            for the model.py's own hooks and, without those, the model's samples (gaussian inputs for a plain module).
+        source: ``FILE.txt``, ``FILE.jsonl`` (field ``text``), ``FILE.parquet`` (column ``text``), or
+            ``hf:NAME:CONFIG@SPLIT``; None for the model.py's own hooks and, without those, the model's samples
+            (gaussian inputs for a plain module).
         tokens, validation_tokens: how many to use, rounded up to whole sequences.
         length: tokens of a sequence, cut to what the model takes.
         batch: sequences of a batch.
@@ -182,14 +190,14 @@ def read_texts(source: str) -> Iterator[str]:
     Raises:
         CalibrationError: it does not exist, has no such format, or holds something else than text.
     """
-    if source.startswith("hf:"):
-        return _read_data_set(source[3:])
+    if source.startswith(frontend.HUB):
+        return _read_data_set(DataSet.parse(source))
     path = Path(source).expanduser()
     if not path.is_file():
         raise CalibrationError(f"there is no calibration file '{source}'; name a .txt, .jsonl or .parquet file")
     readers = {".txt": _read_plain, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise CalibrationError(f"the calibration file '{path}' must end in .txt, .jsonl or .parquet, or be hf:NAME")
+        raise CalibrationError(f"the calibration file '{path}' must end in .txt, .jsonl or .parquet, or be {DATA_SETS}")
     return readers[path.suffix](path)
 
 
@@ -249,21 +257,48 @@ def _read_parquet(path: Path) -> Iterator[str]:
         yield from (value for value in part.column(0).to_pylist() if value)
 
 
-def _read_data_set(name: str) -> Iterator[str]:
-    _require("datasets", "hub", f"reading the data set '{name}'")
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the hub: its name, one of its configurations (None where it has only one), and a split of that."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+
+    @classmethod
+    def parse(cls, source: str) -> DataSet:
+        """Reads ``hf:NAME``, ``hf:NAME:CONFIG``, ``hf:NAME@SPLIT`` or ``hf:NAME:CONFIG@SPLIT``.
+
+        Raises:
+            CalibrationError: it is none of these.
+        """
+        match = _DATA_SET.fullmatch(source.removeprefix(frontend.HUB))
+        if match is None:
+            raise CalibrationError(f"'{source}' names no data set; write it as {DATA_SETS}, e.g. {_EXAMPLE}")
+        name, config, split = match.groups()
+        return cls(name, config, split or cls.split)
+
+    def __str__(self) -> str:
+        return f"{self.name}{f':{self.config}' if self.config else ''}@{self.split}"
+
+
+def _read_data_set(wanted: DataSet) -> Iterator[str]:
+    _require("datasets", "hub", f"reading the data set '{wanted.name}'")
     import datasets  # pyright: ignore[reportMissingImports]
 
     try:
-        stream = datasets.load_dataset(name, split="train", streaming=True)
+        stream = datasets.load_dataset(wanted.name, wanted.config, split=wanted.split, streaming=True)
         for row in stream:
             if not isinstance(row.get("text"), str):
-                raise CalibrationError(f"the data set '{name}' has no column 'text'; it has {', '.join(row)}")
+                raise CalibrationError(f"the data set '{wanted}' has no column 'text'; it has {', '.join(row)}")
             yield row["text"]
     except LbllmError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CalibrationError(f"the data set '{name}' cannot be read: {reason}") from error
+        # Which configurations and splits there are is in the second line.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+        reason = " ".join(lines).rstrip(".") or type(error).__name__
+        raise CalibrationError(f"the data set '{wanted}' cannot be read: {reason}; write it as {DATA_SETS}") from error
 
 
 def _require(package: str, extra: str, purpose: str) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.options import CompileOptions
+from lbllm_compile.options import CompileOptions, options
 from lbllm_compile.version import __version__
 
 # torch, transformers and tvm take seconds to import: every verb imports what it needs when it runs.
@@ -125,47 +127,78 @@ def main() -> None:
     app(prog_name="lbllm-compile")
 
 
-# Options that several verbs share.
+# Options that several verbs share. Those of a compile are described once, in CompileOptions.
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")
-]
+
+_OPTIONS = options()
+
+
+def _plainly(help: str) -> str:
+    """A help text whose brackets are no markup."""
+    return help.replace("[", r"\[")
+
+
+def _described(name: str) -> Any:
+    """What typer wants to know of an option of a compile."""
+    flag = _OPTIONS[name].flag
+    if name == "model":
+        return typer.Argument(metavar="MODEL", help=_plainly(flag.help))
+    names = ["--" + name.replace("_", "-"), *([flag.short] if flag.short else [])]
+    return typer.Option(*names, help=_plainly(flag.help), metavar=flag.metavar, rich_help_panel=flag.panel)
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """An option of a compile as the parameter of a verb."""
+    kind, default, _ = _OPTIONS[name]
+    if typing.get_origin(kind) is tuple:
+        kind, default = list[str] | None, None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+        annotation=Annotated[kind, _described(name)],
+    )
+
+
+def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a verb a model and these options of a compile; they arrive together, as its first argument.
+
+    Required options of its own come in front of them in the help, the others behind.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(verb, eval_str=True)
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+        given = [_parameter(name) for name in _OPTIONS if name in names and name != "model"]
+        required = [p for p in own if p.default is inspect.Parameter.empty]
+
+        def called(**values: Any) -> None:
+            asked = {name: values.pop(name) for name in ("model", *(p.name for p in given))}
+            lists = {k: tuple(asked[k] or ()) for k in asked if typing.get_origin(_OPTIONS[k].type) is tuple}
+            verb(CompileOptions(**{**asked, **lists}), **values)
+
+        called.__name__, called.__doc__ = verb.__name__, verb.__doc__
+        parameters = [_parameter("model"), *required, *given, *(p for p in own if p not in required)]
+        called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+_MODELLING = (
+    "target", "recipe", "preset", "pipeline", "calibration", "group", "act_bits", "kv_bits", "keep_dense", "context",
+    "device",
+)  # fmt: skip
+"""What decides what a model becomes."""
+
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile wrote")]
-Target = Annotated[
-    str, typer.Option("--target", "-t", help="where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas")
+Seed = Annotated[int, typer.Option(help=_plainly(_OPTIONS["seed"].flag.help))]
+Group = Annotated[int | None, typer.Option(help=_plainly(_OPTIONS["group"].flag.help))]
+ScoredText = Annotated[Path, typer.Option(help="UTF-8 text to score")]
+SequenceLength = Annotated[
+    int | None, typer.Option(help=_plainly("tokens in a chunk [default: 512, or what the model's context holds]"))
 ]
-Recipe = Annotated[str | None, typer.Option(help="named pipeline: lbllm or lbllm-paper [default: lbllm]")]
-PresetName = Annotated[
-    str | None, typer.Option("--preset", help="how much work: quick, default or best [default: default]")
-]
-PipelineText = Annotated[
-    str | None, typer.Option("--pipeline", help="the passes as text; `plan MODEL` shows the recipe's")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="FILE.txt, .jsonl, .parquet or hf:NAME; without it the model writes its own calibration text"),
-]
-Group = Annotated[
-    int | None,
-    typer.Option(help="input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]"),
-]
-ActBits = Annotated[int | None, typer.Option(help="activation bits: 4, 8 or 16 [default: 4]")]
-KvBits = Annotated[int | None, typer.Option(help="bits of the key/value cache: 4, 8 or 16 [default: 4]")]
-KeepDense = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="linears to keep float, e.g. 'model.layers.0.*'; repeatable")
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        help="tokens to attend to at most [default: all the model is made for; as many as have unscaled frequencies"
-        " where long or dynamic rotary embeddings change them]"
-    ),
-]
-Device = Annotated[
-    str, typer.Option(help="where calibrations compute and the model samples calibration text: auto, cpu or cuda")
-]
-Seed = Annotated[int, typer.Option(help="start of every random choice")]
-WorkDirectory = Annotated[Path | None, typer.Option("--work-dir", help="where unfinished work is kept")]
+Chunks = Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
@@ -186,52 +219,9 @@ def _root(
 
 
 @app.command("compile")
-def compile_command(
-    model: Model,
-    target: Target = "cpu",
-    out: Annotated[Path | None, typer.Option(help="artifact directory to write [default: NAME-lbllm]")] = None,
-    recipe: Recipe = None,
-    preset: PresetName = None,
-    pipeline: PipelineText = None,
-    calibration: Calibration = None,
-    group: Group = None,
-    act_bits: ActBits = None,
-    kv_bits: KvBits = None,
-    keep_dense: KeepDense = None,
-    context: Context = None,
-    device: Device = "auto",
-    work_dir: WorkDirectory = None,
-    seed: Seed = 0,
-    dump_dir: Annotated[Path | None, typer.Option(help="write the graph after every pass here, as 005_ptq.txt")] = None,
-    print_after: Annotated[
-        list[str] | None, typer.Option(metavar="PASS", help="show the graph after this pass; repeatable")
-    ] = None,
-    time_passes: Annotated[bool, typer.Option("--time-passes", help="show what each pass took")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="drop unfinished work instead of resuming it")] = False,
-    as_json: Json = False,
-) -> None:
+@_takes(*_OPTIONS)
+def compile_command(options: CompileOptions, as_json: Json = False) -> None:
     """Compile MODEL into an artifact directory. Interrupted? The same command resumes."""
-    options = CompileOptions(
-        model=model,
-        target=target,
-        out=out,
-        recipe=recipe,
-        preset=preset,
-        pipeline=pipeline,
-        calibration=calibration,
-        group=group,
-        act_bits=act_bits,
-        kv_bits=kv_bits,
-        keep_dense=tuple(keep_dense or ()),
-        context=context,
-        device=device,
-        work_dir=work_dir,
-        seed=seed,
-        dump_dir=dump_dir,
-        print_after=tuple(print_after or ()),
-        time_passes=time_passes,
-        fresh=fresh,
-    )
     with _terminal(as_json) as ui:
         from lbllm_compile import driver
         from lbllm_compile.passes import registry
@@ -247,43 +237,16 @@ def compile_command(
                 ui.console.print(graph.view(after, before, title=title))
 
         report = driver.compile(options, progress=ui.progress, listener=after_pass)
-        for part in summary.compile_report(report, times=time_passes):
+        for part in summary.compile_report(report, times=options.time_passes):
             ui.console.print(part)
         ui.progress.note(f"\nWritten: {report.out}")
         ui.emit(report.to_json())
 
 
 @app.command()
-def plan(
-    model: Model,
-    target: Target = "cpu",
-    recipe: Recipe = None,
-    preset: PresetName = None,
-    pipeline: PipelineText = None,
-    calibration: Calibration = None,
-    group: Group = None,
-    act_bits: ActBits = None,
-    kv_bits: KvBits = None,
-    keep_dense: KeepDense = None,
-    context: Context = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
+@_takes(*_MODELLING)
+def plan(options: CompileOptions, as_json: Json = False) -> None:
     """Say what a compile of MODEL would do to each linear and why, and what RAM, disk and time it would take."""
-    options = CompileOptions(
-        model=model,
-        target=target,
-        recipe=recipe,
-        preset=preset,
-        pipeline=pipeline,
-        calibration=calibration,
-        group=group,
-        act_bits=act_bits,
-        kv_bits=kv_bits,
-        keep_dense=tuple(keep_dense or ()),
-        context=context,
-        device=device,
-    )
     with _terminal(as_json) as ui:
         from lbllm_compile import plan as planning
 
@@ -293,38 +256,9 @@ def plan(
 
 
 @app.command()
-def preflight(
-    model: Model,
-    target: Target = "cpu",
-    recipe: Recipe = None,
-    preset: PresetName = None,
-    pipeline: PipelineText = None,
-    calibration: Calibration = None,
-    group: Group = None,
-    act_bits: ActBits = None,
-    kv_bits: KvBits = None,
-    keep_dense: KeepDense = None,
-    context: Context = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@_takes(*_MODELLING, "seed")
+def preflight(options: CompileOptions, as_json: Json = False) -> None:
     """Take one decoder layer of MODEL through every stage and its kernels, to see that a compile will work."""
-    options = CompileOptions(
-        model=model,
-        target=target,
-        recipe=recipe,
-        preset=preset,
-        pipeline=pipeline,
-        calibration=calibration,
-        group=group,
-        act_bits=act_bits,
-        kv_bits=kv_bits,
-        keep_dense=tuple(keep_dense or ()),
-        context=context,
-        device=device,
-        seed=seed,
-    )
     with _terminal(as_json) as ui:
         from lbllm_compile import driver
         from lbllm_compile.report import summary
@@ -404,13 +338,12 @@ def _generator(
 @app.command("eval")
 def eval_command(
     directory: ArtifactDir,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens in a chunk [default: 512, or what the model's context holds]")
-    ] = None,
-    chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
+    text: ScoredText,
+    seq_len: SequenceLength = None,
+    chunks: Chunks = 32,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="the original [default: what the artifact was compiled from]")
+        str | None,
+        typer.Option(metavar="MODEL", help=_plainly("the original [default: what the artifact was compiled from]")),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -426,45 +359,22 @@ def eval_command(
 
 
 @app.command()
+@_takes(
+    "preset", "calibration", "group", "act_bits", "kv_bits", "keep_dense", "context", "device", "work_dir", "seed",
+    "fresh",
+)  # fmt: skip
 def ablate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to score")],
-    preset: PresetName = None,
-    calibration: Calibration = None,
-    group: Group = None,
-    act_bits: ActBits = None,
-    kv_bits: KvBits = None,
-    keep_dense: KeepDense = None,
-    context: Context = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="tokens in a chunk [default: 512, or what the model's context holds]")
-    ] = None,
-    chunks: Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")] = 32,
+    options: CompileOptions,
+    text: ScoredText,
+    seq_len: SequenceLength = None,
+    chunks: Chunks = 32,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME,…", help="these comparisons alone; a wrong name lists them; repeatable"),
     ] = None,
-    device: Device = "auto",
-    work_dir: WorkDirectory = None,
-    seed: Seed = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="drop what is finished instead of taking it over")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what each part of the recipe earns on MODEL, as a table. Interrupted? The same command resumes."""
-    options = CompileOptions(
-        model=model,
-        preset=preset,
-        calibration=calibration,
-        group=group,
-        act_bits=act_bits,
-        kv_bits=kv_bits,
-        keep_dense=tuple(keep_dense or ()),
-        context=context,
-        device=device,
-        work_dir=work_dir,
-        seed=seed,
-        fresh=fresh,
-    )
     names = [name.strip() for listed in only or [] for name in listed.split(",")]
     with _terminal(as_json) as ui:
         from lbllm_compile import ablate as ablation
@@ -474,8 +384,8 @@ def ablate(
         ui.emit(result.to_json())
 
 
-@app.command()
-def inspect(
+@app.command("inspect")
+def inspect_command(
     directory: ArtifactDir,
     pass_name: Annotated[
         str | None, typer.Option("--pass", metavar="PASS", help="the graph after this pass, with what it changed")
@@ -526,13 +436,14 @@ def tune_search(
         str | None, typer.Option(metavar="OUTxIN,…", help="linears to tune, e.g. 4096x11008,576x1536")
     ] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="a CPU target; `targets` lists them")] = "cpu",
-    kind: Annotated[str | None, typer.Option(help="their weights: bit or int8 [default: bit]")] = None,
+    kind: Annotated[str | None, typer.Option(help=_plainly("their weights: bit or int8 [default: bit]"))] = None,
     group: Group = None,
     act_bits: Annotated[
-        int | None, typer.Option(help="activation bits: 4, 8 or 16 [default: 4, or 8 for int8 weights]")
+        int | None, typer.Option(help=_plainly("activation bits: 4, 8 or 16 [default: 4, or 8 for int8 weights]"))
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="RANGE,…", help="numbers of tokens at once: 1, 2-16, 17+ [default: all]")
+        str | None,
+        typer.Option(metavar="RANGE,…", help=_plainly("numbers of tokens at once: 1, 2-16, 17+ [default: all]")),
     ] = None,
     trials: Annotated[int, typer.Option(help="at most so many schedules are measured for each")] = 32,
     budget: Annotated[str | None, typer.Option(metavar="TIME", help="at most so long in all, e.g. 90s or 2m")] = None,
@@ -542,7 +453,9 @@ def tune_search(
     key: Annotated[
         str | None, typer.Option(help="what the device is registered under; stands for its CPU's name in the results")
     ] = None,
-    cc: Annotated[str | None, typer.Option(help="C compiler that links for the device [default: the target's]")] = None,
+    cc: Annotated[
+        str | None, typer.Option(help=_plainly("C compiler that links for the device [default: the target's]"))
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search the fastest schedules of linears, and store them for every later compile."""

@@ -221,7 +221,7 @@ def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
         texts = calibration.read_texts(options.calibration)
         # The first document says whether the rest can be read. That of a data set comes from the network, unless the
         # package that would fetch it is missing.
-        if not options.calibration.startswith("hf:") or importlib.util.find_spec("datasets") is None:
+        if not options.calibration.startswith(frontend.HUB) or importlib.util.find_spec("datasets") is None:
             next(iter(texts), None)
     if options.work_dir is not None:
         check_work_dir(options.work_dir)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.sizes import MAX_SEED
@@ -14,44 +17,91 @@ class OptionError(LbllmError):
 
 
 @dataclass(frozen=True)
+class Flag:
+    """How an option stands on a command line.
+
+    Attributes:
+        help: what it says, in a line.
+        panel: the part of the help that it is in.
+        short: its one-letter form, e.g. ``-t``.
+        metavar: what stands for its value; by default its type.
+    """
+
+    help: str
+    panel: str | None = None
+    short: str | None = None
+    metavar: str | None = None
+
+
+FORMAT, WORK, LOOK = "What it becomes", "How much is done, and where", "Looking at what happens"
+"""Parts of the help."""
+
+
+@dataclass(frozen=True)
 class CompileOptions:
     """What the command line of a compile can say.
 
     Attributes:
         model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id as ``hf:ORG/NAME``.
         target: what to generate kernels for; several separated by commas.
-        out: the directory to write; ``<model name>-lbllm`` by default.
         recipe, preset: see :mod:`lbllm_compile.recipe`.
         pipeline: pipeline text instead of the recipe's.
-        calibration: calibration text; the model's own samples by default.
         group, act_bits, kv_bits, keep_dense: override the recipe's.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
+        out: the directory to write; ``<model name>-lbllm`` by default.
+        calibration: calibration text; the model's own samples by default.
         device: where calibrations compute and the model samples its calibration text: ``auto``, ``cpu`` or ``cuda``.
         work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
         seed: of every random choice.
-        dump_dir: where to write the graph after every pass, as text.
         fresh: start over instead of resuming.
+        dump_dir: where to write the graph after every pass, as text.
+        print_after, time_passes: what the command line shows.
     """
 
-    model: str
-    target: str = "cpu"
-    out: Path | None = None
-    recipe: str | None = None
-    preset: str | None = None
-    pipeline: str | None = None
-    calibration: str | None = None
-    group: int | None = None
-    act_bits: int | None = None
-    kv_bits: int | None = None
-    keep_dense: tuple[str, ...] = ()
-    context: int | None = None
-    device: str = "auto"
-    work_dir: Path | None = None
-    seed: int = 0
-    dump_dir: Path | None = None
-    print_after: tuple[str, ...] = ()
-    time_passes: bool = False
-    fresh: bool = False
+    model: Annotated[str, Flag("model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")]
+    target: Annotated[
+        str, Flag("where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas", FORMAT, short="-t")
+    ] = "cpu"
+    recipe: Annotated[str | None, Flag("named pipeline: lbllm or lbllm-paper [default: lbllm]", FORMAT)] = None
+    pipeline: Annotated[str | None, Flag("the passes as text; `plan MODEL` shows the recipe's", FORMAT)] = None
+    group: Annotated[
+        int | None,
+        Flag("input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]", FORMAT),
+    ] = None
+    act_bits: Annotated[int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT)] = None
+    kv_bits: Annotated[int | None, Flag("bits of the key/value cache: 4, 8 or 16 [default: 4]", FORMAT)] = None
+    keep_dense: Annotated[
+        tuple[str, ...],
+        Flag("linears to keep float, e.g. 'model.layers.0.*'; repeatable", FORMAT, metavar="PATTERN"),
+    ] = ()
+    context: Annotated[
+        int | None,
+        Flag(
+            "tokens to attend to at most [default: all the model is made for; as many as have unscaled frequencies"
+            " where long or dynamic rotary embeddings change them]",
+            FORMAT,
+        ),
+    ] = None
+    out: Annotated[Path | None, Flag("artifact directory to write [default: NAME-lbllm]", WORK)] = None
+    preset: Annotated[str | None, Flag("how much work: quick, default or best [default: default]", WORK)] = None
+    calibration: Annotated[
+        str | None,
+        Flag(
+            "FILE.txt, .jsonl, .parquet or hf:NAME[:CONFIG][@SPLIT] [default: text that the model writes itself]",
+            WORK,
+        ),
+    ] = None
+    device: Annotated[
+        str, Flag("where calibrations compute and the model samples calibration text: auto, cpu or cuda", WORK)
+    ] = "auto"
+    work_dir: Annotated[Path | None, Flag("where unfinished work is kept", WORK)] = None
+    seed: Annotated[int, Flag("start of every random choice", WORK)] = 0
+    fresh: Annotated[bool, Flag("start over instead of taking over what is finished", WORK)] = False
+    dump_dir: Annotated[Path | None, Flag("write the graph after every pass here, as 005_ptq.txt", LOOK)] = None
+    print_after: Annotated[
+        tuple[str, ...], Flag("show the graph after this pass; repeatable", LOOK, metavar="PASS")
+    ] = ()
+    time_passes: Annotated[bool, Flag("show what each pass took", LOOK)] = False
 
     def __post_init__(self) -> None:
         """Takes paths as text and text as paths.
@@ -65,3 +115,28 @@ class CompileOptions:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"--seed cannot be {self.seed}; choose 0 to {MAX_SEED}")
+
+
+class Option(NamedTuple):
+    """An option of a compile that a command line has.
+
+    Attributes:
+        type: of its values.
+        default: where it is not given; ``dataclasses.MISSING`` where it must be.
+        flag: how it stands on the command line.
+    """
+
+    type: Any
+    default: Any
+    flag: Flag
+
+
+def options() -> dict[str, Option]:
+    """The options of a compile that a command line has, in order."""
+    hints = typing.get_type_hints(CompileOptions, include_extras=True)
+    described = {f.name: (typing.get_args(hints[f.name]), f.default) for f in dataclasses.fields(CompileOptions)}
+    return {
+        name: Option(args[0], default, args[-1])
+        for name, (args, default) in described.items()
+        if args and isinstance(args[-1], Flag)
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,6 +298,73 @@ def test_missing_packages_are_named(
         CalibrationError, match=rf"package {package}; install it with `pip install 'lbllm-compile\[{extra}\]'`"
     ):
         calibration.collect(model, program, source.format(tmp_path))
+
+
+class StubbedDataSets:
+    """Stands for the package datasets: one data set with two configurations, one split each."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(self, name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert streaming
+        self.asked.append((name, config, split))
+        if config is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample:"
+            )
+        if split != "train":
+            raise ValueError(f"Bad split: {split}. Available splits: ['train']")
+        return [{"text": f"{config} says much. " * 50}] * 40
+
+
+@pytest.fixture
+def data_sets(monkeypatch: pytest.MonkeyPatch) -> StubbedDataSets:
+    stub = StubbedDataSets()
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    monkeypatch.setattr(calibration, "_require", lambda *_: None)
+    return stub
+
+
+def test_a_data_set_has_a_configuration_and_a_split(
+    model: UserModel, program: SimpleNamespace, data_sets: StubbedDataSets
+) -> None:
+    data = calibration.collect(model, program, "hf:org/set:a@train", tokens=64, validation_tokens=32, length=32)
+    assert data.source == "hf:org/set:a@train" and data_sets.asked == [("org/set", "a", "train")]
+    other = calibration.collect(model, program, "hf:org/set:b", tokens=64, validation_tokens=32, length=32)
+    assert other.sha256 != data.sha256 and data_sets.asked[1] == ("org/set", "b", "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("hf:wikitext", ("wikitext", None, "train")),
+        ("hf:a/b@test", ("a/b", None, "test")),
+        ("hf:a/b:c-1.0@x.y", ("a/b", "c-1.0", "x.y")),
+    ],
+)
+def test_forms_of_a_data_sets_name(source: str, wanted: tuple[str, str | None, str]) -> None:
+    found = calibration.DataSet.parse(source)
+    assert (found.name, found.config, found.split) == wanted
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf:a/b/c", "hf:a:b:c", "hf:a@", "hf:a:", "hf:a@b@c", "hf:a@b:c", "hf:/a"])
+def test_a_wrong_form_says_the_right_one(source: str) -> None:
+    with pytest.raises(CalibrationError, match=r"names no data set; write it as hf:NAME\[:CONFIG\]\[@SPLIT\]"):
+        calibration.read_texts(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:set", r"pick one among the available configs: \['a', 'b'\]; write it as hf:NAME\[:CONFIG\]"),
+        ("hf:set:a@tset", r"'set:a@tset' cannot be read: Bad split: tset. Available splits: \['train'\]; write it as"),
+    ],
+)
+def test_what_a_data_set_has_is_said(data_sets: StubbedDataSets, source: str, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as caught:
+        next(calibration.read_texts(source))
+    assert "\n" not in str(caught.value)
 
 
 def test_text_needs_a_tokenizer_that_fits(model: UserModel, program: SimpleNamespace, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from torch import fx
 from typer.testing import CliRunner, Result
 
 from lbllm_compile import cli, doctor, driver, footprint, frontend, plan, recipe
-from lbllm_compile.options import CompileOptions
+from lbllm_compile.options import CompileOptions, options
 from lbllm_compile.records import CompileReport
 from lbllm_compile.report import catalogue, graph, stages, summary, terminal
 
@@ -97,6 +97,36 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
             fresh=True,
         )
     ]
+
+
+def shown_help(*verb: str) -> str:
+    """The help of a verb as one line, without its frames."""
+    text = invoke(*verb, "--help").stdout
+    return " ".join(word for word in text.split() if word.strip("│╭╮╰╯─"))
+
+
+def test_every_option_is_in_the_help_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    whole = shown_help("compile")
+    for name, option in options().items():
+        assert " ".join(option.flag.help.split()) in whole, name
+        assert name == "model" or f"--{name.replace('_', '-')} " in whole
+    for default in ("lbllm", "64; 128 in lbllm-paper", "auto", "NAME-lbllm"):
+        assert f"[default: {default}]" in whole
+    assert "[default: bit]" in shown_help("tune", "search")
+
+
+def test_verbs_describe_the_options_they_share_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    known = options()
+    lacking = {
+        "plan": {"out", "work_dir", "seed", "fresh", "dump_dir", "print_after", "time_passes"},
+        "preflight": {"out", "work_dir", "fresh", "dump_dir", "print_after", "time_passes"},
+        "ablate": {"target", "recipe", "pipeline", "out", "dump_dir", "print_after", "time_passes"},
+    }
+    for verb, absent in lacking.items():
+        text = shown_help(verb)
+        assert {n for n, option in known.items() if " ".join(option.flag.help.split()) not in text} == absent, verb
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -33,3 +33,8 @@ class UntranslatableError(KernelError):
     def __init__(self, why: str, node: object = None):
         super().__init__(why)
         self.node = node
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

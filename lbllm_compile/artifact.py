@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_compile.codegen.cache import cache_directory, exchange, sha256, sync, write_failure
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.manifest import FORMAT, MANIFEST, VERSION, ArtifactError, check_file, is_artifact, read_manifest
-from lbllm_compile.passes.contracts import Propagation, describe, first_line
+from lbllm_compile.passes.contracts import Propagation, describe
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls

@@ -23,12 +23,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lbllm_compile import frontend
 from lbllm_compile.codegen.cache import cache_directory, write_atomically
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.passes.base import batches_of
@@ -47,6 +48,15 @@ _LOGIT_COPIES = 4
 
 _OVERSAMPLING = 8
 """How many times the wanted tokens are read from a text before sequences are picked from them."""
+
+_BLOCK = 1 << 16
+"""Characters of a plain text that are read and tokenized at a time."""
+
+_PIECE = 1 << 20
+"""Most characters of one document that are tokenized at a time."""
+
+_ROWS_AT_ONCE = 256
+"""Documents of a parquet file that are read at a time."""
 
 _MODULE_BATCHES = (16, 2)
 """Most random batches to calibrate and to validate a plain module with."""
@@ -201,10 +211,12 @@ def read_texts(source: str) -> Iterator[str]:
     return readers[path.suffix](path)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, longest: int = -1) -> Iterator[str]:
+    """Lines of a UTF-8 file, those of more than ``longest`` characters in parts; a byte order mark is skipped."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
+        with path.open(encoding="utf-8-sig") as file:
+            while line := file.readline(longest):
+                yield line
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"the calibration file '{path}' is not UTF-8 text (it has the byte 0x{error.object[error.start]:02x});"
@@ -215,13 +227,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_plain(path: Path) -> Iterator[str]:
-    """Blocks of 64 KiB or so, cut at line ends: a plain text is one document."""
+    """Blocks of ``_BLOCK`` characters or so, cut at line ends where lines are shorter."""
     block: list[str] = []
     size = 0
-    for line in _lines(path):
+    for line in _lines(path, _BLOCK):
         block.append(line)
         size += len(line)
-        if size > 1 << 16:
+        if size > _BLOCK:
             yield "".join(block)
             block, size = [], 0
     if block:
@@ -234,12 +246,13 @@ def _read_json_lines(path: Path) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"line {number} of '{path}' is not JSON: {error.msg}") from error
-        text = value.get("text") if isinstance(value, dict) else None
-        if not isinstance(text, str):
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or first_line(error)
+            raise CalibrationError(f"line {number} of '{path}' is not JSON: {reason}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("text", 0), str | None):
             raise CalibrationError(f"line {number} of '{path}' has no string field 'text'")
-        yield text
+        if value["text"]:
+            yield value["text"]
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -249,12 +262,12 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise CalibrationError(f"'{path}' is not a readable parquet file: {error}") from error
-    if "text" not in file.schema_arrow.names:
-        raise CalibrationError(f"'{path}' has no column 'text'; it has {', '.join(file.schema_arrow.names)}")
-    for part in file.iter_batches(columns=["text"]):
-        yield from (value for value in part.column(0).to_pylist() if value)
+        if "text" not in file.schema_arrow.names:
+            raise CalibrationError(f"'{path}' has no column 'text'; it has {', '.join(file.schema_arrow.names)}")
+        for part in file.iter_batches(_ROWS_AT_ONCE, columns=["text"]):
+            yield from (value for value in part.column(0).to_pylist() if value)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"'{path}' is not a readable parquet file: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -289,9 +302,10 @@ def _read_data_set(wanted: DataSet) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(wanted.name, wanted.config, split=wanted.split, streaming=True)
         for row in stream:
-            if not isinstance(row.get("text"), str):
+            if not isinstance(row.get("text", 0), str | None):
                 raise CalibrationError(f"the data set '{wanted}' has no column 'text'; it has {', '.join(row)}")
-            yield row["text"]
+            if row["text"]:
+                yield row["text"]
     except LbllmError:
         raise
     except Exception as error:
@@ -327,33 +341,77 @@ def _sequences_of_text(
             f"'{model.name}' has no tokenizer to read '{origin}' with; define tokenizer() in its model.py"
         )
     wanted = sum(counts)
-    stream: list[int] = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise CalibrationError(f"{origin} yields {type(text).__name__} instead of strings")
-        stream.extend(tokenizer(text, verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-        if len(stream) >= _OVERSAMPLING * wanted * length:
-            break
-    available = len(stream) // length
+    stored, tokens, highest = _tokenized(tokenizer, texts, origin, length, _OVERSAMPLING * wanted * length)
+    available = len(stored)
     if available < 2:
         raise CalibrationError(
-            f"the calibration text '{origin}' is empty or too short: it has {len(stream)} tokens, at least"
-            f" {2 * length} are needed"
+            f"the calibration text '{origin}' is empty or too short: it has {tokens} tokens, at least {2 * length} are"
+            " needed"
         )
-    if max(stream) >= _vocabulary(model):
+    if highest >= _vocabulary(model):
         raise CalibrationError(
-            f"the tokenizer of '{model.name}' makes the token {max(stream)}, but the model has only"
+            f"the tokenizer of '{model.name}' makes the token {highest}, but the model has only"
             f" {_vocabulary(model)}; use the tokenizer the model was trained with"
         )
     if available < wanted:
         held_out = max(1, available // 9)
         counts = (available - held_out, held_out)
         progress.note(f"{origin} has only {available * length} tokens, all of which are used")
-    ids = torch.tensor(stream[: available * length]).view(available, length)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return ids[order[: sum(counts)]], counts
+    picked = torch.empty((sum(counts), length), dtype=torch.int64)
+    for row, index in zip(picked, order.tolist(), strict=False):
+        row.copy_(stored[index].read())
+    return picked, counts
+
+
+def _tokenized(
+    tokenizer: Any, texts: Iterable[str], origin: str, length: int, most: int
+) -> tuple[list[spool.Record], int, int]:
+    """Whole sequences of ``length`` token ids, int32 and kept in a file; the number of tokens, and the highest of them.
+
+    Documents are read and tokenized a piece at a time, until there are ``most`` tokens or more; an end token stands
+    behind each document where the tokenizer has one.
+    """
+    records, stored = spool.Records(), []
+    rest = np.empty(0, np.int32)
+    tokens, highest = 0, -1
+    for ids in _token_pieces(tokenizer, texts, origin):
+        tokens, highest = tokens + len(ids), max(highest, int(ids.max(initial=-1)))
+        rest = np.concatenate([rest, ids])
+        whole = len(rest) // length * length
+        stored += [records.put(torch.from_numpy(rest[i : i + length])) for i in range(0, whole, length)]
+        rest = rest[whole:]
+        if tokens >= most:
+            break
+    return stored, tokens, highest
+
+
+def _token_pieces(tokenizer: Any, texts: Iterable[str], origin: str) -> Iterator[np.ndarray]:
+    """Token ids int32 of one piece of a document after the other, the last of them with an end token.
+
+    Halves of surrogate pairs, which JSON can spell and no tokenizer takes, become U+FFFD.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        if not isinstance(text, str):
+            raise CalibrationError(f"{origin} yields {type(text).__name__} instead of strings")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        start = 0
+        while start < len(text):
+            stop = _cut(text, start)
+            # What a tokenizer puts in front of a text goes in front of the first piece alone.
+            options = {"add_special_tokens": False} if start else {}
+            ids = tokenizer(text[start:stop], verbose=False, **options)["input_ids"]
+            yield np.array([*ids, *(end if stop == len(text) else ())], np.int32)
+            start = stop
+
+
+def _cut(text: str, start: int) -> int:
+    """Where a piece ends that starts at ``start``: at most ``_PIECE`` characters on, in front of a space if any."""
+    if len(text) - start <= _PIECE:
+        return len(text)
+    space = text.rfind(" ", start + 1, start + _PIECE)
+    return space if space > start else start + _PIECE
 
 
 # Samples

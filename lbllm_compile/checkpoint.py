@@ -71,7 +71,7 @@ class WorkDir:
             record.unlink(missing_ok=True)
         if record.exists():
             try:
-                stored = json.loads(record.read_text())
+                stored = json.loads(record.read_text(encoding="utf-8"))
             except ValueError:
                 stored = None
             if not isinstance(stored, dict):

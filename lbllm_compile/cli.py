@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import math
 import os
@@ -124,7 +125,24 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line of the process."""
+    _open_outputs()
     app(prog_name="lbllm-compile")
+
+
+def _open_outputs() -> None:
+    """Makes standard output and error take all that is written: what a locale's encoding lacks is escaped, and what is
+    closed leads nowhere, rather than into the next file that is opened."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not None:
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+            continue
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != number:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+        setattr(sys, name, open(number, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
 
 
 # Options that several verbs share. Those of a compile are described once, in CompileOptions.
@@ -291,7 +309,7 @@ def run(
         # What is out of range is refused before anything is read, a prompt that does not fit before kernels are built.
         options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = Sampling(**options, seed=seed)
-        text = _read_prompt() if prompt[0] == "-" else prompt[0]
+        text = _read_prompt() if prompt[0] == "-" else _as_text(prompt[0])
         model, ids = _generator(directory, text, raw, sampling, ui.progress)
         start = time.perf_counter()
         pieces: list[str] = []
@@ -567,11 +585,23 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         yield ui
 
 
+def _as_text(argument: str) -> str:
+    """An argument of the command line as UTF-8, where the locale's encoding could not read it."""
+    if not any("\udc80" <= c <= "\udcff" for c in argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
 def _read_prompt() -> str:
     """Standard input as UTF-8, whatever encoding the locale sets."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give the prompt as --prompt TEXT")
     try:
         # A shell's echo and every editor end the last line.
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv"

@@ -142,7 +142,7 @@ def memory() -> tuple[int | None, int | None]:
     """``(total, available)`` main memory in bytes; None where the system does not tell."""
     path = Path("/proc/meminfo")
     if path.is_file():
-        fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        fields = dict(line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line)
         if "MemTotal" in fields and "MemAvailable" in fields:
             total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
             return total, available
@@ -276,7 +276,7 @@ def _first_line(command: Sequence[str]) -> str:
 def _lines(command: Sequence[str]) -> list[str]:
     """What a program prints; nothing where it does not run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -51,4 +51,6 @@ class Dumps:
             f"after {record.text} ({record.seconds:.1f} s, {record.nodes_before} -> {record.nodes_after} nodes,"
             f" {record.contract}, probe error {record.error:.3g})"
         )
-        (self._directory / f"{record.index:03d}_{record.name}.txt").write_text(dump.render(program, header))
+        (self._directory / f"{record.index:03d}_{record.name}.txt").write_text(
+            dump.render(program, header), encoding="utf-8"
+        )

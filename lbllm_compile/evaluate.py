@@ -246,7 +246,7 @@ def read_text(path: Path) -> str:
         EvaluationError: it cannot be read, is empty or is not UTF-8.
     """
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise EvaluationError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
-from ..codegen.errors import LbllmError
+from ..codegen.errors import LbllmError, first_line
 from .base import Pass
 from .ir import dump, exact
 from .ir.program import Program
@@ -57,11 +57,6 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
         ) from error
     for node, text in shapes.items():
         node.meta["shape"] = text
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class Propagation(fx.Interpreter):

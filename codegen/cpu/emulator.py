@@ -87,12 +87,14 @@ class ForeignLibrary:
         kernels = folder / ("kernels.s" if isinstance(code, str) else "kernels.o")
         kernels.write_bytes(code.encode() if isinstance(code, str) else code)
         table, program = folder / "table.c", folder / "program"
-        table.write_text(_table(names))
+        table.write_text(_table(names), encoding="utf-8")
         include = [f"-I{path}" for path in include_paths()]
         # LLVM's line table is of this version, and older forms do not assemble.
         options = ["-O1", "-gdwarf-5", *include]
         command = [*machine.compiler, *options, table, _RUNTIME, kernels, "-lm", "-o", program]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)
+        process = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_S, check=False
+        )
         if process.returncode:
             raise KernelError(f"{machine.compiler[0]} rejects generated kernels: {process.stderr.strip()[:2000]}")
         self._complaints = (folder / "complaints").open("w+b")

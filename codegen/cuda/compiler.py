@@ -82,7 +82,9 @@ class CudaCompiler:
         flags = " ".join(FLAGS)
         nvcc = find_tool("nvcc")
         if nvcc:
-            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+            version = subprocess.run(
+                [nvcc, "--version"], capture_output=True, text=True, errors="replace", check=False
+            ).stdout
             return cls(nvcc, f"{version.strip()} {flags}")
         version = nvrtc_version()
         if version is None:
@@ -104,11 +106,13 @@ class CudaCompiler:
         assert self.path is not None
         with tempfile.TemporaryDirectory(prefix="lbllm-nvcc-") as folder:
             text, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-            text.write_text(source)
+            text.write_text(source, encoding="utf-8")
             command = [self.path, "--cubin", f"-arch={arch}", *FLAGS, "-diag-suppress", _UNUSED_VARIABLE]
             command += ["-Xptxas", "-v", "-o", str(cubin), str(text)]
             try:
-                process = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+                process = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
+                )
             except subprocess.TimeoutExpired:
                 raise KernelError(f"nvcc did not finish a kernel for {arch} in {_TIMEOUT_S:.0f} s") from None
             log = process.stdout + process.stderr

@@ -152,7 +152,7 @@ def _cached_binary(compiler: CudaCompiler, source: str, arch: str, folder: Path)
     digest = hashlib.sha256("\0".join((source, arch, compiler.identity)).encode()).hexdigest()[:32]
     cubin_file, record_file = folder / f"{digest}.cubin", folder / f"{digest}.json"
     if record_file.exists() and cubin_file.exists():
-        record, cubin = json.loads(record_file.read_text()), cubin_file.read_bytes()
+        record, cubin = json.loads(record_file.read_text(encoding="utf-8")), cubin_file.read_bytes()
         if record["sha256"] == hashlib.sha256(cubin).hexdigest():
             return Binary(cubin=cubin, **record["resources"])
     binary = compiler.compile(source, arch)

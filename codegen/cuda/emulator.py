@@ -98,7 +98,7 @@ class Emulator:
 void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, arguments); }}
 """
         file = Path(self._folder.name) / "kernel.cpp"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         _compile([gpp, *_COMMON, *_KERNEL, "-c", str(file), "-o", f"{file}.o"])
         _compile([gpp, f"{file}.o", str(runtime), "-o", str(self._program)])
 
@@ -115,7 +115,12 @@ void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, a
             file.write(self._encode(launch))
         try:
             process = subprocess.run(
-                [self._program, job, result], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+                [self._program, job, result],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise KernelError(f"the emulation of {self.signature.symbol} did not end in {_TIMEOUT_S:.0f} s") from None
@@ -178,8 +183,10 @@ def _as_tensor(array: np.ndarray, like: Tensor) -> Tensor:
 
 def _runtime(gpp: str, cache_dir: Path) -> Path:
     """The compiled runtime, from the cache where it is there."""
-    version = subprocess.run([gpp, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(f"{version}{_HEADER.read_text()}{_RUNTIME.read_text()}".encode()).hexdigest()[:16]
+    version = subprocess.run([gpp, "--version"], capture_output=True, text=True, errors="replace", check=True).stdout
+    digest = hashlib.sha256(
+        f"{version}{_HEADER.read_text(encoding='utf-8')}{_RUNTIME.read_text(encoding='utf-8')}".encode()
+    ).hexdigest()[:16]
     target = cache_dir / f"emulator-{digest}.o"
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix="lbllm-emulate-") as folder:
@@ -190,6 +197,6 @@ def _runtime(gpp: str, cache_dir: Path) -> Path:
 
 
 def _compile(command: list[str]) -> None:
-    process = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
     if process.returncode:
         raise KernelError(f"g++ rejects a generated CUDA kernel: {process.stderr.strip()[:2000]}")

@@ -29,7 +29,10 @@ def cpu_flags() -> frozenset[str]:
     """CPU feature flags under Linux's names; empty where the system does not tell."""
     if platform.system() == "Darwin":
         names = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"], capture_output=True, text=True
+            ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"],
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         return frozenset(name.lower() for name in names.stdout.split())
     info = _cpuinfo()

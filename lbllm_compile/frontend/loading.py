@@ -45,7 +45,8 @@ class UserModel:
         name: file or directory name, for messages.
         source: the path or hub id it came from.
         tokenizer: a transformers tokenizer, or None.
-        config: ``module.config`` as JSON-able values; empty for a plain module.
+        config: ``module.config`` as JSON-able values, with the stop tokens that the model generates with; empty for a
+            plain module.
         inputs: one example batch by forward argument; empty for a language model.
         recipe: the ``recipe`` of a model.py.
         calibration_text, calibration_inputs: the hooks of a model.py, or None.
@@ -231,6 +232,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
     if files:
         skeleton = _skeleton(source, what, local)
         module = _from_pretrained(type(skeleton), what, None, config=skeleton.config, state_dict=_state(files, what))
+        _configure_generation(module, source, what, local)
     else:
         # A hub model may have weights in another form; of a directory this tells what is missing.
         options = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
@@ -243,6 +245,22 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {reason_of(error, frame=False)}") from error
     return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
+
+
+def _configure_generation(module: Any, source: str, what: str, local: bool) -> None:
+    """Gives a model the ``generation_config.json`` of its directory or hub repository, where there is one."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+    from transformers.utils.hub import cached_file
+
+    options: dict[str, Any] = {"local_files_only": local}
+    try:
+        with _quiet_transformers():
+            if cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options):
+                module.generation_config = GenerationConfig.from_pretrained(source, **options)
+    except Exception as error:
+        reason = reason_of(error, frame=False)
+        raise ModelError(f"the {GENERATION_CONFIG_NAME} of {what} cannot be read: {reason}") from error
 
 
 def _weight_files(source: str, what: str, local: bool) -> list[Path]:
@@ -299,7 +317,7 @@ def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 def _refuse_quantized(directory: Path) -> None:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        method = config.get("quantization_config", {}).get("quant_method")
+        method = (config.get("quantization_config") or {}).get("quant_method")
     except (ValueError, AttributeError) as error:
         reason = reason_of(error, frame=False)
         raise ModelError(f"'{directory / 'config.json'}' is not a model configuration: {reason}") from error
@@ -428,9 +446,9 @@ def prepare(model: UserModel) -> UserModel:
             module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     except ValueError as error:
         raise ModelError(f"'{model.name}' cannot be made to compute attention in torch: {reason_of(error)}") from error
-    return dataclasses.replace(
-        model, module=module, config=clean_config(config.to_dict() | {"architectures": [type(module).__name__]})
-    )
+    stop = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    facts = {"architectures": [type(module).__name__], **({} if stop is None else {"eos_token_id": stop})}
+    return dataclasses.replace(model, module=module, config=clean_config(config.to_dict() | facts))
 
 
 def _move_to_disk(module: nn.Module) -> None:

@@ -127,7 +127,7 @@ def write_in_blocks(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
 
 
 def _store(description: Description, folder: Path) -> None:
-    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
+    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)), encoding="utf-8")
 
 
 def keep_native(native: NativeProgram, digest: str, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: at most so many tokens a sequence.
-        temperature: 0 for the most likely token (greedy); else logits are divided by it.
+        temperature: 0 for the most likely token (greedy); else logits are divided by it. Any finite value will do: the
+            nearer to 0, the likelier is the most likely token, and very large ones make all tokens alike.
         top_k: only the k most likely tokens; 0 for all.
         top_p: only the most likely tokens that together reach this probability; 1 for all.
         seed: start of the generator that draws; the global one is not touched.
@@ -38,8 +40,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens is {self.max_new_tokens}; ask for at least 1")
-        if not self.temperature >= 0.0:
-            raise GenerationError(f"the temperature is {self.temperature}; use 0 (greedy) or more")
+        if not 0.0 <= self.temperature < math.inf:
+            raise GenerationError(f"the temperature is {self.temperature}; use 0 (greedy) or a number above it")
         if self.top_k < 0:
             raise GenerationError(f"top_k is {self.top_k}; use 0 (all tokens) or more")
         if self.seed < 0:
@@ -49,21 +51,31 @@ class Sampling:
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
-    """Next token ids ``[B]`` from logits ``[B, V]``."""
+    """Next token ids ``[B]`` from logits ``[B, V]``.
+
+    Raises:
+        GenerationError: the highest logit is infinite or no number.
+    """
+    likeliest = logits.argmax(-1)  # the first one that is no number, where there is one
+    highest = np.take_along_axis(logits, likeliest[:, None], -1)
+    if not np.isfinite(highest).all():
+        raise GenerationError("the model's logits are infinite or no numbers here; its weights may be damaged")
     if sampling.temperature == 0.0:
-        return logits.argmax(-1)
-    logits = logits.astype(np.float64) / sampling.temperature
+        return likeliest
+    with np.errstate(over="ignore"):  # a token that is out of the question is at minus infinity
+        logits = (logits.astype(np.float64) - highest) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = np.partition(logits, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
         logits = np.where(logits < smallest, -np.inf, logits)
-    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares = np.exp(logits)
     shares /= shares.sum(-1, keepdims=True)
     order = np.argsort(-shares, axis=-1, kind="stable")
     ordered = np.take_along_axis(shares, order, -1)
     reached = np.cumsum(ordered, -1)
     if sampling.top_p < 1.0:
         # A token stays while those before it have not reached top_p, so that the first one always stays.
-        ordered = np.where(reached - ordered >= sampling.top_p, 0.0, ordered)
+        before = np.pad(reached[:, :-1], ((0, 0), (1, 0)))
+        ordered = np.where(before >= sampling.top_p, 0.0, ordered)
         reached = np.cumsum(ordered, -1)
     drawn = generator.random((len(logits), 1)) * reached[:, -1:]
     # The first token whose cumulative share exceeds the draw; one of share zero never does.

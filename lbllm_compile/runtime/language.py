@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lbllm_compile.codegen.errors import first_line
 from lbllm_compile.runtime.generate import GenerationError, Sampling, TextStream, left_pad, tokens
 
 
@@ -40,13 +41,21 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     """Token ids of a prompt; see :meth:`LanguageModel.encode`."""
     if tokenizer is None:
         raise GenerationError("the model has no tokenizer; pass token ids instead of text")
+    if lone := next((c for c in prompt if "\ud800" <= c <= "\udfff"), None):
+        raise GenerationError(
+            f"the prompt is not valid text: it has half of a surrogate pair (U+{ord(lone):04X}); give it in UTF-8"
+        )
     if not chat:
         return tokenizer(prompt)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's, and may fail in any way
+        raise GenerationError(
+            f"the model's chat template refuses the prompt ({first_line(error)}); give it as plain text (--raw)"
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -92,7 +101,8 @@ class LanguageModel(ABC):
         """Token ids of a prompt; with ``chat`` as a user's turn in the tokenizer's chat template.
 
         Raises:
-            GenerationError: there is no tokenizer, or no chat template.
+            GenerationError: there is no tokenizer or no chat template, the template refuses the prompt, or the prompt
+                is not valid text.
         """
         return encode(self.tokenizer, prompt, chat=chat)
 

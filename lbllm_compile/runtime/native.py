@@ -223,7 +223,7 @@ class NativeProgram:
     def __init__(self, directory: Path):
         self.directory = directory
         try:
-            self.description = Description.from_json((directory / DESCRIPTION).read_text())
+            self.description = Description.from_json((directory / DESCRIPTION).read_text(encoding="utf-8"))
             self._block = _map(directory / WEIGHTS)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise KernelError(f"the stored program {directory} is damaged ({error}); delete it") from error

@@ -561,9 +561,9 @@ def page(findings: Sequence[Finding]) -> str:
         "",
         f"Tiny random models of {len(findings)} architectures of transformers {transformers.__version__}, compiled with"
         " every weight kept float and",
-        "compared with the eager model: logits of whole sequences, a prefill and ten decoded tokens, in batches with left",
-        f"padding. {counts['right']} are right (relative error at most {TOLERANCE:g}), {native} of them on the native"
-        f" program; {counts['refused']} are refused.",
+        "compared with the eager model: logits of whole sequences, a prefill and ten decoded tokens, in batches with",
+        f"left padding. {counts['right']} are right (relative error at most {TOLERANCE:g}), {native} of them on the"
+        f" native program; {counts['refused']} are refused.",
         "`python -m benchmarks.architectures --write` makes this page.",
         "",
         "| architecture | class | | runs on |",

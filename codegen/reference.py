@@ -408,3 +408,20 @@ def cached_attention(
     if repeat > 1:
         keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+
+
+def cached_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """A causal convolution of every channel with itself over tokens, behind those of earlier calls.
+
+    Args:
+        x: ``[B, C, S]`` new tokens.
+        weight: ``[C, 1, K]`` taps, the last one for the token itself.
+        bias: ``[C]`` or None.
+        state: ``[B, C, K - 1]`` tokens before the new ones, zeros before the first; gets the last ones, in place.
+
+    Returns:
+        ``[B, C, S]``.
+    """
+    joined = torch.cat([state, x], -1)
+    state.copy_(joined[..., joined.shape[-1] - state.shape[-1] :])
+    return torch.nn.functional.conv1d(joined, weight, bias, groups=weight.shape[0])

@@ -22,6 +22,10 @@ is not guessed from its shape in the graph: the mask's sub-graph is evaluated on
 lengths and paddings, lengths beyond every integer that occurs in it) and must equal one of the masks the operator can
 make, at every query that is not padding. The repeat is proved the same way. Anything else is refused.
 
+A short causal convolution over the sequence (LFM2's) gets a state as well, of a fixed size: its last inputs (see
+:mod:`.ir.convolution`). That nothing else passes from token to token, such as a recurrence, is tried on the probe: a
+token decoded behind the others must get the logits it has within its sequence.
+
 Sizes and positions: what the graph reads from ``attention_mask``'s length outside masks becomes ``input_ids``' length;
 rotary and learned positions must come from ``position_ids``. A plain module (``kind="module"``) stays as it is.
 
@@ -33,7 +37,9 @@ model (see ``lower``), so the contract's bound only catches wreckage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +51,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ..codegen import operators as operators
 from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
-from .contracts import describe
+from .contracts import describe, relative_error
+from .ir.convolution import cache_convolutions
 from .ir.program import STATE, Program, StateSpec, get_attribute
 from .ir.rewrite import Node, ancestors, argument, calls, is_call, is_node, make_call, relax_views, replace_call
 
@@ -71,6 +78,13 @@ _DIRECT_WINDOW = 4096
 
 _MASKED = -1e4
 """An additive mask at or below this hides a key; zero shows it."""
+
+
+_ROUNDING = 0.02
+"""Relative error between logits of a sequence fed at once and in parts, where keys and values alone are rounded."""
+
+_SPREAD = 0.5
+"""The same where low-bit activations spread a rounding through the model."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +138,14 @@ class Cache(Pass):
             rows.append(
                 {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
             )
+        tokens = context.probe["input_ids"].shape[1]
+        convolutions = cache_convolutions(graph, shapes, tokens)
         graph.eliminate_dead_code()
         _free_of_length(program, inputs)
         graph.lint()
         program.module.recompile()
-        return PassResult(program, rows=rows, summary={"attentions": len(rows)})
+        _prove_decoding(program, context.probe)
+        return PassResult(program, rows=rows, summary={"attentions": len(rows), "convolutions": convolutions})
 
     def _replace(
         self,
@@ -418,7 +435,7 @@ def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
     for node in list(mask.users):
         if is_call(node, _aten.sym_size.int):
             node.update_arg(0, ids)
-        elif not is_call(node, _lbllm.cached_attention.default, _aten.ones_like.default):
+        elif not is_call(node, _lbllm.cached_attention.default, _aten.ones_like.default) and not _is_last(node, ids):
             raise PassError(
                 f"{describe(node)} uses the attention mask outside attention, which a KV cache cannot follow"
             )
@@ -433,3 +450,39 @@ def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
                 f"{describe(node)} counts positions from the sequence's length; the model must take them from"
                 " position_ids"
             )
+
+
+def _is_last(node: Node, ids: Node) -> bool:
+    """Whether a node is the attention mask of the new tokens, ``mask[:, -S:]``."""
+    if not is_call(node, _aten.slice.Tensor) or argument(node, 1, "dim", 0) != 1:
+        return False
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    count = start.args[0] if is_call(start, operator.neg) else None
+    if is_call(count, _aten.sym_size.int) and count.args[0].target == "attention_mask":
+        count.update_arg(0, ids)
+    return is_call(count, _aten.sym_size.int) and count.args == (ids, 1) and (end is None or end == sys.maxsize)
+
+
+def _prove_decoding(program: Program, probe: Mapping[str, Tensor]) -> None:
+    """Feeds the probe at once, and its last token behind the others: the logits of that token must be the same.
+
+    Raises:
+        PassError: they are not, because something but attention and convolutions looks at other tokens.
+    """
+    length = probe["input_ids"].shape[1]
+    if length < 2:
+        return
+    whole = program.run(probe)[:, -1]
+    states = {str(n.target): n.meta[STATE].allocate(len(whole), length) for n in program.state_placeholders()}
+    before = {name: value[:, : length - 1] for name, value in probe.items()}
+    last = {name: value[:, length - 1 :] for name, value in probe.items()}
+    program.run({**before, **states, "past": 0})
+    last["attention_mask"] = probe["attention_mask"]
+    stepped = program.run({**last, **states, "past": length - 1})[:, -1]
+    low_bit = any((known := operators.find(n.target)) and known.integer for n in program.graph.nodes)
+    error = relative_error(whole, stepped)
+    if not error <= (_SPREAD if low_bit else _ROUNDING):
+        raise PassError(
+            f"a token decoded behind others gets other logits than within its sequence (by {error:.2g}): something goes"
+            " from token to token that is neither attention nor a short convolution, which a cache cannot follow"
+        )

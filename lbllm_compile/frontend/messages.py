@@ -65,7 +65,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def fixes_size(error: BaseException) -> bool:
     """Whether what stopped ``torch.export`` is that the forward fits some sizes only."""
     text = " ".join(str(e) for e in _chain(error))
-    return "ConstraintViolation" in text or "Constraints violated" in text
+    return any(sign in text for sign in ("ConstraintViolation", "Constraints violated", "Specializations unexpectedly"))
 
 
 def capture_reason(error: BaseException) -> str:

@@ -123,7 +123,13 @@ def _capture(
     longest = None
     try:
         exported = _export(model, module, inputs, shapes(None))
-    except _FixedSizeError:
+    except _FixedSizeError as error:
+        if getattr(model.module, "_is_stateful", False):
+            raise CaptureError(
+                f"'{model.name}' cannot be captured: its layers carry a recurrent state from token to token (a state"
+                " space, linear attention or the like), in a loop that no graph of any length holds; only attention and"
+                " short convolutions are supported"
+            ) from error
         # A forward that slices a table made for the longest sequence fits sequences up to that.
         longest = context_length(model.config)
         if longest is None:

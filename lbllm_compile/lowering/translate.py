@@ -49,7 +49,7 @@ from lbllm_compile.lowering.executor import (
     quantizer_of,
 )
 from lbllm_compile.passes.contracts import describe
-from lbllm_compile.passes.ir.program import STATE, Program
+from lbllm_compile.passes.ir.program import PER_TOKEN, STATE, Program
 from lbllm_compile.passes.ir.rewrite import (
     Node,
     calls,
@@ -168,6 +168,8 @@ def _vocabulary(program: Program) -> int:
 
 def _state_spec(node: Node) -> TensorSpec:
     spec = node.meta[STATE]
+    if spec.kind != PER_TOKEN:
+        raise UntranslatableError(f"the state '{node.target}' is not one of keys and values")
     return TensorSpec(node.target, (BATCH, spec.heads, CAPACITY, *spec.tail), _dtype(spec.dtype))
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lbllm_compile.passes.ir.program import STATE, Program, StateSpec
+from lbllm_compile.passes.ir.program import PER_TOKEN, STATE, Program, StateSpec
 
 MIN_CAPACITY = 64
 """Tokens a fresh state has room for at least."""
 
 
 class KVState:
-    """State tensors ``[B, heads, capacity, ...]`` in the order of the graph's placeholders.
+    """State tensors, ``[B, heads, capacity, ...]`` or of a fixed size, in the order of the graph's placeholders.
 
     Attributes:
         past: tokens stored so far, padding included.
@@ -46,6 +46,8 @@ class KVState:
             return
         capacity = max(needed, 2 * self._capacity)
         for index, (spec, old) in enumerate(zip(self._specs, self.tensors, strict=True)):
+            if spec.kind != PER_TOKEN:
+                continue
             new = spec.allocate(old.shape[0], capacity)
             new[:, :, : self.past] = old[:, :, : self.past]
             self.tensors[index] = new

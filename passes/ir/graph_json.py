@@ -30,7 +30,7 @@ from ...codegen.operators import stored
 from ..annotate import LAYER, LINEAR, LinearInfo
 from ..lower import IN_FEATURES
 from . import dump
-from .program import STATE, StateSpec, get_attribute, set_attribute
+from .program import FIXED, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 
 FORMAT = "lbllm-graph"
@@ -205,6 +205,7 @@ def _encode_meta(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
     if STATE in node.meta:
         spec: StateSpec = node.meta[STATE]
         meta["state"] = {
+            "kind": spec.kind,
             "heads": spec.heads,
             "tail": list(spec.tail),
             "dtype": str(spec.dtype).removeprefix("torch."),
@@ -417,7 +418,7 @@ def _linear(value: Any, what: str) -> LinearInfo:
 
 
 def _state(value: Any, what: str) -> StateSpec:
-    fields = _object(value, f"{what}'s state", required=("heads", "tail", "dtype"))
+    fields = _object(value, f"{what}'s state", required=("heads", "tail", "dtype"), optional=("kind",))
     tail = fields["tail"]
     if not isinstance(tail, list) or len(tail) > 4:
         raise GraphFormatError(f"{what} has a malformed state")
@@ -425,4 +426,5 @@ def _state(value: Any, what: str) -> StateSpec:
         heads=_integer(fields["heads"], f"{what}'s heads", 1, MAX_DIMENSION),
         tail=tuple(_integer(d, f"{what}'s state size", 0, MAX_DIMENSION) for d in tail),
         dtype=_choice(fields["dtype"], _DTYPES, "the dtype"),
+        kind=_choice(fields.get("kind", PER_TOKEN), {k: k for k in (PER_TOKEN, FIXED)}, f"{what}'s kind of state"),
     )

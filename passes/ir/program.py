@@ -19,22 +19,30 @@ STATE = "lbllm_state"
 """Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
 
 
+PER_TOKEN, FIXED = "per_token", "fixed"
+"""Kinds of state: one entry for every token so far, or a size that does not grow with them."""
+
+
 @dataclass(frozen=True)
 class StateSpec:
-    """Shape of one KV-state placeholder: ``[batch, heads, capacity, *tail]`` of ``dtype``.
+    """Shape of one placeholder that holds state between calls, zeros at first.
 
     Attributes:
-        heads: key/value heads.
+        heads: key/value heads, or channels.
         tail: trailing dimensions (packed codes, or scale and zero point).
         dtype: torch dtype of the tensor.
+        kind: ``PER_TOKEN`` for ``[batch, heads, capacity, *tail]``, ``FIXED`` for ``[batch, heads, *tail]``.
     """
 
     heads: int
     tail: tuple[int, ...]
     dtype: torch.dtype
+    kind: str = PER_TOKEN
 
     def allocate(self, batch: int, capacity: int) -> Tensor:
-        return torch.zeros((batch, self.heads, capacity, *self.tail), dtype=self.dtype)
+        """An empty state of ``batch`` sequences with room for ``capacity`` tokens."""
+        slots = (capacity,) if self.kind == PER_TOKEN else ()
+        return torch.zeros((batch, self.heads, *slots, *self.tail), dtype=self.dtype)
 
 
 @dataclass(frozen=True)

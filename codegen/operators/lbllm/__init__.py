@@ -14,12 +14,13 @@
 ``int8_embedding``          rows of an int8-per-row table
 ``attention``               attention with capped scores or sinks, which torch's own operator has not
 ``cached_attention``        attention over a quantized KV cache, which it updates
+``cached_conv``             short causal convolution over tokens, whose last inputs it keeps
 ==========================  ===========================================================================================
 
 Their eager implementation *is* the reference (:mod:`...reference`): slow and exact. A compiled model never runs it for
 those that are kernels; its executor binds proven ones to those nodes instead.
 """
 
-from . import activations, attention, embeddings, linears
+from . import activations, attention, convolution, embeddings, linears
 
-__all__ = ["activations", "attention", "embeddings", "linears"]
+__all__ = ["activations", "attention", "convolution", "embeddings", "linears"]

@@ -14,10 +14,12 @@ Result::
     %y = aten.linear.default(...)   # linear: path=model.layers.3.mlp.up_proj layer=3 role=decoder
     %z = aten.linear.default(...)   # linear: path=lm_head layer=None role=head
 
-Layers come from module paths (``model.layers.3.mlp``): the outermost numbered family of alike modules that holds most
-linears. Where paths do not tell, the graph does: the nodes every path from the first to the last linear runs through
-cut it into regions, and the longest run of isomorphic regions is the stack of layers. A plain module without repetition
-is one layer, 0. Precondition: ``canonicalize`` has run. The graph itself does not change.
+Layers come from module paths (``model.layers.3.mlp``): the numbered family of modules that holds most linears, of
+alike ones except in a language model, whose layers may be of several classes. Where paths do not tell, the graph does:
+the nodes every path from the first to the last linear runs through cut it into regions, and the longest run of
+isomorphic regions is the stack of layers. A module without repetition is one layer, 0. The head of a language model,
+the linear that computes its output, is in no layer. Precondition: ``canonicalize`` has run. The graph itself does not
+change.
 """
 
 from __future__ import annotations
@@ -135,13 +137,35 @@ def is_linear(node: fx.Node) -> bool:
 
 
 def find_layers(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """The layer of every node that is in one, by module paths or else by the shape of the graph."""
-    by_path = _layers_by_path(program, found)
-    if by_path:
-        return by_path
-    known = any(node.meta.get("nn_module_stack") for node in found)
-    by_shape = {} if known and program.kind != "causal-lm" else _layers_by_shape(program, found)
-    return by_shape or {node: 0 for node in program.graph.nodes if node.op == "call_function"}
+    """The layer of every node that is in one, by module paths or else by the shape of the graph.
+
+    A language model's head, and what is behind it, is in none.
+    """
+    head = _head(found) if program.kind == "causal-lm" and len(found) > 1 else None
+    inner = [node for node in found if node is not head]
+    layers = _layers_by_path(program, inner)
+    if not layers:
+        known = any(node.meta.get("nn_module_stack") for node in found)
+        layers = {} if known and program.kind != "causal-lm" else _layers_by_shape(program, inner)
+    layers = layers or {node: 0 for node in program.graph.nodes if node.op == "call_function"}
+    beyond = set() if head is None else {head, *_all_downstream(head)}
+    return {node: layer for node, layer in layers.items() if node not in beyond}
+
+
+def _head(found: Sequence[fx.Node]) -> fx.Node | None:
+    """The linear that alone computes the output; None where several have a part in it."""
+    last = [node for node in found if any(user.op == "output" for user in _downstream(node))]
+    return last[0] if len(last) == 1 else None
+
+
+def _all_downstream(node: fx.Node) -> set[fx.Node]:
+    pending, seen = [*node.users], set()
+    while pending:
+        user = pending.pop()
+        if user not in seen:
+            seen.add(user)
+            pending.extend(user.users)
+    return seen
 
 
 def _families(node: fx.Node) -> Iterable[tuple[str, int, str, str]]:
@@ -165,15 +189,18 @@ def _layers_by_path(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node,
             if path != own:  # a linear in a list of linears is no layer
                 members[family][index].add(kind)
                 covered[family] += 1
-    wanted = 1 if program.kind == "causal-lm" else 2
+    # A language model is a stack of layers, of one class or of several (attention and convolution, say). In another
+    # module numbers may well count things that are no layers.
+    language = program.kind == "causal-lm"
     families = [
         family
         for family, indices in members.items()
-        if len(indices) >= wanted and len(set().union(*indices.values())) == 1
+        if language or (len(indices) > 1 and len(set().union(*indices.values())) == 1)
     ]
     if not families:
         return {}
-    best = max(families, key=lambda family: (covered[family], -family.count(".")))
+    # Where a single member holds the whole of another family, as in a list of parts, it is that one that is the stack.
+    best = max(families, key=lambda family: (covered[family], len(members[family]), -family.count(".")))
     order = {index: position for position, index in enumerate(sorted(members[best]))}
     layers: dict[fx.Node, int] = {}
     for node in program.graph.nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -344,6 +345,95 @@ def test_a_module_without_repetition_is_one_layer() -> None:
     x = normal(4, 5)
     result = run("canonicalize,annotate", program_of(module, input=x), input=x)
     assert treatment(result) == {"0": (0, "decoder"), "2": (0, "decoder"), "4": (0, "decoder")}
+
+
+class Other(nn.Module):
+    """A layer of another class than :class:`Block`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.mix(x))
+
+
+class Unlike(nn.Module):
+    """A language model whose layers are of two classes."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        self.enter = nn.Linear(5, 8)
+        self.layers = nn.ModuleList([Block(8) if kind == "b" else Other(8) for kind in kinds])
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.tanh(self.head(x))
+
+
+class Parts(nn.Module):
+    """The same, with head and all in a list of parts."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        stack = nn.Sequential(*(Block(8) if kind == "b" else Other(8) for kind in kinds))
+        self.parts = nn.ModuleList([nn.Sequential(nn.LayerNorm(8)), stack, nn.Sequential(nn.Linear(8, 9))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Listed(nn.Module):
+    """Entrance, layers and head in one list."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        layers = (Block(8) if kind == "b" else Other(8) for kind in kinds)
+        self.h = nn.ModuleList([*layers, nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 9))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.h:
+            x = part(x)
+        return x
+
+
+def as_language_model(module: nn.Module, x: Tensor) -> dict[str, tuple[int | None, str]]:
+    program = dataclasses.replace(program_of(module, x=x), kind="causal-lm")
+    program = Canonicalize().apply(program, PassContext()).program
+    return treatment(Annotate().apply(program, PassContext()).program)
+
+
+@pytest.mark.parametrize("kinds", ["bob", "bbo", "ob", "b", "bbb"])
+@pytest.mark.parametrize(
+    ("model", "width", "layers", "head"),
+    [(Unlike, 5, "layers.", "head"), (Parts, 8, "parts.1.", "parts.2.0"), (Listed, 8, "h.", "h.{}.1")],
+)
+def test_layers_of_a_language_model_may_be_unlike(
+    model: type[nn.Module], width: int, layers: str, head: str, kinds: str
+) -> None:
+    found = as_language_model(model(kinds), normal(4, width))
+    assert found.pop(head.format(len(kinds))) == (None, "head")
+    for index, kind in enumerate(kinds):
+        for name in ("up", "down") if kind == "b" else ("mix",):
+            assert found.pop(f"{layers}{index}.{name}") == (index, "decoder")
+    assert all(rest == (None, "dense") for rest in found.values())
+
+
+def test_a_language_model_without_repetition_keeps_its_head() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.body(x)))
+
+    assert as_language_model(Plain(), normal(4, 5)) == {"body": (0, "decoder"), "head": (None, "head")}
 
 
 def test_routers_stay_dense() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import platformdirs
@@ -99,3 +102,57 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+_SMALL = 1 << 16
+"""Bytes of a file up to which reading it costs no more than looking its checksum up."""
+
+_CHECKSUMS, _MAX_CHECKSUMS = "checksums.json", 4096
+
+_CLOCK_TICK_NS = 20_000_000
+"""Within this time of a change another one may leave a file's times as they are."""
+
+
+def read_sha256(path: Path) -> str:
+    """:func:`sha256` of a file that is read now, and remembered for :func:`known_sha256`."""
+    before, start = _identity(path), time.time_ns()
+    digest = sha256(path)
+    status = path.stat()
+    settled = start - max(status.st_mtime_ns, status.st_ctime_ns) > _CLOCK_TICK_NS
+    if settled and before == _identity(path):
+        remember_sha256(path, digest)
+    return digest
+
+
+def known_sha256(path: Path) -> str:
+    """:func:`sha256` of a file, which is read once for its device, inode, size and times."""
+    if path.stat().st_size <= _SMALL:
+        return sha256(path)
+    return _checksums().get(_identity(path)) or read_sha256(path)
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Keeps the SHA-256 of a file for :func:`known_sha256`; where the cache cannot be written, nothing is kept."""
+    if path.stat().st_size <= _SMALL:
+        return
+    known = _checksums()
+    known.pop(_identity(path), None)
+    kept = dict(list(known.items())[1 - _MAX_CHECKSUMS :])
+    # Two processes at once may lose what one of them adds, which costs reading that file once more.
+    with contextlib.suppress(OSError):
+        write_atomically(cache_directory() / _CHECKSUMS, json.dumps({**kept, _identity(path): digest}).encode())
+
+
+def _identity(path: Path) -> str:
+    status = path.stat()
+    return ":".join(
+        str(fact) for fact in (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    )
+
+
+def _checksums() -> dict[str, str]:
+    try:
+        known = json.loads((cache_directory() / _CHECKSUMS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -36,9 +36,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile.codegen.cache import cache_directory, exchange, sha256, sync, write_failure
+from lbllm_compile.codegen.cache import cache_directory, exchange, read_sha256, sha256, sync, write_failure
 from lbllm_compile.codegen.errors import LbllmError, first_line
-from lbllm_compile.manifest import FORMAT, MANIFEST, VERSION, ArtifactError, check_file, is_artifact, read_manifest
+from lbllm_compile.manifest import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER_PREFIXES,
+    VERSION,
+    ArtifactError,
+    check_file,
+    check_files,
+    is_artifact,
+    read_manifest,
+)
 from lbllm_compile.passes.contracts import Propagation, describe
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
@@ -51,14 +61,8 @@ SHARD_BYTES = 2 << 30
 """Weights beyond this go into several safetensors files."""
 
 _MAX_JSON = 64 << 20
-_TOKENIZER_PREFIXES = (
-    "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "config", "generation",
-)  # fmt: skip
-"""Starts of file names that a tokenizer library reads when it finds them; only listed ones may be there."""
-
-
 _OURS = re.compile(
-    rf"(passes|kernels)/|({'|'.join(_TOKENIZER_PREFIXES)})[^/]*$|model(-\d+-of-\d+)?\.safetensors$"
+    rf"(passes|kernels)/|({'|'.join(TOKENIZER_PREFIXES)})[^/]*$|model(-\d+-of-\d+)?\.safetensors$"
     r"|(manifest|program|graph|measured|tuning)\.json$|lbllm\.lock$"
 )
 """Names that files of an artifact have."""
@@ -208,11 +212,7 @@ def load(directory: str | Path) -> Artifact:
     """
     directory = Path(directory)
     _recover(_real(directory))
-    manifest, digest = read_manifest(directory)
-    files = manifest["files"]
-    for name, entry in files.items():
-        check_file(directory, name, entry)
-    _refuse_unlisted(directory, files)
+    files, digest = check_files(directory, read_sha256)
     for needed in ("program.json", "graph.json", "config.json", "lbllm.lock", "tuning.json"):
         if needed not in files:
             raise ArtifactError(f"'{directory}' has no {needed}; compile the model again")
@@ -431,12 +431,6 @@ def _entry(path: Path) -> dict[str, Any]:
     """What the manifest says of a written file, which is on disk then."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _refuse_unlisted(directory: Path, files: Mapping[str, Any]) -> None:
-    for path in directory.iterdir():
-        if path.name not in files and path.name.startswith(_TOKENIZER_PREFIXES):
-            raise ArtifactError(f"'{path}' is not part of the artifact; remove it")
 
 
 def _read_json(path: Path) -> Any:

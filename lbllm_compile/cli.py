@@ -340,7 +340,7 @@ def _generator(
     def chats(tokenizer: Any) -> bool:
         return not raw and bool(getattr(tokenizer, "chat_template", None))
 
-    program = find(directory)
+    program = find(directory, progress=progress)
     if program is not None and program.description.plain_tokenizer:
         model = NativeModel(program, TextTokenizer(directory))
         return model, model.encode(prompt, chat=chats(model.tokenizer))

@@ -22,6 +22,11 @@ VERSION = 1
 MANIFEST = "manifest.json"
 """The file of an artifact that lists all others."""
 
+TOKENIZER_PREFIXES = (
+    "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "config", "generation",
+)  # fmt: skip
+"""Starts of file names that a tokenizer library reads when it finds them; only listed ones may be there."""
+
 _MAX_MANIFEST = 4 << 20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,150}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -108,6 +113,26 @@ def check_file(directory: Path, name: str, entry: Any, checksum: Callable[[Path]
         raise ArtifactError(f"'{path}' is missing; copy or compile the artifact again") from error
     except OSError as error:
         raise ArtifactError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def check_files(directory: Path, checksum: Callable[[Path], str] = sha256) -> tuple[dict[str, Any], str]:
+    """What the manifest says of every file, and the manifest's SHA-256, after a check of all files.
+
+    Args:
+        directory: the artifact.
+        checksum: gives a file's SHA-256.
+
+    Raises:
+        ArtifactError: the directory is no whole, unaltered artifact of this version.
+    """
+    manifest, digest = read_manifest(directory)
+    files = manifest["files"]
+    for name, entry in files.items():
+        check_file(directory, name, entry, checksum)
+    for path in directory.iterdir():
+        if path.name not in files and path.name.startswith(TOKENIZER_PREFIXES):
+            raise ArtifactError(f"'{path}' is not part of the artifact; remove it")
+    return files, digest
 
 
 def _is_hash(value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from lbllm_compile.codegen import cache as cache_files
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cache import sha256
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
@@ -394,15 +398,106 @@ def test_a_load_stores_the_program_and_the_next_one_finds_it(stored, monkeypatch
     assert load(out).native.directory == model.native.directory
 
 
-def test_an_artifact_of_another_size_has_no_stored_program(stored, tmp_path):
-    import shutil
+def rewrite(file: Path, content: bytes):
+    """A new file in place of one that a process may have mapped."""
+    (file.parent / "new").write_bytes(content)
+    (file.parent / "new").rename(file)
 
+
+def append(file: Path):
+    rewrite(file, file.read_bytes() + b" ")
+
+
+def flip(file: Path):
+    """One bit, with the size and the time of the last change as they were."""
+    content, status = bytearray(file.read_bytes()), file.stat()
+    content[len(content) // 2] ^= 1
+    rewrite(file, content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [append, flip])
+@pytest.mark.parametrize("name", ["graph.json", "tokenizer.json", "model.safetensors"])
+def test_an_altered_artifact_has_no_stored_program(stored, tmp_path, name, change):
     copy = tmp_path / "copy"
     shutil.copytree(stored[0], copy)
     assert native.find(copy) is not None
-    with (copy / "graph.json").open("ab") as file:
-        file.write(b" ")
+    change(copy / name)
     assert native.find(copy) is None
+    with pytest.raises(artifact.ArtifactError, match=r"bytes instead of|was altered"):
+        load(copy)
+
+
+def test_an_artifact_with_an_unlisted_template_has_no_stored_program(stored, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(stored[0], copy)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert native.find(copy) is None
+
+
+def test_large_files_are_read_once_for_their_checksum(stored, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache_files, "_SMALL", 0)
+    monkeypatch.setattr(cache_files, "_CLOCK_TICK_NS", 0)
+    assert native.find(stored[0]) is not None
+    read = []
+    monkeypatch.setattr(cache_files, "sha256", lambda path: read.append(path) or sha256(path))
+    assert native.find(stored[0]) is not None and read == []
+    config = stored[0] / "config.json"
+    os.utime(config)
+    assert native.find(stored[0]) is not None and read == [config]
+
+
+def truncate(file: Path):
+    rewrite(file, file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("change", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", [native.LIBRARY, native.WEIGHTS, native.DESCRIPTION, native.SEAL])
+def test_a_damaged_stored_program_is_not_used_and_that_is_said(stored, tmp_path, name, change):
+    place = native.find(stored[0]).directory
+    shutil.copytree(place, tmp_path / "whole")
+    change(place / name)
+    notes = Notes()
+    found = native.find(stored[0], progress=notes)
+    shutil.rmtree(place, ignore_errors=True)
+    (tmp_path / "whole").rename(place)
+    assert found is None
+    if (name, change) != (native.DESCRIPTION, Path.unlink):  # which is how a program is recognized
+        assert len(notes.said) == 1 and "is damaged" in notes.said[0] and "prepared anew" in notes.said[0]
+
+
+def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch):
+    """So is its library, where that is damaged too, and all of it is said."""
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    place = load(stored[0]).native.directory
+    (library,) = native.programs_directory().glob("*.so")
+    flip(library)
+    truncate(place / native.WEIGHTS)
+    notes = Notes()
+    again = load(stored[0], progress=notes).native
+    assert again is not None and again.directory == place
+    ids = np.array([[3, 1, 4, 1, 5]])
+    assert np.array_equal(again.session(1).logits(ids), stored[1].native.session(1).logits(ids))
+    assert sum("is damaged" in said for said in notes.said) == 2
+    notes = Notes()
+    assert native.find(stored[0], progress=notes) is not None and notes.said == []
+
+
+def test_what_stands_in_the_place_of_a_program_gives_way(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    place = load(stored[0]).native.directory
+    (place / native.DESCRIPTION).unlink()
+    assert native.find(stored[0]) is None
+    assert load(stored[0]).native.directory == place
+    assert native.find(stored[0]) is not None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(KernelError, match=r"cannot store a program in .*set LBLLM_CACHE_DIR"), prepare.workshop():
+        pass
 
 
 def test_a_program_is_for_a_number_of_threads(monkeypatch):
@@ -424,21 +519,22 @@ def test_tuning_an_artifact_lets_its_program_be_prepared_anew(stored, tmp_path, 
         assert [path.name for path in native.programs_directory().iterdir() if path.name.startswith(".")] == []
 
 
-def test_programs_that_nothing_uses_are_removed(stored, monkeypatch):
-    import os
-
+def test_programs_that_nothing_uses_are_removed(stored):
     used = stored[1].native.directory
     unused = native.programs_directory() / "unused"
     unused.mkdir()
-    (unused / native.DESCRIPTION).write_text("{}")
-    for file in (unused / native.DESCRIPTION, used / native.DESCRIPTION):
+    (unused / native.SEAL).write_text("{}")
+    for file in (unused / native.SEAL, used / native.SEAL):
         os.utime(file, (0, 0))
     assert native.find(stored[0]) is not None
+    with native.held_programs():  # as a process that opens a program
+        prepare._forget_unused()
+        assert unused.exists()
     prepare._forget_unused()
     assert used.is_dir() and not unused.exists()
 
 
-def test_a_damaged_stored_program_is_named(stored, tmp_path):
+def test_a_program_of_another_form_is_named(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / native.DESCRIPTION).write_text("{}")

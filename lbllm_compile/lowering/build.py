@@ -15,15 +15,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from lbllm_compile.codegen.build import KernelSet
-from lbllm_compile.codegen.cache import write_atomically
-from lbllm_compile.codegen.errors import UntranslatableError
+from lbllm_compile.codegen.cache import sync, write_atomically, write_failure
+from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
@@ -34,13 +34,18 @@ from lbllm_compile.runtime import text
 from lbllm_compile.runtime.native import (
     DESCRIPTION,
     LIBRARY,
+    SEAL,
     WEIGHTS,
     Description,
     Function,
     Member,
     NativeProgram,
+    check_sealed,
+    held_programs,
     machine_facts,
     programs_directory,
+    remove,
+    seal,
     stored_at,
 )
 
@@ -54,11 +59,25 @@ UNUSED_DAYS = 30
 """A stored program that was not used for so long is removed when another is stored."""
 
 
+def _unwritable(error: OSError) -> KernelError:
+    return KernelError(
+        f"cannot store a program in '{programs_directory()}': {write_failure(error)}; make room, or set LBLLM_CACHE_DIR"
+        " to a directory that can be written"
+    )
+
+
 @contextmanager
 def workshop() -> Iterator[Path]:
-    """A folder beside the stored programs to build one in; what is still there at the end is removed."""
-    programs_directory().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=programs_directory()))
+    """A folder beside the stored programs to build one in; what is still there at the end is removed.
+
+    Raises:
+        KernelError: it cannot be made.
+    """
+    try:
+        programs_directory().mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".building-", dir=programs_directory()))
+    except OSError as error:
+        raise _unwritable(error) from error
     try:
         yield folder
     finally:
@@ -84,13 +103,17 @@ def build_native(
             translation = translate(program, kernels)
             task.advance("translated")
             # Only here is every operator translated, and one may have a form that cannot be.
-            workspaces, functions = _library(program, kernels, translation, folder / LIBRARY)
+            workspaces, functions = _library(program, kernels, translation, folder / LIBRARY, progress)
         except UntranslatableError as error:
             warn(progress, "in torch", f"the model runs operator by operator in torch, which is slower: {error}")
             return None
         task.advance("compiled")
-        with (folder / WEIGHTS).open("wb") as file:
-            write_in_blocks(file, translation.weight_bytes())
+        try:
+            with (folder / WEIGHTS).open("wb") as file:
+                weights = Hashing(file)
+                write_in_blocks(weights, translation.weight_bytes())
+        except OSError as error:
+            raise _unwritable(error) from error
         description = _describe(program, translation, workspaces, functions)
         _store(description, folder)
         task.advance("stored")
@@ -104,11 +127,30 @@ def build_native(
             )
             _store(dataclasses.replace(description, merged=False), folder)
             native = NativeProgram(folder)
+        seal(folder, {WEIGHTS: weights.digest.hexdigest()})
         task.advance("proven")
     return native
 
 
-def write_in_blocks(file: BinaryIO, pieces: Iterable[memoryview]) -> None:
+class Hashing:
+    """A file that is written, and the SHA-256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray) -> None:
+        self.digest.update(data)
+        self._file.write(data)
+
+
+class Writable(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, data: bytes | bytearray, /) -> Any: ...
+
+
+def write_in_blocks(file: Writable, pieces: Iterable[memoryview]) -> None:
     """Writes bytes in pieces of ``PAGE``, whatever pieces they come in.
 
     The system may then keep the file in pages of that size. Mapped into memory, all of it is read for every token, and
@@ -140,28 +182,47 @@ def keep_native(native: NativeProgram, digest: str, target: str) -> None:
     """
     place = stored_at(digest, target)
     try:
-        native.directory.rename(place)
-    except OSError:  # another process was faster; its program is the same
-        return
+        _move(native.directory, place)
+    except OSError as error:
+        raise _unwritable(error) from error
     native.directory = place
     _forget_unused()
 
 
+def _move(folder: Path, place: Path) -> None:
+    """Moves a sealed program to its place, unless another process has put one there, which is the same."""
+    try:
+        folder.rename(place)
+    except OSError:
+        try:
+            check_sealed(place)
+            return
+        except KernelError:
+            remove(place)
+        folder.rename(place)
+    sync(place.parent)
+
+
 def _forget_unused() -> None:
-    """Removes programs, and folders of builds that were killed, that nothing has used for :data:`UNUSED_DAYS`."""
+    """Removes programs, and folders of builds that were killed, that nothing has used for :data:`UNUSED_DAYS`.
+
+    Nothing is removed while another process opens a program; another build will remove it.
+    """
     oldest = time.time() - UNUSED_DAYS * 86400
-    for path in programs_directory().iterdir():
-        mark = path / DESCRIPTION if (path / DESCRIPTION).is_file() else path
-        if mark.stat().st_mtime >= oldest:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    with held_programs(alone=True, wait=False) as free:
+        for path in programs_directory().iterdir() if free else ():
+            mark = path / SEAL if (path / SEAL).is_file() else path
+            with suppress(FileNotFoundError):  # a build in another process ended
+                if mark.stat().st_mtime >= oldest:
+                    continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _library(
-    program: Program, kernels: KernelSet, translation: Translated, place: Path
+    program: Program, kernels: KernelSet, translation: Translated, place: Path, progress: Progress
 ) -> tuple[dict[str, int], tuple[Function, ...]]:
     """Puts the program's library at ``place``; returns the working memory its functions take, and the functions.
 
@@ -171,23 +232,45 @@ def _library(
     facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     stored = programs_directory() / f"{key}.so"
-    memory = stored.with_suffix(".json")
-    if not memory.is_file():
+    description = _stored_library(stored, place, progress)
+    if description is None:
         merged = [entry.name for entry in ENTRY_POINTS if entry.blocks]
         apart = [entry.name for entry in ENTRY_POINTS if not entry.joined]
         compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
         compiled.executable.export_library(str(place))
-        write_atomically(stored, place.read_bytes())
-        sizes = {name: list(tensors.items()) for name, tensors in compiled.index_sizes.items()}
-        write_atomically(memory, json.dumps([dict(compiled.workspaces), sizes]).encode())
-    else:
-        place.write_bytes(stored.read_bytes())
-    workspaces, sizes = json.loads(memory.read_bytes())
+        content = place.read_bytes()
+        description = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "workspaces": dict(compiled.workspaces),
+            "sizes": {name: list(tensors.items()) for name, tensors in compiled.index_sizes.items()},
+        }
+        try:
+            write_atomically(stored, content)
+            write_atomically(stored.with_suffix(".json"), json.dumps(description).encode())
+        except OSError as error:
+            raise _unwritable(error) from error
     functions = []
     for entry in ENTRY_POINTS:
-        tensors = tuple((tuple(symbols), count) for symbols, count in sizes[entry.name])
+        tensors = tuple((tuple(symbols), count) for symbols, count in description["sizes"][entry.name])
         functions.append(Function(entry.name, entry.batch, entry.length, entry.most, entry.last, tensors))
-    return workspaces, tuple(functions)
+    return description["workspaces"], tuple(functions)
+
+
+def _stored_library(stored: Path, place: Path, progress: Progress) -> dict[str, Any] | None:
+    """Copies a library that was compiled before to ``place``; returns what is stored of it, None if it is not whole."""
+    try:
+        with held_programs():
+            content, description = stored.read_bytes(), json.loads(stored.with_suffix(".json").read_bytes())
+        whole = description["sha256"] == hashlib.sha256(content).hexdigest()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        whole, content, description = False, b"", None
+    if not whole:
+        warn(progress, "damaged library", f"the stored library {stored} is damaged; it is compiled anew")
+        return None
+    place.write_bytes(content)
+    return description
 
 
 def _describe(

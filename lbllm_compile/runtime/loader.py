@@ -42,7 +42,7 @@ def prepared(
     progress: Progress | None = None,
 ) -> CompiledModel:
     """A model that runs, from an artifact that has been read and checked; otherwise as :func:`load`."""
-    native = find(loaded.directory, target)
+    native = find(loaded.directory, target, progress)
     kernels = kernels or build_kernels(loaded, target, progress)
     if native is None:
         native = _prepare(loaded, kernels, progress)

@@ -6,13 +6,14 @@ Needs neither torch nor TVM's compiler. The weights are mapped into memory, not 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,21 +22,26 @@ from typing import Any
 import numpy as np
 
 from lbllm_compile import codegen
-from lbllm_compile.codegen.cache import cache_directory
+from lbllm_compile.codegen.cache import cache_directory, known_sha256, remember_sha256, sha256, sync
 from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE, MOST_ELEMENTS
 from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_runtime import Machine, array
+from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
 from lbllm_compile.runtime.generate import GenerationError
 from lbllm_compile.runtime.language import LanguageModel
 from lbllm_compile.version import __version__
 
-MANIFEST = "manifest.json"
-"""The file of an artifact that lists all others."""
-
 LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"
 """Files of a stored program."""
+
+SEAL = "files.json"
+"""Sizes and SHA-256 of the others; its time is that of the last use."""
+
+LOCK = "programs.lock"
+"""Held, in the cache directory, by whoever opens or removes stored programs."""
 
 MIN_CAPACITY = 64
 """Tokens a fresh state has room for at least."""
@@ -78,25 +84,95 @@ def machine_facts(target: str) -> tuple[str | int, ...]:
     return target, thread_count(), *cpu, __version__, tvm, FORMAT_VERSION, generators.hexdigest()
 
 
-def find(directory: Path, target: str = "cpu") -> NativeProgram | None:
-    """The stored program of an artifact, where there is one and the artifact's files have the sizes they had.
+def find(directory: Path, target: str = "cpu", progress: Progress | None = None) -> NativeProgram | None:
+    """The stored program of an artifact, where there is one and the artifact is whole.
+
+    All files of both are checked against their SHA-256; large ones are read for that only once, and again when their
+    inode, size or times have changed. A stored program that is damaged is removed, which ``progress`` is told.
 
     Raises:
         TargetError: the target is unknown.
-        KernelError: the stored program is damaged.
+        KernelError: the program cannot be loaded.
+    """
+    name = Target.parse(target).name
+    try:
+        _, digest = check_files(directory, known_sha256)
+    except ArtifactError:
+        return None  # who reads the artifact says what is wrong with it
+    place = stored_at(digest, name)
+    with held_programs():
+        if not (place / DESCRIPTION).is_file():
+            return None
+        with contextlib.suppress(OSError):  # when it was used last; a cache that cannot be written does not tell
+            os.utime(place / SEAL)
+        try:
+            check_sealed(place)
+        except KernelError as error:
+            warn(progress, "damaged program", f"{error}; it is prepared anew")
+        else:
+            return NativeProgram(place)
+    remove(place)
+    return None
+
+
+@contextlib.contextmanager
+def held_programs(*, alone: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Keeps other processes from removing stored programs in this block; with ``alone``, from opening any.
+
+    Args:
+        alone: for what removes programs.
+        wait: until no other process is in the way; otherwise gives False where one is.
+    """
+    mode = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        file = (cache_directory() / LOCK).open("ab")
+    except OSError:  # a cache that cannot be written, where nobody removes anything
+        yield not alone
+        return
+    with file:
+        try:
+            fcntl.flock(file, mode)
+            free = True
+        except OSError:  # another process is in the way, or the file system has no locks
+            free = not alone
+        yield free
+
+
+def seal(folder: Path, known: Mapping[str, str]) -> None:
+    """Writes down what the files of a program in a folder are, and flushes all of them to disk.
+
+    Args:
+        folder: holds the program.
+        known: SHA-256 of files, by name, that need not be read for it.
+    """
+    files = {}
+    for name in (LIBRARY, WEIGHTS, DESCRIPTION):
+        sync(folder / name)
+        checksum = known.get(name) or sha256(folder / name)
+        remember_sha256(folder / name, checksum)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum}
+    (folder / SEAL).write_text(json.dumps(files))
+    sync(folder / SEAL)
+    sync(folder)
+
+
+def check_sealed(place: Path) -> None:
+    """Checks that the files of a stored program are what :func:`seal` saw.
+
+    Raises:
+        KernelError: they are not.
     """
     try:
-        manifest = (directory / MANIFEST).read_bytes()
-        files = json.loads(manifest)["files"]
-        whole = all((directory / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    place = stored_at(hashlib.sha256(manifest).hexdigest(), Target.parse(target).name)
-    if not whole or not (place / DESCRIPTION).is_file():
-        return None
-    with contextlib.suppress(OSError):  # when it was used last; a cache that cannot be written does not tell
-        os.utime(place / DESCRIPTION)
-    return NativeProgram(place)
+        files = json.loads((place / SEAL).read_bytes())
+        for name in (LIBRARY, WEIGHTS, DESCRIPTION):
+            size, expected = (place / name).stat().st_size, files[name]["bytes"]
+            if size != expected:
+                raise KernelError(f"the stored program {place} is damaged: {name} has {size} bytes, not {expected}")
+            if known_sha256(place / name) != files[name]["sha256"]:
+                raise KernelError(f"the stored program {place} is damaged: {name} was altered")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise KernelError(f"the stored program {place} is damaged ({error})") from error
 
 
 def forget(directory: Path, target: str) -> None:
@@ -107,11 +183,15 @@ def forget(directory: Path, target: str) -> None:
         target: the target's name.
     """
     digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-    place = stored_at(digest, target)
+    remove(stored_at(digest, target))
+
+
+def remove(place: Path) -> None:
+    """Removes a stored program, while no other process opens one."""
     removed = place.with_name(f".removed-{place.name}-{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        place.rename(removed)  # at once, because another process may be looking for it
-        shutil.rmtree(removed)
+    with held_programs(alone=True), contextlib.suppress(OSError):
+        place.rename(removed)  # at once: a program is there whole or not at all
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -226,7 +306,7 @@ class NativeProgram:
             self.description = Description.from_json((directory / DESCRIPTION).read_text(encoding="utf-8"))
             self._block = _map(directory / WEIGHTS)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise KernelError(f"the stored program {directory} is damaged ({error}); delete it") from error
+            raise KernelError(f"the stored program {directory} is damaged ({error})") from error
         self.machine = Machine(directory / LIBRARY)
         self._weights = self.machine.tensor(self._block)
         self._weight_tuple = self.machine.tuple([_view(self._block, m, m.offset, {}) for m in self.description.weights])

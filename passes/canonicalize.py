@@ -36,6 +36,7 @@ import torch
 from torch import fx
 
 from ..codegen import operators as operators
+from ..codegen.operators import Arguments
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .calibrate.spool import spooled
 from .cleanup import clean
@@ -113,13 +114,13 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, argumen
 
 
 _WEIGHT_OPERAND = {
-    aten.linear.default: 1,
-    aten.addmm.default: 2,
-    aten.mm.default: 1,
-    aten.matmul.default: 1,
-    aten.bmm.default: 1,
+    aten.linear.default: "weight",
+    aten.addmm.default: "mat2",
+    aten.mm.default: "mat2",
+    aten.matmul.default: "other",
+    aten.bmm.default: "mat2",
 }
-"""Which operand of a product is its weight, where it has one."""
+"""Which argument of a product is its weight, where it has one."""
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def _compute_weights(module: fx.GraphModule) -> None:
     """Stores weights that are functions of parameters as parameters of their own."""
     stored: dict[fx.Node, str] = {}
     for node in calls(module.graph, *_WEIGHT_OPERAND):
-        weight = node.args[_WEIGHT_OPERAND[node.target]]
+        weight = getattr(Arguments(node), _WEIGHT_OPERAND[node.target])
         if not is_node(weight) or _operand(weight) is not None:
             continue
         needed = ancestors(weight)
@@ -176,7 +177,7 @@ def _operand(node: object) -> _Operand | None:
     """Sees a weight through transposes of its last two dimensions."""
     swapped = False
     while isinstance(node, fx.Node) and node.op == "call_function" and _swaps_last(node):
-        swapped, node = not swapped, node.args[0]
+        swapped, node = not swapped, Arguments(node).self
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     return _Operand(node, swapped)
@@ -190,9 +191,10 @@ def _swaps_last(node: fx.Node) -> bool:
         return False
     rank = value.dim()
     if node.target is aten.transpose.int:
-        return {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}
+        swap = Arguments(node)
+        return {swap.dim0 % rank, swap.dim1 % rank} == {rank - 2, rank - 1}
     if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]
+        return [dim % rank for dim in Arguments(node).dims] == [*range(rank - 2), rank - 1, rank - 2]
     return False
 
 
@@ -212,22 +214,22 @@ def _rewrite_products(module: fx.GraphModule) -> int:
 
 
 def _rewrite_addmm(module: fx.GraphModule, node: fx.Node) -> None:
-    bias, x, other = node.args
-    weight = _operand(other)
-    if weight is None or _rank(weight.node) != 2 or any(v != 1 for v in node.kwargs.values()):
+    product = Arguments(node)
+    bias, x, weight = product.self, product.mat1, _operand(product.mat2)
+    if weight is None or _rank(weight.node) != 2 or product.beta != 1 or product.alpha != 1:
         return
     with module.graph.inserting_before(node):
         matrix = _rows(module, weight)
         if isinstance(bias, fx.Node) and bias.op == "get_attr" and _rank(bias) == 1:
             result = _call(module, node, aten.linear.default, x, matrix, bias)
         else:
-            product = _call(module, node, aten.linear.default, x, matrix)
-            result = _call(module, node, aten.add.Tensor, product, bias)
+            rows = _call(module, node, aten.linear.default, x, matrix)
+            result = _call(module, node, aten.add.Tensor, rows, bias)
     _replace(module, node, result)
 
 
 def _rewrite_product(module: fx.GraphModule, node: fx.Node) -> None:
-    left, right = node.args
+    left, right = Arguments(node).pick("self", _WEIGHT_OPERAND[node.target])
     weight = _operand(right)
     if weight is not None and _rank(weight.node) == 2:
         with module.graph.inserting_before(node):

@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from ..codegen.operators import Arguments
 from .base import EXACT, Contract, Pass, PassContext, PassResult
 from .ir.program import Program, prune_attributes
 
@@ -79,7 +80,7 @@ def clean(module: fx.GraphModule) -> int:
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
         elif _is_no_op(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(_source(node))
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     prune_attributes(module)
@@ -96,7 +97,7 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 def _is_no_op(node: fx.Node) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node):
+    if not isinstance(_source(node), fx.Node):
         return False
     if node.target in _IDENTITIES:
         return True
@@ -105,18 +106,24 @@ def _is_no_op(node: fx.Node) -> bool:
             node.kwargs
         )
     if node.target is aten.dropout.default:
-        return node.args[1] == 0.0 or node.args[2] is False
+        dropout = Arguments(node)
+        return dropout.p == 0.0 or dropout.train is False
     if node.target is aten.slice.Tensor:
-        _, _, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        return start in (0, None) and (end is None or end == _END) and step == 1
+        cut = Arguments(node)
+        return cut.start in (0, None) and cut.end in (None, _END) and cut.step == 1
     if node.target is aten.expand.default:
-        return all(size == -1 for size in node.args[1])
+        return all(size == -1 for size in Arguments(node).size)
     return False
+
+
+def _source(node: fx.Node) -> object:
+    """The first argument of a call: what every operator that may do nothing gives back then."""
+    return next(iter(node.args), None)
 
 
 def _keeps(node: fx.Node, facts: Callable[[torch.Tensor], object]) -> bool:
     """Whether input and output agree in ``facts``, as far as the shapes propagated at capture tell."""
-    source = node.args[0]
+    source = _source(node)
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False

@@ -41,6 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..codegen.operators import Arguments
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
 from .calibrate.layers import Activations, Values, calibration_batches, segments, split
@@ -197,18 +198,19 @@ def _fold_of(program: Program, source: Node, linears: Sequence[Node]) -> Fold | 
     channels = get_attribute(program.module, linears[0].meta[LINEAR].weight).shape[-1]
     if set(source.users) != set(linears):
         return "also read by something that is not quantized"
-    while is_call(source, _aten.view.default, _aten.reshape.default) and len(source.args[0].users) == 1:
-        source = source.args[0]
-    if is_call(source, _aten.layer_norm.default) and len(source.args) >= 3:
-        weights = tuple(w for w in source.args[2:4] if w is not None)
+    while is_call(source, _aten.view.default, _aten.reshape.default) and len(Arguments(source).self.users) == 1:
+        source = Arguments(source).self
+    if is_call(source, _aten.layer_norm.default) and Arguments(source).weight is not None:
+        weights = tuple(w for w in Arguments(source).pick("weight", "bias") if w is not None)
         return _owned(program, weights, channels) or "other values use the norm's weight"
     if is_call(source, _aten.mul.Tensor):
-        for operand, other in (source.args, source.args[::-1]):
+        factors = Arguments(source).pick("self", "other")
+        for operand, other in (factors, factors[::-1]):
             if _is_weight(operand) and isinstance(other, fx.Node):
                 return _owned(program, (operand,), channels) or "other values use the norm's weight"
-        for operand in source.args:
+        for operand in factors:
             if is_call(operand, _aten.linear.default) and LINEAR in operand.meta and len(operand.users) == 1:
-                weights = tuple(w for w in operand.args[1:3] if w is not None)
+                weights = tuple(w for w in Arguments(operand).pick("weight", "bias") if w is not None)
                 return _owned(program, weights, channels) or "other values use the weight of the linear in front"
     return "neither a norm nor a product with a linear computes it"
 
@@ -257,7 +259,7 @@ def _keys(graph: fx.Graph) -> dict[Node, list[Node]]:
     """Keys before they are repeated for grouped queries, and the nodes on the way to attention that read them."""
     found: dict[Node, list[Node]] = {}
     for attention in calls(graph, _aten.scaled_dot_product_attention.default):
-        user, source = before_repeat(attention, attention.args[1])
+        user, source = before_repeat(attention, Arguments(attention).key)
         if user not in found.setdefault(source, []):
             found[source].append(user)
     return found

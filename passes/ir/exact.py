@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from ...codegen import reference
 from ...codegen.format import QuantizedWeight
+from ...codegen.operators import Arguments
 from .program import Program, Runner
-from .rewrite import argument, is_call
+from .rewrite import bias_of, is_call, operands_of
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -57,19 +58,20 @@ class _Exact(Runner):
         return self.fetch_args_kwargs_from_env(node)[0]
 
     def _linear(self, n: fx.Node) -> Tensor:
-        values, scale = self._activations[n.args[0]]
-        weight = self._weights[n.args[1]]
+        x, matrix = operands_of(n)
+        values, scale = self._activations[x]
+        weight = self._weights[matrix]
         if n.target is _lbllm.grouped_linear.default:
             planes = (weight.sign, weight.bitmap, weight.levels, weight.scale)
-            offsets = self.env[n.args[2]]
+            offsets = self.env[Arguments(n).offsets]
             out = _lbllm.grouped_bit_linear(values, scale, *planes, offsets, weight.group)
         else:
-            bias = argument(n, 2, "bias")
+            bias = bias_of(n)
             bias = self.env[bias] if isinstance(bias, fx.Node) else None
             if isinstance(weight, QuantizedWeight):
                 out = reference.bit_linear(values, scale, weight, bias)
             else:
-                out = reference.int8_linear(values, scale, *weight, bias, n.args[0].args[3])
+                out = reference.int8_linear(values, scale, *weight, bias, Arguments(x).group)
         return out.to(n.meta["val"].dtype) if "val" in n.meta else out
 
 
@@ -77,6 +79,6 @@ def _is_quantized_linear(node: fx.Node) -> bool:
     """Whether both operands of a linear are simulated integers."""
     return (
         is_call(node, _aten.linear.default, _lbllm.grouped_linear.default)
-        and is_call(node.args[0], _lbllm.fake_quantize.default)
-        and is_call(node.args[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+        and is_call(operands_of(node)[0], _lbllm.fake_quantize.default)
+        and is_call(operands_of(node)[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
     )

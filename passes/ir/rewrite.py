@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from ...codegen.operators import Arguments
 from .program import get_attribute
 
 Node: TypeAlias = Any
@@ -39,9 +40,20 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def operands_of(linear: Node) -> tuple[Node, Node]:
+    """What a float linear, of one matrix or of stacked experts, multiplies: the input and the weight."""
+    arguments = Arguments(linear)
+    return (arguments.input if linear.target is torch.ops.aten.linear.default else arguments.x), arguments.weight
+
+
+def bias_of(linear: Node) -> Node | None:
+    """The bias of a float linear; stacked experts have none."""
+    return Arguments(linear).bias if linear.target is torch.ops.aten.linear.default else None
+
+
 def activation_knees(quantizer: Node) -> list[Node]:
     """The knees that a quantizer of activations, simulated or not, reads: one weight, or none."""
-    knees = argument(quantizer, 4, "knees")
+    knees = Arguments(quantizer).knees
     return [] if knees is None else [knees]
 
 
@@ -118,8 +130,8 @@ def constant(module: torch.nn.Module, value: Any) -> Any:
     if value.op == "get_attr":
         return get_attribute(module, value.target)
     if is_call(value, torch.ops.aten.cat.default):
-        parts = [constant(module, v) for v in value.args[0]]
-        return torch.cat(parts, *value.args[1:])
+        joined = Arguments(value)
+        return torch.cat([constant(module, v) for v in joined.tensors], joined.dim)
     raise ValueError(f"'{value.name}' is not a weight")
 
 
@@ -128,7 +140,7 @@ def is_constant(value: Any) -> bool:
     if not is_node(value):
         return True
     if is_call(value, torch.ops.aten.cat.default):
-        return all(is_constant(v) for v in value.args[0])
+        return all(is_constant(v) for v in Arguments(value).tensors)
     return value.op == "get_attr"
 
 
@@ -159,7 +171,7 @@ def before_repeat(user: Node, source: Node) -> tuple[Node, Node]:
     found = user, source
     current, expanded = source, False
     while is_call(current, *_REPEAT):
-        parent = current.args[0]
+        parent = Arguments(current).self
         expanded = expanded or is_call(current, torch.ops.aten.expand.default)
         opened = is_call(current, torch.ops.aten.unsqueeze.default) and expanded
         if opened or is_call(current, torch.ops.aten.repeat_interleave.self_int):

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lbllm_compile.codegen.cpu.machine import aligned
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words, thread_count
 from rich.table import Table
-
-from lbllm_compile.runtime.native import aligned
 
 from . import harness, llama
 
@@ -81,7 +80,7 @@ class LayerProgram:
 
     def __init__(self, shape: Shape, layers: int, trials: int):
         from lbllm_compile.codegen import prove
-        from lbllm_compile.codegen.build import KernelSet
+        from lbllm_compile.codegen.build import PACKED, KernelSet
         from lbllm_compile.codegen.program.builder import Layout, TensorSpec
         from lbllm_compile.codegen.sizes import ALIGNMENT
         from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -91,7 +90,10 @@ class LayerProgram:
         self.linears = [LinearSpec("bit", rows, columns, shape.group, 4) for rows, columns in shape.matrices]
         self.quantizers = [QuantizeSpec(columns, shape.group, 4) for _, columns in shape.matrices]
         self.kernels = KernelSet.build(self.linears, self.quantizers, Target.parse("cpu"), trials=trials)
-        packed = [self.kernels.linear(spec).pack(prove.linear_cases(spec)[0].weight) for spec in self.linears]
+        cases = [prove.linear_cases(spec)[0] for spec in self.linears]
+        packed = [
+            self.kernels.linear(spec).pack(case.weight)[PACKED] for spec, case in zip(self.linears, cases, strict=True)
+        ]
         specs = [
             TensorSpec(f"{layer}.{index}", (weight.numel(),), "uint8")
             for layer in range(layers)
@@ -219,7 +221,7 @@ def call_microseconds() -> dict[str, float]:
 
     import torch
     from lbllm_compile.codegen import prove
-    from lbllm_compile.codegen.build import KernelSet
+    from lbllm_compile.codegen.build import PACKED, KernelSet
     from lbllm_compile.codegen.spec import LinearSpec
     from lbllm_compile.codegen.targets import Target
     from lbllm_compile.codegen.tvm_api import prepared
@@ -231,7 +233,7 @@ def call_microseconds() -> dict[str, float]:
     packed, out = kernel.pack(case.weight), torch.empty(1, 1)
     function = next(function for highest, function in kernel._functions if highest == 1)
     calls = {
-        "prepared": prepared(function, values, scale, packed, out),
+        "prepared": prepared(function, values, scale, packed[PACKED], out),
         "checked": lambda: kernel(values, scale, packed, out),
     }
     found = {}

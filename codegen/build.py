@@ -1,4 +1,4 @@
-"""Builds, proves and calls the kernels of a model.
+"""Builds, proves and calls the kernels of a model on a CPU.
 
 :meth:`KernelSet.build` is the only way to get a callable kernel, and it hands out none that has not matched the
 reference bit for bit on this machine in this process.
@@ -22,7 +22,7 @@ from .errors import KernelError
 from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
-from .sizes import MOST_ELEMENTS
+from .sizes import ALIGNMENT, MOST_ELEMENTS
 from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target
 from .threads import thread_count
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .tvm_api import PrimFunc
 
 __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
+
+PACKED = "packed"
+"""Name of the one tensor that a linear's kernels read."""
 
 PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
@@ -80,8 +83,8 @@ class LinearKernel:
         schedule = self._schedules[bucket]
         return TirKernel(f"{_name(self.spec)}_{number}", lambda: self._implementation.function(schedule))
 
-    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
-        """The kernel's weight layout, bias included: ``uint8 [bytes]``, 64-byte aligned.
+    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
+        """The kernel's weight layout, bias included: :data:`PACKED`, ``uint8 [bytes]``, 64-byte aligned.
 
         Args:
             weight: a W(1+1) matrix, or ``(int8 [N, K], fp32 scale [N])``.
@@ -99,9 +102,11 @@ class LinearKernel:
             raise KernelError(f"a weight with groups of {weight.group} does not fit the kernel of {spec}")
         if (bias is None) == spec.bias or (bias is not None and tuple(bias.shape) != (spec.out_features,)):
             raise KernelError(f"the kernel of {spec} needs {'a bias of its rows' if spec.bias else 'no bias'}")
-        return self._implementation.pack(weight, bias)
+        return {PACKED: self._implementation.pack(weight, bias)}
 
-    def __call__(self, values: Tensor, x_scale: Tensor, packed: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor], out: Tensor | None = None
+    ) -> Tensor:
         """``values [..., K]`` times the packed weights.
 
         Args:
@@ -122,16 +127,17 @@ class LinearKernel:
         m = values.shape[0]
         if out is None:
             out = torch.empty((m, self.spec.out_features), dtype=torch.float32)
-        if packed.data_ptr() % 64:
-            raise KernelError("packed weights must be 64-byte aligned; pass the tensor that pack() returned")
+        weights = packed[PACKED]
+        if weights.data_ptr() % ALIGNMENT:
+            raise KernelError(f"packed weights must be {ALIGNMENT}-byte aligned; pass what pack() returned")
         if m == 0:
             return out
         for highest, function in self._functions:
             if m <= highest:
                 try:
-                    function(values, x_scale, packed, out)
+                    function(values, x_scale, weights, out)
                 except (ValueError, TypeError, RuntimeError) as error:
-                    raise self._explain(values, x_scale, packed, out, error) from error
+                    raise self._explain(values, x_scale, weights, out, error) from error
                 return out
         for start in range(0, m, highest):
             part = slice(start, start + highest)
@@ -264,7 +270,7 @@ class KernelSet:
 
         Args:
             linears, quantizers: what is needed; duplicates are fine.
-            target: a CPU target this machine can run.
+            target: one that LLVM compiles for and this machine can run.
             cache_dir: where tuning results live; the user's cache folder by default.
             trials: schedules measured per shape and token bucket where no result of such a search is stored; 0 takes
                 what is stored, else the first guess.

@@ -74,8 +74,8 @@ def render(findings: Sequence[Finding]) -> Table:
 def target_rows() -> list[dict[str, Any]]:
     """Every target that code can be generated for, and whether this machine runs it."""
     from lbllm_compile.codegen import targets
+    from lbllm_compile.codegen.backend import backend_of
 
-    cuda = _cuda_architectures()
     rows = []
     for text in targets.known_targets():
         meant = targets.parse_targets(text)
@@ -87,7 +87,7 @@ def target_rows() -> list[dict[str, Any]]:
                 "kernels": meant[0].family,
                 "arch": ", ".join(target.arch for target in meant),
                 "features": " ".join(meant[0].features),
-                "runs_here": any(t.arch in cuda if t.kind == "cuda" else t.runs_here for t in meant),
+                "runs_here": any(backend_of(t).present(t) for t in meant),
             }
         )
     return rows
@@ -224,15 +224,6 @@ def _cuda() -> Iterable[Finding]:
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without CUDA"
     cost = "calibration runs on the CPU; --target cuda still generates and compiles kernels, unverified on a device"
     yield Finding("cuda", "CUDA device", "note", f"none; {built}", cost)
-
-
-def _cuda_architectures() -> set[str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return set()
-    capabilities = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return {f"sm_{major}{minor}" for major, minor in capabilities}
 
 
 def _disk() -> Iterable[Finding]:

@@ -16,6 +16,7 @@ import torch
 from lbllm_compile import artifact, calibration, frontend, recipe
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import check_work_dir
+from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, parse_targets
@@ -188,8 +189,7 @@ def _compile_places(options: CompileOptions, targets: Sequence[Target]) -> Place
         ArtifactError: the artifact may not be written where it was asked for.
     """
     for target in targets:
-        if target.kind == "cpu":
-            target.check_runs_here()
+        backend_of(target).check(target)
     if options.out is not None:
         artifact.check_destination(options.out)
 

@@ -67,8 +67,8 @@ def measure(
 
     Returns:
         JSON-able figures: ``bytes_original`` (its weights in 16 bit), ``bytes_compiled`` (all weights of the artifact),
-        ``bits_per_weight`` (decoder linears as stored) and ``bits_per_weight_file``; ``cuda_kernels`` (how each
-        architecture's were proven) where there are any; for a language model also
+        ``bits_per_weight`` (decoder linears as stored) and ``bits_per_weight_file``; ``cuda_kernels``
+        (how each architecture's were proven) where there are any; for a language model also
         ``text``, ``ppl_teacher``, ``ppl``, ``kld_mean``, ``top1_agreement`` and the tokens per second of greedy
         decoding with a KV cache, ``decode_original`` (eager torch, float32) and ``decode_compiled``; for another module
         ``relative_error`` on the validation inputs.
@@ -80,8 +80,8 @@ def measure(
     if check_outputs(loaded, data.probe) != check:
         raise SelfCheckError(f"the artifact at '{out}', loaded again, does not give what the compile gave; report this")
     figures = _sizes(loaded.program, original)
-    if kernels.cuda:
-        figures["cuda_kernels"] = ", ".join(sorted({f"{k.arch}: {k.proof}" for k in kernels.cuda}))
+    for kind, proofs in kernels.proofs.items():
+        figures[f"{kind}_kernels"] = ", ".join(proofs)
     if not loaded.is_language_model:
         errors = [relative_error(original.module(**batch), loaded(**batch)) for batch in data.validation]
         return {**figures, "relative_error": sum(errors) / len(errors)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from lbllm_compile import artifact
+from lbllm_compile.codegen.backend import Bucket, SearchSpace, backend_named, backend_of
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError, LbllmError, TargetError
 from lbllm_compile.codegen.progress import NoProgress, Progress
@@ -25,7 +26,6 @@ from lbllm_compile.report import terminal
 from lbllm_compile.runtime import native
 
 if TYPE_CHECKING:
-    from lbllm_compile.codegen.kernels.cpu import Bucket
     from lbllm_compile.codegen.tune.tuner import Choice
 
 _SHAPE = re.compile(r"(\d{1,9})[xX](\d{1,9})")
@@ -182,9 +182,11 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     """
     target = Target.parse(options.target)
     device = parse_device(options.rpc, options.key, options.cc)
-    if target.kind != "cpu":
+    backend = backend_of(target)
+    if not backend.searches:
         raise TargetError(
-            f"schedules of {target.name} are not searched; CPU targets are: {', '.join(runnable_targets())}"
+            f"schedules of {target.name} are not searched; those of this machine's targets are:"
+            f" {', '.join(runnable_targets())}"
         )
     if device is None and not target.runs_here:
         raise TargetError(
@@ -197,21 +199,21 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
     specs, layouts = specs_of(options), _layouts(options, target)
 
     # TVM takes seconds to import; what is wrong with the options is said before.
-    from lbllm_compile.codegen.kernels import cpu
     from lbllm_compile.codegen.tune.tuner import Wanted, choose
     from lbllm_compile.codegen.tvm_api import VERSION
 
-    buckets = _buckets(options.tokens)
+    space = backend.space()
+    buckets = _buckets(options.tokens, space)
     with Measurer(target=target.name, device=device) as measurer:
         name = device.key if device else host.cpu_name()
         threads = measurer.threads() if device else thread_count()
         wanted = []
         for spec in specs:
-            candidates = cpu.implementations(spec, target)
+            candidates = space.implementations(spec, target)
             if spec in layouts:
-                candidates = [cpu.of_layout(candidates, layouts[spec])]
+                candidates = [space.of_layout(candidates, layouts[spec])]
             for bucket in buckets:
-                key = Key.on(name, spec, bucket.name, target, threads, VERSION, cpu.SCHEDULE_VERSION)
+                key = Key.on(name, spec, bucket.name, target, threads, VERSION, space.version)
                 wanted.append(Wanted(candidates, bucket, key))
         choices = choose(
             wanted,
@@ -235,12 +237,13 @@ def _layouts(options: TuneOptions, target: Target) -> dict[LinearSpec, str]:
     return {LinearSpec(**r["spec"]): r["schedule"]["layout"] for r in records if r["target"] == target.name}
 
 
-def _buckets(names: str | None) -> list[Bucket]:
-    from lbllm_compile.codegen.kernels import cpu
-
-    if names is None:
-        return list(cpu.BUCKETS)
-    return list(dict.fromkeys(cpu.bucket_named(name.strip()) for name in names.split(",")))
+def _buckets(names: str | None, space: SearchSpace) -> list[Bucket]:
+    known = {bucket.name: bucket for bucket in space.buckets}
+    chosen = list(known) if names is None else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise KernelError(f"no token range is named {name!r}; use one of {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(chosen)]
 
 
 def render(report: TuneReport) -> list[RenderableType]:
@@ -316,12 +319,11 @@ def import_results(files: Sequence[Path]) -> Merged:
         OSError: the database cannot be written.
     """
     results = [pair for file in files for pair in read_results(file)]
-    from lbllm_compile.codegen.kernels import cpu
-
     for key, result in results:
-        if key.version == cpu.SCHEDULE_VERSION:
+        space = backend_named(key.target.partition(":")[0]).space()
+        if key.version == space.version:
             try:
-                cpu.schedule_from(result.schedule)
+                space.schedule_from(result.schedule)
             except KernelError as error:
                 raise TuneError(
                     f"a result for {key.spec} has a schedule of no known kind ({', '.join(sorted(result.schedule))});"

@@ -170,10 +170,11 @@ def test_packed_weights_of_another_kernel_or_alignment_are_refused(one):
     kernel, _, weight = one
     packed = kernel.pack(weight)
     with pytest.raises(KernelError, match="packed from another kernel"):
-        kernel(**_arguments(), packed=packed[:-64])
-    shifted = torch.empty(packed.numel() + 8, dtype=torch.uint8)[8:].copy_(packed)
+        kernel(**_arguments(), packed={"packed": packed["packed"][:-64]})
+    whole = packed["packed"]
+    shifted = torch.empty(whole.numel() + 8, dtype=torch.uint8)[8:].copy_(whole)
     with pytest.raises(KernelError, match="64-byte aligned"):
-        kernel(**_arguments(), packed=shifted)
+        kernel(**_arguments(), packed={"packed": shifted})
 
 
 def test_misaligned_activations_give_the_same_result(one):

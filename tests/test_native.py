@@ -22,6 +22,7 @@ from lbllm_compile.codegen import cache as cache_files
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.cache import sha256
+from lbllm_compile.codegen.cpu.backend import CpuBackend
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
@@ -153,7 +154,7 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     lowered = stages("llama")[1]
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    entries = [entry for entry in translate.ENTRY_POINTS if entry.name == "tokens"]
+    entries = [entry for entry in CpuBackend.entry_points if entry.name == "tokens"]
     module = translate.translate(lowered, kernels, entries).functions()
     module = fuse_rows(operators_to_loops(module, kernels.lanes))
     names = called(module, "tokens")
@@ -310,7 +311,7 @@ def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
     lowered = stages("llama")[1]
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    entries = [entry for entry in translate.ENTRY_POINTS if entry.length is None]
+    entries = [entry for entry in CpuBackend.entry_points if entry.length is None]
     module = translate.translate(lowered, kernels, entries).functions()
     found = {}
     for entry in entries:

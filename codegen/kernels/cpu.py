@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import backend
+from ..backend import Bucket
+from ..cpu.buckets import BUCKETS
 from ..errors import KernelError, TargetError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
@@ -47,26 +50,6 @@ ROW_VECTORS = 4
 
 SCHEDULE_VERSION = 2
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A range of token counts served by one kernel.
-
-    Attributes:
-        name: as in records.
-        lowest: fewest tokens.
-        highest: most tokens; a call with more is cut into pieces of this many.
-        probe: tokens at which candidates are measured.
-    """
-
-    name: str
-    lowest: int
-    highest: int
-    probe: int
-
-
-BUCKETS = (Bucket("1", 1, 1, 1), Bucket("2-16", 2, 16, 8), Bucket("17+", 17, 2048, 64))
 
 
 def bucket_named(name: str) -> Bucket:
@@ -125,22 +108,10 @@ class PortableSchedule:
 Schedule = GemvSchedule | PopcountSchedule | GemmSchedule | PortableSchedule
 
 
-class Implementation(Protocol):
-    """The kernels of one linear that read one layout of its weights."""
+class Implementation(backend.Implementation, Protocol):
+    """The kernels of one linear that read one layout of its weights, as TIR."""
 
-    @property
-    def spec(self) -> LinearSpec:
-        """What is computed."""
-        ...
-
-    @property
-    def layout(self) -> str:
-        """The layout's name, the one in the schedules: that of the kernel family it was made for."""
-        ...
-
-    def schedules(self, bucket: Bucket) -> list[Schedule]:
-        """Every valid schedule of a bucket, a good guess first; schedules of two layouts differ."""
-        ...
+    def schedules(self, bucket: Bucket) -> list[Schedule]: ...
 
     def function(self, schedule: Schedule) -> PrimFunc:
         """The kernel ``(values, x_scale, packed, out)`` a schedule describes."""
@@ -286,7 +257,7 @@ def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
         KernelError: no family computes it.
         TargetError: the target is no CPU.
     """
-    if target.kind != "cpu":
+    if target.family not in (generic.FAMILY, *INSTRUCTION_SETS):
         raise TargetError(f"{target.name} is not a CPU target")
     if (spec.group or spec.in_features) > INT32_COLUMNS:
         raise KernelError(
@@ -339,3 +310,22 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
         if {f.name for f in dataclasses.fields(kind)} == set(record):
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")
+
+
+class CpuSpace:
+    """What the tuner chooses from on CPUs. Implements :class:`..backend.SearchSpace`."""
+
+    buckets = BUCKETS
+    version = SCHEDULE_VERSION
+
+    def implementations(self, spec: LinearSpec, target: Target) -> list[Implementation]:
+        return implementations(spec, target)
+
+    def of_layout(self, candidates: Sequence[Implementation], layout: str) -> Implementation:
+        return of_layout(candidates, layout)
+
+    def schedule_from(self, record: dict[str, Any]) -> Schedule:
+        return schedule_from(record)
+
+
+SPACE = CpuSpace()

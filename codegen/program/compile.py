@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import KernelError
@@ -31,6 +32,10 @@ class Compiled:
     executable: Any
     workspaces: Mapping[str, int]
     index_sizes: Mapping[str, Mapping[tuple[str, ...], int]]
+
+    def export(self, file: Path) -> None:
+        """Links the program into a shared library."""
+        self.executable.export_library(str(file))
 
 
 def compile_program(

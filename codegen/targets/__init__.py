@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import entry_points
+from typing import Any, Protocol
 
 from ..errors import TargetError
 from . import arm, cuda, generic, host, x86
+
+ENTRY_POINT_GROUP = "lbllm_compile.backends"
+"""Installed packages name a function here, under the kind of their targets, that registers their backend."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +21,9 @@ class Target:
     """A machine to generate code for.
 
     Attributes:
-        kind: ``"cpu"`` or ``"cuda"``.
+        kind: what a target's text begins with: ``"cpu"``, ``"cuda"``, or the name of another backend.
         name: canonical text, e.g. ``"cpu:avx512-vnni"`` or ``"cuda:sm_90"``; :meth:`parse` takes it back.
-        family: instruction set: ``"generic"``, ``"cuda"``, or one that :mod:`.x86` or :mod:`.arm` names.
+        family: instruction set: on CPUs ``"generic"`` or one that :mod:`.x86` or :mod:`.arm` names.
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
         triple: LLVM ``mtriple`` of an architecture that is not this machine's; empty for code that could run here.
@@ -45,42 +50,121 @@ class Target:
 
     @property
     def runs_here(self) -> bool:
-        """Whether this machine's CPU has the instructions (always False for CUDA, which is asked for elsewhere)."""
-        return self.kind == "cpu" and self.family in host.families()
+        """Whether kernels for it can be proven and used on this machine."""
+        return _kind(self.kind).runs_here(self)
 
     def check_runs_here(self) -> None:
         """Refuses a target whose kernels cannot be proven and used on this machine.
 
         Raises:
-            TargetError: this machine's CPU cannot run them.
+            TargetError: this machine cannot run them.
         """
         if not self.runs_here:
             raise TargetError(f"this machine cannot run {self.name}; its own targets: {', '.join(runnable_targets())}")
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Parses one target: ``cpu`` (the best family of this machine), ``cpu:FAMILY``, ``cuda`` or ``cuda:sm_NN``.
+        """Parses one target, e.g. ``cpu`` (the best family of this machine), ``cpu:FAMILY`` or ``cuda:sm_NN``.
 
         Raises:
             TargetError: unknown target, with the nearest known one.
         """
-        kind, _, detail = text.strip().partition(":")
-        if kind == "cpu":
-            family = detail or host.families()[0]
-            for cpu in (x86, arm):
-                if family in cpu.ARCHITECTURES:
-                    arch, features = cpu.ARCHITECTURES[family]
-                    triple = "" if platform.machine() in cpu.MACHINES else cpu.TRIPLE
-                    return cls("cpu", f"cpu:{family}", family, arch, features, triple)
-            if family == generic.FAMILY:
-                return cls("cpu", f"cpu:{family}", family, *generic.architecture())
-        if kind == "cuda":
-            arch = detail or cuda.DEFAULT_ARCHITECTURES[0]
-            if arch in cuda.ARCHITECTURES:
-                return cls("cuda", f"cuda:{arch}", "cuda", arch)
-        near = difflib.get_close_matches(text.strip(), known_targets(), 1, 0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise TargetError(f"unknown target {text.strip()!r}; {hint}known targets: {', '.join(known_targets())}")
+        name, _, detail = text.strip().partition(":")
+        try:
+            return _kind(name).parse(detail)[0]
+        except LookupError:
+            near = difflib.get_close_matches(text.strip(), known_targets(), 1, 0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = ", ".join(known_targets())
+            raise TargetError(f"unknown target {text.strip()!r}; {hint}known targets: {known}") from None
+
+
+class TargetKind(Protocol):
+    """The targets of one backend.
+
+    Attributes:
+        name: what their texts begin with.
+    """
+
+    name: str
+
+    def parse(self, detail: str) -> Sequence[Target]:
+        """What a text means whose part behind the colon is ``detail``; without one the usual targets, the best first.
+
+        Raises:
+            LookupError: there is no such target.
+        """
+        ...
+
+    def known(self) -> Sequence[str]:
+        """Every text that :meth:`parse` takes, the name included."""
+        ...
+
+    def runs_here(self, target: Target) -> bool:
+        """Whether kernels for one of them can be proven and used on this machine."""
+        ...
+
+
+class CpuKind:
+    """CPUs, by instruction set. Implements :class:`TargetKind`."""
+
+    name = "cpu"
+
+    def parse(self, detail: str) -> list[Target]:
+        family = detail or host.families()[0]
+        for cpu in (x86, arm):
+            if family in cpu.ARCHITECTURES:
+                arch, features = cpu.ARCHITECTURES[family]
+                triple = "" if platform.machine() in cpu.MACHINES else cpu.TRIPLE
+                return [Target(self.name, f"{self.name}:{family}", family, arch, features, triple)]
+        if family == generic.FAMILY:
+            return [Target(self.name, f"{self.name}:{family}", family, *generic.architecture())]
+        raise LookupError(family)
+
+    def known(self) -> list[str]:
+        families = [*x86.ARCHITECTURES, *arm.ARCHITECTURES, generic.FAMILY]
+        return [self.name, *(f"{self.name}:{family}" for family in families)]
+
+    def runs_here(self, target: Target) -> bool:
+        return target.family in host.families()
+
+
+class CudaKind:
+    """NVIDIA GPUs, by architecture. Implements :class:`TargetKind`."""
+
+    name = "cuda"
+
+    def parse(self, detail: str) -> list[Target]:
+        found = [detail] if detail else cuda.DEFAULT_ARCHITECTURES
+        if not set(found) <= set(cuda.ARCHITECTURES):
+            raise LookupError(detail)
+        return [Target(self.name, f"{self.name}:{arch}", self.name, arch) for arch in found]
+
+    def known(self) -> list[str]:
+        return [self.name, *(f"{self.name}:{arch}" for arch in cuda.ARCHITECTURES)]
+
+    def runs_here(self, target: Target) -> bool:
+        return False  # kernels are compiled and emulated; no program is built of them yet
+
+
+_KINDS: dict[str, TargetKind] = {"cpu": CpuKind(), "cuda": CudaKind()}
+
+
+def register_kind(kind: TargetKind) -> None:
+    """Makes a kind of targets known; one of the same name is replaced."""
+    _KINDS[kind.name] = kind
+
+
+def _kind(name: str) -> TargetKind:
+    """The kind of that name, of an installed package's backend too.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if name not in _KINDS:
+        for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+            point.load()()
+    return _KINDS[name]
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
@@ -95,6 +179,8 @@ def parse_targets(text: str) -> tuple[Target, ...]:
     for part in (p.strip() for p in text.split(",")):
         if part.startswith(("cuda", "sm_")):
             targets += [Target.parse(f"cuda:{arch}") for arch in cuda.parse_architectures(part)]
+        elif part in _KINDS:
+            targets += _KINDS[part].parse("")
         else:
             targets.append(Target.parse(part))
     return tuple(dict.fromkeys(targets))
@@ -102,8 +188,7 @@ def parse_targets(text: str) -> tuple[Target, ...]:
 
 def known_targets() -> list[str]:
     """Every text :meth:`Target.parse` accepts."""
-    families = [*x86.ARCHITECTURES, *arm.ARCHITECTURES, generic.FAMILY]
-    return ["cpu", *(f"cpu:{f}" for f in families), "cuda", *(f"cuda:{a}" for a in cuda.ARCHITECTURES)]
+    return [text for kind in _KINDS.values() for text in kind.known()]
 
 
 def runnable_targets() -> list[str]:

@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ..backend import Bucket, Implementation, SearchSpace, backend_of
 from ..errors import KernelError
 from ..progress import Progress, Task
 from ..spec import LinearSpec
@@ -18,8 +19,8 @@ from .database import Database, Key, Result
 from .measure import Measurer, Outcome, Request
 from .search import Found, search
 
-if TYPE_CHECKING:
-    from ..kernels.cpu import Bucket, Implementation, Schedule
+Schedule = Any
+"""A schedule of some backend's: a frozen dataclass with the field ``layout``."""
 
 TIMING_SECONDS = 0.02
 """How long one candidate is timed in a search."""
@@ -107,7 +108,7 @@ def choose(
 
     Args:
         wanted: what is needed.
-        target: a CPU target.
+        target: one whose backend searches.
         database: results, old and new.
         measurer: measures candidates; not used where nothing has to be searched.
         trials: candidates measured per search, where no result of such a search is stored; 0 searches nothing.
@@ -120,14 +121,13 @@ def choose(
     Raises:
         KernelError: no candidate of a search works, or no worker can be started.
     """
-    from ..kernels import cpu
-
+    space = backend_of(target).space()
     given = {
         (LinearSpec(**r["spec"]), r["tokens"], r["target"], shares_work(r["threads"])): r["schedule"]
         for r in records
         if isinstance(r.get("threads"), int)  # the first artifacts did not say
     }
-    first = cpu.BUCKETS[0]
+    first = space.buckets[0]
     deciding: dict[LinearSpec, Choice] = {}
 
     def known(item: Wanted) -> tuple[Wanted, Choice, bool]:
@@ -138,9 +138,9 @@ def choose(
                 key = dataclasses.replace(item.key, tokens=first.name)
                 deciding[spec] = known(Wanted(item.candidates, first, key))[1]
             layout = deciding[spec].schedule.layout
-            item = dataclasses.replace(item, candidates=[cpu.of_layout(item.candidates, layout)])
+            item = dataclasses.replace(item, candidates=[space.of_layout(item.candidates, layout)])
         record = given.get((spec, item.bucket.name, target.name, shares_work(item.key.threads)))
-        return item, *_known(item, record, database, trials)
+        return item, *_known(item, space, record, database, trials)
 
     choices: dict[int, Choice] = {}
     missing: list[int] = []
@@ -178,15 +178,16 @@ def choose(
     return [choices[index] for index in range(len(wanted))]
 
 
-def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, trials: int) -> tuple[Choice, bool]:
+def _known(
+    item: Wanted, space: SearchSpace, record: Mapping[str, Any] | None, database: Database, trials: int
+) -> tuple[Choice, bool]:
     """What to use without a search, and whether that is as good as a search of so many trials."""
-    from ..kernels import cpu
+    schedules = item.space
 
     def choice(fields: Mapping[str, Any], source: Any, result: Result | None) -> Choice | None:
-        schedule = cpu.schedule_from(dict(fields))
-        return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in space else None
+        schedule = space.schedule_from(dict(fields))
+        return Choice(item.key.spec, item.bucket, schedule, source, result) if schedule in schedules else None
 
-    space = item.space
     found = database.find(item.key)
     if found and found.sought >= trials:
         source = "seed" if database.ships(item.key) else "stored"
@@ -198,7 +199,7 @@ def _known(item: Wanted, record: Mapping[str, Any] | None, database: Database, t
         return known, False
     if (result := database.guess(item.key)) and (known := choice(result.schedule, "guess", result)):
         return known, False
-    return Choice(item.key.spec, item.bucket, space[0], "default"), False
+    return Choice(item.key.spec, item.bucket, schedules[0], "default"), False
 
 
 class _Search:

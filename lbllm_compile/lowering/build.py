@@ -21,13 +21,12 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.backend import Kernels, backend_of
 from lbllm_compile.codegen.cache import sync, write_atomically, write_failure
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
-from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
-from lbllm_compile.lowering.translate import ENTRY_POINTS, Translated, translate
+from lbllm_compile.lowering.translate import Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.runtime import text
@@ -85,7 +84,7 @@ def workshop() -> Iterator[Path]:
 
 
 def build_native(
-    program: Program, kernels: KernelSet, folder: Path, progress: Progress | None = None
+    program: Program, kernels: Kernels, folder: Path, progress: Progress | None = None
 ) -> NativeProgram | None:
     """Builds and stores the native program of a lowered graph.
 
@@ -114,11 +113,11 @@ def build_native(
                 write_in_blocks(weights, translation.weight_bytes())
         except OSError as error:
             raise _unwritable(error) from error
-        description = _describe(program, translation, workspaces, functions)
+        description = _describe(program, kernels, translation, workspaces, functions)
         _store(description, folder)
         task.advance("stored")
         native = NativeProgram(folder)
-        if not merging_is_exact(native):
+        if workspaces and not merging_is_exact(native):
             warn(
                 progress,
                 "unmerged",
@@ -222,7 +221,7 @@ def _forget_unused() -> None:
 
 
 def _library(
-    program: Program, kernels: KernelSet, translation: Translated, place: Path, progress: Progress
+    program: Program, kernels: Kernels, translation: Translated, place: Path, progress: Progress
 ) -> tuple[dict[str, int], tuple[Function, ...]]:
     """Puts the program's library at ``place``; returns the working memory its functions take, and the functions.
 
@@ -232,12 +231,11 @@ def _library(
     facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     stored = programs_directory() / f"{key}.so"
+    backend = backend_of(kernels.target)
     description = _stored_library(stored, place, progress)
     if description is None:
-        merged = [entry.name for entry in ENTRY_POINTS if entry.blocks]
-        apart = [entry.name for entry in ENTRY_POINTS if not entry.joined]
-        compiled = compile_program(translation.functions(), kernels.target.llvm, kernels.lanes, merged, apart)
-        compiled.executable.export_library(str(place))
+        compiled = backend.compile(translation.functions(), kernels.target)
+        compiled.export(place)
         content = place.read_bytes()
         description = {
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -250,7 +248,7 @@ def _library(
         except OSError as error:
             raise _unwritable(error) from error
     functions = []
-    for entry in ENTRY_POINTS:
+    for entry in backend.entry_points:
         tensors = tuple((tuple(symbols), count) for symbols, count in description["sizes"][entry.name])
         functions.append(Function(entry.name, entry.batch, entry.length, entry.most, entry.last, tensors))
     return description["workspaces"], tuple(functions)
@@ -274,9 +272,14 @@ def _stored_library(stored: Path, place: Path, progress: Progress) -> dict[str, 
 
 
 def _describe(
-    program: Program, translation: Translated, workspaces: dict[str, int], functions: tuple[Function, ...]
+    program: Program,
+    kernels: Kernels,
+    translation: Translated,
+    workspaces: dict[str, int],
+    functions: tuple[Function, ...],
 ) -> Description:
     return Description(
+        target=kernels.target.name,
         inputs=tuple(spec.name for spec in translation.inputs),
         weights=_members(translation.layout),
         state=_members(translation.state),
@@ -284,7 +287,7 @@ def _describe(
         functions=functions,
         workspaces=workspaces,
         vocabulary=translation.vocabulary,
-        merged=True,
+        merged=bool(workspaces),
         config=dict(program.config),
         plain_tokenizer=_has_plain_tokenizer(program),
     )

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lbllm_compile.codegen import operators
-from lbllm_compile.codegen.build import KernelSet, TirKernel
+from lbllm_compile.codegen.backend import EntryPoint, Kernels, ProgramKernel, backend_of
+from lbllm_compile.codegen.build import TirKernel
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.format import QuantizedWeight
-from lbllm_compile.codegen.kernels.cpu import bucket_named
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Translation, flat
 from lbllm_compile.codegen.program import builder
@@ -62,43 +62,6 @@ _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
 
-@dataclass(frozen=True)
-class EntryPoint:
-    """One function of a program.
-
-    Attributes:
-        name: the function's.
-        batch, length: sequences and tokens of a call; None for any number.
-        last: give the logits of the last token only.
-        bucket: token bucket whose kernels are called.
-        most: tokens of all sequences together that a call takes at most; None for any number.
-        blocks: takes weights and state as blocks, and runs in few launches.
-        joined: kernels take over what is before or behind them: quantizers norms, linears additions.
-    """
-
-    name: str
-    batch: int | None
-    length: int | None
-    last: bool
-    bucket: str
-    most: int | None = None
-    blocks: bool = False
-    joined: bool = True
-
-
-FEW = bucket_named("2-16")
-
-ENTRY_POINTS = (
-    EntryPoint("token", 1, 1, True, "1", blocks=True),
-    EntryPoint("token_by_kernel", 1, 1, True, "1", joined=False),
-    EntryPoint("few_tokens", None, None, True, FEW.name, most=FEW.highest),
-    EntryPoint("tokens", None, None, True, "17+"),
-    EntryPoint("logits", None, None, False, "17+"),
-)
-"""Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a short prompt or a small batch of
-sequences; any prompt or batch; and all logits."""
-
-
 @dataclass
 class Translated:
     """What a lowered graph became.
@@ -130,8 +93,13 @@ class Translated:
         yield memoryview(bytes(self.layout.bytes - end))
 
 
-def translate(program: Program, kernels: KernelSet, entries: Sequence[EntryPoint] = ENTRY_POINTS) -> Translated:
+def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] | None = None) -> Translated:
     """Translates a language model after ``cache``.
+
+    Args:
+        program: the lowered graph.
+        kernels: proven kernels of everything in it.
+        entries: the functions to make; all of the kernels' backend where None.
 
     Raises:
         UntranslatableError: naming the operator and the user's line.
@@ -148,7 +116,7 @@ def translate(program: Program, kernels: KernelSet, entries: Sequence[EntryPoint
 
     def functions() -> Any:
         whole = ProgramBuilder(layout, state)
-        for entry in entries:
+        for entry in backend_of(kernels.target).entry_points if entries is None else entries:
             _Translator(program, kernels, whole, weights, entry, inputs).run()
         return whole.finish()
 
@@ -186,28 +154,32 @@ def _dtype(dtype: torch.dtype) -> str:
 
 @dataclass
 class _Weights:
-    """The weights of a program: those of kernels packed, the rest as they are, each once."""
+    """The weights of a program: those of kernels packed, the rest as they are, each once.
+
+    Attributes:
+        tensors: by name.
+        packed: by a linear's name, those that its kernel reads, in order.
+    """
 
     program: Program
-    kernels: KernelSet
+    kernels: Kernels
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in calls(self.program.graph, *LINEAR_TARGETS):
-            self.tensors[self.packed_name(node)] = self._pack(node)
+            parts = {f"{node.name}.{name}": part for name, part in self._pack(node).items()}
+            self.packed[node.name] = list(parts)
+            self.tensors |= parts
         for node in self.program.graph.nodes:
             if node.op == "get_attr" and not all(_packs(user) for user in node.users):
                 self.tensors[node.target] = constant(self.program.module, node).detach().contiguous()
-
-    def packed_name(self, node: Node) -> str:
-        """Name of a linear's packed weights."""
-        return f"{node.name}.packed"
 
     def specs(self) -> list[TensorSpec]:
         """Every weight in order."""
         return [TensorSpec(name, tuple(t.shape), _dtype(t.dtype)) for name, t in self.tensors.items()]
 
-    def _pack(self, node: Node) -> Tensor:
+    def _pack(self, node: Node) -> Mapping[str, Tensor]:
         spec = linear_spec(self.program, node)
         parts = [constant(self.program.module, a) for a in node.args[2:-2]]
         weight: Any = tuple(parts)
@@ -236,7 +208,7 @@ class _Translator:
     def __init__(
         self,
         program: Program,
-        kernels: KernelSet,
+        kernels: Kernels,
         whole: ProgramBuilder,
         weights: _Weights,
         entry: EntryPoint,
@@ -300,7 +272,7 @@ class _Translator:
 
     def call(
         self,
-        kernel: TirKernel,
+        kernel: ProgramKernel,
         arguments: Sequence[Value],
         *outputs: tuple[Sequence[Any], str],
         by_rows: bool = False,
@@ -364,9 +336,9 @@ class _Translator:
         values, scale = arguments.pick("values", "x_scale")
         spec = linear_spec(self.program, node)
         count = builder.shape(values)[0]
-        packed = self.function.value(self.weights.packed_name(node))
+        packed = [self.function.value(name) for name in self.weights.packed[node.name]]
         output = ([count, spec.out_features], "float32")
-        kernel, operands = self.kernels.linear(spec).tir(self.bucket), [values, scale, packed]
+        kernel, operands = self.kernels.linear(spec).tir(self.bucket), [values, scale, *packed]
         if residual is not None:
             make = kernel.make
             kernel = TirKernel(f"{kernel.name}_residual", lambda: with_residual(make()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lbllm_compile import artifact
+from lbllm_compile.codegen import backend
 from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
@@ -52,10 +53,9 @@ def prepared(
 def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None) -> NativeProgram | None:
     """Builds and stores the native program of an artifact; None where the graph or the kernels do not allow one."""
     # TVM takes seconds to import
-    from lbllm_compile.codegen.build import KernelSet
     from lbllm_compile.lowering.build import build_native, keep_native, workshop
 
-    if not isinstance(kernels, KernelSet):
+    if not isinstance(kernels, backend.Kernels):
         return None
     with workshop() as folder:
         native = build_native(loaded.program, kernels, folder, progress)
@@ -70,11 +70,9 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     Raises:
         KernelError, TargetError: as :func:`load`.
     """
-    # TVM takes seconds to import, and reading an artifact does not need it
-    from lbllm_compile.codegen.build import KernelSet
-
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
-    built = KernelSet.build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
+    build = backend.backend_of(chosen).build
+    built = build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
     if built.guessed:
         warn(
             progress,

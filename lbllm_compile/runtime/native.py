@@ -10,25 +10,22 @@ import fcntl
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lbllm_compile import codegen
+from lbllm_compile.codegen.backend import Array, backend_of
 from lbllm_compile.codegen.cache import cache_directory, known_sha256, remember_sha256, sha256, sync
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import Progress, warn
-from lbllm_compile.codegen.sizes import ALIGNMENT, CAPACITY_MULTIPLE, MOST_ELEMENTS
-from lbllm_compile.codegen.targets import Target, host
-from lbllm_compile.codegen.threads import thread_count
-from lbllm_compile.codegen.tvm_runtime import Machine, array
+from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MOST_ELEMENTS
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
 from lbllm_compile.runtime.generate import GenerationError
 from lbllm_compile.runtime.language import LanguageModel
@@ -50,7 +47,7 @@ PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Counts changes of what a stored program is; part of its key."""
 
 
@@ -73,15 +70,14 @@ def stored_at(digest: str, target: str) -> Path:
 def machine_facts(target: str) -> tuple[str | int, ...]:
     """What a program for a target depends on besides the model.
 
-    The CPU, the number of threads, TVM, and the code that generates kernels and calls them.
+    What its backend names, and the code that generates kernels and calls them.
     """
     generators = hashlib.sha256()
     folders = Path(codegen.__file__).parent, Path(__file__).parent.parent / "lowering"
     for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
         generators.update(file.read_bytes())
-    tvm = metadata.version("apache-tvm")
-    cpu = host.cpu_name(), *sorted(host.cpu_flags())
-    return target, thread_count(), *cpu, __version__, tvm, FORMAT_VERSION, generators.hexdigest()
+    facts = backend_of(Target.parse(target)).facts(Target.parse(target))
+    return target, *facts, __version__, FORMAT_VERSION, generators.hexdigest()
 
 
 def find(directory: Path, target: str = "cpu", progress: Progress | None = None) -> NativeProgram | None:
@@ -251,6 +247,7 @@ class Description:
     """What a stored program says of itself.
 
     Attributes:
+        target: what it runs on.
         inputs: arguments of its functions before the two blocks: some of ``input_ids``, ``attention_mask``,
             ``position_ids``.
         weights, state: tensors of the two blocks.
@@ -263,6 +260,7 @@ class Description:
         plain_tokenizer: whether :class:`~.text.TextTokenizer` does what the model's tokenizer does.
     """
 
+    target: str
     inputs: tuple[str, ...]
     weights: tuple[Member, ...]
     state: tuple[Member, ...]
@@ -285,9 +283,10 @@ class Description:
             functions.append(Function(**{**function, "tensors": tensors}))
         return cls(**{**fields, "inputs": tuple(fields["inputs"]), "functions": tuple(functions)})
 
-    def function(self, batch: int, length: int, last: bool) -> Function:
-        """The best function for a call, of those that launch kernel by kernel or fuse what may be fused."""
-        return next(f for f in self.functions if f.name not in self.workspaces and f.takes(batch, length, last))
+    def function(self, batch: int, length: int, last: bool, merged: bool = False) -> Function:
+        """The best function for a call; without ``merged`` of those that do not run in few launches."""
+        usable = (f for f in self.functions if merged or f.name not in self.workspaces)
+        return next(f for f in usable if f.takes(batch, length, last))
 
 
 class NativeProgram:
@@ -304,10 +303,10 @@ class NativeProgram:
         self.directory = directory
         try:
             self.description = Description.from_json((directory / DESCRIPTION).read_text(encoding="utf-8"))
-            self._block = _map(directory / WEIGHTS)
+            self.machine = backend_of(Target.parse(self.description.target)).machine(directory / LIBRARY)
+            self._block = self.machine.mapped(directory / WEIGHTS)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise KernelError(f"the stored program {directory} is damaged ({error})") from error
-        self.machine = Machine(directory / LIBRARY)
         self._weights = self.machine.tensor(self._block)
         self._weight_tuple = self.machine.tuple([_view(self._block, m, m.offset, {}) for m in self.description.weights])
 
@@ -327,33 +326,17 @@ class NativeProgram:
         description, function = self.description, self.machine.function(name)
         arguments = [inputs[name] for name in description.inputs]
         if name in description.workspaces:
-            return array(function(*arguments, self._weights, state.block, state.workspace(name)))
-        return array(function(*arguments, self._weight_tuple, state.tuple if part is None else state.part(part)))
+            result = function(*arguments, self._weights, state.block, state.workspace(name))
+        else:
+            result = function(*arguments, self._weight_tuple, state.tuple if part is None else state.part(part))
+        return self.machine.array(result)
 
 
-def _map(file: Path) -> np.ndarray:
-    """A file's bytes, mapped; asks for large pages. Changes do not reach the file."""
-    # Copy on write: the kernels' interface wants memory that could be written.
-    with file.open("rb") as opened:
-        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapping, np.uint8)
-
-
-def _view(block: np.ndarray, member: Member, offset: int, sizes: Mapping[str, int]) -> np.ndarray:
+def _view(block: Array, member: Member, offset: int, sizes: Mapping[str, int]) -> Array:
     """A tensor of a block; ``sizes`` are what its symbols stand for."""
     shape = [sizes[d] if isinstance(d, str) else d for d in member.shape]
     dtype = np.dtype(member.dtype)
     return block[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-
-
-def aligned(size: int) -> np.ndarray:
-    """``size`` zero bytes at an aligned address."""
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
 
 
 class State:
@@ -368,7 +351,7 @@ class State:
         self._program, self._batch = program, batch
         self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         description, machine = program.description, program.machine
-        memory = aligned(batch * self.capacity * description.state_bytes)
+        memory = machine.zeros(batch * self.capacity * description.state_bytes)
         sizes = {"batch": batch, "capacity": self.capacity}
         self.arrays = [_view(memory, m, m.offset * batch * self.capacity, sizes) for m in description.state]
         self.block = machine.tensor(memory.reshape(batch, self.capacity, description.state_bytes))
@@ -382,7 +365,8 @@ class State:
     def workspace(self, name: str) -> Any:
         """The working memory of a function."""
         if name not in self._workspaces:
-            self._workspaces[name] = self._program.machine.tensor(aligned(self._program.description.workspaces[name]))
+            machine = self._program.machine
+            self._workspaces[name] = machine.tensor(machine.zeros(self._program.description.workspaces[name]))
         return self._workspaces[name]
 
     def grown(self, tokens: int, past: int) -> State:
@@ -410,6 +394,7 @@ class NativeSession:
         # A step of one token writes to the same memory every time, so that its tensors are made once.
         self._token, self._position = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
         tensor = program.machine.tensor
+        self._fastest = program.description.function(1, 1, last=True, merged=True).name
         self._one = {"input_ids": tensor(self._token), "position_ids": tensor(self._position)}
 
     def start(self, mask: np.ndarray) -> None:
@@ -420,11 +405,12 @@ class NativeSession:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
         if ids.shape != (1, 1) or self._prompt_mask is not None:
             return self._feed(ids, last=True)[-1][:, -1]
-        return self._feed_one(ids, "token") if self._program.description.merged else self.step_by_kernel(ids)
+        description = self._program.description
+        return self._feed_one(ids, self._fastest) if description.merged else self.step_by_kernel(ids)
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
         """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""
-        return self._feed_one(ids, "token_by_kernel")
+        return self._feed_one(ids, self._program.description.function(1, 1, last=True).name)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""

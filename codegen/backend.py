@@ -1,0 +1,404 @@
+"""What depends on where code runs, behind one interface: a :class:`Backend` for each kind of targets.
+
+Everything else, the lowering, the runtime, the tuner and the command line, asks :func:`backend_of` and knows no target
+by name. CPUs (:mod:`.cpu.backend`) and CUDA (:mod:`.cuda.backend`) are built in; other packages register theirs with
+:func:`register_backend`.
+
+This module needs neither torch nor TVM, and a backend must need neither for what the runtime asks: its ``facts`` and
+its ``machine``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from .errors import TargetError
+from .progress import Progress
+from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from .targets import Target, TargetKind, register_kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Array = Any
+"""Memory of a machine as a tensor: slices, reshapes, casts and is assigned to as numpy's arrays are, which it is on
+CPUs."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A range of token counts served by one kernel.
+
+    Attributes:
+        name: as in records.
+        lowest: fewest tokens.
+        highest: most tokens; a call with more is cut into pieces of this many.
+        probe: tokens at which candidates are measured.
+    """
+
+    name: str
+    lowest: int
+    highest: int
+    probe: int
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """One function of a program.
+
+    Attributes:
+        name: the function's.
+        batch, length: sequences and tokens of a call; None for any number.
+        last: give the logits of the last token only.
+        bucket: token bucket whose kernels are called.
+        most: tokens of all sequences together that a call takes at most; None for any number.
+        blocks: takes weights and state as blocks, and runs in few launches.
+        joined: kernels take over what is before or behind them: quantizers norms, linears additions.
+    """
+
+    name: str
+    batch: int | None
+    length: int | None
+    last: bool
+    bucket: str
+    most: int | None = None
+    blocks: bool = False
+    joined: bool = True
+
+
+class ProgramKernel(Protocol):
+    """A kernel that programs call.
+
+    Attributes:
+        name: its symbol; kernels of one name are the same.
+        make: generates it as TIR, which takes a good part of a second.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def make(self) -> Callable[[], Any]: ...
+
+
+class LinearKernel(Protocol):
+    """The proven kernels of one :class:`LinearSpec`."""
+
+    def pack(self, weight: Any, bias: Tensor | None = None) -> Mapping[str, Tensor]:
+        """A weight (``QuantizedWeight``, or int8 rows and their scales) and its bias in the kernels' layout.
+
+        Returns:
+            The tensors that the kernels read, in the order of their parameters.
+        """
+        ...
+
+    def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
+        """``[M, K]`` values with scales ``[M, G]`` or ``[M, 1]`` times the packed weight: float32 ``[M, N]``."""
+        ...
+
+    def tir(self, bucket: str) -> ProgramKernel:
+        """A token bucket's kernel ``(values, x_scale, *packed, out)``."""
+        ...
+
+
+class QuantizeKernel(Protocol):
+    """The proven kernels of one :class:`QuantizeSpec`."""
+
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and scales of ``[M, K]``."""
+        ...
+
+    def tir(self, parallel: bool) -> ProgramKernel:
+        """The kernel ``(x, clip, [knees,] values, scale)``; ``parallel``: shares its rows out by itself."""
+        ...
+
+
+@runtime_checkable
+class Kernels(Protocol):
+    """Proven kernels of a model on one target.
+
+    Attributes:
+        target: what they run on.
+        guessed: how many of the schedules neither a search here nor an earlier build stands behind.
+    """
+
+    target: Target
+    guessed: int
+
+    def linear(self, spec: LinearSpec) -> LinearKernel:
+        """The kernels of a linear that :meth:`Backend.build` was asked for."""
+        ...
+
+    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel:
+        """The kernels of a quantizer that :meth:`Backend.build` was asked for."""
+        ...
+
+    def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> ProgramKernel:
+        """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
+
+        Args:
+            spec: the attention.
+            queries: tokens of a call where that is known.
+            parallel: it shares its work out by itself.
+        """
+        ...
+
+    def embedding(self, spec: EmbeddingSpec) -> ProgramKernel:
+        """``(rows, scale, ids, out)``."""
+        ...
+
+    def dense(self, rows: int, columns: int, one_token: bool) -> ProgramKernel:
+        """A float linear ``(x [M, columns], weight [rows, columns], out [M, rows])``."""
+        ...
+
+    def records(self) -> list[dict[str, Any]]:
+        """The chosen schedules, JSON-able, for ``Backend.build(records=...)``."""
+        ...
+
+    def sources(self) -> dict[str, str]:
+        """Text of each kernel by name, for reading only."""
+        ...
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Kernels that were compiled for targets which this machine is none of.
+
+    Attributes:
+        sources: text by file name, for reading.
+        binaries: compiled kernels by file name.
+        proofs: how kernels were checked, for people.
+    """
+
+    sources: Mapping[str, str] = field(default_factory=dict)
+    binaries: Mapping[str, bytes] = field(default_factory=dict)
+    proofs: Sequence[str] = ()
+
+
+class CompiledProgram(Protocol):
+    """A program for one target.
+
+    Attributes:
+        workspaces: bytes of working memory that entry points with blocks take, by name.
+        index_sizes: by entry point: the symbols in a shape, sorted, and elements of the largest such tensor that
+            kernels index where each symbol is one.
+    """
+
+    @property
+    def workspaces(self) -> Mapping[str, int]: ...
+
+    @property
+    def index_sizes(self) -> Mapping[str, Mapping[tuple[str, ...], int]]: ...
+
+    def export(self, file: Path) -> None:
+        """Writes what :meth:`Backend.machine` reads."""
+        ...
+
+
+class Machine(Protocol):
+    """A compiled program in a device's memory, and that memory."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """An entry point, on and to tensors."""
+        ...
+
+    def mapped(self, file: Path) -> Array:
+        """A file's bytes ``uint8 [size]`` in memory that the program reads, aligned; changes do not reach the file."""
+        ...
+
+    def zeros(self, size: int) -> Array:
+        """``size`` zero bytes, aligned."""
+        ...
+
+    def tensor(self, array: Array) -> Any:
+        """What a function takes for memory of this machine, or for an array of the host."""
+        ...
+
+    def tuple(self, arrays: Sequence[Array]) -> Any:
+        """What a function takes for several."""
+        ...
+
+    def array(self, tensor: Any) -> np.ndarray:
+        """A function's result on the host."""
+        ...
+
+
+class Implementation(Protocol):
+    """The kernels of one linear that read one layout of its weights."""
+
+    @property
+    def spec(self) -> LinearSpec:
+        """What is computed."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """The layout's name, the one in the schedules: that of the kernel family it was made for."""
+        ...
+
+    def schedules(self, bucket: Bucket) -> list[Any]:
+        """Every valid schedule of a bucket, a good guess first; schedules of two layouts differ."""
+        ...
+
+
+class SearchSpace(Protocol):
+    """What the tuner chooses from.
+
+    Attributes:
+        buckets: token buckets; the first decides the layout of the weights.
+        version: counts changes of what a schedule's fields mean or of the code generated from them.
+    """
+
+    @property
+    def buckets(self) -> Sequence[Bucket]: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def implementations(self, spec: LinearSpec, target: Target) -> Sequence[Any]:
+        """The :class:`Implementation` of every layout, a good guess first."""
+        ...
+
+    def of_layout(self, candidates: Sequence[Any], layout: str) -> Any:
+        """The implementation that reads a layout."""
+        ...
+
+    def schedule_from(self, record: dict[str, Any]) -> Any:
+        """A schedule, which is a dataclass, from its fields."""
+        ...
+
+
+class Backend(Protocol):
+    """Everything that depends on the kind of machine.
+
+    Attributes:
+        kind: the targets it serves.
+        entry_points: the functions of its programs; of those that take a call, the first is the best for it. Without
+            any, its kernels are compiled for machines elsewhere (:meth:`emit`) and no program runs here.
+        searches: whether it has a :meth:`space` to search schedules in.
+    """
+
+    kind: TargetKind
+    entry_points: Sequence[EntryPoint]
+    searches: bool
+
+    def present(self, target: Target) -> bool:
+        """Whether this machine has such a device."""
+        ...
+
+    def check(self, target: Target) -> None:
+        """Refuses a target for which a compile here could make nothing that it can stand behind.
+
+        Raises:
+            TargetError: saying why.
+        """
+        ...
+
+    def build(
+        self,
+        linears: Iterable[LinearSpec],
+        quantizers: Iterable[QuantizeSpec],
+        target: Target,
+        *,
+        cache_dir: Path | None = None,
+        trials: int = 16,
+        budget_s: float | None = None,
+        progress: Progress | None = None,
+        records: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Kernels:
+        """Picks schedules, compiles kernels and proves them on this machine, bit for bit against the reference.
+
+        Args:
+            linears, quantizers: what is needed; duplicates are fine.
+            target: one that this machine runs.
+            cache_dir: where tuning results live; the user's cache folder by default.
+            trials: schedules measured per shape and token bucket where no result of such a search is stored; 0 takes
+                what is stored, else the first guess.
+            budget_s: seconds the search may take in all.
+            progress: told about each shape.
+            records: results of an earlier build; they spare the search, never the proof.
+
+        Raises:
+            KernelError: a kernel does not compile, or disagrees with the reference.
+            TargetError: this machine cannot run the target.
+        """
+        ...
+
+    def emit(
+        self,
+        linears: Iterable[LinearSpec],
+        quantizers: Iterable[QuantizeSpec],
+        targets: Sequence[Target],
+        *,
+        progress: Progress | None = None,
+    ) -> Emitted:
+        """Compiles kernels for machines elsewhere and proves them as far as this machine can.
+
+        Raises:
+            KernelError: a kernel cannot be generated or compiled, or is wrong.
+        """
+        ...
+
+    def space(self) -> SearchSpace:
+        """What the tuner searches."""
+        ...
+
+    def compile(self, module: Any, target: Target) -> CompiledProgram:
+        """Schedules the loops of a module of :class:`.program.builder.ProgramBuilder`, and compiles all of it.
+
+        Raises:
+            KernelError: the program cannot be built.
+        """
+        ...
+
+    def facts(self, target: Target) -> Sequence[str | int]:
+        """What a stored program depends on besides the model, its schedules and this package's code."""
+        ...
+
+    def machine(self, file: Path) -> Machine:
+        """Loads what :meth:`CompiledProgram.export` wrote.
+
+        Raises:
+            KernelError: it cannot be loaded.
+        """
+        ...
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+_BUILT_IN = {"cpu": (".cpu.backend", "CpuBackend"), "cuda": (".cuda.backend", "CudaBackend")}
+"""Modules and classes of the backends that this package comes with; imported when they are asked for."""
+
+
+def register_backend(backend: Backend) -> None:
+    """Makes a backend and its targets known. One for the same kind of targets is replaced."""
+    _BACKENDS[backend.kind.name] = backend
+    register_kind(backend.kind)
+
+
+def backend_named(kind: str) -> Backend:
+    """The backend for targets of a kind.
+
+    Raises:
+        TargetError: there is none.
+    """
+    if kind not in _BACKENDS and kind in _BUILT_IN:
+        module, name = _BUILT_IN[kind]
+        register_backend(getattr(importlib.import_module(module, __package__), name)())
+    if kind not in _BACKENDS:
+        raise TargetError(f"no backend serves targets of the kind {kind!r}; register one with register_backend()")
+    return _BACKENDS[kind]
+
+
+def backend_of(target: Target) -> Backend:
+    """The backend of a target.
+
+    Raises:
+        TargetError: there is none.
+    """
+    return backend_named(target.kind)

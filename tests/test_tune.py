@@ -526,7 +526,7 @@ def test_a_worker_that_does_not_start_is_an_error():
 
 def test_describing_work_does_not_import_tvm():
     code = (
-        "import sys; from lbllm_compile.codegen import build, ops, format, reference, prove, spec, targets;"
+        "import sys; from lbllm_compile.codegen import build, operators, format, reference, prove, spec, targets;"
         " from lbllm_compile.codegen.tune import database, measure, search; assert 'tvm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
 from ..codegen.errors import LbllmError, first_line
-from .base import Pass
-from .ir import dump, exact
+from .base import Pass, PassError
+from .ir import compare, dump, exact
 from .ir.program import Program
 
 _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -137,6 +137,30 @@ def check_outputs(
         f" the first node that differs is {describe(node)}",
         dump.excerpt(after, node) if node is not None else "",
     )
+
+
+def check_replaced(
+    before: Program,
+    after: Program,
+    replaced: Mapping[str, fx.Node],
+    probe: Mapping[str, Any],
+    bound: float,
+    compared: Callable[[Tensor], Tensor] = lambda value: value,
+) -> float:
+    """Holds each replaced node against its replacement, on the same inputs (:mod:`.ir.compare`).
+
+    Returns:
+        The largest relative error; 0 without a probe.
+
+    Raises:
+        PassError: one is larger than ``bound``; the message names the node.
+    """
+    found = compare.errors(before, after, replaced, probe, compared)
+    for name, error in found.items():
+        if not error <= bound:
+            node = next(n for n in before.graph.nodes if n.name == name)
+            raise PassError(f"{describe(node)} differs by {error:.2g} from what takes its place; report this")
+    return max(found.values(), default=0.0)
 
 
 class _Recorder(fx.Interpreter):

@@ -18,9 +18,11 @@ Result::
     %q, %k = %split[0], %split[1]
 
 Linears merge when they share the input node, ``in_features`` and group, and all or none of them have a bias. Every
-output is the same sum as before, to the bit. What reads an output now reads a slice of a wider tensor, and torch may
-sum a strided tensor (a norm over queries, say) in another order than a dense one: hence a bound instead of ``exact``,
-wide enough for the moved 4-bit codes that such a difference can bring about. Needs ``ptq``; put before ``lower``.
+output is the same sum as before, to the bit once it is computed in integers, and up to fp32 rounding in the simulation:
+each is held against the linear it replaces, on the input that has on the probe. What reads an output now reads a slice
+of a wider tensor, and torch may sum a strided tensor (a norm over queries, say) in another order than a dense one:
+hence a bound for the whole program instead of ``exact``, wide enough for the moved 4-bit codes that such a difference
+can bring about. Needs ``ptq``; put before ``lower``.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ from torch import fx
 from ..codegen import operators as operators
 from .annotate import LINEAR
 from .base import Contract, Pass, PassContext, PassResult, bounded
+from .contracts import check_replaced
 from .ir.program import Program, get_attribute
 from .ir.rewrite import Node, argument, calls, is_call, make_attribute, make_call, relax_views
 
 _aten = torch.ops.aten
+
+_LINEAR_BOUND = 1e-5
+"""Largest relative error between a linear and the rows that replace it: sums may be taken in another order."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,18 @@ class Merge(Pass):
     contract: ClassVar[Contract] = bounded(0.5)
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
-        program = program.copy()
+        apart, program = program, program.copy()
         rows = []
+        replaced: dict[str, Node] = {}
         for linears in _mergeable(program.graph):
             rows.append({"layer": linears[0].meta.get("lbllm_layer"), "merged": [_label(n) for n in linears]})
-            _merge(program, linears)
+            replaced |= _merge(program, linears)
         program.graph.eliminate_dead_code()
         program.graph.lint()
         program.module.recompile()
+        worst = check_replaced(apart, program, replaced, context.probe, _LINEAR_BOUND)
         merged = sum(len(r["merged"]) for r in rows)
-        return PassResult(program, rows=rows, summary={"linears": merged, "into": len(rows)})
+        return PassResult(program, rows, {"linears": merged, "into": len(rows), "worst_linear_error": worst})
 
 
 def _mergeable(graph: fx.Graph) -> list[list[Node]]:
@@ -76,7 +84,8 @@ def _mergeable(graph: fx.Graph) -> list[list[Node]]:
     return [s for s in sets.values() if len(s) > 1]
 
 
-def _merge(program: Program, linears: Sequence[Node]) -> None:
+def _merge(program: Program, linears: Sequence[Node]) -> dict[str, Node]:
+    """Merges linears; returns what takes the place of each, by its name."""
     graph, first = program.graph, linears[0]
     weights = [n.args[1] for n in linears]
     sizes = [get_attribute(program.module, w.args[0].target).shape[0] for w in weights]
@@ -98,6 +107,7 @@ def _merge(program: Program, linears: Sequence[Node]) -> None:
         node.replace_all_uses_with(part)
         graph.erase_node(node)
         relax_views(part)
+    return {node.name: part for node, part in zip(linears, parts, strict=True)}
 
 
 def _merged_meta(linears: Sequence[Node]) -> dict[str, object]:

@@ -83,7 +83,7 @@ def test_biases_are_stacked_when_all_have_one():
 def test_linears_with_and_without_bias_stay_apart():
     after = Merge().apply(simulate(attention_inputs(biases=("q",))), context())
     assert after.rows[0]["merged"] == ["k", "v"]
-    assert after.summary == {"linears": 2, "into": 1}
+    assert (after.summary["linears"], after.summary["into"]) == (2, 1)
 
 
 def test_linears_with_different_inputs_and_float_ones_stay_apart():
@@ -95,5 +95,5 @@ def test_linears_with_different_inputs_and_float_ones_stay_apart():
     weights = {f"{n}.weight": normal(8, 40, seed=i) for i, n in enumerate(("a", "b", "head"))}
     before = simulate(program(weights, forward, kind="module"))
     result = Merge().apply(before, context())
-    assert result.summary == {"linears": 0, "into": 0}
+    assert (result.summary["linears"], result.summary["into"]) == (0, 0)
     assert lines(result.program) == lines(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,20 +26,38 @@ def in_words(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
+_counting = threading.Lock()
+_inside = 0
+"""Threads in a block of :func:`one_torch_thread`, under the lock."""
+
+_outside = 1
+"""Torch's threads before the first of them."""
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's operators on the calling thread alone, in this block.
 
     The threads of two pools, torch's and the kernels', spin on the same cores while they wait, and every change from
-    one pool to the other costs as much as a whole small operator. Worth it where torch's share is small. A thread
-    that uses torch for the first time while another one is in this block keeps the count of one.
+    one pool to the other costs as much as a whole small operator. Worth it where torch's share is small. Torch keeps a
+    count for each thread and one for threads that are new to it; after the last of overlapping blocks all are what
+    they were before the first. A thread that uses torch for the first time while another one is in this block, and is
+    never in one itself, keeps the count of one.
     """
     # Not at the top: `doctor` counts threads, and must do so with a torch that cannot be imported too.
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _inside, _outside
+    with _counting:
+        # Asked for in every thread: one that is new to torch takes over the common count then, whatever was set in it.
+        before = torch.get_num_threads()
+        if not _inside:
+            _outside = before
+        _inside += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _counting:
+            _inside -= 1
+            torch.set_num_threads(_outside)

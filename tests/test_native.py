@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,7 @@ from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.threads import one_torch_thread
 from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.ir.program import get_attribute, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
@@ -541,6 +545,107 @@ def test_a_program_of_another_form_is_named(tmp_path):
     (broken / native.DESCRIPTION).write_text("{}")
     with pytest.raises(KernelError, match=r"stored program .*broken is damaged"):
         NativeProgram(broken)
+
+
+# Several threads and processes
+
+
+def greedy(model, prompts, tokens=24):
+    return list(model.generate_ids(prompts, Sampling(max_new_tokens=tokens), ()))
+
+
+def in_threads(work, count):
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return [done.result() for done in [pool.submit(work, i) for i in range(count)]]
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(90, marks=pytest.mark.slow)])
+def test_threads_generate_at_once(seconds):
+    """Two threads, single sequences in few launches and batches kernel by kernel, each gets its own tokens."""
+    model = NativeModel(toy(), None)
+    prompts = [[[5, 3, 8]], [[9, 1, 1, 2], [7]]]
+    expected = [greedy(model, p) for p in prompts]
+
+    def work(index):
+        end, rounds = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            assert greedy(model, prompts[index]) == expected[index]
+            rounds += 1
+        return rounds
+
+    assert min(in_threads(work, 2)) > 1
+
+
+def test_overlapping_blocks_of_one_torch_thread_leave_the_count_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def work(index):
+        if index == 0:
+            with one_torch_thread():
+                first_is_in.set()
+                second_is_in.wait()
+            first_is_out.set()
+        else:
+            first_is_in.wait()
+            with one_torch_thread():
+                second_is_in.set()
+                first_is_out.wait()
+                assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
+
+    assert in_threads(work, 2) == [3, 3]
+    assert in_threads(lambda _: torch.get_num_threads(), 1) == [3]
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+PROCESS = """
+import contextlib, os, sys, time
+from pathlib import Path
+from lbllm_compile.runtime.generate import Sampling
+from lbllm_compile.runtime.native import SEAL, NativeModel, find
+
+out, seconds = Path(sys.argv[1]), float(sys.argv[2])
+first = None
+end = time.monotonic() + seconds
+while first is None or time.monotonic() < end:
+    program = find(out)
+    if program is None:
+        from lbllm_compile.runtime import load
+        program = load(out).native
+    tokens = list(NativeModel(program, None).generate_ids([[5, 3, 8]], Sampling(max_new_tokens=12), ()))
+    assert first in (None, tokens), (first, tokens)
+    first = tokens
+    if seconds:
+        from lbllm_compile.lowering import build
+        for file in (*build.programs_directory().glob("[!.]*.*"), program.directory / SEAL):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(file, (0, 0))
+        build._forget_unused()
+print(first)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, pytest.param(120, marks=pytest.mark.slow)])
+def test_processes_use_programs_at_once(stored, tmp_path, seconds):
+    """Four that share a cache; in the long form nothing is stored at first, and each forgets all programs at times."""
+    expected = str(greedy(stored[1], [[5, 3, 8]], 12)) + "\n"
+    if not seconds:
+        shutil.copytree(native.cache_directory(), tmp_path / "cache")
+    environment = {**os.environ, "LBLLM_CACHE_DIR": str(tmp_path / "cache")}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(stored[0]), str(seconds)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    assert [child.communicate()[0] for child in children] == [expected] * 4
+    assert [child.returncode for child in children] == [0] * 4
+    left = [path.name for path in (tmp_path / "cache" / "programs").iterdir()]
+    assert [name for name in left if name.startswith(".")] == []
 
 
 def test_run_needs_neither_torch_nor_the_compiler(stored):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,7 +291,7 @@ class Description:
 
 
 class NativeProgram:
-    """A program in memory.
+    """A program in memory. Its sessions may be in different threads, each in one.
 
     Args:
         directory: what :func:`lbllm_compile.lowering.build.build_native` wrote.
@@ -301,6 +302,8 @@ class NativeProgram:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        # The virtual machine has one stack of frames; sessions in other threads wait for each other's calls.
+        self._calling = threading.Lock()
         try:
             self.description = Description.from_json((directory / DESCRIPTION).read_text(encoding="utf-8"))
             self.machine = backend_of(Target.parse(self.description.target)).machine(directory / LIBRARY)
@@ -326,10 +329,11 @@ class NativeProgram:
         description, function = self.description, self.machine.function(name)
         arguments = [inputs[name] for name in description.inputs]
         if name in description.workspaces:
-            result = function(*arguments, self._weights, state.block, state.workspace(name))
+            arguments += [self._weights, state.block, state.workspace(name)]
         else:
-            result = function(*arguments, self._weight_tuple, state.tuple if part is None else state.part(part))
-        return self.machine.array(result)
+            arguments += [self._weight_tuple, state.tuple if part is None else state.part(part)]
+        with self._calling:
+            return self.machine.array(function(*arguments))
 
 
 def _view(block: Array, member: Member, offset: int, sizes: Mapping[str, int]) -> Array:

@@ -14,6 +14,7 @@ Bits are packed along ``K``, eight to a byte, least significant bit first; paddi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,14 +115,23 @@ class QuantizedWeight:
         return 8 * sum(t.numel() * t.element_size() for t in (self.sign, self.bitmap, self.levels, self.scale))
 
     @classmethod
-    def from_codes(cls, codes: Tensor, levels: Tensor, group: int) -> QuantizedWeight:
+    def from_codes(
+        cls,
+        codes: Tensor,
+        levels: Tensor,
+        group: int,
+        quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = quantize_levels,
+    ) -> QuantizedWeight:
         """From codes ``[..., N, K]`` (0..3) and sorted float levels ``[..., N, G, 4]``.
+
+        Args:
+            quantize: makes levels what is stored; a level rule's own (:meth:`.levels.LevelRule.quantize`) keeps it.
 
         Raises:
             FormatError: shapes disagree, levels are unsorted or not finite.
         """
         sign, bitmap = codes_to_planes(codes)
-        quantized, scale = quantize_levels(levels)
+        quantized, scale = quantize(levels)
         weight = cls(sign, bitmap, quantized, scale, codes.shape[-1], group)
         weight.validate()
         return weight

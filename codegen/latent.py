@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from .errors import KernelError
-from .format import LEVELS, quantize_levels
+from .format import LEVELS
+from .levels import FREE, LevelRule
 
 PROOF_UNITS = 37
 """Units on which the kernels are held against the formulas."""
 
 
-def stored_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels ``[U, 4]`` as stored: integers as floats ``[U, 4]``, and their scale ``fp32 [U]``.
+def stored_levels(levels: Tensor, rule: LevelRule = FREE) -> tuple[Tensor, Tensor]:
+    """Levels ``[U, 4]`` as stored under a rule: integers as floats ``[U, 4]``, and their scale ``fp32 [U]``.
 
     Raises:
         FormatError: a level is not finite, or too large.
     """
-    quantized, scale = quantize_levels(levels)
+    quantized, scale = rule.stored(levels)
     return quantized.float(), scale.float()
 
 

@@ -53,7 +53,7 @@ from lbllm_compile.passes.contracts import Propagation, describe
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import check_weights
 from lbllm_compile.records import MeasuredPass
 
 MEASUREMENTS = "measured.json"
@@ -485,8 +485,7 @@ def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
     unused = sorted(set(state) - used)
     if unused:
         raise ArtifactError(f"the graph does not use the stored weight '{unused[0]}'")
-    for path, weight in stored_weights(program).items():
-        weight.validate(path)
+    check_weights(program)
     for path, tensor in state.items():
         # A constant of several dimensions may be a mask, which hides with minus infinity.
         values = (

@@ -204,8 +204,8 @@ def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 _MODELLING = (
-    "target", "recipe", "preset", "pipeline", "calibration", "group", "act_bits", "kv_bits", "keep_dense", "context",
-    "device",
+    "target", "recipe", "preset", "pipeline", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense",
+    "context", "device",
 )  # fmt: skip
 """What decides what a model becomes."""
 
@@ -378,7 +378,8 @@ def eval_command(
 
 @app.command()
 @_takes(
-    "preset", "calibration", "group", "act_bits", "kv_bits", "keep_dense", "context", "device", "work_dir", "seed",
+    "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "context", "device", "work_dir",
+    "seed",
     "fresh",
 )  # fmt: skip
 def ablate(

@@ -90,7 +90,7 @@ class Work:
         distill, activate: sequences of a batch where layers train, else 0.
         together: sequences of a batch where all layers train together, else 0.
         validate: sequences of a batch where the whole model's output is validated, else 0.
-        group: input columns per group of levels.
+        groups: of levels, in all decoder matrices.
         text: bytes that writing the calibration text takes besides the weights; None where none is written.
         half: whether it is written by bfloat16 weights.
     """
@@ -102,7 +102,7 @@ class Work:
     activate: int
     together: int
     validate: int
-    group: int
+    groups: int
     text: int | None
     half: bool
 
@@ -135,7 +135,7 @@ def memory(model: Model, work: Work) -> dict[str, int]:
         training = _ACTIVATE_BYTES * layer + _SAVED_BY_AUTOGRAD * activations(work.activate)
         phases["stage 3, activate"] = max(training, RESIDENT + outside + logits(work.validate))
     if work.together:
-        levels = 6 * _LEVEL_BYTES * (model.decoder // work.group)
+        levels = 6 * _LEVEL_BYTES * work.groups
         recomputed = _SAVED_BY_AUTOGRAD * activations(work.together)
         phases["training all layers together"] = (
             _TOGETHER_BYTES * model.decoder + levels + logits(work.together) + recomputed
@@ -159,7 +159,7 @@ def spooled(model: Model, work: Work, width: int) -> int:
 
 def saved(model: Model, work: Work) -> int:
     """Bytes that a training of all layers keeps in the work directory."""
-    return 4 * _LEVEL_BYTES * (model.decoder // work.group) if work.together else 0
+    return 4 * _LEVEL_BYTES * work.groups if work.together else 0
 
 
 def _training(model: Model, work: Work, layer: int) -> int:

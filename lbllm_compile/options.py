@@ -46,7 +46,9 @@ class CompileOptions:
         target: what to generate kernels for; several separated by commas.
         recipe, preset: see :mod:`lbllm_compile.recipe`.
         pipeline: pipeline text instead of the recipe's.
-        group, act_bits, kv_bits, keep_dense: override the recipe's.
+        group, act_bits, kv_bits: override the recipe's.
+        scheme: entries of :mod:`lbllm_compile.passes.ir.scheme`, for single linears; later ones win.
+        keep_dense: linears that stay float, whatever the scheme says.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
         out: the directory to write; ``<model name>-lbllm`` by default.
         calibration: calibration text; the model's own samples by default.
@@ -70,6 +72,10 @@ class CompileOptions:
     ] = None
     act_bits: Annotated[int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT)] = None
     kv_bits: Annotated[int | None, Flag("bits of the key/value cache: 4, 8 or 16 [default: 4]", FORMAT)] = None
+    scheme: Annotated[
+        tuple[str, ...],
+        Flag("other settings for some linears, e.g. '*.down_proj: group=32 act=8'; repeatable", FORMAT, metavar="TEXT"),
+    ] = ()
     keep_dense: Annotated[
         tuple[str, ...],
         Flag("linears to keep float, e.g. 'model.layers.0.*'; repeatable", FORMAT, metavar="PATTERN"),

@@ -26,16 +26,20 @@ from torch import nn
 
 from lbllm_compile import footprint, frontend, recipe
 from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
+from lbllm_compile.codegen.levels import FREE
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
 from lbllm_compile.job import check_named, check_print_after, device_of
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
+from lbllm_compile.passes.activate import quantizer_scheme
 from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.calibrate import sensitivity, spool
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
 from lbllm_compile.passes.ir.program import CPU, get_attribute
+from lbllm_compile.passes.ir.scheme import Scheme, parse
 from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import terminal
 
@@ -174,6 +178,10 @@ class _Linear:
     def weights(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def matrix_rows(self) -> int:
+        return self.weights // self.shape[-1]
+
 
 def make_plan(options: CompileOptions) -> Plan:
     """Works out the plan of a compile.
@@ -189,7 +197,7 @@ def make_plan(options: CompileOptions) -> Plan:
     passes = recipe.passes(choices, options.target)
     check_print_after(options, passes)
     preset = recipe.preset(choices.preset)
-    found = survey(model, _option(passes, "annotate", "keep_dense", ()))
+    found = survey(model, _option(passes, "annotate", "keep_dense", ()), _option(passes, "annotate", "scheme", ""))
     linears = tuple(_treatment(linear, passes) for linear in found)
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
@@ -243,7 +251,8 @@ def footprint_of(
     for linear in found:
         if linear.info.role == "decoder":
             layers.setdefault(linear.info.layer, []).append(linear.shape)
-    inside = {x.info.weight for x in found if x.info.role == "decoder"}
+    decoder = [x for x in found if x.info.role == "decoder"]
+    inside = {x.info.weight for x in decoder}
     outside = (p.numel() for name, p in model.module.named_parameters() if name not in inside)
     names = {p.name for p in passes}
     together = [
@@ -266,7 +275,7 @@ def footprint_of(
         activate=_option(passes, "activate", "batch", 0) * rows if _option(passes, "activate", "epochs", 0) else 0,
         together=max(together, default=0) * rows,
         validate=_option(passes, "activate", "batch", 0) * rows,
-        group=_option(passes, "ptq", "group", 64),
+        groups=sum(x.matrix_rows * group_count(x.shape[-1], _group(x, passes) or DEFAULT_GROUP) for x in decoder),
         text=text,
         half=samples_in_bfloat16(),
     )
@@ -280,21 +289,22 @@ def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: C
     return sampling_bytes(config, preset.sequences + preset.validation_sequences, preset.sequence_length)
 
 
-def survey(model: frontend.UserModel, keep_dense: Sequence[str] = ()) -> list[_Linear]:
+def survey(model: frontend.UserModel, keep_dense: Sequence[str] = (), scheme: str = "") -> list[_Linear]:
     """Every linear of a model and what the pass ``annotate`` will say about it.
 
     A language model is only looked at, module by module; any other model is captured and annotated.
 
     Raises:
-        LbllmError: a pattern of ``keep_dense`` matches nothing, or a plain module cannot be captured.
+        LbllmError: a pattern matches nothing, a linear cannot have what the scheme says, or a plain module cannot be
+            captured.
     """
     if model.kind == "causal-lm":
         found = _survey_modules(model.module)
-        dense = annotate.match_patterns(keep_dense, [x.info for x in found])
-        return [dataclasses.replace(x, info=dense.get(x.info.path, x.info)) for x in found]
+        infos = annotate.choose([x.info for x in found], parse(scheme), keep_dense)
+        return [dataclasses.replace(x, info=info) for x, info in zip(found, infos, strict=True)]
     program = frontend.capture(model)
     context = PassContext()
-    for item in (canonicalize.Canonicalize(), annotate.Annotate(keep_dense=tuple(keep_dense))):
+    for item in (canonicalize.Canonicalize(), annotate.Annotate(tuple(keep_dense), scheme)):
         program = item.apply(program, context).program
     return [
         _Linear(info, tuple(get_attribute(program.module, info.weight).shape)) for _, info in annotate.linears(program)
@@ -379,19 +389,34 @@ def _option(passes: Sequence[Pass], name: str, option: str, default: Any) -> Any
 def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
     info, (*_, rows, columns) = linear.info, linear.shape
     before = ORIGINAL_BYTES * linear.weights
-    group = _option(passes, "ptq", "group", None)
-    bits = _option(passes, "activate", "bits", None)
-    knees = " with knees" if _option(passes, "activate", "ranges", "clip") == "knees" else ""
+    group = _group(linear, passes)
     head = _option(passes, "head", "bits", None)
     if info.role == "decoder" and group is not None:
-        groups = -(-columns // group)
-        after = info.matrices * rows * (2 * -(-columns // 8) + 6 * groups)
-        text = f"W(1+1) g{group}" + (f", A{bits}{knees}" if bits else "")
+        after = linear.matrix_rows * (2 * -(-columns // 8) + 6 * group_count(columns, group))
+        levels = "" if info.scheme.levels == FREE.name else f" {info.scheme.levels}"
+        text = f"W(1+1) g{group}{levels}" + _activations(info.scheme, passes)
     elif info.role == "head" and head == 8:
         after, text = rows * (columns + 4), "int8 per row, A8"
     else:
         after, text = 4 * linear.weights, "float"
     return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
+
+
+def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:
+    """Input columns per group of a decoder linear's levels; None where the pipeline quantizes no weights."""
+    default = _option(passes, "ptq", "group", None)
+    return default and (linear.info.scheme.group or default)
+
+
+def _activations(scheme: Scheme, passes: Sequence[Pass]) -> str:
+    """How the input of a decoder linear is quantized, in words; scales are named where they are not the pipeline's."""
+    options = [_option(passes, "activate", name, None) for name in ("bits", "group", "ranges")]
+    if None in options:
+        return ""
+    bits, default, ranges = options
+    made = quantizer_scheme(scheme, bits, default, ranges == "knees")
+    scales = " per token" if default and made.act_group == 0 else ""
+    return f", A{made.act_bits}{' with knees' if made.codebook == 'knees' else ''}{scales}"
 
 
 def _embedding_weights(model: frontend.UserModel) -> int:

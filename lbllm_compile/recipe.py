@@ -139,6 +139,7 @@ class Choices:
     group: int | None = None
     act_bits: int | None = None
     kv_bits: int | None = None
+    scheme: tuple[str, ...] = ()
     keep_dense: tuple[str, ...] = ()
 
 
@@ -191,7 +192,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         hint = suggestion(choices.recipe, RECIPES)
         raise OptionError(f"there is no recipe '{choices.recipe}'{hint}; choose {', '.join(RECIPES)}")
     if choices.pipeline is not None:
-        given = [n for n in ("group", "act_bits", "kv_bits", "keep_dense") if getattr(choices, n)]
+        given = [n for n in ("group", "act_bits", "kv_bits", "scheme", "keep_dense") if getattr(choices, n)]
         if given:
             option = given[0].replace("_", "-")
             raise OptionError(f"--{option} and --pipeline contradict each other; write the option in the pipeline text")
@@ -225,7 +226,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     tuned = recipe.whole and size.finetune_steps
     return [
         make("canonicalize", {}),
-        make("annotate", {"keep_dense": choices.keep_dense}),
+        make("annotate", {"keep_dense": choices.keep_dense, "scheme": "; ".join(choices.scheme)}),
         *([make("smooth", {})] if recipe.smooth else []),
         make("observe", {}),
         make("ptq", {"group": group}),

@@ -43,7 +43,7 @@ from torch import Tensor, fx
 
 from ..codegen import operators as operators
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
-from .annotate import LINEAR
+from .annotate import LINEAR, decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
 from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
@@ -53,8 +53,9 @@ from .calibrate.precision import Precision
 from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import before_repeat, is_call, make_attribute, make_call
-from .observe import decoder_linears, nothing_to_quantize
+from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call
+from .ir.scheme import Scheme
+from .observe import nothing_to_quantize
 from .ptq import FIELDS
 
 STREAM = 2 << 20
@@ -70,7 +71,8 @@ class Activate(Pass):
 
     Attributes:
         bits: of the linears' inputs: 4, 8 or 16.
-        group: channels per activation scale: the weights' group, or 0 for one scale per token.
+        group: channels per activation scale: the weights' group, or 0 for one scale per token. Like ``bits`` and
+            ``ranges``, it is for linears whose scheme leaves it open.
         kv: bits of keys and values: 4, 8 or 16.
         epochs: passes over the calibration set, layer by layer. On few tokens the layers come closer to the float ones
             while the model's output drifts away, so ``steps`` alone are the default.
@@ -110,7 +112,7 @@ class Activate(Pass):
         if dense:
             return PassResult(program)
         pair = paired_layers(self.name, program, context)
-        if self.ranges == "knees":
+        if any(activation_knees(n) for n in calls(program.graph, _lbllm.fake_quantize.default)):
             place_knees(program, context.calibration[0], context.progress)
         together = Together(
             steps=self.steps,
@@ -164,8 +166,9 @@ class Activate(Pass):
             raise PassError("the activations are quantized already; use 'activate' once")
         if not all(is_call(n.args[1], _lbllm.unpack_weight.default) for n in linears):
             raise PassError("activate needs quantized weights; run 'ptq' before it")
-        groups = {n.args[1].args[5] for n in linears}
-        if groups and self.group not in (0, *groups):
+        open_ones = [n for n in linears if n.meta[LINEAR].scheme.group is None]
+        groups = {n.args[1].args[5] for n in open_ones if n.meta[LINEAR].scheme.act_group is None} or set(GROUPS)
+        if self.group not in (0, *groups):
             choices = " or ".join(str(g) for g in sorted(groups & set(GROUPS)))
             raise PassError(
                 f"activate: group cannot be {self.group}; choose the weights' {choices}, or 0 for per token"
@@ -177,7 +180,7 @@ class Activate(Pass):
         """Trains one layer; returns its packed levels, its clip factors, its knees and figures."""
         start = time.perf_counter()
         packed = {path: lifted.stored(path) for path in lifted.weights}
-        levels = {path: LevelWeight.of(weight) for path, weight in packed.items()}
+        levels = {path: LevelWeight.of(weight, lifted.rules[path]) for path, weight in packed.items()}
         logits = {path: torch.full((2,), LOGIT, device=lifted.stage.device) for path in lifted.clips}
         placed = {path: get_attribute(lifted.stage.module, path) for path in lifted.knees}
         knees = {path: knee_logits(shares) for path, shares in placed.items()}
@@ -187,7 +190,7 @@ class Activate(Pass):
             groups.append(Group(tuple(knees.values()), self.lr_knees * scale, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for path, weight in levels.items():
             deviation = float(get_attribute(teacher.module, path).float().std())
-            groups.append(Group((weight.levels,), self.lr_levels * deviation * scale))
+            groups.append(Group((weight.parameters,), self.lr_levels * deviation * scale))
 
         def parameters() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
@@ -222,18 +225,25 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, kne
     """Puts quantizers, without clipping, in front of the decoder linears and on a language model's keys and values.
 
     Args:
-        knees: give the linears' quantizers knees, which :func:`.knees.place_knees` must place.
+        bits, group, knees: of the quantizers whose linears' schemes leave them open; :func:`.knees.place_knees` must
+            place knees. Only 4 bits have any, and a group other than 0 stands for that of the weights.
+
+    Raises:
+        PassError: linears that read the same input want different quantizers.
     """
     program = program.copy()
     graph = program.graph
     for source, linears in decoder_linears(graph).items():
         path = linears[0].meta[LINEAR].path
-        factors = {"clip": torch.ones(2)} | ({"knees": torch.full((2,), UNPLACED)} if knees else {})
+        scheme = quantizer_scheme(shared_scheme(linears), bits, group, knees)
+        factors = {"clip": torch.ones(2)}
+        if scheme.codebook == "knees":
+            factors["knees"] = torch.full((2,), UNPLACED)
         for name, tensor in factors.items():
             set_attribute(program.module, f"{path}.input_{name}", tensor)
         with graph.inserting_before(linears[0]):
             clip, *rest = [make_attribute(graph, f"{path}.input_{name}", linears[0]) for name in factors]
-            arguments = (source, clip, bits, group, *rest)
+            arguments = (source, clip, scheme.act_bits, scheme.act_group, *rest)
             quantized = make_call(graph, _lbllm.fake_quantize.default, arguments, linears[0])
         for linear in linears:
             linear.update_arg(0, quantized)
@@ -241,6 +251,15 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, kne
         _quantize_keys_and_values(graph, kv_bits)
     program.module.recompile()
     return program
+
+
+def quantizer_scheme(scheme: Scheme, bits: int, group: int, knees: bool) -> Scheme:
+    """A quantizer's scheme with these options in place of what it leaves open."""
+    bits = scheme.act_bits or bits
+    of_weights = scheme.group if group and scheme.group else group
+    act_group = of_weights if scheme.act_group is None else scheme.act_group
+    codebook = scheme.codebook or ("knees" if knees and bits == 4 else "none")
+    return Scheme(act_bits=bits, act_group=act_group, codebook=codebook)
 
 
 def _quantize_keys_and_values(graph: fx.Graph, bits: int) -> None:

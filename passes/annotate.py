@@ -28,8 +28,8 @@ import difflib
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import networkx as nx
@@ -38,7 +38,9 @@ from torch import fx
 
 from ..codegen import operators as operators
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
+from .ir import scheme as schemes
 from .ir.program import Program
+from .ir.scheme import Entry, Scheme, SchemeError
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
@@ -66,6 +68,7 @@ class LinearInfo:
         role: ``"decoder"`` (W(1+1)), ``"head"`` (int8 per row) or ``"dense"`` (stays float).
         experts: matrices in a stacked weight; 0 for an ordinary one.
         reason: why it has this role, for people.
+        scheme: how it is quantized, as far as ``annotate`` was told; complete once ``lower`` has run.
     """
 
     path: str
@@ -74,6 +77,7 @@ class LinearInfo:
     role: str
     experts: int
     reason: str
+    scheme: Scheme = field(default_factory=Scheme)
 
     @property
     def matrices(self) -> int:
@@ -87,6 +91,9 @@ class Annotate(Pass):
     Attributes:
         keep_dense: linears that stay float, as shell patterns over module paths (``model.layers.0.*``); a pattern that
             matches a module covers what is inside it.
+        scheme: how single linears are quantized, e.g. ``*.down_proj: group=32 act=8; *.layers.0.*: dense``
+            (:mod:`.ir.scheme`); what it does not set is as the options of ``ptq``, ``activate`` and ``head`` say.
+            ``keep_dense`` wins over it.
     """
 
     name: ClassVar[str] = "annotate"
@@ -94,6 +101,10 @@ class Annotate(Pass):
     sets_teacher: ClassVar[bool] = True
 
     keep_dense: tuple[str, ...] = ()
+    scheme: str = ""
+
+    def __post_init__(self) -> None:
+        schemes.parse(self.scheme)
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         result = program.copy()
@@ -106,16 +117,55 @@ class Annotate(Pass):
         for node in result.graph.nodes:
             node.meta[LAYER] = layers.get(node)
         _place_weights(result)
-        infos = [_describe(result, node) for node in found]
-        dense = match_patterns(self.keep_dense, infos)
+        infos = choose([_describe(result, node) for node in found], schemes.parse(self.scheme), self.keep_dense)
         for node, info in zip(found, infos, strict=True):
-            node.meta[LINEAR] = dense.get(info.path, info)
+            node.meta[LINEAR] = info
+        for behind in decoder_linears(result.graph).values():
+            shared_scheme(behind)
         return PassResult(result, rows=_rows(result), summary=_summary(result))
 
 
 def linears(program: Program) -> list[tuple[fx.Node, LinearInfo]]:
     """Every annotated linear of a program, in graph order."""
     return [(n, n.meta[LINEAR]) for n in program.graph.nodes if LINEAR in n.meta]
+
+
+def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The linears to quantize, in graph order, by the node they read."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        info = node.meta.get(LINEAR)
+        if info is not None and info.role == "decoder":
+            found.setdefault(node.args[0], []).append(node)
+    return found
+
+
+def shared_scheme(behind: Sequence[fx.Node]) -> Scheme:
+    """The scheme of the quantizer in front of linears that read the same input.
+
+    Raises:
+        PassError: their schemes want different ones; the message names two of them.
+    """
+    first, *others = [node.meta[LINEAR] for node in behind]
+    shared = first.scheme.activation
+    for other in others:
+        if other.scheme.activation != shared:
+            raise PassError(
+                f"'{first.path}' ({_asked(first)}) and '{other.path}' ({_asked(other)}) read the same input, which is"
+                " quantized once; give them the same act, act-group and codebook in the scheme, and the same group or"
+                " act-group=0"
+            )
+    return shared
+
+
+def completed(linear: fx.Node) -> Scheme:
+    """The scheme of a quantized linear with what the options of passes decided, as the operators of its graph tell."""
+    info = linear.meta.get(LINEAR)
+    return replace(Scheme() if info is None else info.scheme, **schemes.told(linear))
+
+
+def _asked(info: LinearInfo) -> str:
+    return str(info.scheme) or "without a scheme"
 
 
 def matrix_count(program: Program, role: str = "decoder") -> int:
@@ -324,7 +374,8 @@ def _describe(program: Program, node: fx.Node) -> LinearInfo:
         role, reason = "head", "computes the output"
     else:
         role, reason = "dense", "outside the decoder layers"
-    return LinearInfo(module_path(node), str(weight.target), layer, role, experts, reason)
+    scheme = Scheme(dense=role == "dense")
+    return LinearInfo(module_path(node), str(weight.target), layer, role, experts, reason, scheme)
 
 
 _CHOICES = (aten.topk.default, aten.argmax.default, aten.sort.default)
@@ -356,31 +407,86 @@ def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node
             pending.extend(user.users)
 
 
-def match_patterns(patterns: Sequence[str], infos: Sequence[LinearInfo]) -> dict[str, LinearInfo]:
-    """What the user wants kept float.
+HEAD_KEYS = ("act-group",)
+"""Settings that an output head has; its weights are int8 rows, and its input has 8 bits."""
+
+
+def choose(infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Sequence[str]) -> list[LinearInfo]:
+    """Linears as a scheme and the patterns of ``keep_dense`` want them.
 
     Raises:
-        PassError: a pattern matches nothing; the message suggests the nearest path.
+        PassError: a pattern matches nothing (the message suggests the nearest path) or nothing that its settings
+            concern, or the settings of a linear contradict each other.
     """
     names: dict[str, set[str]] = defaultdict(set)
     for info in infos:
         parts = info.path.split(".")
         for length in range(1, len(parts) + 1):
             names[".".join(parts[:length])].add(info.path)
+    chosen = {info.path: info.scheme for info in infos}
     reasons: dict[str, str] = {}
-    for pattern in patterns:
-        matched = [path for name, paths in names.items() if fnmatch.fnmatchcase(name, pattern) for path in paths]
-        if not matched:
-            known = [*names, *dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in names)]
-            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise PassError(f"keep_dense: the pattern '{pattern}' matches no linear{hint}")
-        reasons.update({path: f"kept by the pattern '{pattern}'" for path in matched})
-    return {
-        info.path: LinearInfo(info.path, info.weight, info.layer, "dense", info.experts, reasons[info.path])
-        for info in infos
-        if info.path in reasons
-    }
+
+    def keep(paths: Iterable[str], pattern: str) -> None:
+        for path in paths:
+            chosen[path] = Scheme(dense=True)
+            reasons[path] = f"kept by the pattern '{pattern}'"
+
+    for entry in entries:
+        matched = _matched(names, entry.pattern, "scheme")
+        if entry.dense:
+            keep(matched, entry.pattern)
+            continue
+        concerned = [info for info in infos if info.path in matched and _keys(info, entry)]
+        if not concerned:
+            raise PassError(f"scheme: none of the linears that '{entry.pattern}' matches has the settings of '{entry}'")
+        for info in concerned:
+            try:
+                chosen[info.path] = entry.on(chosen[info.path], _keys(info, entry))
+            except SchemeError as error:
+                raise PassError(f"scheme: '{info.path}' cannot have '{entry}': {error}") from error
+    for pattern in keep_dense:
+        keep(_matched(names, pattern, "keep_dense"), pattern)
+    result = []
+    for info in infos:
+        scheme = chosen[info.path]
+        kept = {"role": "dense", "reason": reasons.get(info.path, info.reason)} if scheme.dense else {}
+        result.append(replace(info, scheme=scheme, **kept))
+    _check_schemes(result)
+    return result
+
+
+def _matched(names: Mapping[str, set[str]], pattern: str, option: str) -> set[str]:
+    """Paths of the linears that a pattern matches, or that are inside what it matches."""
+    matched = {path for name, paths in names.items() if fnmatch.fnmatchcase(name, pattern) for path in paths}
+    if not matched:
+        known = [*names, *dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in names)]
+        near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise PassError(f"{option}: the pattern '{pattern}' matches no linear{hint}")
+    return matched
+
+
+def _keys(info: LinearInfo, entry: Entry) -> tuple[str, ...]:
+    """The settings of an entry that concern a linear."""
+    allowed = {"decoder": tuple(schemes.KEYS), "head": HEAD_KEYS}.get(info.role, ())
+    return tuple(key for key, _ in entry.settings if key in allowed)
+
+
+def _check_schemes(infos: Sequence[LinearInfo]) -> None:
+    """Checks what only a decoder linear's whole scheme shows, and that one weight has one scheme."""
+    by_weight: dict[str, LinearInfo] = {}
+    for info in infos:
+        if info.role == "decoder" and info.scheme.act_group and info.scheme.group is None:
+            raise PassError(
+                f"scheme: '{info.path}' has act-group={info.scheme.act_group} and no group; set group to the same, or"
+                " act-group=0"
+            )
+        other = by_weight.setdefault(info.weight, info)
+        if other.role == info.role == "decoder" and other.scheme != info.scheme:
+            raise PassError(
+                f"scheme: '{other.path}' ({_asked(other)}) and '{info.path}' ({_asked(info)}) share one weight; give"
+                " both the same"
+            )
 
 
 def _rows(program: Program) -> list[dict[str, object]]:
@@ -391,6 +497,7 @@ def _rows(program: Program) -> list[dict[str, object]]:
             "role": info.role,
             "shape": list(node.args[1].meta["val"].shape),
             "reason": info.reason,
+            "scheme": str(info.scheme),
         }
         for node, info in linears(program)
     ]

@@ -107,14 +107,14 @@ class Distill(Pass):
         start = time.perf_counter()
         packed = {path: lifted.stored(path) for path in lifted.weights}
         originals = {path: get_attribute(teacher.module, path) for path in lifted.weights}
-        latents = {path: LatentWeight.of(packed[path], originals[path]) for path in lifted.weights}
+        latents = {path: LatentWeight.of(packed[path], originals[path], lifted.rules[path]) for path in lifted.weights}
         scale = step_scale(self.epochs * len(chains.student))
         groups = []
         for path, latent in latents.items():
             deviation = float(originals[path].float().std()) * scale
             groups.append(Group((latent.latent,), self.lr_weight * deviation, self.freeze))
             groups.append(Group((latent.bitmap,), self.lr_bitmap * scale, self.freeze, 0.0, 1.0))
-            groups.append(Group((latent.levels,), self.lr_levels * deviation))
+            groups.append(Group((latent.parameters,), self.lr_levels * deviation))
         release()
 
         clips = {path: get_attribute(lifted.stage.module, path) for path in lifted.clips}

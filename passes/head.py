@@ -55,7 +55,7 @@ class Head(Pass):
 
     Attributes:
         bits: 8, or 16 to leave both as they are.
-        group: channels per scale of the head's quantized input; 0 for one scale a token.
+        group: channels per scale of the head's quantized input, where its scheme has none; 0 for one scale a token.
     """
 
     name: ClassVar[str] = "head"
@@ -87,14 +87,14 @@ class Head(Pass):
         return PassResult(program, rows=rows, summary={"bits": 8, "matrices": len(rows)})
 
     def _quantize_input(self, program: Program, node: Node) -> None:
-        path = f"{node.meta[LINEAR].path}.input_clip"
+        info = node.meta[LINEAR]
+        path, group = f"{info.path}.input_clip", info.scheme.act_group
         set_attribute(program.module, path, torch.ones(2))
         with program.graph.inserting_before(node):
             clip = make_attribute(program.graph, path, node)
             hidden = node.args[0]
-            quantized = make_call(
-                program.graph, torch.ops.lbllm.fake_quantize.default, (hidden, clip, 8, self.group), node
-            )
+            arguments = (hidden, clip, 8, self.group if group is None else group)
+            quantized = make_call(program.graph, torch.ops.lbllm.fake_quantize.default, arguments, node)
         node.update_arg(0, quantized)
 
 

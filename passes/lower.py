@@ -30,17 +30,18 @@ fp32 rounding (1e-4), so that what the stages trained is what runs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen import reference
 from ..codegen.format import QuantizedWeight
-from .annotate import LINEAR
+from .annotate import LINEAR, completed, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import Program, Runner, get_attribute
@@ -97,6 +98,8 @@ class Lower(Pass):
         leftover = calls(graph, *SIMULATED)
         if leftover:
             raise PassError(f"{describe(leftover[0])} has no integer form; remove the pass that made it")
+        for node, info in linears(program):
+            node.meta[LINEAR] = replace(info, scheme=completed(node))
         graph.lint()
         program.module.recompile()
         error = _check_linears(simulated, program, lowered, context.probe)
@@ -223,10 +226,29 @@ def _check_linears(
 def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
     """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``."""
     found: dict[str, QuantizedWeight] = {}
-    for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
-        in_features, group = node.meta[IN_FEATURES], node.args[7]
-        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
-        for sign, *rest in zip(*planes, strict=True):
-            tensors: list[Any] = [get_attribute(program.module, n.target) for n in (sign, *rest)]
-            found[sign.target.removesuffix(".sign")] = QuantizedWeight(*tensors, in_features=in_features, group=group)
+    for node, path, parts in _stored_parts(program):
+        tensors: list[Any] = [get_attribute(program.module, n.target) for n in parts]
+        found[path] = QuantizedWeight(*tensors, in_features=node.meta[IN_FEATURES], group=node.args[7])
     return found
+
+
+def check_weights(program: Program) -> None:
+    """Checks every W(1+1) matrix of a lowered program against the format and the level rule of its scheme.
+
+    Raises:
+        FormatError: naming the weight and what it breaks.
+    """
+    weights = stored_weights(program)
+    for node, path, _ in _stored_parts(program):
+        weights[path].validate(path)
+        info = node.meta.get(LINEAR)
+        if info is not None:
+            level_rules.get(info.scheme.levels).check(weights[path].levels, path)
+
+
+def _stored_parts(program: Program) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
+    """A lowered linear, the path of its matrix and the ``get_attr`` nodes of its tensors, for each that was merged."""
+    for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
+        for parts in zip(*planes, strict=True):
+            yield node, parts[0].target.removesuffix(".sign"), parts

@@ -17,7 +17,7 @@ Result::
     %split = aten.split_with_sizes(%both, [64, 32], -1)
     %q, %k = %split[0], %split[1]
 
-Linears merge when they share the input node, ``in_features`` and group, and all or none of them have a bias. Every
+Linears merge when they share the input node, ``in_features`` and scheme, and all or none of them have a bias. Every
 output is the same sum as before, to the bit once it is computed in integers, and up to fp32 rounding in the simulation:
 each is held against the linear it replaces, on the input that has on the probe. What reads an output now reads a slice
 of a wider tensor, and torch may sum a strided tensor (a norm over queries, say) in another order than a dense one:
@@ -37,7 +37,7 @@ import torch
 from torch import fx
 
 from ..codegen import operators as operators
-from .annotate import LINEAR
+from .annotate import LINEAR, completed
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .contracts import check_replaced
 from .ir.program import Program, get_attribute
@@ -79,8 +79,7 @@ def _mergeable(graph: fx.Graph) -> list[list[Node]]:
         if is_call(node.args[0], torch.ops.lbllm.fake_quantize.default) and is_call(
             weight, torch.ops.lbllm.unpack_weight.default
         ):
-            in_features, group = weight.args[4:6]
-            sets[node.args[0], in_features, group, _bias(node) is not None].append(node)
+            sets[node.args[0], weight.args[4], completed(node), _bias(node) is not None].append(node)
     return [s for s in sets.values() if len(s) > 1]
 
 
@@ -116,7 +115,7 @@ def _merged_meta(linears: Sequence[Node]) -> dict[str, object]:
     if any(i is None for i in infos):
         return {}
     names = [infos[0].path, *(i.path.rpartition(".")[2] for i in infos[1:])]
-    return {LINEAR: replace(infos[0], path="+".join(names))}
+    return {LINEAR: replace(infos[0], path="+".join(names), scheme=completed(linears[0]))}
 
 
 def _bias(linear: Node) -> Node | None:

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
 
 from ..codegen import operators as operators
-from .annotate import LINEAR, linears
+from .annotate import LINEAR, decoder_linears, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir.program import Program
 from .ir.rewrite import make_call
@@ -69,16 +68,6 @@ class Observe(Pass):
             rows.append({"site": site, "linears": [n.meta[LINEAR].path for n in readers], "stat": self.stat})
         program.module.recompile()
         return PassResult(program, rows, {"observers": len(rows)})
-
-
-def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The linears to quantize, in graph order, by the node they read."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        info = node.meta.get(LINEAR)
-        if info is not None and info.role == "decoder":
-            found.setdefault(node.args[0], []).append(node)
-    return found
 
 
 def nothing_to_quantize(name: str, program: Program, context: PassContext) -> bool:

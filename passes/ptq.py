@@ -31,10 +31,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
-from .annotate import LINEAR
+from .annotate import LINEAR, decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
@@ -42,7 +43,8 @@ from .calibrate.precision import Precision
 from .calibrate.spool import mapped, release, trim
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import make_attribute, make_call
-from .observe import STAT, decoder_linears, nothing_to_quantize
+from .ir.scheme import Scheme
+from .observe import STAT, nothing_to_quantize
 
 FIELDS = ("sign", "bitmap", "levels", "scale")
 """Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
@@ -61,7 +63,7 @@ class Ptq(Pass):
     """Fits W(1+1) weights to the calibration inputs, layer by layer.
 
     Attributes:
-        group: input columns per group.
+        group: input columns per group, of linears whose scheme has none.
         init: how a group's levels are found: by expectation maximization, or as an even grid over its range (``rtn``).
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
@@ -132,6 +134,8 @@ class Ptq(Pass):
         observers = [n for n in layer.module.graph.nodes if n.name in observed]
         tensors: dict[str, Tensor] = {} if done is None else dict(done[0])
         metrics: dict[str, Any] = {"linears": []} if done is None else done[1]
+        if done is not None:
+            _check_stored(metrics["linears"], [n for users in observed.values() for n in users], self.group)
         parts = segments(layer, observers)
         for position, part in enumerate(parts):
             statistics = {o.name: Statistic.of(o, observed[o.name]) for o in observers if o.name in part.outputs}
@@ -144,7 +148,8 @@ class Ptq(Pass):
                     metrics["linears"] += figures
                 for node in statistic.linears:
                     path = node.meta[LINEAR].weight
-                    weight = stored_weight(tensors, path, self.group, _in_features(layer.module, path)).dequantize()
+                    group = _group(weight_scheme(node, self.group))
+                    weight = stored_weight(tensors, path, group, _in_features(layer.module, path)).dequantize()
                     for later in parts[position + 1 :]:
                         if any(n.op == "get_attr" and n.target == path for n in later.module.graph.nodes):
                             set_weight(later, path, weight)
@@ -154,46 +159,68 @@ class Ptq(Pass):
         return tensors, metrics
 
     def _fit(self, module: fx.GraphModule, statistic: Statistic) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Fits the linears behind one observer; matrices that share a Hessian are fitted as one."""
+        """Fits the linears behind one observer; matrices that share a Hessian and a scheme are fitted as one."""
+        alike: dict[Scheme, list[str]] = {}
+        for node in statistic.linears:
+            paths = alike.setdefault(weight_scheme(node, self.group), [])
+            if node.meta[LINEAR].weight not in paths:
+                paths.append(node.meta[LINEAR].weight)
+        hessian = None if statistic.offsets is not None else statistic.hessian(0)
+        if hessian is not None:
+            statistic.sums.clear()
         tensors: dict[str, Tensor] = {}
         figures: list[dict[str, Any]] = []
-        paths = list(dict.fromkeys(n.meta[LINEAR].weight for n in statistic.linears))
-        weights = [get_attribute(module, path) for path in paths]
-        start = time.perf_counter()
-        if statistic.offsets is None:
-            hessian = statistic.hessian(0)
-            statistic.sums.clear()
-            factored = factor(hessian, self.group, self.damp)
-            del hessian
-            fits, extra = self._fit_rows(weights, factored)
-            fits = [[f] for f in fits]
-        else:
-            fits, extra = self._fit_experts(weights, statistic)
-        seconds = (time.perf_counter() - start) / len(paths)
-        for path, weight, parts in zip(paths, weights, fits, strict=True):
-            codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
-            shape = (*weight.shape[:-1], -1)
-            quantized = QuantizedWeight.from_codes(
-                codes.reshape(weight.shape), levels.reshape(*shape, levels.shape[-1]), self.group
-            )
-            tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in FIELDS})
-            norm = sum(float(p.norm.double().sum()) for p in parts)
-            error = sum(float(p.error.double().sum()) for p in parts)
-            row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape)}
-            figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
+        for index, (scheme, paths) in enumerate(alike.items()):
+            weights = [get_attribute(module, path) for path in paths]
+            start = time.perf_counter()
+            if hessian is None:
+                fits, extra = self._fit_experts(weights, statistic, scheme)
+            else:
+                factored = factor(hessian, _group(scheme), self.damp)
+                if index == len(alike) - 1:
+                    del hessian
+                found, extra = self._fit_rows(weights, factored, scheme)
+                fits = [[f] for f in found]
+            seconds = (time.perf_counter() - start) / len(paths)
+            for path, weight, parts in zip(paths, weights, fits, strict=True):
+                codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
+                shape = (*weight.shape[:-1], -1)
+                quantized = QuantizedWeight.from_codes(
+                    codes.reshape(weight.shape),
+                    levels.reshape(*shape, levels.shape[-1]),
+                    _group(scheme),
+                    level_rules.get(scheme.levels).quantize,
+                )
+                tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in FIELDS})
+                norm = sum(float(p.norm.double().sum()) for p in parts)
+                error = sum(float(p.error.double().sum()) for p in parts)
+                row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape), "scheme": str(scheme)}
+                figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
         return tensors, figures
 
-    def _fit_rows(self, weights: Sequence[Tensor], factored: Factor) -> tuple[list[Fit], dict[str, Any]]:
+    def _fit_rows(
+        self, weights: Sequence[Tensor], factored: Factor, scheme: Scheme
+    ) -> tuple[list[Fit], dict[str, Any]]:
         """Fits matrices ``[N_i, K]`` with the same inputs."""
         together = torch.cat(list(weights)).to(factored.root.device)
-        whole = fit(together, factored, self.group, init=self.init, compensate=self.compensate, rounds=self.rounds)
+        whole = fit(
+            together,
+            factored,
+            _group(scheme),
+            init=self.init,
+            compensate=self.compensate,
+            rounds=self.rounds,
+            rule=level_rules.get(scheme.levels),
+        )
         fits, start = [], 0
         for weight in weights:
             fits.append(whole.rows(start, start + weight.shape[0]))
             start += weight.shape[0]
         return fits, {"damp": factored.damp, "dead_columns": int(factored.dead.sum())}
 
-    def _fit_experts(self, weights: Sequence[Tensor], statistic: Statistic) -> tuple[list[list[Fit]], dict[str, Any]]:
+    def _fit_experts(
+        self, weights: Sequence[Tensor], statistic: Statistic, scheme: Scheme
+    ) -> tuple[list[list[Fit]], dict[str, Any]]:
         """Fits stacked matrices ``[E, N_i, K]``, expert by expert."""
         experts, width = weights[0].shape[0], weights[0].shape[-1]
         fits: list[list[Fit]] = [[] for _ in weights]
@@ -202,8 +229,8 @@ class Ptq(Pass):
             enough = statistic.count(expert) >= width
             fallbacks += not enough
             hessian = statistic.hessian(expert) if enough else statistic.shared()
-            factored = factor(hessian, self.group, self.damp)
-            found, extra = self._fit_rows([w[expert] for w in weights], factored)
+            factored = factor(hessian, _group(scheme), self.damp)
+            found, extra = self._fit_rows([w[expert] for w in weights], factored, scheme)
             for parts, part in zip(fits, found, strict=True):
                 parts.append(part)
             damp, dead = max(damp, extra["damp"]), dead + extra["dead_columns"]
@@ -307,6 +334,30 @@ def _mean_error(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row["error"] for row in rows) / max(len(rows), 1)
 
 
+def weight_scheme(linear: fx.Node, group: int) -> Scheme:
+    """How the weight of a decoder linear is quantized: as its scheme says, in groups of ``group`` where it has none."""
+    scheme = linear.meta[LINEAR].scheme
+    return Scheme(group=scheme.group or group, levels=scheme.levels)
+
+
+def _group(scheme: Scheme) -> int:
+    assert scheme.group is not None
+    return scheme.group
+
+
+def _check_stored(rows: Sequence[Mapping[str, Any]], linears: Sequence[fx.Node], group: int) -> None:
+    """Checks that a finished layer was fitted as its linears' schemes say."""
+    stored = {row["linear"]: row["scheme"] for row in rows}
+    for node in linears:
+        path = node.meta[LINEAR].weight.removesuffix(".weight")
+        wanted = str(weight_scheme(node, group))
+        if stored.get(path) != wanted:
+            raise PassError(
+                f"the finished layer of '{path}' was fitted with {stored.get(path)}, not {wanted}; pass --fresh to"
+                " start over"
+            )
+
+
 def _in_features(module: torch.nn.Module, path: str) -> int:
     return get_attribute(module, path).shape[-1]
 
@@ -319,6 +370,9 @@ def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_featu
 
 def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Program:
     """Replaces observed float weights by ``lbllm.unpack_weight`` of the stored planes and levels.
+
+    Args:
+        group: input columns per group, of linears whose scheme has none.
 
     Raises:
         PassError: a weight to replace is used by something else than decoder linears.
@@ -337,9 +391,8 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
                 in_features = get_attribute(module, path).shape[-1]
                 with graph.inserting_before(weight):
                     parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in FIELDS)
-                    unpacked[path] = make_call(
-                        graph, _lbllm.unpack_weight.default, (*parts, in_features, group), linear
-                    )
+                    arguments = (*parts, in_features, weight_scheme(linear, group).group)
+                    unpacked[path] = make_call(graph, _lbllm.unpack_weight.default, arguments, linear)
             linear.update_arg(0, observer.args[0])
             linear.update_arg(1, unpacked[path])
         graph.erase_node(observer)

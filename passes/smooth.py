@@ -42,14 +42,14 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen.operators import Arguments
-from .annotate import LINEAR
+from .annotate import LINEAR, decoder_linears
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
 from .calibrate.layers import Activations, Values, calibration_batches, segments, split
 from .calibrate.precision import Precision
 from .calibrate.spool import spooled
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
-from .observe import decoder_linears, nothing_to_quantize
+from .observe import nothing_to_quantize
 
 BATCH = 8
 """Sequences run at a time."""

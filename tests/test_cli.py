@@ -74,7 +74,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
         " --group 32 --act-bits 8 --kv-bits 16 --keep-dense a.* --keep-dense b --device cpu --work-dir w --seed 7"
         " --dump-dir d --print-after ptq --time-passes --fresh --json"
     )
-    invoke(*line.split())
+    invoke(*line.split(), "--scheme", "a.*: act=8", "--scheme", "b: group=32")
     assert seen == [
         CompileOptions(
             model="model.py",
@@ -87,6 +87,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
             group=32,
             act_bits=8,
             kv_bits=16,
+            scheme=("a.*: act=8", "b: group=32"),
             keep_dense=("a.*", "b"),
             device="cpu",
             work_dir=Path("w"),

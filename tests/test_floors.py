@@ -120,7 +120,7 @@ def test_the_format_needs_no_kernels(package: str) -> None:
 
 
 def test_passes_know_the_operators_and_no_kernel() -> None:
-    known = {"errors", "format", "latent", "operators", "progress", "reference", "sizes"}
+    known = {"errors", "format", "latent", "levels", "operators", "progress", "reference", "sizes"}
     used = {
         target
         for name, file in modules().items()

@@ -261,13 +261,15 @@ class Together:
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
         levels = {
-            path: LevelWeight.of(weight_of(layer, path, stored)) for layer in whole.layers for path in layer.weights
+            path: LevelWeight.of(weight_of(layer, path, stored), layer.rules[path])
+            for layer in whole.layers
+            for path in layer.weights
         }
         groups = [Group(tuple(logits.values()), self.lr_clip, high=LOGIT)] if logits else []
         if knees:
             groups.append(Group(tuple(knees.values()), self.lr_knees, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for weight in levels.values():
-            groups.append(Group((weight.levels,), self.lr_levels * float(weight.simulate().std())))
+            groups.append(Group((weight.parameters,), self.lr_levels * float(weight.simulate().std())))
 
         def current() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}

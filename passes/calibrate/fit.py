@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...codegen.errors import LbllmError
-from ...codegen.format import LEVELS, quantize_levels
+from ...codegen.format import LEVELS
+from ...codegen.levels import FREE, LevelRule
 from ...codegen.sizes import group_count
 
 Init = Literal["em", "rtn"]
@@ -148,7 +149,14 @@ def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...]
 
 
 def fit(
-    weight: Tensor, factored: Factor, group: int, *, init: Init = "em", compensate: bool = True, rounds: int = 1
+    weight: Tensor,
+    factored: Factor,
+    group: int,
+    *,
+    init: Init = "em",
+    compensate: bool = True,
+    rounds: int = 1,
+    rule: LevelRule = FREE,
 ) -> Fit:
     """Fits planes and levels to a matrix.
 
@@ -159,6 +167,7 @@ def fit(
         init: how levels are found; ``rtn`` without ``compensate`` is plain rounding to nearest, whatever the inputs.
         compensate: let later columns make up for the errors of earlier ones.
         rounds: rounds of compensation and level refit per group; the best of them is kept per row.
+        rule: which levels a group may have.
 
     Raises:
         FormatError: the weight is not finite, or too large for the format.
@@ -183,9 +192,9 @@ def fit(
             inverse.diagonal().square().reciprocal() if compensate else factored.root[start:end].square().sum(1)
         )
         found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance)
-        found = _representable(found)
+        found = _representable(found, rule)
         if compensate:
-            found, steps, errors = _fit_group(block, root, inverse, found, rounds)
+            found, steps, errors = _fit_group(block, root, inverse, found, rounds, rule)
             if end < k:
                 work[end:].addmm_(factored.inverse[start:end, end:].t(), errors, alpha=-1.0)
         else:
@@ -202,7 +211,7 @@ def fit(
 
 
 def _fit_group(
-    block: Tensor, root: Tensor, inverse: Tensor, levels: Tensor, rounds: int
+    block: Tensor, root: Tensor, inverse: Tensor, levels: Tensor, rounds: int, rule: LevelRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fits one group ``[g, N]`` from starting levels ``[N, 4]``.
 
@@ -215,7 +224,7 @@ def _fit_group(
     for _ in range(rounds):
         steps = _compensated_steps(block, inverse, levels)
         # Levels are refitted to the codes, so the refit, not the levels the codes were picked with, is judged.
-        levels = _refit(block, hessian, steps, levels)
+        levels = _refit(block, hessian, steps, levels, rule)
         errors = root.t() @ (block - _pick(levels, steps))
         loss = errors.square().sum(0)
         if best is None:
@@ -306,9 +315,9 @@ def _starts(values: Tensor, share: Tensor) -> Tensor:
     return torch.stack([values.gather(1, at), normal, even, spread], 1)
 
 
-def _representable(levels: Tensor) -> Tensor:
-    """Levels as the format stores them: int8 times one fp16 scale per group."""
-    quantized, scale = quantize_levels(levels)
+def _representable(levels: Tensor, rule: LevelRule) -> Tensor:
+    """Levels as they are stored under a rule: int8 times one fp16 scale per group."""
+    quantized, scale = rule.quantize(levels)
     return quantized.float() * scale.float().unsqueeze(-1)
 
 
@@ -351,11 +360,11 @@ def _compensated_steps(block: Tensor, inverse: Tensor, levels: Tensor) -> Tensor
     return steps.transpose(0, 1).contiguous()
 
 
-def _refit(block: Tensor, hessian: Tensor, steps: Tensor, levels: Tensor) -> Tensor:
+def _refit(block: Tensor, hessian: Tensor, steps: Tensor, levels: Tensor, rule: LevelRule) -> Tensor:
     """Least-squares levels for a given choice under the group's Hessian; a row keeps the old ones where better.
 
-    Solves ``min_L (w - A L)^T H (w - A L)`` per row, ``A`` the one-hot choice; a ridge towards the old levels keeps
-    those that no element uses. Levels that would change places are not taken.
+    Solves ``min_L (w - A L)^T H (w - A L)`` per row under the rule, ``A`` the one-hot choice; a ridge towards the old
+    levels keeps those that no element uses. Levels that would change places are not taken.
     """
     n = block.shape[1]
     residual = block - _pick(levels, steps)
@@ -370,9 +379,9 @@ def _refit(block: Tensor, hessian: Tensor, steps: Tensor, levels: Tensor) -> Ten
             normal[a, b] = normal[b, a] = (weighted * member[b]).sum(0)
     normal = normal.permute(2, 0, 1).contiguous()
     normal.diagonal(dim1=1, dim2=2).add_(RIDGE * hessian.diagonal().mean())
-    refitted = levels + torch.linalg.solve(normal, right.t().contiguous())
+    refitted = rule.refit(normal, right.t().contiguous(), levels)
     sorted_rows = (refitted.diff(dim=1) >= 0).all(1, keepdim=True)
-    refitted = torch.where(sorted_rows, _representable(refitted), levels)
+    refitted = torch.where(sorted_rows, _representable(refitted, rule), levels)
     before = (residual * pulled).sum(0)
     residual = block - _pick(refitted, steps)
     better = (residual * (hessian @ residual)).sum(0) < before

@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ...codegen import levels as level_rules
 from ...codegen import operators as operators
 from ...codegen import reference
 from ...codegen.format import LEVELS, QuantizedWeight
 from ...codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
+from ...codegen.levels import FREE, LevelRule
+from ..annotate import LINEAR
 from ..ir.program import discard_attributes, get_attribute
 from ..ir.rewrite import activation_knees
 from .layers import Stage, Values
@@ -49,20 +52,27 @@ class LatentWeight:
     Attributes:
         latent: float32 ``[R, G, group]``; columns behind ``in_features`` are padding.
         bitmap: float32 ``[R, G, group]`` in [0, 1]; above 0.5 means the inner pair.
-        levels: float32 ``[R, G, 4]``; sorted at first, maybe not after training.
+        parameters: float32 ``[R, G, P]``, what the levels follow from.
         shape: shape of the matrix, ``[..., N, K]``.
         group: input columns per group.
+        rule: which levels a group may have.
     """
 
     latent: Tensor
     bitmap: Tensor
-    levels: Tensor
+    parameters: Tensor
     shape: tuple[int, ...]
     group: int
+    rule: LevelRule = FREE
+
+    @property
+    def levels(self) -> Tensor:
+        """float32 ``[R, G, 4]``; sorted at first, maybe not after training."""
+        return self.rule.levels(self.parameters)
 
     @classmethod
-    def of(cls, weight: QuantizedWeight, float_weight: Tensor) -> LatentWeight:
-        """From a quantized weight and the float weight it approximates ``[..., N, K]``.
+    def of(cls, weight: QuantizedWeight, float_weight: Tensor, rule: LevelRule = FREE) -> LatentWeight:
+        """From a quantized weight, whose levels follow the rule, and the float weight it approximates ``[..., N, K]``.
 
         The latent is the float weight, moved to where it picks the quantized weight's level; the bitmap is soft: the
         closer the two pairs come to the float weight, the easier it flips. So the simulation starts as the quantized
@@ -84,18 +94,19 @@ class LatentWeight:
         to_outer = torch.minimum((target - l0).abs(), (target - l3).abs())
         soft = 0.5 + 0.45 * (to_outer - to_inner) / (to_outer + to_inner).clamp_min(1e-12)
         bitmap = torch.where(inner, soft.clamp_min(0.5 + BITMAP_MARGIN), soft.clamp_max(0.5 - BITMAP_MARGIN))
-        return cls(latent, bitmap, levels, tuple(float_weight.shape), group)
+        return cls(latent, bitmap, rule.parameters(levels), tuple(float_weight.shape), group, rule)
 
     def simulate(self) -> Tensor:
         """The matrix these parameters stand for, float32 of ``shape``; differentiable."""
-        padded = _Simulate.apply(self.latent, self.bitmap, self.levels)
+        padded = _Simulate.apply(self.latent, self.bitmap, self.levels, self.rule)
         return padded.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes ``uint8 [R, G, group]`` into sorted levels ``float32 [R, G, 4]``."""
-        inner, inner_upper, outer_upper = decide(self.latent, self.bitmap, *stored_levels(self.levels))
-        return _sorted(torch.where(inner, 1 + inner_upper.long(), 3 * outer_upper.long()), self.levels)
+        levels = self.levels
+        inner, inner_upper, outer_upper = decide(self.latent, self.bitmap, *stored_levels(levels, self.rule))
+        return _sorted(torch.where(inner, 1 + inner_upper.long(), 3 * outer_upper.long()), levels)
 
     @torch.no_grad()
     def fold(self) -> QuantizedWeight:
@@ -103,38 +114,39 @@ class LatentWeight:
         codes, levels = self.codes()
         groups = levels.shape[1]
         codes = codes.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
-        return QuantizedWeight.from_codes(codes, levels.reshape(*self.shape[:-1], groups, LEVELS), self.group)
+        levels = levels.reshape(*self.shape[:-1], groups, LEVELS)
+        return QuantizedWeight.from_codes(codes, levels, self.group, self.rule.quantize)
 
 
 class _Simulate(torch.autograd.Function):
     """Latent ``[R, G, g]``, bitmap ``[R, G, g]`` and levels ``[R, G, 4]`` to the matrix ``[R, G, g]``."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, bitmap: Tensor, levels: Tensor) -> Tensor:
-        operands = (latent.flatten(0, 1), bitmap.flatten(0, 1), *stored_levels(levels.flatten(0, 1)))
+    def forward(ctx: Any, latent: Tensor, bitmap: Tensor, levels: Tensor, rule: LevelRule) -> Tensor:
+        operands = (latent.flatten(0, 1), bitmap.flatten(0, 1), *stored_levels(levels.flatten(0, 1), rule))
         ctx.save_for_backward(*operands)
         return matrix(*operands).view_as(latent)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = grad.shape[:2]
-        return tuple(g.unflatten(0, rows) for g in gradients(grad.flatten(0, 1), *ctx.saved_tensors))
+        return *(g.unflatten(0, rows) for g in gradients(grad.flatten(0, 1), *ctx.saved_tensors)), None
 
 
 class _LevelsOnly(torch.autograd.Function):
     """Codes ``uint8 [R, G, g]`` and levels ``[R, G, 4]`` to the matrix ``[R, G, g]``; only levels have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, levels: Tensor) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, levels: Tensor, rule: LevelRule) -> Tensor:
         units = codes.flatten(0, 1)
         ctx.save_for_backward(units)
-        quantized, scale = stored_levels(levels.flatten(0, 1))
+        quantized, scale = stored_levels(levels.flatten(0, 1), rule)
         return pick(units, quantized * scale.unsqueeze(-1)).view(codes.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (units,) = ctx.saved_tensors
-        return None, level_gradients(grad.flatten(0, 1), units).unflatten(0, grad.shape[:2])
+        return None, level_gradients(grad.flatten(0, 1), units).unflatten(0, grad.shape[:2]), None
 
 
 @dataclass
@@ -143,28 +155,36 @@ class LevelWeight:
 
     Attributes:
         picked: uint8 ``[R, G, group]``, 0 to 3: the level of every element, padded as in :class:`LatentWeight`.
-        levels: float32 ``[R, G, 4]``.
+        parameters: float32 ``[R, G, P]``, what the levels follow from.
         shape: shape of the matrix, ``[..., N, K]``.
         group: input columns per group.
+        rule: which levels a group may have.
     """
 
     picked: Tensor
-    levels: Tensor
+    parameters: Tensor
     shape: tuple[int, ...]
     group: int
+    rule: LevelRule = FREE
+
+    @property
+    def levels(self) -> Tensor:
+        """float32 ``[R, G, 4]``."""
+        return self.rule.levels(self.parameters)
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> LevelWeight:
+    def of(cls, weight: QuantizedWeight, rule: LevelRule = FREE) -> LevelWeight:
+        """From a quantized weight, whose levels follow the rule."""
         groups = weight.groups
         codes = F.pad(weight.codes(), (0, groups * weight.group - weight.in_features))
         codes = codes.reshape(-1, groups, weight.group)
         levels = weight.levels.float() * weight.scale.float().unsqueeze(-1)
         shape = (*weight.sign.shape[:-1], weight.in_features)
-        return cls(codes, levels.reshape(-1, groups, LEVELS), shape, weight.group)
+        return cls(codes, rule.parameters(levels.reshape(-1, groups, LEVELS)), shape, weight.group, rule)
 
     def simulate(self) -> Tensor:
         """The matrix, float32 of ``shape``; differentiable in the levels."""
-        padded = _LevelsOnly.apply(self.picked, self.levels)
+        padded = _LevelsOnly.apply(self.picked, self.levels, self.rule)
         return padded.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
 
     @torch.no_grad()
@@ -173,7 +193,7 @@ class LevelWeight:
         codes, levels = _sorted(self.picked.long(), self.levels)
         codes = codes.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
         levels = levels.reshape(*self.shape[:-1], -1, LEVELS)
-        return QuantizedWeight.from_codes(codes, levels, self.group)
+        return QuantizedWeight.from_codes(codes, levels, self.group, self.rule.quantize)
 
 
 def _sorted(picked: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,6 +370,7 @@ class Lifted:
         weights: the paths of the quantized weights, ``<module path>.weight``.
         clips: the paths of the clip factors.
         knees: the paths of the knees.
+        rules: which levels each of the weights may have, by path.
     """
 
     module: fx.GraphModule
@@ -357,6 +378,7 @@ class Lifted:
     weights: tuple[str, ...]
     clips: tuple[str, ...]
     knees: tuple[str, ...]
+    rules: Mapping[str, LevelRule]
 
     @property
     def ranges(self) -> tuple[str, ...]:
@@ -438,7 +460,8 @@ def lift(stage: Stage) -> Lifted:
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.eliminate_dead_code()
-    return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), clips, knees)
+    rules = {_weight_path(node): _level_rule(node) for node in _unpacks(stage.module.graph)}
+    return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), clips, knees, rules)
 
 
 def _inputs(graph: fx.Graph, name: str, weights: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> tuple[str, ...]:
@@ -464,3 +487,9 @@ def _unpacks(graph: fx.Graph) -> list[fx.Node]:
 
 def _weight_path(unpack: fx.Node) -> str:
     return unpack.args[0].target.removesuffix(".sign")
+
+
+def _level_rule(unpack: fx.Node) -> LevelRule:
+    """Which levels the linears that read a quantized weight let it have."""
+    schemes = [user.meta[LINEAR].scheme for user in unpack.users if LINEAR in user.meta]
+    return level_rules.get(schemes[0].levels) if schemes else FREE

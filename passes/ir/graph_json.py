@@ -32,6 +32,7 @@ from ..lower import IN_FEATURES
 from . import dump
 from .program import FIXED, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
+from .scheme import Scheme, told
 
 FORMAT = "lbllm-graph"
 VERSION = 1
@@ -299,6 +300,7 @@ class _Decoder:
             raise GraphFormatError(f"{what} has a name that generated code cannot use")
         self._check_arguments(node, what)
         self._meta(node, fields.get("meta", {}), what)
+        _check_scheme(node, what)
         self.nodes[name] = node
         return node
 
@@ -404,8 +406,8 @@ def _attribute_or_none(root: torch.nn.Module, path: str) -> Any:
 
 
 def _linear(value: Any, what: str) -> LinearInfo:
-    names = tuple(f.name for f in dataclasses.fields(LinearInfo))
-    fields = _object(value, f"{what}'s linear", required=names)
+    names = tuple(f.name for f in dataclasses.fields(LinearInfo) if f.name != "scheme")
+    fields = _object(value, f"{what}'s linear", required=names, optional=("scheme",))
     layer = fields["layer"]
     return LinearInfo(
         path=_text(fields["path"], f"{what}'s path"),
@@ -414,7 +416,37 @@ def _linear(value: Any, what: str) -> LinearInfo:
         role=_choice(fields["role"], {r: r for r in ("decoder", "head", "dense")}, f"{what}'s role"),
         experts=_integer(fields["experts"], f"{what}'s experts", 0, MAX_NODES),
         reason=_text(fields["reason"], f"{what}'s reason"),
+        scheme=_scheme(fields.get("scheme", {}), what),
     )
+
+
+def _scheme(value: Any, what: str) -> Scheme:
+    """A scheme; what its document leaves out is open."""
+    fields = _object(value, f"{what}'s scheme", optional=tuple(f.name for f in dataclasses.fields(Scheme)))
+    for name in ("group", "act_bits", "act_group", "outliers"):
+        if fields.get(name) is not None:
+            _integer(fields[name], f"{what}'s {name}", 0, MAX_DIMENSION)
+    for name in ("levels", "codebook"):
+        if fields.get(name) is not None:
+            _text(fields[name], f"{what}'s {name}")
+    if not isinstance(fields.get("dense", False), bool):
+        raise GraphFormatError(f"{what}'s dense is neither true nor false")
+    try:
+        return Scheme(**fields)
+    except LbllmError as error:
+        raise GraphFormatError(f"{what} has a scheme that cannot be: {error}") from error
+
+
+def _check_scheme(node: Node, what: str) -> None:
+    """Checks that a linear's scheme says what its operators do."""
+    if LINEAR not in node.meta or not node.args or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    scheme = node.meta[LINEAR].scheme
+    for name, value in told(node).items():
+        if getattr(scheme, name) not in (None, value):
+            raise GraphFormatError(
+                f"{what} has {value} as {name}, and {getattr(scheme, name)} in its scheme; the artifact is damaged"
+            )
 
 
 def _state(value: Any, what: str) -> StateSpec:

@@ -1,0 +1,226 @@
+"""Schemes: how one linear is quantized, and the text that gives linears their schemes by path.
+
+``*.down_proj: group=32 act=8; *.layers.0.*: dense`` is a list of entries, divided by semicolons. An entry has a shell
+pattern over module paths and, behind a colon, what holds for the linears that it matches: ``dense``, or settings as
+``key=value``. Later entries win: a setting replaces that of an earlier entry, ``dense`` replaces all of them, and a
+setting behind ``dense`` quantizes the linear after all. What no entry sets is left to the options of the passes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...codegen import levels as level_rules
+from ...codegen.errors import LbllmError
+from ...codegen.operators import Arguments
+from ...codegen.sizes import ACTIVATION_BITS, GROUPS
+from ..registry import suggestion
+from .rewrite import Node, is_call
+
+_lbllm = torch.ops.lbllm
+
+CODEBOOKS = ("none", "knees")
+"""Codes of 4-bit activations: uniform over a clipped range, or places in a table that two knees shape."""
+
+KEYS = {
+    "group": "group",
+    "levels": "levels",
+    "act": "act_bits",
+    "act-group": "act_group",
+    "codebook": "codebook",
+    "outliers": "outliers",
+}
+"""Keys of the text, and the fields of :class:`Scheme` that they set."""
+
+_PATTERN = re.compile(r"[^\s:;]+")
+
+
+class SchemeError(LbllmError):
+    """A scheme that cannot be, or text that is none."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear is quantized. A field that is None is as the options of ``ptq``, ``activate`` and ``head`` say.
+
+    Attributes:
+        group: input columns per group of levels; None for an output head, too, whose weights are int8 rows.
+        levels: name of the level rule (:mod:`lbllm_compile.codegen.levels`).
+        act_bits: of the input: 4, 8 or 16.
+        act_group: channels per scale of the input: 0 for one scale per token, else the weights' group.
+        codebook: ``knees`` for 4-bit inputs with knees, else ``none``.
+        outliers: input columns kept at 8 bits; none, so far.
+        dense: the linear stays float.
+
+    Raises:
+        SchemeError: a field has a value that it cannot have, or two contradict each other.
+    """
+
+    group: int | None = None
+    levels: str = level_rules.FREE.name
+    act_bits: int | None = None
+    act_group: int | None = None
+    codebook: str | None = None
+    outliers: int = 0
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        for key, name in KEYS.items():
+            _check(key, getattr(self, name))
+        if self.dense and self._set():
+            raise SchemeError("a linear that is dense has no other setting")
+        if self.group and self.act_group and self.group != self.act_group:
+            raise SchemeError(
+                f"act-group={self.act_group} does not go with group={self.group}; inputs have a scale per token (0) or"
+                " as the weights' groups are"
+            )
+        if self.codebook == "knees" and self.act_bits != 4:
+            raise SchemeError("codebook=knees needs act=4 beside it: only 4-bit inputs have knees")
+
+    @property
+    def activation(self) -> Scheme:
+        """The part that all linears behind one quantizer share: how their input is quantized, and in what groups."""
+        group = None if self.act_group == 0 else self.group
+        return Scheme(group, act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
+
+    def __str__(self) -> str:
+        """The settings as text that :func:`parse` reads behind a pattern; empty where none is set."""
+        return "dense" if self.dense else " ".join(f"{key}={value}" for key, value in self._set().items())
+
+    def _set(self) -> dict[str, Any]:
+        """The settings that are not as where nothing is set."""
+        values = {key: getattr(self, name) for key, name in KEYS.items()}
+        return {key: value for key, value in values.items() if value != getattr(type(self), KEYS[key])}
+
+
+def _check(key: str, value: Any) -> None:
+    """Checks one setting by itself.
+
+    Raises:
+        SchemeError: it cannot be; the message says what can.
+    """
+    if key == "levels":
+        if not isinstance(value, str):
+            raise SchemeError("levels must be the name of a level rule")
+        level_rules.get(value)
+    elif key == "outliers":
+        if not isinstance(value, int) or value < 0:
+            raise SchemeError(f"outliers cannot be {value}; it is a number of columns")
+        if value:
+            raise SchemeError(f"outliers={value}: keeping outlier columns apart is not built yet; use outliers=0")
+    else:
+        choices = {"group": GROUPS, "act": ACTIVATION_BITS, "act-group": (0, *GROUPS), "codebook": CODEBOOKS}[key]
+        if value is not None and (isinstance(value, bool) or value not in choices):
+            raise SchemeError(f"{key} cannot be {value}; choose {', '.join(map(str, choices))}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What holds for the linears that a pattern matches.
+
+    Attributes:
+        pattern: shell pattern over module paths.
+        settings: ``(key, value)`` in the order written, of :data:`KEYS`; none means ``dense``.
+
+    Raises:
+        SchemeError: a key is unknown or given twice, or a value cannot be.
+    """
+
+    pattern: str
+    settings: tuple[tuple[str, int | str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _PATTERN.fullmatch(self.pattern):
+            raise SchemeError(f"scheme: '{self.pattern}' is no pattern: patterns have no spaces, ':' or ';'")
+        seen: set[str] = set()
+        for key, value in self.settings:
+            if key not in KEYS:
+                hint = suggestion(key, KEYS)
+                raise SchemeError(f"scheme: there is no '{key}'{hint}; choose dense or {', '.join(KEYS)}")
+            if key in seen:
+                raise SchemeError(f"scheme: '{key}' is given twice for '{self.pattern}'; keep one")
+            seen.add(key)
+            try:
+                _check(key, value)
+            except LbllmError as error:
+                raise SchemeError(f"scheme: {error}") from error
+
+    @property
+    def dense(self) -> bool:
+        """Whether the linears stay float."""
+        return not self.settings
+
+    def on(self, scheme: Scheme, keys: Iterable[str] = KEYS) -> Scheme:
+        """A scheme with the settings of this entry, or those of them that are among ``keys``.
+
+        Raises:
+            SchemeError: they contradict what earlier entries set.
+        """
+        if self.dense:
+            return Scheme(dense=True)
+        changes: dict[str, Any] = {KEYS[key]: value for key, value in self.settings if key in keys}
+        return replace(Scheme() if scheme.dense and changes else scheme, **changes)
+
+    def __str__(self) -> str:
+        return f"{self.pattern}: " + (" ".join(f"{key}={value}" for key, value in self.settings) or "dense")
+
+
+def parse(text: str) -> tuple[Entry, ...]:
+    """Reads the entries of a text; blank ones are skipped.
+
+    Raises:
+        SchemeError: one cannot be read.
+    """
+    return tuple(_entry(part.strip()) for part in text.split(";") if part.strip())
+
+
+def render(entries: Sequence[Entry]) -> str:
+    """Entries as text, which :func:`parse` reads."""
+    return "; ".join(map(str, entries))
+
+
+def _entry(text: str) -> Entry:
+    pattern, colon, rest = text.partition(":")
+    words = rest.split()
+    if not colon or not words:
+        raise SchemeError(f"scheme: '{text}' is no entry; write 'PATTERN: group=32 act=8' or 'PATTERN: dense'")
+    if words == ["dense"]:
+        return Entry(pattern.strip())
+    settings: list[tuple[str, int | str]] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word == "dense":
+            raise SchemeError(f"scheme: '{text}' has settings beside dense; a linear that stays float has none")
+        if not equals or not value:
+            raise SchemeError(f"scheme: '{word}' in '{text}' is no setting; write key=value, or dense")
+        settings.append((key, int(value) if re.fullmatch(r"\d{1,9}", value) else value))
+    return Entry(pattern.strip(), tuple(settings))
+
+
+def told(linear: Node) -> dict[str, Any]:
+    """The fields of a linear's scheme that the operators of its graph decide; none where it is computed in float."""
+    if is_call(linear, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+        group, source = Arguments(linear).group, Arguments(linear).values
+    elif is_call(linear, _lbllm.int8_linear.default):
+        group, source = None, Arguments(linear).values
+    elif is_call(linear, torch.ops.aten.linear.default, _lbllm.grouped_linear.default):
+        weight, (source, *_) = Arguments(linear).weight, linear.args
+        group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
+        if group is None and not is_call(weight, _lbllm.unpack_rows.default):
+            return {}
+    else:
+        return {}
+    fields: dict[str, Any] = {"group": group, "dense": False}
+    if is_call(source, operator.getitem):
+        source = Arguments(source).value
+    if is_call(source, _lbllm.fake_quantize.default, _lbllm.quantize_activation.default):
+        quantizer = Arguments(source)
+        codebook = "none" if quantizer.knees is None else "knees"
+        fields |= {"act_bits": quantizer.bits, "act_group": quantizer.group, "codebook": codebook}
+    return fields

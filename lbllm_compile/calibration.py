@@ -155,7 +155,7 @@ def collect(
         origin = "the model's own samples"
     else:
         texts = model.calibration_text() if source is None else read_texts(source)  # type: ignore[misc]
-        origin = source or f"calibration_text() of {model.source}"
+        origin = source or model.calibration_origin or f"calibration_text() of {model.source}"
         sequences, counts = _sequences_of_text(model, texts, origin, counts, length, seed, progress)
     fit, held_out = sequences[: counts[0]], sequences[counts[0] :]
     rows, columns = PROBE_SHAPE
@@ -599,7 +599,7 @@ def _preallocated_layer(capacity: int) -> Any:
 def _module_set(model: UserModel, program: Program, tokens: int, validation_tokens: int, seed: int) -> CalibrationSet:
     """Batches for a module that is no language model: the user's, or gaussian ones like its example."""
     if model.calibration_inputs is not None:
-        origin = f"calibration_inputs() of {model.source}"
+        origin = model.calibration_origin or f"calibration_inputs() of {model.source}"
         batches = [_fitting(model, program, inputs, origin) for inputs in model.calibration_inputs()]
         if len(batches) < 2:
             raise CalibrationError(f"{origin} yields {len(batches)} batches; at least 2 are needed")

@@ -168,6 +168,8 @@ def _described(name: str) -> Any:
 def _parameter(name: str) -> inspect.Parameter:
     """An option of a compile as the parameter of a verb."""
     kind, default, _ = _OPTIONS[name]
+    if name == "model":
+        kind = str  # objects cannot be named
     if typing.get_origin(kind) is tuple:
         kind, default = list[str] | None, None
     return inspect.Parameter(

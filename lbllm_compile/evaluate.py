@@ -288,6 +288,8 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
 
 def _cannot_use(loaded: artifact.Artifact, source: Any) -> str:
     """Why the recorded source must not or cannot be loaded; empty if it can."""
+    if source is None:
+        return "it was an object in memory"
     if not isinstance(source, str) or not Path(source).exists():
         return f"'{source}' is not on this machine"
     path = Path(source)

@@ -99,7 +99,7 @@ class Job:
         """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave."""
         return {
             **facts,
-            "source": str(Path(self.model.source).resolve()) if Path(self.model.source).exists() else self.model.source,
+            "source": _lasting(self.model),
             "calibration_source": data.source,
             "recipe": self.choices.recipe,
             "preset": self.choices.preset,
@@ -127,6 +127,18 @@ class Job:
         names = (*facts, "target")
         changes = [_change(name, stored, wanted) for name in names if stored.get(name) != wanted[name]]
         return f"{older} that was compiled {'with other ' + ', '.join(changes) if changes else 'alike'}; {newer}"
+
+
+def _lasting(model: UserModel) -> str | None:
+    """Where a model can be read again, from whatever directory; None for an object."""
+    if model.in_memory:
+        return None
+    return str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
+
+
+def given(options: CompileOptions) -> frontend.Given:
+    """What comes with the model as objects."""
+    return frontend.Given(options.tokenizer, options.texts, options.example_inputs, options.calibration_inputs)
 
 
 _IN_WORDS = {"model": "source", "calibration": "calibration_source"}
@@ -166,7 +178,7 @@ def read_job(options: CompileOptions, progress: Progress | None = None, places: 
     check_named(options, passes)
     device_of(options)  # a wrong one before the model is read
     with progress.task("reading and capturing the model", 2) as task:
-        model = frontend.load(options.model)
+        model = frontend.load_given(options.model, given(options))
         task.advance("read")
         if model.recipe:
             choices = recipe.choices(options, model.recipe)
@@ -229,7 +241,7 @@ def check_named(options: CompileOptions, passes: Sequence[Pass]) -> None:
         check_dump_dir(options.dump_dir)
     check_apart(options.out, options.work_dir, options.dump_dir)
     # A model.py may bring a recipe with another pipeline.
-    if options.pipeline is not None or not options.model.endswith(".py"):
+    if options.pipeline is not None or not str(options.model).endswith(".py"):
         check_print_after(options, passes)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -42,7 +44,8 @@ class CompileOptions:
     """What the command line of a compile can say.
 
     Attributes:
-        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file or a hub id as ``hf:ORG/NAME``.
+        model: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, a hub id as ``hf:ORG/NAME``, or the model
+            itself, a ``torch.nn.Module``, which is not changed.
         target: what to generate kernels for; several separated by commas.
         recipe, preset: see :mod:`lbllm_compile.recipe`.
         pipeline: pipeline text instead of the recipe's.
@@ -58,9 +61,11 @@ class CompileOptions:
         fresh: start over instead of resuming.
         dump_dir: where to write the graph after every pass, as text.
         print_after, time_passes: what the command line shows.
+        tokenizer, texts, example_inputs, calibration_inputs: what comes with the model as objects, see
+            :class:`lbllm_compile.frontend.Given`.
     """
 
-    model: Annotated[str, Flag("model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")]
+    model: Annotated[Any, Flag("model.py, Hugging Face directory, .gguf file or hf:ORG/NAME")]
     target: Annotated[
         str, Flag("where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas", FORMAT, short="-t")
     ] = "cpu"
@@ -109,13 +114,21 @@ class CompileOptions:
     ] = ()
     time_passes: Annotated[bool, Flag("show what each pass took", LOOK)] = False
 
+    tokenizer: Any = None
+    texts: Iterable[str] | None = None
+    example_inputs: Any = field(default=None, compare=False)
+    calibration_inputs: Iterable[Any] | None = field(default=None, compare=False)
+
     def __post_init__(self) -> None:
         """Takes paths as text and text as paths.
 
         Raises:
-            OptionError: the seed is out of range.
+            OptionError: the seed is out of range, or there are two calibration texts.
         """
-        object.__setattr__(self, "model", str(self.model))
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", str(self.model))
+        if self.calibration is not None and self.texts is not None:
+            raise OptionError("calibration and texts contradict each other; give one of them")
         for name in ("out", "work_dir", "dump_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))

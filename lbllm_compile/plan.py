@@ -30,7 +30,7 @@ from lbllm_compile.codegen.levels import FREE
 from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.doctor import memory
-from lbllm_compile.job import check_named, check_print_after, device_of
+from lbllm_compile.job import check_named, check_print_after, device_of, given
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
 from lbllm_compile.passes.activate import quantizer_scheme
@@ -192,7 +192,11 @@ def make_plan(options: CompileOptions) -> Plan:
     targets = tuple(t.name for t in parse_targets(options.target))
     passes = recipe.passes(recipe.choices(options), options.target)
     check_named(options, passes)
-    model = skeleton(options.model)
+    comes_with = given(options)
+    if isinstance(options.model, str):
+        model = frontend.attach(skeleton(options.model), comes_with)
+    else:
+        model = frontend.load_given(options.model, comes_with)
     choices = recipe.choices(options, model.recipe)
     passes = recipe.passes(choices, options.target)
     check_print_after(options, passes)
@@ -210,7 +214,7 @@ def make_plan(options: CompileOptions) -> Plan:
     phases = footprint.memory(size, work)
     speed = Speed.of(device_of(options))
     return Plan(
-        model=options.model,
+        model=model.source,
         kind=model.kind,
         parameters=parameters,
         layers=len({x.info.layer for x in found if x.info.layer is not None}),

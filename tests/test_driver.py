@@ -548,3 +548,61 @@ def test_a_plain_module_compiles_and_loads(tmp_path):
     assert 0 < report.sheet["relative_error"] < 1
     simulated = stored_simulation(tmp_path / "mlp", model, "module").run({"x": x})
     assert float((model(x) - simulated).norm() / simulated.norm()) <= 1e-4
+
+
+class Averaged(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.linear = torch.nn.Linear(70, 40)
+
+    def forward(self, x):
+        return torch.relu(self.linear(x)).mean(1)
+
+
+def test_an_object_is_compiled_and_resumes_like_a_file(tmp_path):
+    inputs = torch.randn(4, 5, 70, generator=torch.Generator().manual_seed(0))
+    chosen = CompileOptions(
+        model=Averaged(),
+        example_inputs=inputs,
+        calibration_inputs=[inputs + i for i in range(9)],
+        pipeline='canonicalize,annotate{keep_dense="*"},lower,cleanup',
+        out=tmp_path / "out",
+    )
+    report = lbllm_compile.compile(chosen)
+    torch.testing.assert_close(lbllm_compile.load(report.out)(x=inputs), chosen.model(inputs))
+    lock = json.loads((report.out / "lbllm.lock").read_text())
+    assert lock["source"] is None and lock["calibration_source"] == "the given inputs"
+    again = dataclasses.replace(chosen, model=Averaged())
+    other = dataclasses.replace(chosen, model=Averaged().requires_grad_(False))
+    other.model.linear.weight.mul_(2)
+    facts = []
+    for job in map(read_job, (again, other)):
+        facts.append(job.fingerprint(job.calibration_data(NoProgress())))
+    assert all(lock[name] == value for name, value in facts[0].items())
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"model"}
+
+
+def test_a_language_model_comes_with_its_tokenizer_and_texts_as_objects(model_file, tmp_path, monkeypatch):
+    named = frontend.load(model_file)
+    chosen = CompileOptions(
+        model=named.module, tokenizer=named.tokenizer, texts=["All is well that ends well. " * 400], preset="quick"
+    )
+    monkeypatch.chdir(tmp_path)
+    job = read_job(chosen)
+    assert job.out == Path("LlamaForCausalLM-lbllm") and job.program.tokenizer is named.tokenizer
+    data = job.calibration_data(NoProgress())
+    assert data.source == "the given texts" and data.tokens == SMALL.sequences * SMALL.sequence_length
+    assert job.fingerprint(data)["model"] == frontend.program_hash(frontend.capture(named))
+    assert plan.make_plan(chosen).parameters == sum(p.numel() for p in named.module.parameters())
+    with pytest.raises(LbllmError, match="calibration and texts contradict"):
+        dataclasses.replace(chosen, calibration="a.txt")
+
+
+def test_what_was_an_object_is_no_teacher_later(compiled):
+    loaded = artifact.load(compiled.out)
+    notes = Notes()
+    forgotten = dataclasses.replace(loaded, lock={**loaded.lock, "source": None})
+    assert evaluate.find_teacher(forgotten, None, notes) is None
+    assert notes.said == ["no comparison with the original model: it was an object in memory; name it with --teacher"]

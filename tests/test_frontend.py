@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -464,3 +466,166 @@ def test_fingerprint_tells_weights_apart() -> None:
     changed[0, 0] += 1
     set_attribute(other.module, path, changed)
     assert frontend.program_hash(program) != frontend.program_hash(other)
+
+
+# What lies beside a model.py
+
+
+def beside(folder: Path, name: str, width: int) -> Path:
+    """A model.py whose modules are in files beside it."""
+    (folder / "parts").mkdir(parents=True)
+    (folder / "sizes.py").write_text(f"WIDTH = {width}\n")
+    (folder / "parts" / "__init__.py").write_text("from .block import Block\n")
+    (folder / "parts" / "block.py").write_text(
+        "import dataclasses\nimport torch\nfrom sizes import WIDTH\n\n\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    width: 'int' = WIDTH\n\n\n"
+        "class Block(torch.nn.Linear):\n"
+        "    def __init__(self):\n        super().__init__(Sizes().width, Sizes().width)\n"
+    )
+    path = folder / f"{name}.py"
+    path.write_text(
+        "import torch\nimport parts\nfrom parts.block import Block\n\n\n"
+        "def build_model():\n    from . import sizes as relative\n    import sizes\n\n"
+        "    assert sizes is relative and parts.Block is Block\n"
+        "    return torch.nn.Sequential(Block(), Block())\n\n\n"
+        "def example_inputs():\n    import late\n\n    return torch.ones(2, late.width())\n"
+    )
+    (folder / "late.py").write_text("import sizes\n\n\ndef width():\n    return sizes.WIDTH\n")
+    return path
+
+
+def test_models_import_what_lies_beside_them_and_do_not_mix(tmp_path: Path) -> None:
+    before = list(sys.path), list(sys.meta_path), set(sys.modules)
+    for name, width in (("one", 6), ("two", 10), ("one", 6)):
+        path = tmp_path / name / "model.py"
+        model = frontend.load(path if path.exists() else beside(tmp_path / name, "model", width))
+        assert model.inputs["input"].shape == (2, width)
+        block = type(model.module[0])
+        assert sys.modules[block.__module__].Block is block and block.__module__.endswith(".parts.block")
+        assert sys.modules[block.__module__].__spec__.name == block.__module__
+        frontend.capture(model)
+    assert (list(sys.path), list(sys.meta_path)) == before[:2]
+    assert not {"parts", "sizes", "late", "parts.block"} & (sys.modules.keys() - before[2])
+
+
+def test_a_changed_sibling_is_read_again(tmp_path: Path) -> None:
+    path = beside(tmp_path / "m", "model", 6)
+    assert frontend.load(path).inputs["input"].shape == (2, 6)
+    (tmp_path / "m" / "sizes.py").write_text("WIDTH = 1 + 10\n")
+    assert frontend.load(path).inputs["input"].shape == (2, 11)
+
+
+def test_a_sibling_comes_before_the_callers_module_and_behind_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = types.ModuleType("sizes")
+    theirs.__file__ = str(tmp_path / "elsewhere" / "sizes.py")
+    monkeypatch.setitem(sys.modules, "sizes", theirs)
+    path = beside(tmp_path / "m", "model", 6)
+    for library in ("torch", "json", "lbllm_compile"):
+        (tmp_path / "m" / f"{library}.py").write_text("raise RuntimeError('a sibling in place of a library')\n")
+    assert frontend.load(path).inputs["input"].shape == (2, 6)
+    assert sys.modules["sizes"] is theirs
+
+
+def test_a_model_shares_what_the_caller_has_imported_from_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    (tmp_path / "shared_by_both.py").write_text("STATE = []\n")
+    path.write_text(
+        "import torch, shared_by_both\nshared_by_both.STATE.append(1)\n"
+        "def build_model(): return torch.nn.Linear(3, 3)\ndef example_inputs(): return torch.ones(2, 3)\n"
+    )
+    spec = importlib.util.spec_from_file_location("shared_by_both", tmp_path / "shared_by_both.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["shared_by_both"] = module
+    try:
+        frontend.load(path)
+        assert module.STATE == [1] and sys.modules["shared_by_both"] is module
+    finally:
+        del sys.modules["shared_by_both"]
+
+
+def test_a_mistake_in_a_sibling_is_one_sentence(tmp_path: Path) -> None:
+    path = beside(tmp_path / "m", "model", 6)
+    (tmp_path / "m" / "sizes.py").write_text("WIDTH = \n")
+    with pytest.raises(ModelError, match=r"syntax error in .*sizes\.py, line 1"):
+        frontend.load(path)
+    (tmp_path / "m" / "sizes.py").write_text("import no_such_module\n")
+    with pytest.raises(ModelError, match=r"cannot be imported: ModuleNotFoundError: No module named"):
+        frontend.load(path)
+    assert "sizes" not in sys.modules
+
+
+# Models as objects
+
+
+class Stacked(nn.Module):
+    """No language model: two linears, one weight transposed in memory, two tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.c.weight = nn.Parameter(torch.randn(6, 6).t())
+        self.register_buffer("shift", torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x))) + self.shift
+
+
+def test_an_object_is_copied_and_left_alone() -> None:
+    theirs = Stacked().to(torch.bfloat16).train()
+    before = {name: (p.data_ptr(), p.dtype, p.requires_grad, p.clone()) for name, p in theirs.named_parameters()}
+    given = frontend.Given(example_inputs=torch.ones(2, 6), calibration_inputs=[torch.zeros(2, 6)])
+    model = frontend.load_given(theirs, given)
+    assert (model.kind, model.name, model.in_memory) == ("module", "Stacked", True)
+    assert next(iter(model.calibration_inputs())).shape == (2, 6) and model.calibration_origin == "the given inputs"
+    ours = model.module
+    assert ours is not theirs and ours.a.weight is ours.b.weight and ours.c.weight.stride() == (1, 6)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32} and not ours.training
+    for name, (place, dtype, trained, values) in before.items():
+        mine, copied = theirs.get_parameter(name), ours.get_parameter(name)
+        assert (mine.data_ptr(), mine.dtype, mine.requires_grad) == (place, dtype, trained) and theirs.training
+        assert torch.equal(mine, values) and torch.equal(copied, values.float())
+    program = frontend.capture(model)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(program.run({"x": x}), ours(x))
+
+
+def test_a_language_model_as_an_object_is_that_of_its_directory(tmp_path: Path) -> None:
+    module = zoo.ZOO["llama"].build()
+    module.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = frontend.load_given(theirs, frontend.Given(texts=["some text"]))
+    assert theirs.config._attn_implementation == "eager" and model.name == tmp_path.name
+    assert frontend.weights_hash(model.module) == frontend.weights_hash(frontend.load(tmp_path).module)
+    same = frontend.program_hash(frontend.capture(frontend.load(tmp_path)))
+    assert frontend.program_hash(frontend.capture(model)) == same
+    assert list(model.calibration_text()) == ["some text"]
+
+
+def language_model() -> nn.Module:
+    return zoo.ZOO["llama"].build()
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (lambda: 7, {}, "the model is an int; give the name of one or an instance"),
+        (lambda: nn.Linear, {}, "the model is the class Linear; give an instance"),
+        (Stacked, {}, "'Stacked' is no transformers language model, so it needs example_inputs"),
+        (Stacked, {"example_inputs": 3}, r"example_inputs\(\) gives an int"),
+        (lambda: Stacked().to("meta"), {"example_inputs": torch.ones(2, 6)}, "on the meta device; load them first"),
+        (Stacked, {"example_inputs": torch.ones(2, 6), "texts": ["a"]}, "texts cannot calibrate it"),
+        (language_model, {"texts": "one text"}, "texts is a str; give a list"),
+        (language_model, {"tokenizer": print}, "tokenizer is a builtin_function_or_method; a transformers tokenizer"),
+        (language_model, {"calibration_inputs": [1]}, "calibrate it with texts instead"),
+        (language_model, {"example_inputs": torch.ones(2, 6)}, "needs no example_inputs"),
+    ],
+)
+def test_wrong_objects_are_one_sentence(make: Callable[[], Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        frontend.load_given(make(), frontend.Given(**given))

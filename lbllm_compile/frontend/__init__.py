@@ -1,6 +1,7 @@
 """From what the user names to a :class:`Program`: a ``model.py``, a Hugging Face directory, a ``.gguf`` file, a hub id.
 
-A ``model.py`` is Python and runs as such. It must define ``build_model() -> torch.nn.Module`` and may define
+A ``model.py`` is Python and runs as such; what lies beside it can be imported meanwhile. It must define
+``build_model() -> torch.nn.Module`` and may define
 
 ===========================  ==========================================================================================
 ``weights() -> path``        a ``.safetensors`` file or a directory of them, for a model built on the meta device
@@ -12,20 +13,24 @@ A ``model.py`` is Python and runs as such. It must define ``build_model() -> tor
 ``recipe``                   a dict of compile options
 ===========================  ==========================================================================================
 
-:func:`load` reads it into a :class:`UserModel`; :func:`capture` traces that with ``torch.export``. Nothing is
-downloaded unless the name is a hub id, and code that comes with a model is never run.
+:func:`load` reads it into a :class:`UserModel`, and :func:`load_given` takes a model that is an object already;
+:func:`capture` traces it with ``torch.export``. Nothing is downloaded unless the name is a hub id, and code that comes
+with a model is never run.
 """
 
 from lbllm_compile.frontend.loading import HUB, UserModel, bind_inputs, clean_config, hub_id, load, load_gguf, prepare
 from lbllm_compile.frontend.messages import CaptureError, ModelError
+from lbllm_compile.frontend.objects import Given, attach, load_given
 from lbllm_compile.frontend.tracing import LM_INPUTS, capture, language_model_inputs, program_hash, weights_hash
 
 __all__ = [
     "HUB",
     "LM_INPUTS",
     "CaptureError",
+    "Given",
     "ModelError",
     "UserModel",
+    "attach",
     "bind_inputs",
     "capture",
     "clean_config",
@@ -34,6 +39,7 @@ __all__ = [
     "language_model_inputs",
     "load",
     "load_gguf",
+    "load_given",
     "prepare",
     "weights_hash",
 ]

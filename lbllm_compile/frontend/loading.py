@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.frontend.messages import ModelError, a_word, reason_of
+from lbllm_compile.frontend.siblings import Siblings
 from lbllm_compile.passes.calibrate import spool
 
 HUB = "hf:"
@@ -49,7 +50,9 @@ class UserModel:
             plain module.
         inputs: one example batch by forward argument; empty for a language model.
         recipe: the ``recipe`` of a model.py.
-        calibration_text, calibration_inputs: the hooks of a model.py, or None.
+        calibration_text, calibration_inputs: the hooks of a model.py or what was given as objects, or None.
+        calibration_origin: where those are from, in words; empty for the hooks.
+        in_memory: it was given as an object; ``source`` says of which class.
     """
 
     module: nn.Module
@@ -62,6 +65,8 @@ class UserModel:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration_text: Callable[[], Iterable[str]] | None = None
     calibration_inputs: Callable[[], Iterable[Any]] | None = None
+    calibration_origin: str = ""
+    in_memory: bool = False
 
 
 def load(source: str | Path) -> UserModel:
@@ -133,7 +138,7 @@ def _load_python(path: Path) -> UserModel:
                 f"weights() in '{path}' returned {a_word(type(stored).__name__)}; return the path of the .safetensors"
             )
         module = _materialize(module, Path(stored))
-    kind = "causal-lm" if _is_causal_lm(module) else "module"
+    kind = "causal-lm" if is_causal_lm(module) else "module"
     inputs: dict[str, Tensor] = {}
     if kind == "module":
         if hooks["example_inputs"] is None:
@@ -160,27 +165,39 @@ def _load_python(path: Path) -> UserModel:
 
 def _import_file(path: Path) -> ModuleType:
     """Runs a Python file under a module name of its own, so that two models never meet in ``sys.modules``."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(f"lbllm_user_model_{digest}", path)
+    name, beside = _package_of(path), _siblings(path)
+    # As the package of its siblings, it can also import them relatively.
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.resolve().parent)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    beside.forget()
+    sys.modules[name] = module
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), beside.importable():
             spec.loader.exec_module(module)
     except SyntaxError as error:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         where = f"{error.filename or path}, line {error.lineno}"
         raise ModelError(f"syntax error in {where}: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         raise ModelError(f"'{path}' cannot be imported: {reason_of(error, path)}") from error
     return module
 
 
+def _package_of(path: Path) -> str:
+    return f"lbllm_user_model_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+
+
+@functools.cache
+def _siblings(path: Path) -> Siblings:
+    """What lies beside a model.py."""
+    return Siblings(path.resolve().parent, _package_of(path))
+
+
 def _call_hook(path: Path, name: str, hook: Callable[[], Any]) -> Any:
     try:
-        with contextlib.redirect_stdout(sys.stderr), _quiet_transformers():
+        with contextlib.redirect_stdout(sys.stderr), _quiet_transformers(), _siblings(path).importable():
             return hook()
     except LbllmError:
         raise
@@ -211,15 +228,24 @@ def _iterated(path: Path, name: str, hook: Callable[[], Any] | None) -> Callable
 
 
 def _tokenizer(path: Path, hook: Callable[[], Any]) -> Any:
+    tokenizer = _call_hook(path, "tokenizer", hook)
+    check_tokenizer(tokenizer, f"tokenizer() in '{path}' returned")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, where: str) -> None:
+    """Checks that something is a tokenizer.
+
+    Raises:
+        ModelError: it is not; the message begins with ``where``.
+    """
     from transformers import PreTrainedTokenizerBase
 
-    tokenizer = _call_hook(path, "tokenizer", hook)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
-            f"tokenizer() in '{path}' returned {a_word(type(tokenizer).__name__)}; return a transformers"
-            " tokenizer, e.g. of AutoTokenizer.from_pretrained()"
+            f"{where} {a_word(type(tokenizer).__name__)}; a transformers tokenizer is needed, e.g. of"
+            " AutoTokenizer.from_pretrained()"
         )
-    return tokenizer
 
 
 def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
@@ -396,7 +422,7 @@ def _materialize(module: nn.Module, path: Path) -> nn.Module:
         state = spool.mapped(_stored_tensors(files))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"the weights '{path}' cannot be read: {reason_of(error)}") from error
-    if _is_causal_lm(module):
+    if is_causal_lm(module):
         # Only from_pretrained computes buffers that are not stored, such as the rotary frequencies.
         return _from_pretrained(type(module), f"'{path}'", None, config=module.config, state_dict=state)
     try:
@@ -409,17 +435,26 @@ def _materialize(module: nn.Module, path: Path) -> nn.Module:
     return module
 
 
-def _is_causal_lm(module: nn.Module) -> bool:
+def is_causal_lm(module: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel) and module.can_generate()
 
 
-def prepare(model: UserModel) -> UserModel:
-    """Makes the model ready to trace, and refuses what cannot be compiled."""
+def refuse_quantized_module(model: UserModel) -> None:
+    """Refuses a model whose weights are not numbers but codes.
+
+    Raises:
+        ModelError: it is one.
+    """
     method = getattr(model.module, "quantization_method", None)
     if getattr(model.module, "is_quantized", False) and method != "gguf":
         raise ModelError(f"'{model.name}' is already quantized ({method}); give the original weights")
+
+
+def prepare(model: UserModel) -> UserModel:
+    """Makes the model ready to trace, and refuses what cannot be compiled."""
+    refuse_quantized_module(model)
     # transformers refuses .float() on whatever was read from GGUF, although it is plain float32 by now.
     module = nn.Module.float(model.module.requires_grad_(False)).eval()
     if not any(p.dim() >= 2 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False)):

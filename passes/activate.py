@@ -52,6 +52,7 @@ from .calibrate.layers import Layers, Stage
 from .calibrate.precision import Precision
 from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .calibrate.training import Group, step_scale, train_epochs
+from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call
 from .ir.scheme import Scheme
@@ -61,7 +62,6 @@ from .ptq import FIELDS
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
 
-_aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
 
@@ -264,9 +264,10 @@ def quantizer_scheme(scheme: Scheme, bits: int, group: int, knees: bool) -> Sche
 
 def _quantize_keys_and_values(graph: fx.Graph, bits: int) -> None:
     quantized: dict[fx.Node, fx.Node] = {}
-    for attention in [n for n in graph.nodes if is_call(n, _aten.scaled_dot_product_attention.default)]:
-        for position in (1, 2):
-            user, source = before_repeat(attention, attention.args[position])
+    for attention in calls(graph, *ATTENTIONS):
+        call = AttentionCall.of(attention)
+        for operand in (call.key, call.value):
+            user, source = before_repeat(attention, operand)
             if source not in quantized:
                 with graph.inserting_after(source):
                     node = make_call(graph, _lbllm.fake_quantize_kv.default, (source, bits), source)

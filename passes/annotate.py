@@ -39,6 +39,7 @@ from torch import fx
 from ..codegen import operators as operators
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir import scheme as schemes
+from .ir.attention import ATTENTIONS
 from .ir.program import Program
 from .ir.scheme import Entry, Scheme, SchemeError
 
@@ -403,7 +404,7 @@ def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node
             continue
         seen.add(user)
         yield user
-        if user.target not in (*LINEAR_TARGETS, aten.scaled_dot_product_attention.default):
+        if user.target not in (*LINEAR_TARGETS, *ATTENTIONS):
             pending.extend(user.users)
 
 

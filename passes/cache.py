@@ -17,7 +17,8 @@ Result::
     %y = lbllm.cached_attention(%q, %k, %v, %kv_0_key_codes, %kv_0_key_params, %kv_0_value_codes, %kv_0_value_params,
                                 %attention_mask, %past, 0.125, 0, 4)
 
-The operator has its own mask: causal, a sliding window, padding. So what the graph's mask *means* must be known, and it
+The operator has its own mask: causal, a sliding window, chunks, padding, and a bias that grows with the distance
+(ALiBi). So what the graph's mask *means* must be known, and it
 is not guessed from its shape in the graph: the mask's sub-graph is evaluated on probe inputs (several batch sizes,
 lengths and paddings, lengths beyond every integer that occurs in it) and must equal one of the masks the operator can
 make, at every query that is not padding. The repeat is proved the same way. Anything else is refused.
@@ -37,6 +38,9 @@ itself, against the one it replaces, on the inputs that has on the probe.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import math
 import operator
 import sys
@@ -53,32 +57,42 @@ from ..codegen import operators as operators
 from ..codegen import reference
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import check_replaced, describe, relative_error
+from .ir.attention import ATTENTIONS, MASKED, AttentionCall
 from .ir.convolution import cache_convolutions
-from .ir.program import STATE, Program, StateSpec, get_attribute
-from .ir.rewrite import Node, ancestors, argument, calls, is_call, is_node, make_call, relax_views, replace_call
+from .ir.program import STATE, Program, StateSpec, get_attribute, set_attribute
+from .ir.rewrite import (
+    REPEAT,
+    Node,
+    ancestors,
+    argument,
+    calls,
+    is_call,
+    is_node,
+    make_attribute,
+    make_call,
+    relax_views,
+    replace_call,
+)
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
-_REPEAT = (
-    _aten.unsqueeze.default,
-    _aten.expand.default,
-    _aten.reshape.default,
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.clone.default,
-    _aten.contiguous.default,
-    _aten.repeat_interleave.self_int,
-    _aten.slice.Tensor,
-    _aten.alias.default,
-)
-"""Operations a grouped-query repeat may consist of."""
-
 _DIRECT_WINDOW = 4096
 """Windows up to here are probed with sequences longer than the window; larger ones by substituting a small one."""
 
-_MASKED = -1e4
-"""An additive mask at or below this hides a key; zero shows it."""
+_PROBES = ((1, 1), (1, 6), (2, 7), (3, 12), (2, 23))
+"""Batch sizes and lengths at which every mask is evaluated."""
+
+_LONG = 521
+"""Length at which a bias is evaluated, too: one that is rounded to fewer bits bends before."""
+
+
+@dataclass(frozen=True)
+class _Alibi:
+    """A bias that grows with the distance: slopes ``[H]``, and what a place is (``reference.attention_places``)."""
+
+    slopes: Tensor
+    counted: bool
 
 
 _ROUNDING = 0.02
@@ -97,10 +111,19 @@ _KV_ROUNDING = {16: 5e-3, 8: 5e-2, 4: 0.5}
 
 @dataclass(frozen=True)
 class _Mask:
-    """What an attention's mask was proved to mean."""
+    """What an attention's mask was proved to mean.
+
+    Attributes:
+        window: sliding window in tokens, 0 for none.
+        padding: padding is hidden.
+        chunk: tokens in a chunk beyond which no query sees, 0 for none.
+        alibi: what it adds to the scores, or None.
+    """
 
     window: int
     padding: bool
+    chunk: int = 0
+    alibi: _Alibi | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +146,9 @@ class Cache(Pass):
             raise PassError("the graph has a KV state already; run 'cache' once")
         plain, program = program, program.copy()
         graph = program.graph
-        attentions = calls(graph, _aten.scaled_dot_product_attention.default)
+        attentions = calls(graph, *ATTENTIONS)
         if not attentions:
-            raise PassError(
-                "the graph has no scaled_dot_product_attention; load the model with attn_implementation='sdpa'"
-            )
+            raise _no_attention(graph)
         inputs = {str(n.target): n for n in program.placeholders()}
         shapes = _shapes(program, context)
         proofs: dict[Node | None, _Mask] = {}
@@ -135,7 +156,7 @@ class Cache(Pass):
         names = [node.name for node in attentions]
         past, ones = _add_placeholder(graph, "past"), None
         for index, node in enumerate(attentions):
-            mask_node = argument(node, 3, "attn_mask")
+            mask_node = AttentionCall.of(node).mask
             if mask_node not in proofs:
                 proofs[mask_node] = _prove_mask(program, node, mask_node)
             mask = proofs[mask_node]
@@ -143,10 +164,9 @@ class Cache(Pass):
             if not mask.padding:
                 ones = ones or _ones_like(graph, key_mask, past)
                 key_mask = ones
-            bits = self._replace(graph, index, node, shapes, mask, key_mask, past)
-            rows.append(
-                {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
-            )
+            bits = self._replace(program, index, node, shapes, mask, key_mask, past)
+            row = {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
+            rows.append(row | ({"chunk": mask.chunk} if mask.chunk else {}) | ({"alibi": True} if mask.alibi else {}))
         tokens = context.probe["input_ids"].shape[1]
         convolutions = cache_convolutions(graph, shapes, tokens)
         graph.eliminate_dead_code()
@@ -160,7 +180,7 @@ class Cache(Pass):
 
     def _replace(
         self,
-        graph: fx.Graph,
+        program: Program,
         index: int,
         node: Node,
         shapes: dict[Node, torch.Size],
@@ -169,12 +189,12 @@ class Cache(Pass):
         past: Node,
     ) -> int:
         """Puts the cached operator in the place of attention number ``index``; returns its KV bits."""
-        if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        graph, call = program.graph, AttentionCall.of(node)
+        if call.dropout != 0.0:
             raise PassError(f"{describe(node)} has dropout; capture the model in eval mode")
-        query = node.args[0]
-        gqa = bool(node.kwargs.get("enable_gqa", False))
-        key, key_bits = _source(node, node.args[1], shapes, shapes[query][1], gqa)
-        value, value_bits = _source(node, node.args[2], shapes, shapes[query][1], gqa)
+        heads = shapes[call.query][1]
+        key, key_bits = _source(node, call.key, shapes, heads, call.grouped)
+        value, value_bits = _source(node, call.value, shapes, heads, call.grouped)
         if key_bits != value_bits:
             raise PassError(f"{describe(node)} has keys of {key_bits} bits and values of {value_bits}; use the same")
         if self.bits and key_bits and self.bits != key_bits:
@@ -183,17 +203,22 @@ class Cache(Pass):
                 f" or activate{{kv={self.bits}}}"
             )
         bits = key_bits or self.bits or 16
-        scale = node.kwargs.get("scale")
-        scale = 1.0 / math.sqrt(shapes[query][-1]) if scale is None else float(scale)
+        scale = 1.0 / math.sqrt(shapes[call.query][-1]) if call.scale is None else float(call.scale)
         state = []
         for kind, source in (("key", key), ("value", value)):
-            heads, width = shapes[source][1], shapes[source][-1]
-            for part, spec in zip(("codes", "params"), _state_specs(heads, width, bits), strict=True):
+            specs = _state_specs(shapes[source][1], shapes[source][-1], bits)
+            for part, spec in zip(("codes", "params"), specs, strict=True):
                 placeholder = _add_placeholder(graph, f"kv_{index}_{kind}_{part}")
                 placeholder.meta[STATE] = spec
                 state.append(placeholder)
-        arguments = (query, key, value, *state, key_mask, past, scale, mask.window, bits)
-        relax_views(replace_call(node, _lbllm.cached_attention.default, arguments))
+        options: dict[str, Any] = {"softcap": call.softcap, "sinks": call.sinks, "chunk": mask.chunk}
+        if mask.alibi:
+            slopes = mask.alibi.slopes.expand(heads).contiguous()
+            options |= {"slopes": _attribute(program, node, "alibi_slopes", slopes), "counted": mask.alibi.counted}
+        arguments = (call.query, key, value, *state, key_mask, past, scale, mask.window, bits)
+        cached = replace_call(node, _lbllm.cached_attention.default, arguments)
+        cached.kwargs = {name: option for name, option in options.items() if option}
+        relax_views(cached)
         return bits
 
 
@@ -204,6 +229,25 @@ def _check_attentions(plain: Program, program: Program, names: list[str], bits: 
     bound = _ATTENTION_BOUND if simulated else _KV_ROUNDING[bits]
     queries = probe["attention_mask"].bool()
     return check_replaced(plain, program, replaced, probe, bound, lambda value: value.transpose(1, 2)[queries])
+
+
+def _no_attention(graph: fx.Graph) -> PassError:
+    """Why a language model cannot be cached whose attention was not found."""
+    softmaxes = calls(graph, _aten.softmax.int, _aten._softmax.default)
+    if not softmaxes:
+        return PassError("the graph computes no attention, so there is nothing that a KV cache could keep")
+    return PassError(
+        f"no attention was found in the graph; what {describe(softmaxes[0])} belongs to is not written in a known way"
+    )
+
+
+def _attribute(program: Program, like: Node, name: str, value: Tensor) -> Node:
+    """A weight in front of ``like``, stored once however many nodes read the same."""
+    paths = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    path = next(p for p in paths if torch.equal(getattr(program.module, p, value), value))
+    set_attribute(program.module, path, value)
+    with program.graph.inserting_before(like):
+        return make_attribute(program.graph, path, like)
 
 
 def _state_specs(heads: int, width: int, bits: int) -> tuple[StateSpec, StateSpec]:
@@ -263,28 +307,23 @@ def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], head
     Raises:
         PassError: what lies between is not a repeat of heads.
     """
-    chain: list[Node] = []
-    node = operand
-    while is_call(node, *_REPEAT) and len(shapes[node.args[0]]) >= 4:
-        chain.append(node)
-        node = node.args[0]
-    if chain or shapes[node][1] != heads:
-        _prove_repeat(attention, node, operand, chain, shapes, heads, gqa)
-    if is_call(node, _lbllm.fake_quantize_kv.default):
-        return node.args[0], node.args[1]
-    return node, 0
+    chain = [operand]
+    while is_call(chain[-1], *REPEAT) and len(shapes[chain[-1].args[0]]) >= 4:
+        chain.append(chain[-1].args[0])
+    # What lies further back may be only a part of the chain's shape operations, such as the choice of some heads.
+    bases = [n for n in reversed(chain) if len(shapes[n]) == 4]
+    found = next((n for n in bases if _is_repeat(n, operand, chain, shapes, heads, gqa)), None)
+    if found is None or any(shapes[n][1] < shapes[found][1] for n in bases):
+        raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
+    if is_call(found, _lbllm.fake_quantize_kv.default):
+        return found.args[0], found.args[1]
+    return found, 0
 
 
-def _prove_repeat(
-    attention: Node,
-    base: Node,
-    operand: Node,
-    chain: list[Node],
-    shapes: dict[Node, torch.Size],
-    heads: int,
-    gqa: bool,
-) -> None:
-    """Evaluates the operations between ``base`` and ``operand`` on numbered elements: they must repeat heads.
+def _is_repeat(
+    base: Node, operand: Node, chain: list[Node], shapes: dict[Node, torch.Size], heads: int, gqa: bool
+) -> bool:
+    """Evaluates the operations between ``base`` and ``operand`` on numbered elements: whether they repeat heads.
 
     With ``gqa`` the attention repeats what is still missing itself.
     """
@@ -306,10 +345,12 @@ def _prove_repeat(
         return values[value]
 
     result = evaluate(operand)
+    if result.shape[1] == 1:
+        # One head, which attention takes for every head.
+        result, gqa = result.expand(-1, heads, -1, -1), False
     repeated = result.shape[1] if gqa else heads
     expected = probe.repeat_interleave(max(1, repeated // shape[1]), 1)
-    if len(shape) != 4 or repeated % shape[1] or not torch.equal(result, expected):
-        raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
+    return repeated % shape[1] == 0 and torch.equal(result, expected)
 
 
 def _prove_mask(program: Program, attention: Node, mask: Node | None) -> _Mask:
@@ -319,49 +360,116 @@ def _prove_mask(program: Program, attention: Node, mask: Node | None) -> _Mask:
         PassError: it is none of the masks that cached attention can make.
     """
     if mask is None:
-        if not argument(attention, 5, "is_causal", False):
+        if not AttentionCall.of(attention).causal:
             raise PassError(f"{describe(attention)} is not causal, so it cannot decode token by token")
         return _Mask(window=0, padding=False)
     nodes = ancestors(mask)
     constants = sorted({abs(v) for n in nodes for v in _integers(n) if 1 < abs(v) < 2**31})
-    probes = [*_probes((1, 1), (1, 6), (2, 7), (3, 12), (2, 23))]
-    for constant in constants:
-        if constant <= _DIRECT_WINDOW:
-            probes.extend(_probes((1 if constant > 64 else 2, constant + 3)))
-    observed = [(p, _visible(program, attention, mask, nodes, p)) for p in probes]
     small = [c for c in constants if c <= _DIRECT_WINDOW]
-    candidates = [
-        _Mask(window, padding)
-        for padding in (True, False)
-        for window in (0, *sorted({w for c in small for w in (c - 1, c, c + 1) if w > 0}))
-    ]
+    bias = _Bias(attention)
+    observed = []
+    for probe in _probes(*_PROBES, *((1 if c > 64 else 2, c + 3) for c in small)):
+        try:
+            shown, added = _evaluated(program, attention, mask, nodes, probe)
+        except (RuntimeError, IndexError):
+            if probe["input_ids"].shape[1] <= _PROBES[-1][1]:
+                raise
+            break  # longer than what the model can attend to
+        observed.append((probe, shown))
+        bias.take(probe, shown, added)
+    if bias.slopes is not None:
+        for probe in _probes((1, _LONG)):
+            with contextlib.suppress(RuntimeError, IndexError):
+                bias.take(probe, *_evaluated(program, attention, mask, nodes, probe))
+    forms = [(0, 0), *((w, 0) for w in sorted({w for c in small for w in (c - 1, c, c + 1) if w > 0}))]
+    forms += [(0, c) for c in small]
+    candidates = [_Mask(window, padding, chunk) for padding in (True, False) for window, chunk in forms]
     fitting = [c for c in candidates if all(_agrees(c, probe, seen) for probe, seen in observed)]
     if not fitting:
         raise PassError(
-            f"the mask of {describe(attention)} is neither causal nor a causal sliding window with padding, so its"
-            " keys cannot be cached"
+            f"the mask of {describe(attention)} is neither causal nor a causal sliding window, nor causal in chunks,"
+            " with padding, so its keys cannot be cached"
         )
     found = fitting[0]
-    if found.window == 0:
-        for constant in (c for c in constants if c > _DIRECT_WINDOW):
-            if _is_window(program, attention, mask, nodes, constant, found.padding):
-                return _Mask(constant, found.padding)
-    return found
+    for constant in (c for c in constants if c > _DIRECT_WINDOW):
+        if not found.window and not found.chunk:
+            found = _of_large_number(program, attention, mask, nodes, constant, found)
+    return dataclasses.replace(found, alibi=bias.alibi())
 
 
-def _is_window(program: Program, attention: Node, mask: Node, nodes: list[Node], constant: int, padding: bool) -> bool:
-    """Whether a large integer of the mask is its window: with 5 and 9 in its place, the mask has windows 5 and 9."""
-    plain, windows = True, True
-    for small in (5, 9):
-        for probe in _probes((2, small + 4)):
-            seen = _visible(program, attention, mask, nodes, probe, {constant: small})
-            plain = plain and _agrees(_Mask(0, padding), probe, seen)
-            windows = windows and _agrees(_Mask(small, padding), probe, seen)
-    if not plain and not windows:
+def _of_large_number(
+    program: Program, attention: Node, mask: Node, nodes: list[Node], constant: int, plain: _Mask
+) -> _Mask:
+    """A mask whose window or chunk a large integer may be: the one it becomes with 5 and 9 in the integer's place."""
+    fitting = ["", "window", "chunk"]
+    for size in (5, 9):
+        for probe in _probes((2, size + 4)):
+            seen, _ = _evaluated(program, attention, mask, nodes, probe, {constant: size})
+            fitting = [f for f in fitting if _agrees(_with_size(plain, f, size), probe, seen)]
+    if not fitting:
         raise PassError(
-            f"the mask of {describe(attention)} depends on the number {constant} in a way that is not a sliding window"
+            f"the mask of {describe(attention)} depends on the number {constant} in a way that is neither a sliding"
+            " window nor a chunk"
         )
-    return windows
+    return _with_size(plain, fitting[0], constant)
+
+
+def _with_size(mask: _Mask, form: str, size: int) -> _Mask:
+    return dataclasses.replace(mask, **{form: size}) if form else mask
+
+
+class _Bias:
+    """What a mask adds to the scores of visible keys, which must be nothing or ALiBi.
+
+    A softmax does not see what is added to all of a query's scores, so only differences between keys count.
+    """
+
+    def __init__(self, attention: Node):
+        self.attention = attention
+        self.slopes: Tensor | None = None
+        self._counted = [False, True]
+
+    def take(self, probe: dict[str, Tensor], shown: Tensor, added: Tensor | None) -> None:
+        """Takes in a mask ``[B, H or 1, S, S]`` at a probe; ``added`` is None where that is nothing.
+
+        Raises:
+            PassError: it is a bias of another kind.
+        """
+        key_mask = probe["attention_mask"]
+        length = key_mask.shape[1]
+        if length == 1:
+            return  # nothing to compare with
+        if self.slopes is None and added is not None:
+            first = int(shown[0, 0, -1].int().argmax())
+            if not bool(key_mask.all()) or first == length - 1:
+                raise self._refusal()
+            last = added[0, :, -1].double()
+            self.slopes = ((last[:, -1] - last[:, first]) / (length - 1 - first)).float()
+        if self.slopes is None:
+            return
+        added = torch.zeros(shown.shape) if added is None else added
+        self._counted = [c for c in self._counted if self._agrees(c, key_mask, shown, added.double())]
+        if not self._counted:
+            raise self._refusal()
+
+    def _agrees(self, counted: bool, key_mask: Tensor, shown: Tensor, added: Tensor) -> bool:
+        assert self.slopes is not None
+        slopes = self.slopes.double()[:, None, None]
+        rest = added - slopes * reference.attention_places(key_mask, counted).double()[:, None, None, :]
+        counts = shown & key_mask.bool()[:, None, :, None]
+        highest = torch.where(counts, rest, -torch.inf).amax(-1)
+        lowest = torch.where(counts, rest, torch.inf).amin(-1)
+        size = torch.where(counts, added.abs(), 0.0).amax() + slopes.abs().amax()
+        return bool((highest - lowest <= 4e-6 * size).all())
+
+    def alibi(self) -> _Alibi | None:
+        return None if self.slopes is None else _Alibi(self.slopes, self._counted[0])
+
+    def _refusal(self) -> PassError:
+        return PassError(
+            f"the mask of {describe(self.attention)} adds a bias to the scores that is not a slope times the distance"
+            " of tokens (ALiBi); cached attention cannot"
+        )
 
 
 def _integers(node: Node) -> Iterator[int]:
@@ -392,15 +500,16 @@ def _probes(*sizes: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
             }
 
 
-def _visible(
+def _evaluated(
     program: Program,
     attention: Node,
     mask: Node,
     nodes: list[Node],
     probe: dict[str, Tensor],
     substitute: dict[int, int] | None = None,
-) -> Tensor:
-    """Which keys each query sees, ``bool [B, H or 1, S, S]``, by evaluating the mask's sub-graph."""
+) -> tuple[Tensor, Tensor | None]:
+    """What a mask's sub-graph gives: which keys each query sees, ``bool [B, H or 1, S, S]``, and what is added to their
+    scores, of the same shape; None where that is nothing."""
     values: dict[Node, Any] = {}
 
     def load(value: Any) -> Any:
@@ -424,14 +533,11 @@ def _visible(
                 values[node] = node.target(*load(node.args), **{k: load(v) for k, v in node.kwargs.items()})
     result = values[mask]
     batch, length = probe["input_ids"].shape
-    if result.dtype != torch.bool:
-        shown, hidden = result == 0, result <= _MASKED
-        if not bool((shown | hidden).all()):
-            raise PassError(
-                f"the mask of {describe(attention)} adds a bias to the scores (such as ALiBi); cached attention cannot"
-            )
-        result = shown
-    return result.expand(torch.broadcast_shapes(result.shape, (batch, 1, length, length)))
+    result = result.expand(torch.broadcast_shapes(result.shape, (batch, 1, length, length)))
+    if result.dtype == torch.bool:
+        return result, None
+    shown = result > MASKED
+    return shown, result if bool(result[shown].any()) else None
 
 
 def _agrees(mask: _Mask, probe: dict[str, Tensor], seen: Tensor) -> bool:
@@ -439,7 +545,7 @@ def _agrees(mask: _Mask, probe: dict[str, Tensor], seen: Tensor) -> bool:
     key_mask = probe["attention_mask"]
     length = key_mask.shape[1]
     keys = key_mask if mask.padding else torch.ones_like(key_mask)
-    expected = reference.attention_mask(keys, length, 0, mask.window)
+    expected = reference.attention_mask(keys, length, 0, mask.window, mask.chunk)
     queries = key_mask.bool()[:, None, :, None]
     return torch.equal((seen & queries).expand(-1, seen.shape[1], -1, -1), (expected & queries).expand_as(seen))
 

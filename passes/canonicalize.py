@@ -20,6 +20,8 @@ Result::
     %e = get_attr[target=model.layers.0.mlp.experts.down_proj]
     %z = lbllm.grouped_linear.default(%h, %e, %offsets)
 
+Attention that is written out in operators becomes one call (:mod:`.ir.attention`).
+
 A weight computed from parameters alone, by weight normalization or a merged adapter, is computed once. Bodies of
 ``no_grad`` and disabled ``autocast`` blocks move into the graph, and everything ``cleanup`` removes goes.
 Sums may be taken in another order, hence the bound. No preconditions.
@@ -40,15 +42,16 @@ from ..codegen.operators import Arguments
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .calibrate.spool import spooled
 from .cleanup import clean
+from .contracts import describe
+from .ir.attention import AttentionError, join_attention
 from .ir.program import Program, copy_module, get_attribute, set_attribute
-from .ir.rewrite import ancestors, calls, is_node, make_attribute
+from .ir.rewrite import ancestors, calls, is_node, make_attribute, swaps_last
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
 
 _PRODUCTS = frozenset({aten.mm.default, aten.matmul.default, aten.bmm.default})
 _GROUPED = frozenset({"transformers::grouped_mm_fallback", "aten::_grouped_mm"})
-_SWAPS = frozenset({aten.t.default, aten.numpy_T.default, aten.mT.default})
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,19 @@ class Canonicalize(Pass):
         _compute_weights(module)
         rewritten = _rewrite_products(module)
         clean(module)
+        result = program.with_module(module)
+        joined = _join_attention(result, context) if program.kind == "causal-lm" else 0
+        clean(module)
         module.graph.lint()
-        return PassResult(
-            program.with_module(module), summary={"linears": rewritten, "removed": before - len(module.graph.nodes)}
-        )
+        removed = before - len(module.graph.nodes)
+        return PassResult(result, summary={"linears": rewritten, "attentions": joined, "removed": removed})
+
+
+def _join_attention(program: Program, context: PassContext) -> int:
+    try:
+        return join_attention(program, context.probe)
+    except AttentionError as error:
+        raise PassError(f"{describe(error.node)} ends an attention that cannot be told: {error}") from error
 
 
 def _inline_blocks(module: fx.GraphModule) -> fx.GraphModule:
@@ -176,26 +188,11 @@ class _Operand:
 def _operand(node: object) -> _Operand | None:
     """Sees a weight through transposes of its last two dimensions."""
     swapped = False
-    while isinstance(node, fx.Node) and node.op == "call_function" and _swaps_last(node):
+    while isinstance(node, fx.Node) and swaps_last(node):
         swapped, node = not swapped, Arguments(node).self
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     return _Operand(node, swapped)
-
-
-def _swaps_last(node: fx.Node) -> bool:
-    if node.target in _SWAPS:
-        return True
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return False
-    rank = value.dim()
-    if node.target is aten.transpose.int:
-        swap = Arguments(node)
-        return {swap.dim0 % rank, swap.dim1 % rank} == {rank - 2, rank - 1}
-    if node.target is aten.permute.default:
-        return [dim % rank for dim in Arguments(node).dims] == [*range(rank - 2), rank - 1, rank - 2]
-    return False
 
 
 def _rewrite_products(module: fx.GraphModule) -> int:

@@ -47,6 +47,7 @@ from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, 
 from .calibrate.layers import Activations, Values, calibration_batches, segments, split
 from .calibrate.precision import Precision
 from .calibrate.spool import spooled
+from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
 from .observe import nothing_to_quantize
@@ -256,10 +257,16 @@ def _scale(square: Tensor, strength: float) -> Tensor:
 
 
 def _keys(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """Keys before they are repeated for grouped queries, and the nodes on the way to attention that read them."""
+    """Keys before they are repeated for grouped queries, and the nodes on the way to attention that read them.
+
+    Where scores are capped or compared with sinks, what centered keys take from all of a query's scores would count.
+    """
     found: dict[Node, list[Node]] = {}
-    for attention in calls(graph, _aten.scaled_dot_product_attention.default):
-        user, source = before_repeat(attention, Arguments(attention).key)
+    for attention in calls(graph, *ATTENTIONS):
+        call = AttentionCall.of(attention)
+        if not call.shifts:
+            continue
+        user, source = before_repeat(attention, call.key)
         if user not in found.setdefault(source, []):
             found[source].append(user)
     return found

@@ -11,7 +11,7 @@ from graphs import context, expected, lines, normal, program, token_inputs
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache
-from lbllm_compile.passes.ir.program import STATE, Program, StateSpec
+from lbllm_compile.passes.ir.program import STATE, Program, StateSpec, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor
 
@@ -63,11 +63,30 @@ def bidirectional(mask, length):
     return aten.__and__.Tensor(aten.ge.Scalar(aten.add.Tensor(query, key), 0), padding(mask))
 
 
-def slope(mask, length):
-    """ALiBi: a bias that grows with the distance."""
-    query, key = grid(length)
-    distance = aten.to.dtype(aten.sub.Tensor(key, query), torch.float32)
-    return aten.add.Tensor(aten.mul.Tensor(distance, 0.5), additive(-1e9)(mask, length))
+def biased(places: Callable[[Tensor, object], object], dtype: torch.dtype = torch.float32) -> Mask:
+    """A bias that grows with the places of keys, with a slope per head."""
+
+    def build(mask, length):
+        slopes = aten.pow.Scalar(0.5, aten.unsqueeze.default(aten.unsqueeze.default(aten.arange.start(1, 5), 1), 2))
+        where = aten.unsqueeze.default(aten.unsqueeze.default(places(mask, length), 1), 1)
+        bias = aten.mul.Tensor(aten.to.dtype(slopes, dtype), aten.to.dtype(where, dtype))
+        return aten.add.Tensor(aten.to.dtype(bias, torch.float32), additive(-1e9)(mask, length))
+
+    return build
+
+
+def slots(mask, length):
+    """MPT's places: slots, counted from the last one."""
+    return aten.unsqueeze.default(aten.sub.Tensor(aten.arange.default(length), length), 0)
+
+
+def tokens(mask, length):
+    """BLOOM's places: attended tokens."""
+    return aten.mul.Tensor(aten.sub.Tensor(aten.cumsum.default(mask, 1), 1), mask)
+
+
+def squares(mask, length):
+    return aten.pow.Tensor_Scalar(tokens(mask, length), 2)
 
 
 def blocks(size: int) -> Mask:
@@ -77,6 +96,19 @@ def blocks(size: int) -> Mask:
         query, key = grid(length)
         same = aten.eq.Tensor(aten.floor_divide.default(query, size), aten.floor_divide.default(key, size))
         return aten.__and__.Tensor(causal(mask, length), same)
+
+    return build
+
+
+def chunks(size: int) -> Mask:
+    """Llama 4's chunks: a query sees its own, and the first one begins with the first token."""
+
+    def build(mask, length):
+        padding = aten.sum.dim_IntList(aten.eq.Scalar(aten.cumsum.default(mask, 1), 0), [1], True)
+        place = aten.sub.Tensor(aten.unsqueeze.default(aten.arange.default(length), 0), padding)
+        place = aten.div.Tensor_mode(place, size, rounding_mode="floor")
+        same = aten.eq.Tensor(aten.unsqueeze.default(place, 2), aten.unsqueeze.default(place, 1))
+        return aten.__and__.Tensor(causal(mask, length), aten.unsqueeze.default(same, 1))
 
     return build
 
@@ -91,6 +123,16 @@ def interleave(x, batch, length):
     """Not that repeat: heads in another order."""
     x = aten.expand.default(aten.unsqueeze.default(x, 1), [batch, HEADS // KV_HEADS, KV_HEADS, length, WIDTH])
     return aten.reshape.default(x, [batch, HEADS, length, WIDTH])
+
+
+def copied(x, batch, length):
+    """The repeat with a copy behind it, as models write it whose attention wants contiguous memory."""
+    return aten.contiguous.default(repeat(x, batch, length))
+
+
+def first_head(x, batch, length):
+    """One head, which the operator takes for every head (Falcon's multi-query attention)."""
+    return aten.slice.Tensor(x, 1, 0, 1)
 
 
 def attention(
@@ -233,13 +275,69 @@ def test_other_masks_are_refused(mask):
 
 
 def test_a_large_number_that_is_no_window_is_refused():
-    with pytest.raises(PassError, match="depends on the number 70000 in a way that is not a sliding window"):
+    with pytest.raises(PassError, match="depends on the number 70000 in a way that is neither a sliding window nor a"):
         cached(attention(blocks(70_000)))
 
 
-def test_a_bias_in_the_mask_is_refused():
-    with pytest.raises(PassError, match="adds a bias to the scores"):
-        cached(attention(slope))
+@pytest.mark.parametrize(("places", "counted"), [(slots, False), (tokens, True)])
+@pytest.mark.parametrize("prefill", [1, 6])
+def test_a_slope_times_the_distance_is_alibi(places, counted, prefill):
+    before = attention(biased(places), bits=(16, 16))
+    after = cached(before)
+    (node,) = calls(after.graph, lbllm.cached_attention.default)
+    assert get_attribute(after.module, node.kwargs["slopes"].target).tolist() == [0.5, 0.25, 0.125, 0.0625]
+    assert node.kwargs.get("counted", False) is counted
+    inputs = token_inputs(batch=3, length=11, padding=4)
+    inputs["attention_mask"][1, 3:6] = 0  # a hole, which takes a place or does not
+    seen = inputs["attention_mask"].bool()
+    whole = before.run(inputs)[seen]
+    torch.testing.assert_close(after.run(inputs)[seen], whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decode(after, inputs, prefill)[seen], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_share_their_slopes():
+    after = cached(attention(biased(slots), layers=3))
+    assert {n.kwargs["slopes"].target for n in calls(after.graph, lbllm.cached_attention.default)} == {"alibi_slopes"}
+
+
+@pytest.mark.parametrize("mask", [biased(squares), biased(tokens, torch.bfloat16)])
+def test_another_bias_is_refused(mask):
+    with pytest.raises(PassError, match="adds a bias to the scores that is not a slope times the distance"):
+        cached(attention(mask))
+
+
+@pytest.mark.parametrize("size", [4, 7, 100, 8192])
+def test_chunks_are_found(size):
+    before = attention(chunks(size), bits=(16, 16))
+    after = cached(before)
+    (node,) = calls(after.graph, lbllm.cached_attention.default)
+    assert node.kwargs == {"chunk": size}
+    inputs = token_inputs(batch=3, length=19, padding=6)
+    seen = inputs["attention_mask"].bool()
+    whole = before.run(inputs)[seen]
+    torch.testing.assert_close(decode(after, inputs, 5)[seen], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("softcap", "sinks"), [(1.5, False), (0.0, True), (2.0, True)])
+def test_capped_scores_and_sinks_stay_with_the_attention(softcap, sinks):
+    def forward(root, input_ids, attention_mask, position_ids):
+        length = aten.sym_size.int(attention_mask, 1)
+        x = aten.unsqueeze.default(aten.embedding.default(root.embed, input_ids), 1)
+        q, k, v = (aten.linear.default(x, weight) for weight in (root.q, root.k, root.v))
+        q = aten.mul.Tensor(q, root.heads)
+        mask = additive(-1e9)(attention_mask, length)
+        y = lbllm.attention.default(q, k, v, mask, 2.0, softcap, root.sinks if sinks else None)
+        return aten.transpose.int(y, 1, 2)
+
+    weights = {"embed": normal(11, 8), "heads": normal(3, 1, 8, seed=5), "sinks": normal(3, seed=6)}
+    before = program({**weights, **{n: 0.3 * normal(8, 8, seed=i) for i, n in enumerate("qkv")}}, forward)
+    after = cached(before)
+    (node,) = calls(after.graph, lbllm.cached_attention.default)
+    assert {*node.kwargs} == {n for n, given in (("softcap", softcap), ("sinks", sinks)) if given}
+    inputs = token_inputs(batch=3, length=11, padding=4)
+    seen = inputs["attention_mask"].bool()
+    got, wanted = decode(after, inputs, 6), before.run(inputs)
+    torch.testing.assert_close(got[seen], wanted[seen], rtol=2e-3, atol=2e-3)
 
 
 def test_attention_without_mask_is_refused():
@@ -260,6 +358,20 @@ def test_repeated_heads_are_recognized_and_other_orders_refused():
     torch.testing.assert_close(cached(grouped).run(inputs)[seen], attention().run(inputs)[seen], rtol=1e-4, atol=1e-4)
     with pytest.raises(PassError, match="is not a repeat of heads"):
         cached(attention(expand=interleave))
+
+
+def test_a_repeat_is_found_behind_a_copy():
+    after = cached(attention(expand=copied))
+    assert {n.meta[STATE].heads for n in after.state_placeholders()} == {KV_HEADS}
+
+
+def test_one_head_for_all_is_cached_once():
+    before = attention(expand=first_head, bits=(0, 0))
+    after = cached(before)
+    assert {n.meta[STATE].heads for n in after.state_placeholders()} == {1}
+    inputs = token_inputs()
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)
 
 
 def test_bits_come_from_the_simulation():
@@ -295,7 +407,7 @@ def test_dropout_a_second_run_and_missing_attention_are_refused():
         cached(attention(dropout_p=0.1))
     with pytest.raises(PassError, match="run 'cache' once"):
         cached(cached(attention()))
-    with pytest.raises(PassError, match="attn_implementation='sdpa'"):
+    with pytest.raises(PassError, match="computes no attention"):
         cached(program({"w": normal(11, 8)}, lambda root, input_ids: aten.embedding.default(root.w, input_ids)))
 
 

@@ -144,18 +144,41 @@ def is_constant(value: Any) -> bool:
     return value.op == "get_attr"
 
 
+_SWAPS = frozenset({torch.ops.aten.t.default, torch.ops.aten.numpy_T.default, torch.ops.aten.mT.default})
+
+
+def swaps_last(node: Node) -> bool:
+    """Whether a node swaps the last two dimensions of its operand and does nothing else."""
+    if not is_node(node) or node.op != "call_function":
+        return False
+    if node.target in _SWAPS:
+        return True
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return False
+    rank = value.dim()
+    if node.target is torch.ops.aten.transpose.int:
+        swap = Arguments(node)
+        return {swap.dim0 % rank, swap.dim1 % rank} == {rank - 2, rank - 1}
+    if node.target is torch.ops.aten.permute.default:
+        return [dim % rank for dim in Arguments(node).dims] == [*range(rank - 2), rank - 1, rank - 2]
+    return False
+
+
 def same_storage(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory seen the same way (tied weights)."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-_REPEAT = (
+REPEAT = (
     torch.ops.aten.expand.default,
     torch.ops.aten.unsqueeze.default,
     torch.ops.aten.reshape.default,
     torch.ops.aten.view.default,
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.clone.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.alias.default,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.repeat_interleave.self_int,
 )
@@ -170,7 +193,7 @@ def before_repeat(user: Node, source: Node) -> tuple[Node, Node]:
     """
     found = user, source
     current, expanded = source, False
-    while is_call(current, *_REPEAT):
+    while is_call(current, *REPEAT):
         parent = Arguments(current).self
         expanded = expanded or is_call(current, torch.ops.aten.expand.default)
         opened = is_call(current, torch.ops.aten.unsqueeze.default) and expanded

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from lbllm_compile.passes.calibrate.sensitivity import TOKENS
 from lbllm_compile.passes.calibrate.spool import RESIDENT
+from lbllm_compile.passes.ptq import HESSIAN_BYTES
 
 LIBRARIES = 700 << 20
 """Python, torch, transformers and TVM themselves, and a captured graph."""
@@ -25,6 +26,9 @@ _HESSIANS = 9
 
 _FIT_BYTES = 24
 """Per weight of the matrices that are fitted as one: the weight, six forms of it while it is compensated."""
+
+_EXPERT_BYTES = 6
+"""Per weight of all experts that have been fitted: codes twice while they are stacked, and the dequantized matrices."""
 
 _DISTILL_BYTES = 38
 """Per weight of the layer, as measured; 30 of them are latent and bitmap, two moments of the optimizer for each, and
@@ -169,11 +173,17 @@ def _training(model: Model, work: Work, layer: int) -> int:
 
 
 def _fitting(model: Model) -> int:
-    """Fitting the linears behind one observer: a Hessian and the matrices that share it."""
+    """Fitting the linears behind one observer: a Hessian and the matrices that share it; of experts as many sums as are
+    held, the one that those with few tokens share, and what has been fitted."""
     most = 0
     for shapes in model.layers:
-        for (*_, rows, columns), same in Counter(shapes).items():
-            most = max(most, _HESSIANS * 4 * columns**2 + _FIT_BYTES * same * rows * columns)
+        for (*experts, rows, columns), same in Counter(shapes).items():
+            square, weights = 4 * columns**2, same * rows * columns
+            size = _HESSIANS * square + _FIT_BYTES * weights
+            if experts:
+                held = min(experts[0], max(1, HESSIAN_BYTES // square))
+                size += (held + 1) * square + _EXPERT_BYTES * experts[0] * weights
+            most = max(most, size)
     return most
 
 

@@ -16,7 +16,9 @@ Result::
     %q = aten.linear(%x, %w)
 
 The former weight ``<path>.weight`` becomes a module that holds ``sign``, ``bitmap``, ``levels`` and ``scale``
-(:mod:`lbllm_compile.codegen.format`). Stacked experts get one Hessian each, from the tokens routed to them.
+(:mod:`lbllm_compile.codegen.format`). Stacked experts get one Hessian each, from the tokens routed to them; those that
+few tokens reached share the one of all experts' tokens. As many Hessians are held at a time as ``HESSIAN_BYTES`` allow,
+and for the next ones the inputs, which are in a file, are read again.
 
 Needs ``observe`` and calibration batches.
 """
@@ -51,6 +53,9 @@ FIELDS = ("sign", "bitmap", "levels", "scale")
 
 BATCH = 8
 """Sequences run at a time."""
+
+HESSIAN_BYTES = 4 << 30
+"""Most that the Hessians of stacked experts take which are held at a time, where more than one is needed."""
 
 OUTER_BLOCKS = 4
 """Blocks of columns in which outer products are added up; the blocks below the diagonal, 6 of 16, are not computed."""
@@ -143,7 +148,7 @@ class Ptq(Pass):
             chain.advance(part, visit, self.precision)
             for statistic in statistics.values():
                 if done is None:
-                    found, figures = self._fit(layer.module, statistic)
+                    found, figures = self._fit(layer.module, statistic, chain)
                     tensors.update(found)
                     metrics["linears"] += figures
                 for node in statistic.linears:
@@ -158,7 +163,9 @@ class Ptq(Pass):
             discard_attributes(part.module)
         return tensors, metrics
 
-    def _fit(self, module: fx.GraphModule, statistic: Statistic) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def _fit(
+        self, module: fx.GraphModule, statistic: Statistic, chain: Activations
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Fits the linears behind one observer; matrices that share a Hessian and a scheme are fitted as one."""
         alike: dict[Scheme, list[str]] = {}
         for node in statistic.linears:
@@ -174,7 +181,7 @@ class Ptq(Pass):
             weights = [get_attribute(module, path) for path in paths]
             start = time.perf_counter()
             if hessian is None:
-                fits, extra = self._fit_experts(weights, statistic, scheme)
+                fits, extra = self._fit_experts(weights, statistic, scheme, chain)
             else:
                 factored = factor(hessian, _group(scheme), self.damp)
                 if index == len(alike) - 1:
@@ -219,22 +226,32 @@ class Ptq(Pass):
         return fits, {"damp": factored.damp, "dead_columns": int(factored.dead.sum())}
 
     def _fit_experts(
-        self, weights: Sequence[Tensor], statistic: Statistic, scheme: Scheme
+        self, weights: Sequence[Tensor], statistic: Statistic, scheme: Scheme, chain: Activations
     ) -> tuple[list[list[Fit]], dict[str, Any]]:
-        """Fits stacked matrices ``[E, N_i, K]``, expert by expert."""
+        """Fits stacked matrices ``[E, N_i, K]``, expert by expert; those with too few tokens last."""
         experts, width = weights[0].shape[0], weights[0].shape[-1]
-        fits: list[list[Fit]] = [[] for _ in weights]
-        damp, dead, fallbacks = 0.0, 0, 0
-        for expert in range(experts):
-            enough = statistic.count(expert) >= width
-            fallbacks += not enough
-            hessian = statistic.hessian(expert) if enough else statistic.shared()
-            factored = factor(hessian, _group(scheme), self.damp)
-            found, extra = self._fit_rows([w[expert] for w in weights], factored, scheme)
-            for parts, part in zip(fits, found, strict=True):
-                parts.append(part)
+        few = {expert for expert in range(experts) if statistic.count(expert) < width}
+        fitted: dict[int, list[Fit]] = {}
+        damp, dead = 0.0, 0
+
+        def fit_one(expert: int, factored: Factor) -> None:
+            nonlocal damp, dead
+            fitted[expert], extra = self._fit_rows([w[expert] for w in weights], factored, scheme)
             damp, dead = max(damp, extra["damp"]), dead + extra["dead_columns"]
-        return fits, {"damp": damp, "dead_columns": dead, "fallback_experts": fallbacks}
+
+        shared = Pool(statistic)
+        for window in statistic.windows(width):
+            statistic.hold(window, chain)
+            if few:
+                shared.add()
+            for expert in sorted({*window} - few):
+                fit_one(expert, factor(statistic.hessian(expert), _group(scheme), self.damp))
+        if few:
+            factored = factor(shared.hessian(), _group(scheme), self.damp)
+            for expert in sorted(few):
+                fit_one(expert, factored)
+        fits = [[fitted[expert][i] for expert in range(experts)] for i in range(len(weights))]
+        return fits, {"damp": damp, "dead_columns": dead, "fallback_experts": len(few)}
 
 
 @dataclass
@@ -247,6 +264,7 @@ class Statistic:
         linears: the calls that read it.
         offsets: for stacked experts, the name of the node with the end of each expert's tokens; else None.
         experts: number of experts; 1 for plain linears.
+        held: the experts whose sums are held; the others are only counted.
     """
 
     site: str
@@ -256,6 +274,7 @@ class Statistic:
     experts: int
     sums: list[Tensor | None] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    held: range = range(1)
 
     @classmethod
     def of(cls, observer: fx.Node, linears: list[fx.Node]) -> Statistic:
@@ -272,11 +291,33 @@ class Statistic:
         x = values[self.site].flatten(0, -2).float()
         if self.offsets is None:
             self._add(0, x)
+            self.counts[0] += len(x)
             return
-        start = 0
-        for expert, end in enumerate(values[self.offsets].tolist()):
-            self._add(expert, x[start:end])
-            start = end
+        self.held = self.windows(x.shape[1])[0]
+        self._add_held(values)
+        ends = values[self.offsets].tolist()
+        self.counts = [c + end - start for c, start, end in zip(self.counts, [0, *ends[:-1]], ends, strict=True)]
+
+    def windows(self, width: int) -> list[range]:
+        """Runs of experts whose sums over inputs of ``width`` channels are held at a time."""
+        size = 4 * width * (1 if self.kind == "absmax" else width)
+        step = max(1, HESSIAN_BYTES // size)
+        return [range(start, min(start + step, self.experts)) for start in range(0, self.experts, step)]
+
+    def hold(self, window: range, chain: Activations) -> None:
+        """Holds the sums of these experts instead of others; ``chain`` has the inputs."""
+        if window == self.held:
+            return
+        self.held, self.sums = window, [None] * self.experts
+        assert self.offsets is not None
+        for values in chain.read((self.site, self.offsets)):
+            self._add_held(values)
+
+    def _add_held(self, values: Values) -> None:
+        x = values[self.site].flatten(0, -2)
+        ends = values[self.offsets].tolist()
+        for expert in self.held:
+            self._add(expert, x[ends[expert - 1] if expert else 0 : ends[expert]].float())
 
     def _add(self, expert: int, x: Tensor) -> None:
         if not len(x):
@@ -289,7 +330,6 @@ class Statistic:
             if total is None:
                 total = self.sums[expert] = x.new_zeros((x.shape[1], x.shape[1]))
             _add_outer_products(total, x)
-        self.counts[expert] += len(x)
 
     def count(self, expert: int) -> int:
         """Tokens seen by an expert."""
@@ -302,14 +342,38 @@ class Statistic:
             raise FitError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
         return torch.diag(total.square()) if self.kind == "absmax" else _symmetric(total) / self.counts[expert]
 
-    def shared(self) -> Tensor:
-        """The Hessian of all experts' inputs together."""
-        seen = [t for t in self.sums if t is not None]
+
+class Pool:
+    """The Hessian of all experts' inputs together."""
+
+    def __init__(self, statistic: Statistic):
+        self._statistic = statistic
+        self._total: Tensor | None = None
+
+    def add(self) -> None:
+        """Takes in the experts whose sums are held."""
+        seen = [t for t in self._statistic.sums if t is not None]
         if not seen:
-            raise FitError(f"no calibration token reached '{self.linears[0].meta[LINEAR].path}'")
-        if self.kind == "absmax":
-            return torch.diag(torch.stack(seen).amax(0).square())
-        return _symmetric(torch.stack(seen).sum(0)) / sum(self.counts)
+            return
+        if self._total is None:
+            self._total = torch.zeros_like(seen[0])
+        # a block of rows at a time: stacked whole, the sums would be there twice
+        step = -(-len(self._total) // len(seen))
+        for start in range(0, len(self._total), step):
+            rows = slice(start, start + step)
+            block = torch.stack([t[rows] for t in seen])
+            if self._statistic.kind == "absmax":
+                self._total[rows] = torch.maximum(self._total[rows], block.amax(0))
+            else:
+                self._total[rows] += block.sum(0)
+
+    def hessian(self) -> Tensor:
+        """``[K, K]``, as :meth:`Statistic.hessian`."""
+        if self._total is None:
+            raise FitError(f"no calibration token reached '{self._statistic.linears[0].meta[LINEAR].path}'")
+        if self._statistic.kind == "absmax":
+            return torch.diag(self._total.square())
+        return _symmetric(self._total) / sum(self._statistic.counts)
 
 
 def _add_outer_products(total: Tensor, x: Tensor) -> None:

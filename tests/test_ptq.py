@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.passes import ptq
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo, matrix_count
 from lbllm_compile.passes.base import PassContext, PassError
 from lbllm_compile.passes.calibrate import fit
 from lbllm_compile.passes.ir.program import Program, get_attribute, set_attribute
 from stages import Memory, annotated, apply, batches, context, quantized, same_tensors
 from torch import fx, nn
+
+from lbllm_compile import footprint
 
 _lbllm = torch.ops.lbllm
 
@@ -178,6 +181,45 @@ def test_experts_use_their_own_tokens_where_there_are_enough(tokens, fallbacks):
     assert get_attribute(result.program.module, "experts.up.levels").shape == (3, 8, 2, 4)
     out, exact = result.program.run(data[0]), program.run(data[0])
     assert 0 < (out - exact).norm() / exact.norm() < 0.5
+
+
+@pytest.mark.parametrize("stat", ["hessian", "absmax"])
+@pytest.mark.parametrize("tokens", [100, 5])
+@pytest.mark.parametrize("together", [1, 2])
+def test_experts_are_the_same_however_many_are_held(monkeypatch, tokens, together, stat):
+    program, (whole,) = _experts(tokens)
+    half = {"x": whole["x"][::2], "offsets": whole["offsets"] // 2}
+    text = f"observe{{stat={stat}}},ptq{{group=32}}"
+    data = [whole, half]
+    plain = apply(program, text, PassContext(calibration=data)).program
+    width = 36 if stat == "absmax" else 36 * 36
+    monkeypatch.setattr(ptq, "HESSIAN_BYTES", 4 * together * width)
+    most = 0
+    gather = ptq.Statistic._add_held
+
+    def watched(statistic, values):
+        nonlocal most
+        gather(statistic, values)
+        most = max(most, sum(t is not None for t in statistic.sums))
+
+    monkeypatch.setattr(ptq.Statistic, "_add_held", watched)
+    assert same_tensors(apply(program, text, PassContext(calibration=data)).program, plain)
+    assert most == together
+
+
+def test_the_plan_counts_the_hessians_that_are_held():
+    """256 experts of 7168 channels would take 53 GB of Hessians at once."""
+
+    def stage_1(experts):
+        shapes = [[(experts, 2048, 7168)]] if experts else [[(2048, 7168)]]
+        model = footprint.Model(10**9, 10**6, 1000, shapes, whole=False, artifact=10**9)
+        work = footprint.Work(10**6, 256, 8, 0, 0, 0, 0, 64, text=None, half=False)
+        return footprint.memory(model, work)["stage 1, ptq"]
+
+    square = 4 * 7168**2
+    assert stage_1(1) - stage_1(0) == 2 * square + 6 * 2048 * 7168
+    assert stage_1(8) - stage_1(4) == 4 * square + 4 * 6 * 2048 * 7168
+    assert stage_1(256) - stage_1(128) == 128 * 6 * 2048 * 7168
 
 
 def test_preconditions_are_named():

@@ -139,6 +139,12 @@ class Activations:
     def __getitem__(self, index: int) -> Values:
         return {n: v.read().to(self.device) if isinstance(v, Record) else v for n, v in self._batches[index].items()}
 
+    def read(self, names: Sequence[str]) -> Iterator[Values]:
+        """Some of the values of every batch, on the device."""
+        for batch in self._batches:
+            kept = {name: batch[name] for name in names}
+            yield {n: v.read().to(self.device) if isinstance(v, Record) else v for n, v in kept.items()}
+
     def fork(self) -> Activations:
         """A second chain that starts from the same values; what is kept of them is shared."""
         second = Activations((), self.device)

@@ -155,6 +155,7 @@ def linear_rows(program: Program) -> list[dict[str, Any]]:
                 "operator": dump.target_text(node),
                 "weights": _weights_text(node),
                 "input": _input_text(node.all_input_nodes[0]),
+                "scheme": str(info.scheme),
                 "why": info.reason,
             }
         )

@@ -103,16 +103,19 @@ class Architecture:
     Attributes:
         model: name of its class in transformers.
         config: arguments of its configuration.
+        seed: of its weights; another than 0 where two experts of a router are so close for some token that keys rounded
+            to 16 bits decide between them.
     """
 
     model: str
     config: Mapping[str, Any]
+    seed: int = 0
 
     def build(self) -> nn.Module:
         """The model with random weights, the same at every call, wide enough that a mistake shows."""
         model_class = getattr(transformers, self.model)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             model = model_class(model_class.config_class(**copy.deepcopy(dict(self.config))))
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
@@ -122,8 +125,8 @@ class Architecture:
         return model.eval().requires_grad_(False)
 
 
-def _like_llama(model: str, **config: Any) -> Architecture:
-    return Architecture(f"{model}ForCausalLM", {**_SIZES, **config})
+def _like_llama(model: str, seed: int = 0, **config: Any) -> Architecture:
+    return Architecture(f"{model}ForCausalLM", {**_SIZES, **config}, seed)
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -227,6 +230,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minicpm 3": _like_llama("MiniCPM3", **_LATENT),
     "granite swa": _like_llama("GraniteSWA", sliding_window=8),
     "emu 3": _like_llama("Emu3"),
+    "hrm": _like_llama("HrmText"),
+    "flint": _like_llama("Flint"),
+    "beam": _like_llama("Beam"),
     "modernbert decoder": Architecture(
         "ModernBertDecoderForCausalLM", {**_ENCODER, "local_attention": 8, "cls_token_id": 3, "sep_token_id": 4}
     ),
@@ -298,6 +304,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "roberta": Architecture("RobertaForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
     "roformer": Architecture("RoFormerForCausalLM", {**_ENCODER, "embedding_size": 72}),
+    "roberta, norm first": Architecture("RobertaPreLayerNormForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
+    "xlm-roberta xl": Architecture("XLMRobertaXLForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
+    "xmod": Architecture("XmodForCausalLM", {**_ENCODER, "max_position_embeddings": 130, "default_language": "en_XX"}),
+    "big bird": Architecture("BigBirdForCausalLM", {**_ENCODER, "attention_type": "original_full"}),
+    "bart decoder": Architecture(
+        "BartForCausalLM",
+        {
+            "vocab_size": 101,
+            "d_model": 72,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 6,
+            "decoder_ffn_dim": 104,
+            "max_position_embeddings": 128,
+        },
+    ),
     "xlm-roberta": Architecture("XLMRobertaForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
     # mixtures of experts
     "mixtral": _like_llama("Mixtral", sliding_window=8, **_LOCAL),
@@ -348,7 +369,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "n_heads": 6,
             "n_layers": 2,
             "max_seq_len": 128,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 72},
         },
     ),
@@ -363,9 +384,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         **_EXPERTS,
         **_HEAD,
     ),
+    "cohere 2 moe": _like_llama(
+        "Cohere2Moe", sliding_window=8, layer_types=_SLIDING_AND_FULL, num_experts=4, **_EXPERTS, **_HEAD
+    ),
+    "exaone moe": _like_llama(
+        "ExaoneMoe", sliding_window=8, layer_types=_SLIDING_AND_FULL, num_experts=4, **_EXPERTS, **_HEAD
+    ),
+    "glm 4 moe lite": _like_llama("Glm4MoeLite", **_LATENT, **_ROUTED),
+    "hy 3": _like_llama("HYV3", num_experts=4, **_EXPERTS, **_HEAD),
+    "mellum": _like_llama(
+        "Mellum", 1, sliding_window=8, layer_types=_SLIDING_AND_FULL, num_experts=4, **_EXPERTS, **_HEAD
+    ),
+    "laguna": _like_llama("Laguna", num_experts=4, **_EXPERTS, **_HEAD),
+    "aria": _like_llama("AriaText", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "kolibri": _like_llama("Kolibri1", 1),
     "solar open": _like_llama("SolarOpen", **_ROUTED, **_HEAD),
     # states that are not per token
     "lfm 2": _like_llama("Lfm2", layer_types=["conv", "full_attention"]),
+    "lfm 3": _like_llama("Lfm3", layer_types=["conv", "full_attention"]),
     "lfm 2 moe": _like_llama(
         "Lfm2Moe", layer_types=["conv", "full_attention"], num_experts=4, num_dense_layers=1, **_EXPERTS
     ),
@@ -430,7 +466,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_hidden_size=144,
         attention_head_dim=24,
         mamba_d_state=8,
-        layers_block_type=["mamba", "hybrid"],
+        layers_block_type=["mamba", "hybrid", "hybrid"],
+        num_hidden_layers=3,
     ),
     "jamba": _like_llama(
         "Jamba", attn_layer_offset=1, attn_layer_period=2, num_experts=4, num_experts_per_tok=2, mamba_d_state=8

@@ -1,0 +1,49 @@
+"""The table of architectures: its tiny models are compiled right, or refused in one sentence."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+
+from benchmarks import architectures
+from benchmarks.architectures import ARCHITECTURES, Architecture, Finding, examine, page
+
+TURNS = 12
+"""The slow test takes every so many architectures, others every day."""
+
+
+@pytest.mark.parametrize("name", ["phi 3, long rope", "llama, dynamic rope", "lfm 2"])
+def test_what_once_was_refused_is_right(name: str) -> None:
+    finding = examine(name, native=False)
+    assert finding.verdict == "right", finding.line
+    assert 0 < finding.error <= architectures.TOLERANCE
+
+
+def test_recurrences_are_refused_in_one_sentence() -> None:
+    finding = examine("mamba", native=False)
+    assert finding.verdict == "refused" and "recurrent state" in finding.message and "\n" not in finding.message
+
+
+def test_other_logits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model of other weights is not taken for right."""
+    compiled, llama = architectures._compiled, ARCHITECTURES["llama"]
+    other = Architecture(llama.model, llama.config, seed=1)
+    monkeypatch.setattr(architectures, "_compiled", lambda name, model, *rest: compiled(name, other.build(), *rest))
+    assert examine("llama", native=False).verdict == "wrong"
+
+
+def test_the_page_says_what_was_found() -> None:
+    text = page([Finding("llama", "right", True, 1e-4), Finding("mamba", "refused", message="a|b\nc")])
+    assert "1 are right" in text and "1 are refused" in text
+    assert "| llama | `LlamaForCausalLM` | right | native |" in text
+    assert "| mamba | `MambaForCausalLM` | refused: a\\|b c |  |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [*ARCHITECTURES][date.today().toordinal() % TURNS :: TURNS])
+def test_every_architecture_is_right_or_refused(name: str) -> None:
+    finding = examine(name)
+    assert finding.verdict in ("right", "refused"), finding.line
+    assert "\n" not in finding.message

@@ -167,6 +167,7 @@ class Cache(Pass):
             bits = self._replace(program, index, node, shapes, mask, key_mask, past)
             row = {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
             rows.append(row | ({"chunk": mask.chunk} if mask.chunk else {}) | ({"alibi": True} if mask.alibi else {}))
+        _say_latent(calls(graph, _lbllm.cached_attention.default), shapes, context)
         tokens = context.probe["input_ids"].shape[1]
         convolutions = cache_convolutions(graph, shapes, tokens)
         graph.eliminate_dead_code()
@@ -229,6 +230,54 @@ def _check_attentions(plain: Program, program: Program, names: list[str], bits: 
     bound = _ATTENTION_BOUND if simulated else _KV_ROUNDING[bits]
     queries = probe["attention_mask"].bool()
     return check_replaced(plain, program, replaced, probe, bound, lambda value: value.transpose(1, 2)[queries])
+
+
+def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: PassContext) -> None:
+    """Says how many numbers a token costs where keys and values are made of fewer (DeepSeek's latent attention)."""
+    found = []
+    for node in cached:
+        call = operators.Arguments(node)
+        latent = _latent(call.key, call.value, shapes)
+        if latent:
+            found.append((latent, sum(shapes[n][1] * shapes[n][-1] for n in (call.key, call.value))))
+    if found:
+        latent, kept = map(sum, zip(*found, strict=True))
+        context.progress.note(
+            f"{len(found)} attentions make keys and values of all heads from few numbers (latent attention); the cache"
+            f" keeps them of all heads, {kept / latent:.1f} times as many numbers"
+        )
+
+
+_SHARES = (*REPEAT, _aten.transpose.int, _aten.permute.default, operator.getitem)
+_PARTS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default)
+_LINEARS = (_aten.linear.default, _lbllm.bit_linear.default, _lbllm.int8_linear.default)
+
+
+def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | None:
+    """Numbers that a token's keys and values are made of, where a part of the keys is the same in all heads and one
+    linear makes the rest and the values; None where they are made in another way."""
+    if not is_call(key, _aten.cat.default):
+        return None
+    parts = operators.Arguments(key).tensors
+    common = [p for p in parts if _has_one_head(p, shapes)]
+    sources = {_linear_behind(n) for n in (value, *(p for p in parts if p not in common))}
+    if not common or len(sources) != 1 or None in sources:
+        return None
+    return shapes[sources.pop().args[0]][-1] + sum(shapes[p][-1] for p in common)
+
+
+def _has_one_head(node: Node, shapes: dict[Node, torch.Size]) -> bool:
+    """Whether a part of keys ``[B, H, S, D]`` is one head's, repeated."""
+    while is_call(node, *REPEAT) and shapes[node][1] > 1:
+        node = node.args[0]
+    return len(shapes[node]) == 4 and shapes[node][1] == 1
+
+
+def _linear_behind(node: Node) -> Node | None:
+    """The linear of whose output a node is a part."""
+    while is_call(node, *_SHARES, *_PARTS):
+        node = node.args[0]
+    return node if is_call(node, *_LINEARS) else None
 
 
 def _no_attention(graph: fx.Graph) -> PassError:

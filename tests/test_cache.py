@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from graphs import context, expected, lines, normal, program, token_inputs
+from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache
@@ -372,6 +374,42 @@ def test_one_head_for_all_is_cached_once():
     inputs = token_inputs()
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)
+
+
+class _Notes(NoProgress):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_cache_larger_than_what_it_is_made_of_is_said(shared):
+    """Keys and values of two heads from six numbers, and four channels of the keys from one head for all."""
+
+    def forward(root, input_ids, attention_mask, position_ids):
+        batch, length = aten.sym_size.int(attention_mask, 0), aten.sym_size.int(attention_mask, 1)
+        x = aten.embedding.default(root.embed, input_ids)
+
+        def heads(y, count, width):
+            return aten.transpose.int(aten.view.default(y, [batch, length, count, width]), 1, 2)
+
+        both = aten.split_with_sizes.default(heads(aten.linear.default(x, root.up), 2, 10), [5, 5], -1)
+        rope = aten.expand.default(heads(aten.linear.default(x, root.rope), 1, 4), [batch, 2, length, 4])
+        other = heads(aten.linear.default(x, root.others), 2, 4)
+        key = aten.cat.default([both[0], rope if shared else other], -1)
+        query = heads(aten.linear.default(x, root.q), 2, 9)
+        y = aten.scaled_dot_product_attention.default(query, key, both[1], causal(attention_mask, length))
+        return aten.transpose.int(y, 1, 2)
+
+    sizes = {"embed": (11, 6), "up": (20, 6), "rope": (4, 6), "others": (8, 6), "q": (18, 6)}
+    before = program({name: 0.3 * normal(*size) for name, size in sizes.items()}, forward)
+    notes = _Notes()
+    given = dataclasses.replace(context(token_inputs()), progress=notes)
+    after = Cache().apply(before, given).program
+    assert sorted({n.meta[STATE].tail[0] for n in after.state_placeholders()}) == [0, 5, 9]
+    assert len(notes.notes) == shared and all("2.8 times as many numbers" in note for note in notes.notes)
 
 
 def test_bits_come_from_the_simulation():

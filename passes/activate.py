@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen import operators as operators
+from ..codegen.operators import Arguments
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR, decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
@@ -54,7 +55,7 @@ from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_fac
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call
+from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call, operands_of
 from .ir.scheme import Scheme
 from .observe import nothing_to_quantize
 from .ptq import FIELDS
@@ -162,12 +163,13 @@ class Activate(Pass):
         if self.ranges == "knees" and self.bits != 4:
             raise PassError(f"activate: {self.bits}-bit activations have no knees; use bits=4 or ranges=clip")
         linears = [n for users in decoder_linears(program.graph).values() for n in users]
-        if any(is_call(n.args[0], _lbllm.fake_quantize.default) for n in linears):
+        if any(is_call(operands_of(n)[0], _lbllm.fake_quantize.default) for n in linears):
             raise PassError("the activations are quantized already; use 'activate' once")
-        if not all(is_call(n.args[1], _lbllm.unpack_weight.default) for n in linears):
+        if not all(is_call(operands_of(n)[1], _lbllm.unpack_weight.default) for n in linears):
             raise PassError("activate needs quantized weights; run 'ptq' before it")
         open_ones = [n for n in linears if n.meta[LINEAR].scheme.group is None]
-        groups = {n.args[1].args[5] for n in open_ones if n.meta[LINEAR].scheme.act_group is None} or set(GROUPS)
+        free = [n for n in open_ones if n.meta[LINEAR].scheme.act_group is None]
+        groups = {Arguments(operands_of(n)[1]).group for n in free} or set(GROUPS)
         if self.group not in (0, *groups):
             choices = " or ".join(str(g) for g in sorted(groups & set(GROUPS)))
             raise PassError(

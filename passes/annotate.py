@@ -41,6 +41,7 @@ from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir import scheme as schemes
 from .ir.attention import ATTENTIONS
 from .ir.program import Program
+from .ir.rewrite import operands_of
 from .ir.scheme import Entry, Scheme, SchemeError
 
 aten = torch.ops.aten
@@ -137,7 +138,7 @@ def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     for node in graph.nodes:
         info = node.meta.get(LINEAR)
         if info is not None and info.role == "decoder":
-            found.setdefault(node.args[0], []).append(node)
+            found.setdefault(operands_of(node)[0], []).append(node)
     return found
 
 
@@ -181,7 +182,7 @@ def layer_count(program: Program) -> int:
 
 def is_linear(node: fx.Node) -> bool:
     """Whether a node is a linear whose weight is a parameter."""
-    return node.op == "call_function" and node.target in LINEAR_TARGETS and node.args[1].op == "get_attr"
+    return node.op == "call_function" and node.target in LINEAR_TARGETS and operands_of(node)[1].op == "get_attr"
 
 
 # Layers
@@ -353,7 +354,7 @@ def _place_weights(program: Program) -> None:
 
 def module_path(node: fx.Node) -> str:
     """The module a linear stands for: the one that called it, or the parameter where one module holds several."""
-    weight = str(node.args[1].target)
+    weight = str(operands_of(node)[1].target)
     stack = list(node.meta.get("nn_module_stack", {}).values())
     owner, _, leaf = weight.rpartition(".")
     if leaf not in ("weight", "weight_transposed"):
@@ -364,7 +365,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def _describe(program: Program, node: fx.Node) -> LinearInfo:
-    weight = node.args[1]
+    _, weight = operands_of(node)
     layer = node.meta[LAYER]
     experts = int(weight.meta["val"].shape[0]) if node.target is lbllm.grouped_linear.default else 0
     if layer is not None and _routes(node):
@@ -496,7 +497,7 @@ def _rows(program: Program) -> list[dict[str, object]]:
             "path": info.path,
             "layer": info.layer,
             "role": info.role,
-            "shape": list(node.args[1].meta["val"].shape),
+            "shape": list(operands_of(node)[1].meta["val"].shape),
             "reason": info.reason,
             "scheme": str(info.scheme),
         }

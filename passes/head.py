@@ -34,12 +34,13 @@ from torch import Tensor
 
 from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
+from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import DEFAULT_GROUP
 from .annotate import LINEAR, linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import Program, get_attribute, prune_attributes, set_attribute
-from .ir.rewrite import Node, calls, is_node, make_attribute, make_call, same_storage
+from .ir.rewrite import Node, calls, is_node, make_attribute, make_call, operands_of, same_storage
 
 _LOOK_THROUGH = (
     torch.ops.aten.view.default,
@@ -92,17 +93,17 @@ class Head(Pass):
         set_attribute(program.module, path, torch.ones(2))
         with program.graph.inserting_before(node):
             clip = make_attribute(program.graph, path, node)
-            hidden = node.args[0]
+            hidden, _ = operands_of(node)
             arguments = (hidden, clip, 8, self.group if group is None else group)
             quantized = make_call(program.graph, torch.ops.lbllm.fake_quantize.default, arguments, node)
-        node.update_arg(0, quantized)
+        set_argument(node, "input", quantized)
 
 
 def _token_embeddings(program: Program) -> list[tuple[Node, Node]]:
     """Look-ups of the placeholder ``input_ids`` in a weight: ``(call, weight)``."""
     found = []
     for node in calls(program.graph, torch.ops.aten.embedding.default):
-        weight, ids = node.args[:2]
+        weight, ids = Arguments(node).pick("weight", "indices")
         while is_node(ids) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
             ids = ids.args[0]
         if ids.op == "placeholder" and ids.target == "input_ids" and weight.op == "get_attr":
@@ -117,16 +118,17 @@ def _head_linears(program: Program) -> list[tuple[Node, Node]]:
         info = node.meta.get(LINEAR)
         if info is None or info.role != "head":
             continue
-        if node.args[1].op != "get_attr":
+        _, weight = operands_of(node)
+        if weight.op != "get_attr":
             raise PassError(f"the head {describe(node)} is quantized already; run 'head' once")
-        found.append((node, node.args[1]))
+        found.append((node, weight))
     return found
 
 
 def _kept_float(program: Program, weight: Node) -> bool:
     """Whether ``annotate`` kept a linear with this very tensor float."""
     tensor = get_attribute(program.module, weight.target)
-    kept = (node.args[1] for node, info in linears(program) if info.role == "dense")
+    kept = (operands_of(node)[1] for node, info in linears(program) if info.role == "dense")
     return any(same_storage(get_attribute(program.module, other.target), tensor) for other in kept)
 
 
@@ -167,10 +169,6 @@ def _quantize(program: Program, path: str, weight: Node, like: Node) -> Node:
 
 
 def _int8_users(weight: Node) -> set[Node]:
-    """Users of a weight that can take it unpacked from int8 rows: look-ups and linears' second argument."""
-    return {
-        n
-        for n in weight.users
-        if (n.target is torch.ops.aten.embedding.default and n.args[0] is weight)
-        or (n.target is torch.ops.aten.linear.default and n.args[1] is weight)
-    }
+    """Users of a weight that can take it unpacked from int8 rows: look-ups and linears, as their weight."""
+    readers = calls(weight.graph, torch.ops.aten.embedding.default, torch.ops.aten.linear.default)
+    return {n for n in readers if n in weight.users and Arguments(n).weight is weight}

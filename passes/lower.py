@@ -41,11 +41,14 @@ from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen import reference
 from ..codegen.format import QuantizedWeight
+from ..codegen.operators import Arguments
+from ..codegen.operators.arguments import parameters
+from ..codegen.operators.lbllm.linears import WEIGHT
 from .annotate import LINEAR, completed, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import Program, Runner, get_attribute
-from .ir.rewrite import Node, argument, calls, constant, is_call, is_constant, make_call, replace_call
+from .ir.rewrite import Node, bias_of, calls, constant, is_call, make_call, operands_of, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -89,8 +92,10 @@ class Lower(Pass):
         counts: dict[str, int] = {}
         lowered: dict[str, Node] = {}
         for node in calls(graph, _aten.embedding.default):
-            if is_call(node.args[0], _lbllm.unpack_rows.default):
-                replace_call(node, _lbllm.int8_embedding.default, (*node.args[0].args, node.args[1]))
+            lookup = Arguments(node)
+            if is_call(lookup.weight, _lbllm.unpack_rows.default):
+                rows = Arguments(lookup.weight).pick("weight", "scale")
+                replace_call(node, _lbllm.int8_embedding.default, (*rows, lookup.indices))
                 counts["int8_embedding"] = counts.get("int8_embedding", 0) + 1
         for quantizer in calls(graph, _lbllm.fake_quantize.default):
             _lower_input(program, quantizer, counts, lowered)
@@ -112,18 +117,19 @@ def _check_quantized(graph: fx.Graph) -> None:
     for node in calls(graph, _lbllm.observe.default):
         raise PassError(f"the observer {describe(node)} is still in the graph; put 'ptq' between 'observe' and 'lower'")
     for node in calls(graph, _aten.linear.default, _lbllm.grouped_linear.default):
-        quantized = is_call(node.args[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+        x, weight = operands_of(node)
+        quantized = is_call(weight, _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
         info = node.meta.get(LINEAR)
         if not quantized and info is not None and info.role == "decoder":
             raise PassError(f"the weight of {describe(node)} is not quantized; put 'ptq' before 'lower'")
-        if quantized and not is_call(node.args[0], _lbllm.fake_quantize.default):
+        if quantized and not is_call(x, _lbllm.fake_quantize.default):
             raise PassError(f"the input of {describe(node)} is not quantized; put 'activate' before 'lower'")
 
 
 def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowered: dict[str, Node]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it; notes the new node by the old name."""
     graph = program.graph
-    group = quantizer.args[3]
+    group = Arguments(quantizer).group
     with graph.inserting_before(quantizer):
         pair = make_call(graph, _lbllm.quantize_activation.default, quantizer.args, quantizer)
         values = make_call(graph, operator.getitem, (pair, 0), quantizer)
@@ -131,7 +137,7 @@ def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowe
     counts["quantize_activation"] = counts.get("quantize_activation", 0) + 1
     for linear in list(quantizer.users):
         target, arguments = _integer_form(linear, quantizer, group)
-        in_features = _in_features(program, linear.args[1])
+        in_features = _in_features(program, operands_of(linear)[1])
         counts[target._opname] = counts.get(target._opname, 0) + 1
         name = linear.name
         new = lowered[name] = replace_call(linear, target, (values, scale, *arguments))
@@ -146,8 +152,8 @@ def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowe
 def _in_features(program: Program, weight: Node) -> int:
     """``K`` of an unpacked weight."""
     if is_call(weight, _lbllm.unpack_weight.default):
-        return weight.args[4]
-    return get_attribute(program.module, weight.args[0].target).shape[1]
+        return Arguments(weight).in_features
+    return get_attribute(program.module, Arguments(weight).weight.target).shape[1]
 
 
 def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
@@ -156,22 +162,23 @@ def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops
     Raises:
         PassError: the user is not a quantized linear, or the groups of input and weight disagree.
     """
-    if not is_call(linear, _aten.linear.default, _lbllm.grouped_linear.default) or linear.args[0] is not quantizer:
+    is_linear = is_call(linear, _aten.linear.default, _lbllm.grouped_linear.default)
+    if not is_linear or operands_of(linear)[0] is not quantizer:
         raise PassError(f"{describe(linear)} reads a quantized input but is not a quantized linear")
-    weight = linear.args[1]
+    weight = operands_of(linear)[1]
     if is_call(weight, _lbllm.unpack_rows.default):
-        return _lbllm.int8_linear.default, (*weight.args, argument(linear, 2, "bias"), group)
+        return _lbllm.int8_linear.default, (*Arguments(weight).pick("weight", "scale"), bias_of(linear), group)
     if not is_call(weight, _lbllm.unpack_weight.default):
         raise PassError(f"the weight of {describe(linear)} is not quantized but its input is; put 'ptq' before 'lower'")
-    planes, weight_group = weight.args[:4], weight.args[5]
+    planes, weight_group = Arguments(weight).pick(*WEIGHT), Arguments(weight).group
     if group not in (0, weight_group):
         raise PassError(
             f"the input of {describe(linear)} has groups of {group}, its weight of {weight_group};"
             f" use activate{{group={weight_group}}} or activate{{group=0}}"
         )
     if linear.target is _lbllm.grouped_linear.default:
-        return _lbllm.grouped_bit_linear.default, (*planes, linear.args[2], weight_group)
-    return _lbllm.bit_linear.default, (*planes, argument(linear, 2, "bias"), weight_group)
+        return _lbllm.grouped_bit_linear.default, (*planes, Arguments(linear).offsets, weight_group)
+    return _lbllm.bit_linear.default, (*planes, bias_of(linear), weight_group)
 
 
 class _Comparison(Runner):
@@ -195,12 +202,12 @@ class _Comparison(Runner):
 
     def _compare(self, n: Node, simulated: Tensor) -> None:
         new = self.lowered[n.name]
-        values, scale = self.inputs[n.args[0]]
-        arguments = [constant(self.program.module, a) for a in new.args[2:] if is_constant(a)]
+        values, scale = self.inputs[operands_of(n)[0]]
+        given: dict[str, Any] = {"values": values, "x_scale": scale}
         if new.target is _lbllm.grouped_bit_linear.default:
-            offsets = self.fetch_args_kwargs_from_env(n)[0][2].clamp_max(len(values))
-            arguments = [*arguments[:4], offsets, arguments[-1]]
-        output = new.target(values, scale, *arguments)
+            given["offsets"] = self.env[Arguments(n).offsets].clamp_max(len(values))
+        read = Arguments(new, lambda value: constant(self.program.module, value))
+        output = new.target(*(given[name] if name in given else getattr(read, name) for name in parameters(new.target)))
         expected = simulated.reshape(-1, simulated.shape[-1])[: len(values)].float()
         error = float((output - expected).norm() / expected.norm().clamp_min(1e-30))
         if not error <= _LINEAR_BOUND:
@@ -228,7 +235,7 @@ def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
     found: dict[str, QuantizedWeight] = {}
     for node, path, parts in _stored_parts(program):
         tensors: list[Any] = [get_attribute(program.module, n.target) for n in parts]
-        found[path] = QuantizedWeight(*tensors, in_features=node.meta[IN_FEATURES], group=node.args[7])
+        found[path] = QuantizedWeight(*tensors, in_features=node.meta[IN_FEATURES], group=Arguments(node).group)
     return found
 
 
@@ -249,6 +256,7 @@ def check_weights(program: Program) -> None:
 def _stored_parts(program: Program) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
     """A lowered linear, the path of its matrix and the ``get_attr`` nodes of its tensors, for each that was merged."""
     for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
-        planes = [a.args[0] if is_call(a, _aten.cat.default) else [a] for a in node.args[2:6]]
+        merged = Arguments(node).pick(*WEIGHT)
+        planes = [Arguments(a).tensors if is_call(a, _aten.cat.default) else [a] for a in merged]
         for parts in zip(*planes, strict=True):
             yield node, parts[0].target.removesuffix(".sign"), parts

@@ -37,11 +37,13 @@ import torch
 from torch import fx
 
 from ..codegen import operators as operators
+from ..codegen.operators import Arguments
+from ..codegen.operators.lbllm.linears import WEIGHT
 from .annotate import LINEAR, completed
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .contracts import check_replaced
 from .ir.program import Program, get_attribute
-from .ir.rewrite import Node, argument, calls, is_call, make_attribute, make_call, relax_views
+from .ir.rewrite import Node, argument, calls, is_call, make_attribute, make_call, operands_of, relax_views
 
 _aten = torch.ops.aten
 
@@ -75,29 +77,29 @@ def _mergeable(graph: fx.Graph) -> list[list[Node]]:
     """Sets of two or more linears that can become one, each in graph order."""
     sets: dict[tuple[object, ...], list[Node]] = defaultdict(list)
     for node in calls(graph, _aten.linear.default):
-        weight = node.args[1]
-        if is_call(node.args[0], torch.ops.lbllm.fake_quantize.default) and is_call(
-            weight, torch.ops.lbllm.unpack_weight.default
-        ):
-            sets[node.args[0], weight.args[4], completed(node), _bias(node) is not None].append(node)
+        x, weight = operands_of(node)
+        if is_call(x, torch.ops.lbllm.fake_quantize.default) and is_call(weight, torch.ops.lbllm.unpack_weight.default):
+            sets[x, Arguments(weight).in_features, completed(node), _bias(node) is not None].append(node)
     return [s for s in sets.values() if len(s) > 1]
 
 
 def _merge(program: Program, linears: Sequence[Node]) -> dict[str, Node]:
     """Merges linears; returns what takes the place of each, by its name."""
     graph, first = program.graph, linears[0]
-    weights = [n.args[1] for n in linears]
-    sizes = [get_attribute(program.module, w.args[0].target).shape[0] for w in weights]
+    x, _ = operands_of(first)
+    weights = [Arguments(operands_of(n)[1]) for n in linears]
+    sizes = [get_attribute(program.module, w.sign.target).shape[0] for w in weights]
 
     def stack(attributes: Sequence[Node]) -> Node:
         parts = [make_attribute(graph, a.target, first) for a in attributes]
         return make_call(graph, _aten.cat.default, (parts,), first)
 
     with graph.inserting_before(first):
-        planes = [stack([w.args[i] for w in weights]) for i in range(4)]
-        matrix = make_call(graph, torch.ops.lbllm.unpack_weight.default, (*planes, *weights[0].args[4:6]), first)
+        planes = [stack([getattr(w, name) for w in weights]) for name in WEIGHT]
+        unpacked = (*planes, *weights[0].pick("in_features", "group"))
+        matrix = make_call(graph, torch.ops.lbllm.unpack_weight.default, unpacked, first)
         bias = None if _bias(first) is None else stack([_bias(n) for n in linears])
-        arguments = (first.args[0], matrix) if bias is None else (first.args[0], matrix, bias)
+        arguments = (x, matrix) if bias is None else (x, matrix, bias)
         both = make_call(graph, _aten.linear.default, arguments, first, _merged_meta(linears))
         split = make_call(graph, _aten.split_with_sizes.default, (both, sizes, -1), first)
         parts = [make_call(graph, operator.getitem, (split, i), n) for i, n in enumerate(linears)]

@@ -36,6 +36,7 @@ from torch import Tensor, fx
 from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
+from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR, decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
@@ -44,7 +45,7 @@ from .calibrate.layers import Activations, Stage, Values, calibration_batches, s
 from .calibrate.precision import Precision
 from .calibrate.spool import mapped, release, trim
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
-from .ir.rewrite import make_attribute, make_call
+from .ir.rewrite import make_attribute, make_call, operands_of
 from .ir.scheme import Scheme
 from .observe import STAT, nothing_to_quantize
 
@@ -278,7 +279,7 @@ class Statistic:
 
     @classmethod
     def of(cls, observer: fx.Node, linears: list[fx.Node]) -> Statistic:
-        routes = {n.args[2].name if n.target is _lbllm.grouped_linear.default else None for n in linears}
+        routes = {Arguments(n).offsets.name if n.target is _lbllm.grouped_linear.default else None for n in linears}
         if len(routes) > 1:
             raise PassError(f"the linears behind '{observer.name}' route their tokens differently")
         offsets = routes.pop()
@@ -446,7 +447,7 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
     unpacked: dict[str, fx.Node] = {}
     for observer, linears in decoder_linears(graph).items():
         for linear in linears:
-            path, weight = linear.meta[LINEAR].weight, linear.args[1]
+            path, (x, weight) = linear.meta[LINEAR].weight, operands_of(linear)
             if path not in unpacked:
                 readers = [u for n in graph.nodes if n.op == "get_attr" and n.target == path for u in n.users]
                 others = [u for u in readers if LINEAR not in u.meta or u.meta[LINEAR].role != "decoder"]
@@ -457,8 +458,8 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
                     parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in FIELDS)
                     arguments = (*parts, in_features, weight_scheme(linear, group).group)
                     unpacked[path] = make_call(graph, _lbllm.unpack_weight.default, arguments, linear)
-            linear.update_arg(0, observer.args[0])
-            linear.update_arg(1, unpacked[path])
+            linear.replace_input_with(x, Arguments(observer).x)
+            set_argument(linear, "weight", unpacked[path])
         graph.erase_node(observer)
     for path in unpacked:
         for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == path]:

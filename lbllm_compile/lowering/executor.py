@@ -8,6 +8,7 @@ without a kernel is an error: the slow reference operators are never run here.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +19,22 @@ from torch import Tensor, fx
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT, WEIGHT
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.program import Program, copy_module, get_attribute
-from lbllm_compile.passes.ir.rewrite import Node, activation_knees, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.ir.rewrite import (
+    Node,
+    activation_knees,
+    bias_of,
+    calls,
+    constant,
+    is_call,
+    is_constant,
+    is_node,
+)
 from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
 
 _aten = torch.ops.aten
@@ -110,14 +122,14 @@ def _in_features(node: Node) -> int:
 
 def quantize_spec(node: Node) -> QuantizeSpec:
     """What a ``quantize_activation`` node computes."""
-    _, _, bits, group = node.args[:4]
-    return QuantizeSpec(_in_features(node), group, bits, knees=bool(activation_knees(node)))
+    arguments = Arguments(node)
+    return QuantizeSpec(_in_features(node), arguments.group, arguments.bits, knees=arguments.knees is not None)
 
 
 def quantizer_of(node: Node) -> Node:
     """The ``quantize_activation`` that a linear reads."""
-    values = node.args[0]
-    pair = values.args[0] if isinstance(values, fx.Node) and values.args else None
+    values = Arguments(node).values
+    pair = Arguments(values).value if is_call(values, operator.getitem) else None
     if not is_call(pair, _lbllm.quantize_activation.default):
         raise KernelError(f"{describe(node)} does not read a quantized activation")
     return pair
@@ -130,21 +142,32 @@ def linear_spec(program: Program, node: Node) -> LinearSpec:
         KernelError: no kernel can: its input is not quantized, or its weights are computed.
     """
     quantizer = quantize_spec(quantizer_of(node))
-    grouped = node.target is _lbllm.grouped_bit_linear.default
-    weights = node.args[2:6] if grouped else node.args[2:-1]
-    if not all(is_constant(w) for w in weights):
-        raise KernelError(f"the weights of {describe(node)} are computed from inputs; kernels need stored ones")
+    arguments, bias = Arguments(node), bias_of(node)
     is_bit = node.target is not _lbllm.int8_linear.default
-    scales = constant(program.module, node.args[5] if is_bit else node.args[3])
+    weights = arguments.pick(*(WEIGHT if is_bit else INT8_WEIGHT))
+    if not all(is_constant(w) for w in (*weights, bias)):
+        raise KernelError(f"the weights of {describe(node)} are computed from inputs; kernels need stored ones")
+    scales = constant(program.module, weights[-1])
     return LinearSpec(
         kind="bit" if is_bit else "int8",
         out_features=scales.shape[-2] if is_bit else scales.shape[-1],
         in_features=_in_features(node),
-        group=node.args[-1],
+        group=arguments.group,
         act_bits=quantizer.value_bits,
         per_token=quantizer.group == 0,
-        bias=not grouped and node.args[-2] is not None,
+        bias=bias is not None,
     )
+
+
+def packed(program: Program, node: Node, kernel: LinearKernel) -> Any:
+    """The weights of a ``bit_linear`` or ``int8_linear`` in its kernel's layout."""
+    arguments = Arguments(node, lambda value: constant(program.module, value))
+    if node.target is _lbllm.int8_linear.default:
+        weight: Any = tuple(arguments.pick(*INT8_WEIGHT))
+    else:
+        tensors = arguments.pick(*WEIGHT)
+        weight = QuantizedWeight(*tensors, in_features=_in_features(node), group=arguments.group)
+    return kernel.pack(weight, arguments.bias)
 
 
 class _Quantize:
@@ -237,27 +260,24 @@ def _bind(program: Program, kernels: Kernels) -> None:
     for node in calls(graph, *LINEAR_TARGETS):
         spec = linear_spec(program, node)
         kernel = kernels.linear(spec)
+        arguments = Arguments(node)
         if node.target is _lbllm.grouped_bit_linear.default:
-            planes = [constant(program.module, a) for a in node.args[2:6]]
-            packed = [
+            planes = [constant(program.module, a) for a in arguments.pick(*WEIGHT)]
+            experts = [
                 kernel.pack(
                     QuantizedWeight(*(p[e] for p in planes), in_features=spec.in_features, group=spec.group), None
                 )
                 for e in range(planes[0].shape[0])
             ]
-            bound: Any = _GroupedLinear(kernel, packed, spec)
-            arguments = (node.args[0], node.args[1], node.args[6])
+            bound: Any = _GroupedLinear(kernel, experts, spec)
+            given = arguments.pick("values", "x_scale", "offsets")
         else:
-            weights = [constant(program.module, a) for a in node.args[2:-2]]
-            weight: Any = tuple(weights)
-            if spec.kind == "bit":
-                weight = QuantizedWeight(*weights, in_features=spec.in_features, group=spec.group)
-            bound = _Linear(kernel, kernel.pack(weight, constant(program.module, node.args[-2])), spec)
-            arguments = node.args[:2]
-        node.target, node.args = bound, arguments
+            bound = _Linear(kernel, packed(program, node, kernel), spec)
+            given = arguments.pick("values", "x_scale")
+        node.target, node.args = bound, tuple(given)
     for node in calls(graph, _lbllm.quantize_activation.default):
         spec = quantize_spec(node)
-        node.args = (*node.args[:2], *activation_knees(node))
+        node.args = (*Arguments(node).pick("x", "clip"), *activation_knees(node))
         node.target = _Quantize(kernels.quantizer(spec), spec.in_features)
     graph.eliminate_dead_code()
 
@@ -300,6 +320,7 @@ def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
     if not is_node(node) or node.meta[LINEAR].role == "decoder":
         return None
     quantized = isinstance(node.target, _Linear) or node.target in KERNEL_TARGETS
+    # What is bound to a kernel has no schema any more; its first operand is the quantizer's first result.
     hidden_user = node.args[0].args[0] if quantized else node
     hidden = hidden_user.args[0]
     with module.graph.inserting_before(hidden_user):

@@ -21,7 +21,6 @@ from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.backend import EntryPoint, Kernels, ProgramKernel, backend_of
 from lbllm_compile.codegen.build import TirKernel
 from lbllm_compile.codegen.errors import UntranslatableError
-from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Translation, flat
 from lbllm_compile.codegen.program import builder
@@ -45,6 +44,7 @@ from lbllm_compile.lowering.executor import (
     LINEAR_TARGETS,
     last_token_graph,
     linear_spec,
+    packed,
     quantize_spec,
     quantizer_of,
 )
@@ -180,12 +180,7 @@ class _Weights:
         return [TensorSpec(name, tuple(t.shape), _dtype(t.dtype)) for name, t in self.tensors.items()]
 
     def _pack(self, node: Node) -> Mapping[str, Tensor]:
-        spec = linear_spec(self.program, node)
-        parts = [constant(self.program.module, a) for a in node.args[2:-2]]
-        weight: Any = tuple(parts)
-        if spec.kind == "bit":
-            weight = QuantizedWeight(*parts, in_features=spec.in_features, group=spec.group)
-        return self.kernels.linear(spec).pack(weight, constant(self.program.module, node.args[-2]))
+        return packed(self.program, node, self.kernels.linear(linear_spec(self.program, node)))
 
 
 def _packs(node: Node) -> bool:

@@ -25,6 +25,8 @@ from ...codegen import reference
 from ...codegen.format import LEVELS, QuantizedWeight
 from ...codegen.latent import decide, gradients, level_gradients, matrix, pick, stored_levels
 from ...codegen.levels import FREE, LevelRule
+from ...codegen.operators import Arguments
+from ...codegen.operators.lbllm.linears import WEIGHT
 from ..annotate import LINEAR
 from ..ir.program import discard_attributes, get_attribute
 from ..ir.rewrite import activation_knees
@@ -394,8 +396,9 @@ class Lifted:
     def stored(self, path: str) -> QuantizedWeight:
         """A weight as the program stores it."""
         node = next(n for n in _unpacks(self.stage.module.graph) if _weight_path(n) == path)
-        tensors = [get_attribute(self.stage.module, a.target) for a in node.args[:4]]
-        return QuantizedWeight(*tensors, *node.args[4:])
+        arguments = Arguments(node)
+        tensors = [get_attribute(self.stage.module, a.target) for a in arguments.pick(*WEIGHT)]
+        return QuantizedWeight(*tensors, in_features=arguments.in_features, group=arguments.group)
 
     def on(self, device: torch.device) -> Lifted:
         """See :meth:`.layers.Stage.on`."""
@@ -449,7 +452,7 @@ def lift(stage: Stage) -> Lifted:
             weights[path] = graph.placeholder(f"weight_{len(weights)}")
         copies[node] = weights[path]
     quantizers = [n for n in nodes if n.target is _lbllm.fake_quantize.default]
-    clips = _inputs(graph, "clip", [n.args[1] for n in quantizers], copies)
+    clips = _inputs(graph, "clip", [Arguments(n).clip for n in quantizers], copies)
     knees = _inputs(graph, "knees", [k for n in quantizers for k in activation_knees(n)], copies)
     for node in nodes:
         if node in copies:
@@ -486,7 +489,7 @@ def _unpacks(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _weight_path(unpack: fx.Node) -> str:
-    return unpack.args[0].target.removesuffix(".sign")
+    return Arguments(unpack).sign.target.removesuffix(".sign")
 
 
 def _level_rule(unpack: fx.Node) -> LevelRule:

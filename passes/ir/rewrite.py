@@ -47,8 +47,8 @@ def operands_of(linear: Node) -> tuple[Node, Node]:
 
 
 def bias_of(linear: Node) -> Node | None:
-    """The bias of a float linear; stacked experts have none."""
-    return Arguments(linear).bias if linear.target is torch.ops.aten.linear.default else None
+    """The bias of a linear of any kind; stacked experts have none."""
+    return getattr(Arguments(linear), "bias", None)
 
 
 def activation_knees(quantizer: Node) -> list[Node]:

@@ -21,7 +21,7 @@ from ...codegen.errors import LbllmError
 from ...codegen.operators import Arguments
 from ...codegen.sizes import ACTIVATION_BITS, GROUPS
 from ..registry import suggestion
-from .rewrite import Node, is_call
+from .rewrite import Node, is_call, operands_of
 
 _lbllm = torch.ops.lbllm
 
@@ -210,7 +210,7 @@ def told(linear: Node) -> dict[str, Any]:
     elif is_call(linear, _lbllm.int8_linear.default):
         group, source = None, Arguments(linear).values
     elif is_call(linear, torch.ops.aten.linear.default, _lbllm.grouped_linear.default):
-        weight, (source, *_) = Arguments(linear).weight, linear.args
+        source, weight = operands_of(linear)
         group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
         if group is None and not is_call(weight, _lbllm.unpack_rows.default):
             return {}

@@ -17,6 +17,9 @@ from ..translator import Translator
 WEIGHT = ("sign", "bitmap", "levels", "scale")
 """Arguments of a W(1+1) weight, in the order of :class:`QuantizedWeight`."""
 
+INT8_WEIGHT = ("weight", "w_scale")
+"""Arguments of an int8 weight."""
+
 
 def _unpack(sign: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor, in_features: int, group: int) -> Tensor:
     return QuantizedWeight(sign, bitmap, levels, scale, in_features, group).dequantize()

@@ -1,5 +1,7 @@
 """The errors a user can cause or must hear about: one sentence each, with the way out."""
 
+from typing import Any
+
 
 class LbllmError(Exception):
     """Base of every error this project raises on purpose.
@@ -30,7 +32,7 @@ class UntranslatableError(KernelError):
         node: the call, where one is known.
     """
 
-    def __init__(self, why: str, node: object = None):
+    def __init__(self, why: str, node: Any = None):
         super().__init__(why)
         self.node = node
 

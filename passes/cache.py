@@ -55,6 +55,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
 from ..codegen import reference
+from ..codegen.operators import Arguments, set_argument
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import check_replaced, describe, relative_error
 from .ir.attention import ATTENTIONS, MASKED, AttentionCall
@@ -64,12 +65,12 @@ from .ir.rewrite import (
     REPEAT,
     Node,
     ancestors,
-    argument,
     calls,
     is_call,
     is_node,
     make_attribute,
     make_call,
+    operands_of,
     relax_views,
     replace_call,
 )
@@ -236,7 +237,7 @@ def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: Pas
     """Says how many numbers a token costs where keys and values are made of fewer (DeepSeek's latent attention)."""
     found = []
     for node in cached:
-        call = operators.Arguments(node)
+        call = Arguments(node)
         latent = _latent(call.key, call.value, shapes)
         if latent:
             found.append((latent, sum(shapes[n][1] * shapes[n][-1] for n in (call.key, call.value))))
@@ -258,25 +259,25 @@ def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | Non
     linear makes the rest and the values; None where they are made in another way."""
     if not is_call(key, _aten.cat.default):
         return None
-    parts = operators.Arguments(key).tensors
+    parts = Arguments(key).tensors
     common = [p for p in parts if _has_one_head(p, shapes)]
     sources = {_linear_behind(n) for n in (value, *(p for p in parts if p not in common))}
     if not common or len(sources) != 1 or None in sources:
         return None
-    return shapes[sources.pop().args[0]][-1] + sum(shapes[p][-1] for p in common)
+    return shapes[operands_of(sources.pop())[0]][-1] + sum(shapes[p][-1] for p in common)
 
 
 def _has_one_head(node: Node, shapes: dict[Node, torch.Size]) -> bool:
     """Whether a part of keys ``[B, H, S, D]`` is one head's, repeated."""
     while is_call(node, *REPEAT) and shapes[node][1] > 1:
-        node = node.args[0]
+        node = Arguments(node).self
     return len(shapes[node]) == 4 and shapes[node][1] == 1
 
 
 def _linear_behind(node: Node) -> Node | None:
     """The linear of whose output a node is a part."""
     while is_call(node, *_SHARES, *_PARTS):
-        node = node.args[0]
+        node = Arguments(node).value if is_call(node, operator.getitem) else Arguments(node).self
     return node if is_call(node, *_LINEARS) else None
 
 
@@ -357,15 +358,16 @@ def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], head
         PassError: what lies between is not a repeat of heads.
     """
     chain = [operand]
-    while is_call(chain[-1], *REPEAT) and len(shapes[chain[-1].args[0]]) >= 4:
-        chain.append(chain[-1].args[0])
+    while is_call(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
+        chain.append(Arguments(chain[-1]).self)
     # What lies further back may be only a part of the chain's shape operations, such as the choice of some heads.
     bases = [n for n in reversed(chain) if len(shapes[n]) == 4]
     found = next((n for n in bases if _is_repeat(n, operand, chain, shapes, heads, gqa)), None)
     if found is None or any(shapes[n][1] < shapes[found][1] for n in bases):
         raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
     if is_call(found, _lbllm.fake_quantize_kv.default):
-        return found.args[0], found.args[1]
+        simulated = Arguments(found)
+        return simulated.x, simulated.bits
     return found, 0
 
 
@@ -609,15 +611,14 @@ def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for node in list(mask.users):
         if is_call(node, _aten.sym_size.int):
-            node.update_arg(0, ids)
+            set_argument(node, "self", ids)
         elif not is_call(node, _lbllm.cached_attention.default, _aten.ones_like.default) and not _is_last(node, ids):
             raise PassError(
                 f"{describe(node)} uses the attention mask outside attention, which a KV cache cannot follow"
             )
     mask.meta.pop("val", None)  # its length is the past's and the new tokens' now, no longer input_ids'
     for node in calls(graph, _aten.arange.default, _aten.arange.start, _aten.arange.start_step):
-        end = node.args[0] if node.target is _aten.arange.default else node.args[1]
-        counts = is_call(end, _aten.sym_size.int) and end.args == (ids, 1)
+        counts = _is_length(Arguments(node).end, ids)
         if "val" in ids.meta and "val" in node.meta:
             counts = counts or str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0])
         if counts:
@@ -629,13 +630,18 @@ def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
 
 def _is_last(node: Node, ids: Node) -> bool:
     """Whether a node is the attention mask of the new tokens, ``mask[:, -S:]``."""
-    if not is_call(node, _aten.slice.Tensor) or argument(node, 1, "dim", 0) != 1:
+    if not is_call(node, _aten.slice.Tensor) or Arguments(node).dim != 1:
         return False
-    start, end = argument(node, 2, "start"), argument(node, 3, "end")
-    count = start.args[0] if is_call(start, operator.neg) else None
-    if is_call(count, _aten.sym_size.int) and count.args[0].target == "attention_mask":
-        count.update_arg(0, ids)
-    return is_call(count, _aten.sym_size.int) and count.args == (ids, 1) and (end is None or end == sys.maxsize)
+    start, end = Arguments(node).pick("start", "end")
+    count = Arguments(start).value if is_call(start, operator.neg) else None
+    if is_call(count, _aten.sym_size.int) and Arguments(count).self.target == "attention_mask":
+        set_argument(count, "self", ids)
+    return _is_length(count, ids) and (end is None or end == sys.maxsize)
+
+
+def _is_length(size: Any, ids: Node) -> bool:
+    """Whether a size is the number of new tokens."""
+    return is_call(size, _aten.sym_size.int) and Arguments(size).self is ids and Arguments(size).dim == 1
 
 
 def _prove_decoding(program: Program, probe: Mapping[str, Tensor]) -> None:

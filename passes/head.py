@@ -105,7 +105,7 @@ def _token_embeddings(program: Program) -> list[tuple[Node, Node]]:
     for node in calls(program.graph, torch.ops.aten.embedding.default):
         weight, ids = Arguments(node).pick("weight", "indices")
         while is_node(ids) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
-            ids = ids.args[0]
+            ids = Arguments(ids).self
         if ids.op == "placeholder" and ids.target == "input_ids" and weight.op == "get_attr":
             found.append((node, weight))
     return found

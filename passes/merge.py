@@ -43,7 +43,7 @@ from .annotate import LINEAR, completed
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .contracts import check_replaced
 from .ir.program import Program, get_attribute
-from .ir.rewrite import Node, argument, calls, is_call, make_attribute, make_call, operands_of, relax_views
+from .ir.rewrite import Node, bias_of, calls, is_call, make_attribute, make_call, operands_of, relax_views
 
 _aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ def _mergeable(graph: fx.Graph) -> list[list[Node]]:
     for node in calls(graph, _aten.linear.default):
         x, weight = operands_of(node)
         if is_call(x, torch.ops.lbllm.fake_quantize.default) and is_call(weight, torch.ops.lbllm.unpack_weight.default):
-            sets[x, Arguments(weight).in_features, completed(node), _bias(node) is not None].append(node)
+            sets[x, Arguments(weight).in_features, completed(node), bias_of(node) is not None].append(node)
     return [s for s in sets.values() if len(s) > 1]
 
 
@@ -98,7 +98,7 @@ def _merge(program: Program, linears: Sequence[Node]) -> dict[str, Node]:
         planes = [stack([getattr(w, name) for w in weights]) for name in WEIGHT]
         unpacked = (*planes, *weights[0].pick("in_features", "group"))
         matrix = make_call(graph, torch.ops.lbllm.unpack_weight.default, unpacked, first)
-        bias = None if _bias(first) is None else stack([_bias(n) for n in linears])
+        bias = None if bias_of(first) is None else stack([bias_of(n) for n in linears])
         arguments = (x, matrix) if bias is None else (x, matrix, bias)
         both = make_call(graph, _aten.linear.default, arguments, first, _merged_meta(linears))
         split = make_call(graph, _aten.split_with_sizes.default, (both, sizes, -1), first)
@@ -118,10 +118,6 @@ def _merged_meta(linears: Sequence[Node]) -> dict[str, object]:
         return {}
     names = [infos[0].path, *(i.path.rpartition(".")[2] for i in infos[1:])]
     return {LINEAR: replace(infos[0], path="+".join(names), scheme=completed(linears[0]))}
-
-
-def _bias(linear: Node) -> Node | None:
-    return argument(linear, 2, "bias")
 
 
 def _label(linear: Node) -> str:

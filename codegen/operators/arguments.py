@@ -11,7 +11,7 @@ import torch
 
 _REQUIRED = object()
 
-_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {operator.getitem: ("value", "index")}
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {operator.getitem: ("value", "index"), operator.neg: ("value",)}
 """Names of the arguments of functions that have no schema."""
 
 

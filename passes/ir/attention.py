@@ -23,6 +23,7 @@ A chain of another kind stays as it is. One that is replaced has computed the sa
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor, fx
 
 from ...codegen import operators as operators
+from ...codegen.operators import Arguments
 from .program import Program, Runner, get_attribute
-from .rewrite import Node, argument, calls, is_call, is_node, make_call, relax_views, swaps_last
+from .rewrite import Node, calls, is_call, is_node, make_call, relax_views, swaps_last
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -96,7 +98,7 @@ class AttentionCall:
 
     @classmethod
     def of(cls, node: Node) -> AttentionCall:
-        a = operators.Arguments(node)
+        a = Arguments(node)
         if node.target is _lbllm.attention.default:
             return cls(a.query, a.key, a.value, a.mask, a.scale, a.softcap, a.sinks, grouped=True)
         flags = a.dropout_p, a.is_causal, a.enable_gqa
@@ -222,14 +224,15 @@ def _through(node: Node) -> Node | None:
     """What a node copies, or folds the leading dimensions of; None where it does something else."""
     if not is_call(node, *_COPIES, *_SHAPES):
         return None
-    before, after = _value(node.args[0]), _value(node)
+    source = Arguments(node).self
+    before, after = _value(source), _value(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None
     if is_call(node, *_COPIES):
-        return node.args[0]
+        return source
     old, new = _sizes(before), _sizes(after)
     same = old == new if is_call(node, _aten.expand.default) else min(len(old), len(new)) > 2 and old[-2:] == new[-2:]
-    return node.args[0] if same else None
+    return source if same else None
 
 
 def _with_heads(node: Node | None) -> Node | None:
@@ -237,6 +240,12 @@ def _with_heads(node: Node | None) -> Node | None:
     while node is not None and _rank(node) != 4:
         node = _through(node)
     return node
+
+
+def _factors(product: Node) -> tuple[Node, Node]:
+    """What a matrix product multiplies."""
+    a = Arguments(product)
+    return a.self, a.other if is_call(product, _aten.matmul.default) else a.mat2
 
 
 class _Finder:
@@ -248,14 +257,14 @@ class _Finder:
     def attention(self, softmax: Node) -> tuple[Node, Node] | None:
         """The product that ends the attention of a softmax, and the call, in front of it, that computes the same."""
         rank = _rank(softmax)
-        if rank not in (3, 4) or softmax.args[1] not in (-1, rank - 1):
+        if rank not in (3, 4) or Arguments(softmax).dim not in (-1, rank - 1):
             return None
         behind = self._behind(softmax)
-        scores = self._scores(softmax.args[0])
+        scores = self._scores(Arguments(softmax).self)
         if behind is None or scores is None:
             return None
         product, drops_last = behind
-        query, value = _with_heads(scores.query), _with_heads(product.args[1])
+        query, value = _with_heads(scores.query), _with_heads(_factors(product)[1])
         if query is None or value is None or drops_last != (scores.sinks is not None):
             return None
         heads = _value(query).shape[1]  # type: ignore[union-attr]
@@ -289,10 +298,11 @@ class _Finder:
         while len(node.users) == 1:
             (user,) = node.users
             if is_call(user, *_PRODUCTS):
-                return (user, drops_last) if user.args[0] is node and user.args[1] is not node else None
-            if is_call(user, _aten.slice.Tensor) and argument(user, 1, "dim", 0) in (-1, _rank(node) - 1):
-                ends = argument(user, 2, "start"), argument(user, 3, "end"), argument(user, 4, "step", 1)
-                if drops_last or ends not in ((0, -1, 1), (None, -1, 1)):
+                left, right = _factors(user)
+                return (user, drops_last) if left is node and right is not node else None
+            if is_call(user, _aten.slice.Tensor) and Arguments(user).dim in (-1, _rank(node) - 1):
+                ends = Arguments(user).pick("start", "end", "step")
+                if drops_last or ends not in ([0, -1, 1], [None, -1, 1]):
                     return None
                 drops_last = True
             elif _through(user) is not node:
@@ -307,39 +317,40 @@ class _Finder:
         inner = _through(node)
         if inner is not None:
             return self._scores(inner)
-        args, rank = node.args, _rank(node)
+        rank = _rank(node)
         if is_call(node, *_PRODUCTS):
-            return _Scores(args[0], args[1]) if rank in (3, 4) else None
+            return _Scores(*_factors(node)) if rank in (3, 4) else None
         if is_call(node, _aten.baddbmm.default):
-            product = _Scores(args[1], args[2], float(node.kwargs.get("alpha", 1)))
-            beta = float(node.kwargs.get("beta", 1))
-            return product.after("add", args[0], beta, rank) if beta else product
+            a = Arguments(node)
+            product = _Scores(a.batch1, a.batch2, float(a.alpha))
+            return product.after("add", a.self, float(a.beta), rank) if a.beta else product
         if is_call(node, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar):
             return self._scaled(node, rank)
         if is_call(node, _aten.tanh.default):
-            scores = self._scores(args[0])
+            scores = self._scores(Arguments(node).self)
             fits = scores is not None and not scores.steps and scores.bound is None
             return dataclasses.replace(scores, bound=1.0) if scores is not None and fits else None
-        if is_call(node, _aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
-            for one, other in (args[:2], args[1::-1]):
+        if is_call(node, _aten.add.Tensor) and Arguments(node).alpha == 1:
+            terms = Arguments(node).pick("self", "other")
+            for one, other in (terms, terms[::-1]):
                 scores = self._scores(one)
                 if scores is not None and is_node(other) and scores.sinks is None:
                     return scores.after("add", other, 1.0, rank)
             return None
-        if is_call(node, _aten.sub.Tensor) and not node.kwargs:
-            return self._scores(args[0]) if self._is_maximum(args[1], args[0]) else None
+        if is_call(node, _aten.sub.Tensor) and Arguments(node).alpha == 1:
+            of, maximum = Arguments(node).pick("self", "other")
+            return self._scores(of) if self._is_maximum(maximum, of) else None
         if is_call(node, _aten.maximum.default, _aten.max.other):
-            lowest = self._number(args[1])
-            return self._scores(args[0]) if lowest is not None and lowest <= MASKED else None
+            lowest = self._number(Arguments(node).other)
+            return self._scores(Arguments(node).self) if lowest is not None and lowest <= MASKED else None
         if is_call(node, _aten.cat.default):
             return self._with_sinks(node, rank)
         return self._filled(node, rank)
 
     def _scaled(self, node: Node, rank: int) -> _Scores | None:
         divides = is_call(node, _aten.div.Tensor, _aten.div.Scalar)
-        if node.kwargs:
-            return None
-        for one, other in (node.args,) if divides else (node.args, node.args[::-1]):
+        factors = Arguments(node).pick("self", "other")
+        for one, other in (factors,) if divides else (factors, factors[::-1]):
             factor = self._number(other)
             scores = None if factor is None else self._scores(one)
             if factor and scores is not None and scores.sinks is None:
@@ -349,13 +360,13 @@ class _Finder:
     def _filled(self, node: Node, rank: int) -> _Scores | None:
         """Scores of which some are replaced by a number that hides them."""
         if is_call(node, _aten.masked_fill.Scalar, _aten.masked_fill.Tensor):
-            (of, condition, given), kind = node.args, "hide"
+            (of, condition, given), kind = Arguments(node).pick("self", "mask", "value"), "hide"
         elif is_call(node, _aten.where.self, _aten.where.ScalarOther):
-            (condition, of, given), kind = node.args, "keep"
+            (condition, of, given), kind = Arguments(node).pick("condition", "self", "other"), "keep"
             if self._scores(of) is None:
                 of, given, kind = given, of, "hide"
         elif is_call(node, _aten.where.ScalarSelf):
-            (condition, given, of), kind = node.args, "hide"
+            (condition, given, of), kind = Arguments(node).pick("condition", "self", "other"), "hide"
         else:
             return None
         number, scores = self._number(given), self._scores(of)
@@ -364,8 +375,8 @@ class _Finder:
         return scores.after(kind, condition, number, rank)
 
     def _with_sinks(self, node: Node, rank: int) -> _Scores | None:
-        parts = node.args[0]
-        if len(parts) != 2 or argument(node, 1, "dim", 0) not in (-1, rank - 1):
+        parts = Arguments(node).tensors
+        if len(parts) != 2 or Arguments(node).dim not in (-1, rank - 1):
             return None
         scores = self._scores(parts[0])
         if scores is None or scores.sinks is not None or str(_value(parts[1]).shape[-1]) != "1":  # type: ignore[union-attr]
@@ -376,31 +387,32 @@ class _Finder:
         """Whether a node is the maximum of another over its last dimension, which a softmax does not notice."""
         last = (-1, _rank(of) - 1)
         if is_call(node, _aten.amax.default):
-            dims = argument(node, 1, "dim", [])
-            return (
-                node.args[0] is of and len(dims) == 1 and dims[0] in last and bool(argument(node, 2, "keepdim", False))
-            )
-        if not is_node(node) or len(node.args) != 2 or node.args[1] != 0 or not is_call(node.args[0], _aten.max.dim):
+            most = Arguments(node)
+            return most.self is of and len(most.dim) == 1 and most.dim[0] in last and most.keepdim
+        if not is_call(node, operator.getitem) or Arguments(node).index != 0:
             return False
-        maximum = node.args[0]
-        keeps = bool(argument(maximum, 2, "keepdim", False))
-        return maximum.args[0] is of and maximum.args[1] in last and keeps
+        if not is_call(Arguments(node).value, _aten.max.dim):
+            return False
+        most = Arguments(Arguments(node).value)
+        return most.self is of and most.dim in last and most.keepdim
 
     def _number(self, value: Any) -> float | None:
         """A number, given as such or as a weight with one element."""
         while is_node(value) and is_call(value, *_SPREADS, _aten.lift_fresh_copy.default):
-            value = value.args[0]
+            value = Arguments(value).self
         if is_node(value) and value.op == "get_attr":
             tensor = get_attribute(self.module, value.target)
             return float(tensor) if isinstance(tensor, Tensor) and tensor.numel() == 1 else None
-        if is_node(value) and is_call(value, _aten.scalar_tensor.default, _aten.full.default):
-            value = value.args[-1]
+        if is_call(value, _aten.scalar_tensor.default):
+            value = Arguments(value).s
+        elif is_call(value, _aten.full.default):
+            value = Arguments(value).fill_value
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def _per_head(self, node: Node, heads: int) -> Node | None:
         """The weight ``[H]`` that a node spreads over batch and queries."""
         while is_call(node, *_SPREADS):
-            node = node.args[0]
+            node = Arguments(node).self
         value = _value(node)
         fits = node.op == "get_attr" and value is not None and _sizes(value) == [str(heads)]
         return node if fits else None
@@ -410,7 +422,7 @@ class _Finder:
         current: Node | None = node
         while current is not None:
             if swaps_last(current):
-                return _with_heads(current.args[0])
+                return _with_heads(Arguments(current).self)
             current = _through(current)
         other = _with_heads(node)
         if other is None:

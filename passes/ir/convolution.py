@@ -21,7 +21,7 @@ from torch import fx
 
 from ...codegen.operators import Arguments
 from .program import FIXED, STATE, StateSpec
-from .rewrite import Node, argument, calls, is_call, is_node, replace_call
+from .rewrite import Node, calls, is_call, is_node, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -40,7 +40,7 @@ def cache_convolutions(graph: fx.Graph, shapes: Mapping[Node, torch.Size], token
     """
     found = [cut for node in calls(graph, _aten.conv1d.default) if (cut := _causal_part(node, shapes, tokens))]
     for index, cut in enumerate(found):
-        a = Arguments(cut.args[0])
+        a = Arguments(Arguments(cut).self)
         channels, taps = shapes[a.input][1], shapes[a.weight][-1]
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         with graph.inserting_after(last):
@@ -64,5 +64,5 @@ def _causal_part(conv: Node, shapes: Mapping[Node, torch.Size], tokens: int) -> 
     (cut,) = conv.users
     if not is_call(cut, _aten.slice.Tensor) or shapes[cut] != shapes[a.input]:
         return None
-    start, end = argument(cut, 2, "start"), argument(cut, 3, "end")
-    return cut if start in (0, None) and is_node(end) and argument(cut, 1, "dim", 0) in (2, -1) else None
+    part = Arguments(cut)
+    return cut if part.start in (0, None) and is_node(part.end) and part.dim in (2, -1) else None

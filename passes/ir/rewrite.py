@@ -33,13 +33,6 @@ def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
 
 
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    """A call's argument, given by position or by name."""
-    if index < len(node.args):
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
 def operands_of(linear: Node) -> tuple[Node, Node]:
     """What a float linear, of one matrix or of stacked experts, multiplies: the input and the weight."""
     arguments = Arguments(linear)

@@ -8,7 +8,7 @@ from ..tvm_api import PrimFunc, T
 def embedding(spec: EmbeddingSpec) -> PrimFunc:
     """``(rows, scale, ids, out)``: int8 ``[V, K]``, fp32 ``[V]``, int64 ``[B, S]`` to fp32 ``[B, S, K]``.
 
-    The ids must be rows of the table: they are not checked.
+    An id that is no row of the table gives the nearest one's elements.
     """
 
     @T.prim_func(s_tir=True)
@@ -22,7 +22,8 @@ def embedding(spec: EmbeddingSpec) -> PrimFunc:
         out = T.match_buffer(out_, (batch, length, spec.columns), "float32", align=4)
         for b in T.serial(batch):
             for s in T.serial(length):
+                row: T.let = T.max(T.min(ids[b, s], T.int64(spec.rows - 1)), T.int64(0))
                 for k in T.serial(spec.columns):
-                    out[b, s, k] = T.cast(rows[ids[b, s], k], "float32") * scale[ids[b, s]]
+                    out[b, s, k] = T.cast(rows[row, k], "float32") * scale[row]
 
     return kernel

@@ -11,7 +11,13 @@ import torch
 
 _REQUIRED = object()
 
-_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {operator.getitem: ("value", "index"), operator.neg: ("value",)}
+_PAIR = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, torch.sym_max, torch.sym_min)
+
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
+    operator.getitem: ("value", "index"),
+    operator.neg: ("a",),
+    **dict.fromkeys(_PAIR, ("a", "b")),
+}
 """Names of the arguments of functions that have no schema."""
 
 
@@ -49,6 +55,10 @@ class Arguments:
         if value is _REQUIRED:
             raise AttributeError(f"'{self.node.name}' lacks the argument '{name}' of {self.node.target}")
         return value if self._read is None else self._read(value)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the operator has an argument of that name."""
+        return name in self._values
 
     @property
     def graph(self) -> Arguments:

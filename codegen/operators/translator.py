@@ -25,6 +25,8 @@ class Translator(Protocol):
 
     Attributes:
         op: the operators that values are made of (TVM's ``relax.op``).
+        te: tensor expressions (TVM's ``te``), for what is no operator: see :meth:`compute`.
+        tir: scalar expressions (TVM's ``tirx``), of which tensor expressions and sizes are made.
         kernels: the proven kernels.
         bucket: the token bucket whose kernels the function calls.
         length: tokens of a call, where that is known.
@@ -32,6 +34,8 @@ class Translator(Protocol):
     """
 
     op: Any
+    te: Any
+    tir: Any
     kernels: Any
 
     @property
@@ -51,6 +55,21 @@ class Translator(Protocol):
         """The value of an expression."""
         ...
 
+    def compute(self, shape: Sequence[Size], element: Callable[..., Any], *values: Any) -> Value:
+        """A tensor by its elements.
+
+        Args:
+            shape: its dimensions.
+            element: gets the values, tensors as those of :attr:`te`, and gives a function of indices. Every size it
+                computes with is one of a tensor's ``shape`` or a value.
+            values: tensors and sizes.
+        """
+        ...
+
+    def variable(self, x: Value) -> Value:
+        """A value that any operator takes; only those of two operands take constants."""
+        ...
+
     def constant(self, number: bool | int | float, dtype: str) -> Any:
         """A number as a tensor without dimensions."""
         ...
@@ -65,6 +84,14 @@ class Translator(Protocol):
 
     def is_tensor(self, value: Any) -> bool:
         """Whether a translation is a tensor, and no size and no number."""
+        ...
+
+    def note_lookup(self, indices: Any, rows: Size) -> None:
+        """Notes that an argument of the graph indexes so many rows, so that inputs it is made of are checked."""
+        ...
+
+    def surely(self, condition: Any) -> bool:
+        """Whether a comparison of sizes holds whatever the symbols are."""
         ...
 
     def reshape(self, x: Value, sizes: Sequence[Size]) -> Value:

@@ -178,6 +178,10 @@ class FunctionBuilder:
         """Binds an expression to a variable."""
         return self.program.block.emit(expression)
 
+    def compute(self, expression: Callable[..., Any], *values: Value) -> Value:
+        """Binds a tensor expression over values to a variable."""
+        return self.program.block.emit_te(expression, *values)
+
     def mean_of_squares(self, x: Value) -> Value:
         """``mean(x * x)`` over the last dimension, which stays with size one.
 
@@ -192,7 +196,7 @@ class FunctionBuilder:
             total = te.compute(shape, lambda *i: te.sum(tensor[(*i[:-1], k)] * tensor[(*i[:-1], k)], axis=k))
             return te.compute(shape, lambda *i: total[i] / tirx.Cast(tensor.dtype, width))
 
-        return self.program.block.emit_te(expression, x)
+        return self.compute(expression, x)
 
     def call(self, kernel: Any, arguments: Sequence[Value], *outputs: tuple[Sequence[Dimension], str]) -> Any:
         """Calls a kernel on tensors; ``outputs`` are the shapes and dtypes of what it writes. Returns one or a list."""
@@ -202,9 +206,9 @@ class FunctionBuilder:
             return result
         return [self.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
 
-    def finish(self, result: Value) -> None:
-        """Ends the function with its result."""
-        output = self.program.block.emit_output(result)
+    def finish(self, result: Value | Sequence[Value]) -> None:
+        """Ends the function with its result, or several."""
+        output = self.program.block.emit_output(relax.Tuple(result) if isinstance(result, list) else result)
         self._scopes[1].__exit__(None, None, None)
         self.program.block.emit_func_output(output)
         self._scopes[0].__exit__(None, None, None)

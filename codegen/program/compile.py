@@ -141,7 +141,8 @@ def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
             kept += [*partial, block]
         elif _width(plan, block) < width or not _possible(plan.compute_inline, block):
             kept.append(block)
-    *outer, columns = plan.get_loops(last)
+    loops = plan.get_loops(last)
+    outer, columns = (loops[: _spatial(plan, last)], []) if _sums(plan, last) else (loops[:-1], loops[-1:])
     if outer:
         rows = plan.fuse(*outer)
         for block in reversed(kept):
@@ -152,7 +153,8 @@ def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
             plan.vectorize(lane)
         if not isinstance(plan.get(rows).extent, tirx.IntImm):
             plan.parallel(rows)
-    _vectorize(plan, columns, lanes)
+    for loop in columns:
+        _vectorize(plan, loop, lanes)
     # Intermediate results shrink to what one row needs. Kernels skip this: their buffers are as small as they get.
     lowered = tvm.transform.Sequential(
         [
@@ -197,6 +199,11 @@ def _width(plan: Any, block: Any) -> float:
     spatial = [v for v in plan.get(block).iter_vars if v.iter_type == tirx.IterVar.DataPar]
     extent = spatial[-1].dom.extent if spatial else 1
     return int(extent) if isinstance(extent, (int, tirx.IntImm)) else math.inf
+
+
+def _spatial(plan: Any, block: Any) -> int:
+    """How many loops of a block, its first ones, are over the dimensions of its result."""
+    return sum(v.iter_type == tirx.IterVar.DataPar for v in plan.get(block).iter_vars)
 
 
 def _sums(plan: Any, block: Any) -> bool:

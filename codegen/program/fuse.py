@@ -145,6 +145,8 @@ class _Views(_Rewriter):
         if not name or self.has(name, KERNEL) or len(call.args[1]) != 1 or len(call.ty_args) != 1:
             return call
         source, result = call.args[1][0], call.ty_args[0]
+        if not hasattr(source.ty, "shape"):
+            return call
         # A slice from the beginning copies in order, too.
         whole = hasattr(result, "shape") and surely_equal(elements(source.ty.shape), elements(result.shape))
         if whole and relax.analysis.has_reshape_pattern(self.module[name]):

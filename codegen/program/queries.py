@@ -50,6 +50,12 @@ def surely_equal(a: Any, b: Any) -> bool:
     return bool(analyzer.can_prove_equal(a, b))
 
 
+def surely_true(condition: Any) -> bool:
+    """Whether a comparison of sizes holds whatever the symbols are, which are not negative."""
+    analyzer: Any = tvm.sym.Analyzer()
+    return bool(analyzer.can_prove(condition))
+
+
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are surely equal."""
     return len(a) == len(b) and all(map(surely_equal, a, b))

@@ -36,9 +36,10 @@ from lbllm_compile.codegen.program.builder import (
     Value,
 )
 from lbllm_compile.codegen.program.fuse import with_residual
-from lbllm_compile.codegen.program.queries import same_sizes
+from lbllm_compile.codegen.program.queries import same_sizes, surely_true
 from lbllm_compile.codegen.sizes import ALIGNMENT
-from lbllm_compile.codegen.tvm_api import relax
+from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
+from lbllm_compile.lowering.decompose import decompose, may_decompose
 from lbllm_compile.lowering.executor import (
     KERNEL_TARGETS,
     LINEAR_TARGETS,
@@ -107,8 +108,8 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
     if program.kind != "causal-lm":
         raise UntranslatableError("only language models become a program")
     for node in program.graph.nodes:
-        if node.op == "call_function" and _translation(node) is None:
-            raise UntranslatableError(f"the operator {node.target} has no translation: {describe(node)}")
+        if node.op == "call_function" and _translation(node) is None and not may_decompose(node.target):
+            raise UntranslatableError(f"the operator {node.target} has no translation: {describe(node)}", node)
     weights = _Weights(program, kernels)
     layout = Layout.of(weights.specs(), ALIGNMENT)
     state = Layout.of(_state_spec(n) for n in program.state_placeholders())
@@ -121,6 +122,27 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
         return whole.finish()
 
     return Translated(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
+
+
+def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorSpec], name: str = "graph") -> Any:
+    """Translates a graph with any inputs, and no KV state, into one function, which takes weights as a tuple.
+
+    Args:
+        program: its placeholders are named as the inputs; it gives a tensor or several.
+        kernels: the proven kernels.
+        inputs: the function's arguments; strings in shapes are symbols.
+        name: the function's.
+
+    Returns:
+        A module for :func:`~lbllm_compile.codegen.program.compile.compile_program`.
+
+    Raises:
+        UntranslatableError: naming the operator and the user's line.
+    """
+    weights = _Weights(program, kernels)
+    whole = ProgramBuilder(Layout.of(weights.specs(), ALIGNMENT), Layout.of(()))
+    _Translator(program, kernels, whole, weights, EntryPoint(name, None, None, False, "17+"), inputs).run()
+    return whole.finish()
 
 
 def _vocabulary(program: Program) -> int:
@@ -195,10 +217,21 @@ def _translation(node: Node) -> Translation | None:
     return None if known is None else known.translate
 
 
+def _known(value: Value) -> Value:
+    """The value.
+
+    Raises:
+        UntranslatableError: its shape cannot be told, because sizes meet that are not surely equal.
+    """
+    if isinstance(value.ty, relax.TensorType) and not isinstance(value.ty.shape, relax.ShapeExpr):
+        raise UntranslatableError("the shape of its result cannot be told")
+    return value
+
+
 class _Translator:
     """Translates the graph into one function; what its operators' translations ask."""
 
-    op = relax.op
+    op, te, tir = relax.op, te, tirx
 
     def __init__(
         self,
@@ -240,14 +273,44 @@ class _Translator:
         Raises:
             UntranslatableError: no program can hold this form of the operator; naming the call.
         """
+        try:
+            return self._translated(node)
+        except UntranslatableError as error:
+            at = node if error.node is None else error.node
+            raise UntranslatableError(f"{error}: {describe(at)}", at) from error
+
+    def _translated(self, node: Node) -> Any:
+        """The operator's own translation, or where it has none for this form, that of what it is made of."""
         translation = _translation(node)
-        assert translation is not None
+        if translation is None:
+            return self._decomposed(node)
         try:
             return translation(self, Arguments(node, self.value))
-        except UntranslatableError as error:
-            if error.node is None:
-                error = UntranslatableError(str(error), node)
-            raise UntranslatableError(f"{error}: {describe(error.node)}", error.node) from error
+        except UntranslatableError as refused:
+            try:
+                return self._decomposed(node)
+            except UntranslatableError:
+                raise refused from None
+
+    def _decomposed(self, node: Node) -> Any:
+        meanings = {n: self._meaning(self.value(n)) for n in node.all_input_nodes}
+        graph, constants = decompose(node, meanings)
+        inputs = iter(node.all_input_nodes)
+        for part in graph.nodes:
+            if part.op == "placeholder":
+                self.values[part] = self.value(next(inputs))
+            elif part.op == "get_attr":
+                self.values[part] = relax.const(constants[part.target].numpy())
+            elif part.op == "output":
+                return self.value(part.args[0])
+            elif (translation := _translation(part)) is None:
+                raise UntranslatableError(f"the operator {node.target} has no translation", node)
+            else:
+                self.values[part] = translation(self, Arguments(part, self.value))
+        raise AssertionError("a graph without an output")
+
+    def _meaning(self, value: Any) -> Any:
+        return (builder.dtype(value), builder.shape(value)) if self.is_tensor(value) else value
 
     def value(self, argument: Any) -> Any:
         """The translation of an operand: a value, a dimension, a number, or a list of them."""
@@ -276,7 +339,22 @@ class _Translator:
         return self.function.call(self.whole.kernel(kernel.name, kernel.make, by_rows), arguments, *outputs)
 
     def emit(self, expression: Any) -> Value:
-        return self.function.emit(expression)
+        return _known(self.function.emit(expression))
+
+    def compute(self, shape: Sequence[Any], element: Callable[..., Any], *values: Any) -> Value:
+        def expression(*given: Any) -> Any:
+            of_values = element(*given[len(shape) :])
+            return te.compute(given[: len(shape)], of_values)
+
+        # Sizes are given like tensors, so that all are over the same symbols.
+        given = [tirx.const(v, "int64") if isinstance(v, int) else v for v in (*shape, *values)]
+        return _known(self.function.compute(expression, *given))
+
+    def variable(self, x: Value) -> Value:
+        if not isinstance(x, tvm.ir.Constant):
+            return self.emit(x)
+        number = tirx.const(x.value.numpy().item(), str(x.ty.dtype))
+        return self.compute((), lambda: lambda: number)
 
     def reshape(self, x: Value, sizes: Sequence[Any]) -> Value:
         """A value in another shape. Of several in a row only the last is left, and none where the shape is the same."""
@@ -310,6 +388,12 @@ class _Translator:
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
+
+    def note_lookup(self, indices: Any, rows: Any) -> None:
+        pass
+
+    def surely(self, condition: Any) -> bool:
+        return bool(condition) if isinstance(condition, bool) else surely_true(condition)
 
     def mean_of_squares(self, x: Value) -> Value:
         return self.function.mean_of_squares(x)

@@ -7,19 +7,36 @@ import torch
 from ..arguments import Arguments
 from ..registry import Operator, register
 from ..translator import Translator, Value, flat, refusal
+from .creation import filled
+from .promotion import dtype_of
 
 _aten = torch.ops.aten
 
 
 def _layer_norm(t: Translator, a: Arguments) -> Value:
-    if a.weight is None or a.bias is None:
-        raise refusal(a, "a layer norm without weight and bias has no translation")
-    axes = list(range(-len(a.normalized_shape), 0))
-    return t.emit(t.op.nn.layer_norm(a.input, a.weight, a.bias, axes, a.eps))
+    x, shape = a.input, list(a.normalized_shape)
+
+    weight = filled(t, shape, 1.0, t.dtype(x)) if a.weight is None else a.weight
+    bias = filled(t, shape, 0.0, t.dtype(x)) if a.bias is None else a.bias
+    return t.emit(t.op.nn.layer_norm(x, weight, bias, list(range(-len(shape), 0)), a.eps))
 
 
-def _embedding(t: Translator, a: Arguments) -> Value:
-    return t.emit(t.op.take(a.weight, a.indices, 0))
+def _rms_norm(t: Translator, a: Arguments) -> Value:
+    x, op = a.input, t.op
+    kind = t.dtype(x)
+    if len(a.normalized_shape) != 1 or kind != "float32":
+        raise refusal(a, "an RMS norm over several dimensions has no translation")
+    eps = torch.finfo(dtype_of(kind)).eps if a.eps is None else a.eps
+    scale = t.emit(op.rsqrt(op.add(t.mean_of_squares(x), t.constant(eps, kind))))
+    normed = t.emit(op.multiply(x, scale))
+    return normed if a.weight is None else t.emit(op.multiply(normed, a.weight))
+
+
+def _product(t: Translator, a: Arguments) -> Value:
+    x, y = a.self, a.mat2 if "mat2" in a else a.other
+    if dtype_of(t.dtype(x)) != dtype_of(t.dtype(y)):
+        raise refusal(a, "a product of different types has no translation")
+    return t.emit(t.op.matmul(x, y))
 
 
 def _linear(t: Translator, a: Arguments) -> Value:
@@ -35,5 +52,7 @@ def _linear(t: Translator, a: Arguments) -> Value:
 
 
 register(Operator(_aten.layer_norm.default, _layer_norm))
-register(Operator(_aten.embedding.default, _embedding))
+register(Operator(_aten.rms_norm.default, _rms_norm))
 register(Operator(_aten.linear.default, _linear))
+for _target in (_aten.matmul.default, _aten.mm.default, _aten.bmm.default):
+    register(Operator(_target, _product))

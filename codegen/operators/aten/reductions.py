@@ -1,23 +1,224 @@
-"""Operators that make one element of many."""
+"""Operators that make one element of many, or order many."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Translator, Value
+from ..translator import Translation, Translator, Value, refusal
+from .indexing import inside
+from .promotion import cast, dtype_of, name_of, tensor
+from .shapes import axis_of, count
 
 _aten = torch.ops.aten
 
 
+def _axes(t: Translator, a: Arguments) -> list[int]:
+    """The dimensions that go; all where none is named."""
+    given = a.dim if "dim" in a else None
+    if given is None or given == []:
+        return list(range(len(t.shape(a.self))))
+    return [axis_of(t, a.self, d) for d in ([given] if isinstance(given, int) else given)]
+
+
+def _keeps(a: Arguments) -> bool:
+    return bool(a.keepdim) if "keepdim" in a else False
+
+
+def _reduced(t: Translator, a: Arguments, name: str, x: Value) -> Value:
+    axes = _axes(t, a)
+    return t.emit(getattr(t.op, name)(x, axes, _keeps(a))) if t.shape(x) else x
+
+
+def _summand(t: Translator, a: Arguments) -> Value:
+    """What is summed: integers in 64 bits, or what the caller asks for."""
+    x = a.self
+    if a.dtype is not None:
+        return cast(t, x, name_of(a.dtype))
+    return x if dtype_of(t.dtype(x)).is_floating_point else cast(t, x, "int64")
+
+
+def _sum(t: Translator, a: Arguments) -> Value:
+    return _reduced(t, a, "sum", _summand(t, a))
+
+
 def _mean(t: Translator, a: Arguments) -> Value:
-    x, dimensions = a.graph.self, list(a.dim)
-    if a.keepdim and dimensions == [-1] and getattr(x, "target", None) is _aten.pow.Tensor_Scalar:
+    x, axes = a.graph.self, _axes(t, a)
+    last = axes == [len(t.shape(a.self)) - 1]
+    if last and _keeps(a) and getattr(x, "target", None) is _aten.pow.Tensor_Scalar and a.dtype is None:
         power = Arguments(x)
         if power.exponent == 2:
             return t.mean_of_squares(t.value(power.self))
-    return t.emit(t.op.mean(a.self, dimensions, a.keepdim))
+    return _reduced(t, a, "mean", _summand(t, a))
 
 
-register(Operator(_aten.mean.dim, _mean))
+def _variance(t: Translator, a: Arguments) -> Value:
+    x, axes, op = a.self, _axes(t, a), t.op
+    sizes, kind = t.shape(x), t.dtype(x)
+    mean = t.emit(op.mean(x, axes, True))
+    off = t.emit(op.subtract(x, mean))
+    total = t.emit(op.sum(op.multiply(off, off), axes, _keeps(a)))
+    correction = 1 if a.correction is None else a.correction
+    freedom = op.subtract(tensor(t, count([sizes[k] for k in axes]), kind), tensor(t, correction, kind))
+    return t.emit(op.divide(total, op.maximum(freedom, tensor(t, 0, kind))))
+
+
+def _extreme(name: str) -> Translation:
+    """The greatest or the smallest elements."""
+    return lambda t, a: _reduced(t, a, name, a.self)
+
+
+def _extreme_and_place(name: str) -> Translation:
+    def translate(t: Translator, a: Arguments) -> list[Value]:
+        return [_reduced(t, a, name, a.self), _place(t, a, f"arg{name}")]
+
+    return translate
+
+
+def _place(t: Translator, a: Arguments, name: str) -> Value:
+    x = a.self
+    if a.dim is None:
+        return t.emit(getattr(t.op, name)(t.reshape(x, [count(t.shape(x))]), 0, False))
+    return t.emit(getattr(t.op, name)(x, axis_of(t, x, a.dim), bool(a.keepdim)))
+
+
+def _some(name: str) -> Translation:
+    """Whether any or all elements are not zero."""
+
+    def translate(t: Translator, a: Arguments) -> Value:
+        x = a.self
+        truth = x if t.dtype(x) == "bool" else t.emit(t.op.not_equal(x, tensor(t, 0, t.dtype(x))))
+        return cast(t, _reduced(t, a, name, cast(t, truth, "int8")), "bool")
+
+    return translate
+
+
+def _normalized(name: str) -> Translation:
+    """Exponentials of elements over their sum, or its logarithm."""
+
+    def translate(t: Translator, a: Arguments) -> Value:
+        x, op = a.self, t.op
+        if "dtype" in a and a.dtype is not None:
+            x = cast(t, x, name_of(a.dtype))
+        if not dtype_of(t.dtype(x)).is_floating_point or not t.shape(x):
+            raise refusal(a, "a softmax of this kind has no translation")
+        axis = [axis_of(t, x, a.dim)]
+        off = t.emit(op.subtract(x, op.max(x, axis, True)))
+        power = t.emit(op.exp(off))
+        total = t.emit(op.sum(power, axis, True))
+        return t.emit(op.divide(power, total) if name == "softmax" else op.subtract(off, op.log(total)))
+
+    return translate
+
+
+def _running_sum(t: Translator, a: Arguments) -> Value:
+    x = _summand(t, a)
+    sizes = t.shape(x)
+    if not sizes:
+        return x
+    axis, zero = axis_of(t, x, a.dim), t.tir.const(0, t.dtype(x))
+
+    def element(v: Any) -> Any:
+        k = t.te.reduce_axis((0, v.shape[axis]), "k")
+
+        def total(*i: Any) -> Any:
+            return t.te.sum(t.tir.Select(k <= i[axis], v[(*i[:axis], k, *i[axis + 1 :])], zero), axis=k)
+
+        return total
+
+    return t.compute(sizes, element, x)
+
+
+def _ordered(t: Translator, x: Value, axis: int, first: Any, descending: bool) -> list[Value]:
+    """The ``first`` elements in order and their places; of equal ones the earlier comes first.
+
+    An element's rank is how many come before it, so nothing depends on values but by comparison.
+    """
+    sizes = t.shape(x)
+    shape = [*sizes[:axis], first, *sizes[axis + 1 :]]
+
+    def before(p: Any, i: Any, q: Any, j: Any) -> Any:
+        """Whether the element ``p`` at ``i`` comes before ``q`` at ``j``; NaN is above everything, as in torch."""
+        p_nan, q_nan = p != p, q != q
+        above = t.tir.any(p > q, t.tir.all(p_nan, t.tir.Not(q_nan)))
+        below = t.tir.any(p < q, t.tir.all(q_nan, t.tir.Not(p_nan)))
+        ahead, behind = (above, below) if descending else (below, above)
+        return t.tir.any(ahead, t.tir.all(t.tir.Not(behind), i < j))
+
+    def rank(v: Any) -> Any:
+        k = t.te.reduce_axis((0, v.shape[axis]), "k")
+
+        def ahead(*i: Any) -> Any:
+            other = v[(*i[:axis], k, *i[axis + 1 :])]
+            return t.te.sum(t.tir.Cast("int64", before(other, k, v[i], i[axis])), axis=k)
+
+        return ahead
+
+    def place(ranks: Any) -> Any:
+        k = t.te.reduce_axis((0, ranks.shape[axis]), "k")
+
+        def found(*i: Any) -> Any:
+            here = ranks[(*i[:axis], k, *i[axis + 1 :])] == i[axis]
+            return t.te.sum(t.tir.Select(here, t.tir.Cast("int64", k), t.tir.const(0, "int64")), axis=k)
+
+        return found
+
+    def value(v: Any, places: Any) -> Any:
+        return lambda *i: v[(*i[:axis], inside(t, places[i], v.shape[axis]), *i[axis + 1 :])]
+
+    places = t.compute(shape, place, t.compute(sizes, rank, x))
+    return [t.compute(shape, value, x, places), places]
+
+
+def _top(t: Translator, a: Arguments) -> list[Value]:
+    x = a.self
+    axis = axis_of(t, x, a.dim)
+    if not t.shape(x) or not t.surely(t.shape(x)[axis] >= a.k):
+        raise refusal(a, "a selection of more elements than there surely are has no translation")
+    return _ordered(t, x, axis, a.k, a.largest)
+
+
+def _sort(t: Translator, a: Arguments) -> list[Value]:
+    x = a.self
+    if not t.shape(x):
+        raise refusal(a, "an order of a tensor without dimensions has no translation")
+    axis = axis_of(t, x, a.dim)
+    return _ordered(t, x, axis, t.shape(x)[axis], a.descending)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Translation] = {
+    _aten.sum.default: _sum,
+    _aten.sum.dim_IntList: _sum,
+    _aten.mean.default: _mean,
+    _aten.mean.dim: _mean,
+    _aten.var.correction: _variance,
+    _aten.amax.default: _extreme("max"),
+    _aten.amin.default: _extreme("min"),
+    _aten.max.default: _extreme("max"),
+    _aten.min.default: _extreme("min"),
+    _aten.max.dim: _extreme_and_place("max"),
+    _aten.min.dim: _extreme_and_place("min"),
+    _aten.argmax.default: lambda t, a: _place(t, a, "argmax"),
+    _aten.argmin.default: lambda t, a: _place(t, a, "argmin"),
+    _aten.any.default: _some("max"),
+    _aten.any.dim: _some("max"),
+    _aten.all.default: _some("min"),
+    _aten.all.dim: _some("min"),
+    _aten.softmax.int: _normalized("softmax"),
+    _aten._softmax.default: _normalized("softmax"),
+    _aten.log_softmax.int: _normalized("log_softmax"),
+    _aten._log_softmax.default: _normalized("log_softmax"),
+    _aten.cumsum.default: _running_sum,
+    _aten.topk.default: _top,
+    _aten.sort.default: _sort,
+    _aten.sort.stable: _sort,
+    _aten.argsort.default: lambda t, a: _sort(t, a)[1],
+    _aten.argsort.stable: lambda t, a: _sort(t, a)[1],
+}
+
+for _target, _translation in _TRANSLATIONS.items():
+    register(Operator(_target, _translation))

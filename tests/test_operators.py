@@ -1,0 +1,472 @@
+"""Every translation of the registry gives what torch gives, over drawn shapes, types, values and dynamic sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lbllm_compile.codegen import operators
+from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.program.builder import TensorSpec
+from lbllm_compile.codegen.program.compile import compile_program
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.tvm_runtime import Machine, array
+from lbllm_compile.passes.ir.program import Program
+from torch import Tensor, fx
+
+from lbllm_compile.lowering.translate import translate_graph
+
+aten = torch.ops.aten
+LANES = 16
+KERNELS = KernelSet(Target.parse("cpu"), {}, {}, [], {}, 0)
+FLOATS, INTEGERS, BOOLS = torch.float32, torch.int64, torch.bool
+SIZES = {"m": 5, "n": 3}
+"""Values of the symbols of dynamic dimensions for which it is looked up how many tensors a call gives."""
+
+TOGETHER = 12
+"""Cases in one compiled program."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor argument of a case; a string in the shape is a dynamic size."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype = FLOATS
+    low: float = -4.0
+    high: float = 4.0
+
+    def draw(self, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
+        shape = [sizes[d] if isinstance(d, str) else d for d in self.shape]
+        if self.dtype == BOOLS:
+            return torch.randint(0, 2, shape, generator=generator).bool()
+        if not self.dtype.is_floating_point:
+            return torch.randint(int(self.low), int(self.high) + 1, shape, generator=generator).to(self.dtype)
+        values = torch.rand(shape, generator=generator) * (self.high - self.low) + self.low
+        return values.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An argument that is the size of a dimension of the case's first tensor."""
+
+    dim: int
+    plus: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: positional arguments, in which an :class:`Input` is a tensor and a :class:`Size` a dynamic size."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Graph:
+    """The graph of several cases, each with inputs of its own."""
+
+    def __init__(self, cases: Sequence[Case]):
+        self.cases = cases
+        self.graph, self.inputs = fx.Graph(), []
+        results: list[fx.Node] = []
+        self.owners: list[int] = []
+        for number, case in enumerate(cases):
+            nodes: list[fx.Node] = []
+
+            def place(value: Any, nodes: list[fx.Node] = nodes) -> Any:
+                if isinstance(value, Input):
+                    node = self.graph.placeholder(f"x{len(self.inputs)}")
+                    self.inputs.append((node.target, value))
+                    nodes.append(node)
+                    return node
+                if isinstance(value, Size):
+                    size = self.graph.call_function(aten.sym_size.int, (nodes[0], value.dim))
+                    return self.graph.call_function(operator.add, (size, value.plus)) if value.plus else size
+                if isinstance(value, (list, tuple)):
+                    return [place(v) for v in value]
+                return value
+
+            args = tuple(place(v) for v in case.args)
+            node = self.graph.call_function(case.target, args, {k: place(v) for k, v in case.kwargs.items()})
+            count = self._results(node, case)
+            parts = [self.graph.call_function(operator.getitem, (node, i)) for i in range(count)] if count else [node]
+            results += parts
+            self.owners += [number] * len(parts)
+        self.graph.output(results)
+        # placeholders first, as every graph has them
+        self.module = fx.GraphModule(torch.nn.Module(), _placeholders_first(self.graph))
+
+    def _results(self, node: fx.Node, case: Case) -> int:
+        """How many tensors a call gives; 0 where it is one by itself."""
+        if not isinstance(case.target, torch._ops.OpOverload):
+            return 0
+        module = fx.GraphModule(torch.nn.Module(), _placeholders_first(_until(self.graph, node)))
+        given = [i.draw(SIZES, torch.Generator().manual_seed(0)) for _, i in self.inputs]
+        value = module(*given)
+        return len(value) if isinstance(value, (list, tuple)) else 0
+
+    def draw(self, sizes: dict[str, int], seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [i.draw(sizes, generator) for _, i in self.inputs]
+
+
+def _until(graph: fx.Graph, node: fx.Node) -> fx.Graph:
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for n in graph.nodes:
+        values[n] = copy.node_copy(n, lambda v: values[v])
+    copy.output(values[node])
+    copy.eliminate_dead_code()
+    return copy
+
+
+def _placeholders_first(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for n in sorted(graph.nodes, key=lambda n: n.op != "placeholder"):
+        values[n] = copy.node_copy(n, lambda v: values[v])
+    return copy
+
+
+def run_natively(module: fx.GraphModule, inputs: Sequence[tuple[str, Input]], folder: Path) -> Callable[..., Any]:
+    """Compiles a graph; what it gives takes and gives tensors."""
+    specs = [TensorSpec(name, i.shape, str(i.dtype).removeprefix("torch.")) for name, i in inputs]
+    built = translate_graph(Program(module, "module"), KERNELS, specs)
+    compiled = compile_program(built, KERNELS.target.llvm, LANES, ())
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "graph.so"
+    compiled.executable.export_library(str(library))
+    machine = Machine(library)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        arguments = [machine.tensor(t.contiguous().numpy()) for t in tensors]
+        found = machine.function("graph")(*arguments, machine.tuple([]), machine.tuple([]))
+        return [torch.from_numpy(np.array(array(part))) for part in found]
+
+    return run
+
+
+def check(graph: Graph, run: Callable[..., Any], sizes: dict[str, int], seed: int) -> None:
+    """Holds a graph's native form against torch."""
+    tensors = graph.draw(sizes, seed)
+    found, wanted = run(*tensors), graph.module(*tensors)
+    for owner, ours, theirs in zip(graph.owners, found, wanted, strict=True):
+        case = graph.cases[owner]
+        said = f"{case.target} of {case.args} {case.kwargs} for {sizes}"
+        assert ours.dtype == theirs.dtype, f"{said} gives {ours.dtype}, not {theirs.dtype}"
+        assert ours.shape == theirs.shape, f"{said} gives {ours.shape}, not {theirs.shape}"
+        exact = not ours.dtype.is_floating_point or case.target in EXACT
+        bound = 0.0 if exact else TOLERANCE
+        torch.testing.assert_close(
+            ours, theirs, rtol=bound, atol=bound, equal_nan=True, msg=lambda m, said=said: f"{said}: {m}"
+        )
+
+
+def case(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Case:
+    return Case(target, args, kwargs)
+
+
+X, WHOLE, B = Input(("m", 4)), Input(("m", 4), INTEGERS), Input(("m", 4), BOOLS)
+POSITIVE = Input(("m", 4), FLOATS, 0.1, 4)
+SMALL = Input(("m", 4), torch.int32)
+SCALAR, SCALAR_INTEGER = Input(()), Input((), INTEGERS)
+ROW = Input((4,))
+CUBE = Input(("m", 4, "n"))
+
+TOLERANCE = 2e-5
+"""Of float results, relative and absolute: exponentials and the like are approximated, sums taken in another order."""
+
+EXACT = {
+    *(getattr(aten, name).default for name in ("neg", "abs", "sign", "relu", "floor", "ceil", "trunc", "maximum")),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self, aten.clamp.default),
+    *(aten.cat.default, aten.stack.default, aten.slice.Tensor, aten.select.int, aten.gather.default, aten.index.Tensor),
+    *(aten.embedding.default, aten.topk.default, aten.sort.default, aten.amax.default, aten.amin.default),
+    *(aten.expand.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.constant_pad_nd.default),
+}
+"""Operators whose float results are torch's to the bit."""
+
+
+def _pairs(name: str, *kinds: Input) -> list[Case]:
+    """A binary operator on tensors of several types, and on tensors and numbers."""
+    packet = getattr(aten, name)
+    tensor = packet.default if name == "floor_divide" else packet.Tensor
+    found = [case(tensor, x, y) for x, y in itertools.product(kinds, repeat=2)]
+    if "Scalar" in packet.overloads():
+        found += [case(packet.Scalar, x, 2) for x in kinds if x.dtype != BOOLS]
+    return found
+
+
+UNARY = (
+    "rsqrt sqrt cos sin tan exp tanh log erf reciprocal sigmoid silu gelu log1p expm1 neg relu abs sign floor ceil"
+    " round trunc isnan isinf isfinite square softplus leaky_relu elu hardtanh mish hardsigmoid hardswish relu6 selu"
+)
+"""Of them those behind ``isfinite`` have no translation of their own and are made of others."""
+
+DIVISIONS = (aten.remainder.Tensor, aten.fmod.Tensor, aten.floor_divide.default)
+
+CASES = [
+    *(case(getattr(aten, name).default, POSITIVE) for name in UNARY.split()),
+    *(
+        case(getattr(aten, n).default, X)
+        for n in ["neg", "relu", "sigmoid", "silu", "gelu", "abs", "sign", "floor", "round", "exp", "tanh"]
+    ),
+    *(
+        case(getattr(aten, n).default, WHOLE)
+        for n in ["neg", "cos", "sigmoid", "abs", "sign", "relu", "floor", "round", "isnan", "exp"]
+    ),
+    case(aten.gelu.default, X, approximate="tanh"),
+    *(c for name in ("add", "mul", "eq", "lt", "ge") for c in _pairs(name, X, WHOLE, SMALL, SCALAR)),
+    *(c for name in ("sub", "ne", "le", "gt", "div") for c in _pairs(name, X, WHOLE, SCALAR_INTEGER)),
+    *(case(t, WHOLE, Input(("m", 4), INTEGERS, *r)) for t in DIVISIONS for r in ((1, 5), (-5, -1))),
+    *(case(t, WHOLE, d) for t in (aten.remainder.Scalar, aten.fmod.Scalar) for d in (3, -2)),
+    *(c for name in ("remainder", "fmod", "floor_divide") for c in _pairs(name, POSITIVE)),
+    *(c for name in ("bitwise_and", "bitwise_or", "bitwise_xor") for c in _pairs(name, WHOLE, B)),
+    *(c for name in ("__and__", "__or__", "__xor__") for c in _pairs(name, WHOLE, B)),
+]
+CASES += [
+    case(aten.add.Tensor, WHOLE, WHOLE, alpha=2),
+    case(aten.add.Scalar, WHOLE, 0.5),
+    case(aten.sub.Tensor, X, X, alpha=0.5),
+    case(aten.mul.Tensor, B, B),
+    case(aten.mul.Scalar, WHOLE, 0.5),
+    case(aten.div.Scalar, WHOLE, 2),
+    case(aten.remainder.Scalar_Tensor, 7, Input(("m", 4), INTEGERS, 1, 5)),
+    case(aten.bitwise_and.Scalar_Tensor, 6, WHOLE),
+    case(aten.bitwise_or.Scalar_Tensor, 6, WHOLE),
+    case(aten.bitwise_xor.Scalar_Tensor, 6, WHOLE),
+    *(
+        case(aten.div.Tensor_mode, v, w, rounding_mode=r)
+        for v, w in ((WHOLE, Input(("m", 4), INTEGERS, 1, 5)), (X, POSITIVE))
+        for r in (None, "floor", "trunc")
+    ),
+    *(case(aten.div.Scalar_mode, WHOLE, d, rounding_mode=r) for d in (3, -2, -1) for r in ("floor", "trunc")),
+    *(
+        case(aten.pow.Tensor_Scalar, v, e)
+        for v, e in (
+            (X, 0),
+            (X, 2),
+            (X, 3),
+            (WHOLE, 3),
+            (POSITIVE, 0.5),
+            (POSITIVE, -0.5),
+            (POSITIVE, -1.0),
+            (POSITIVE, 1.7),
+            (WHOLE, 2.0),
+        )
+    ),
+    case(aten.pow.Tensor_Tensor, POSITIVE, X),
+    case(aten.pow.Scalar, 2.0, X),
+    case(aten.maximum.default, X, WHOLE),
+    case(aten.minimum.default, X, X),
+    case(aten.clamp.default, X, -1, 1),
+    case(aten.clamp.default, WHOLE, -1, 0.5),
+    case(aten.clamp.default, X, None, 0.5),
+    case(aten.clamp.Tensor, X, Input((4,)), None),
+    case(aten.clamp_min.default, X, 0.5),
+    case(aten.clamp_max.default, X, 0.5),
+    case(aten.bitwise_not.default, B),
+    case(aten.bitwise_not.default, WHOLE),
+    case(aten.logical_not.default, WHOLE),
+    *(case(getattr(aten, f"logical_{n}").default, WHOLE, B) for n in ("and", "or", "xor")),
+    case(aten.where.self, B, X, WHOLE),
+    case(aten.where.ScalarOther, B, X, -math.inf),
+    case(aten.where.ScalarSelf, B, 1, X),
+    case(aten.masked_fill.Scalar, X, B, -math.inf),
+    case(aten.masked_fill.Tensor, X, B, SCALAR),
+    *(case(aten.to.dtype, v, d) for v, d in ((X, INTEGERS), (WHOLE, BOOLS), (B, FLOATS), (X, torch.float16))),
+    case(aten._to_copy.default, WHOLE, dtype=FLOATS),
+    case(aten.to.device, X, torch.device("cpu"), FLOATS),
+    case(aten.to.dtype_layout, WHOLE, dtype=FLOATS),
+    case(aten.to.other, WHOLE, X),
+    case(aten.type_as.default, X, WHOLE),
+    case(aten.copy.default, X, ROW),
+    case(aten.rsub.Scalar, X, 2.0),
+    case(aten.addcmul.default, X, X, X),
+    *(case(aten.view.default, CUBE, [Size(0), 2, 2, Size(2)]) for _ in range(1)),
+    case(aten.reshape.default, X, [-1, 2]),
+    case(aten._unsafe_view.default, X, [Size(0), 2, 2]),
+    case(aten.view_as.default, X, Input(("m", 2, 2))),
+    case(aten.flatten.using_ints, CUBE, 0, 1),
+    case(aten.flatten.using_ints, CUBE),
+    case(aten.unflatten.int, X, 1, [2, -1]),
+    case(aten.squeeze.default, Input((3, 1, 4, 1))),
+    case(aten.squeeze.dim, Input(("m", 1)), 1),
+    case(aten.squeeze.dims, Input(("m", 1, 1, 3)), [1, 2, 3]),
+    case(aten.transpose.int, CUBE, 0, -1),
+    case(aten.t.default, X),
+    case(aten.permute.default, CUBE, [2, 0, 1]),
+    case(aten.movedim.int, CUBE, 0, 2),
+    case(aten.movedim.intlist, CUBE, [0, 1], [-1, 0]),
+    case(aten.unsqueeze.default, X, -1),
+    case(aten.expand.default, Input((1, 4)), [Size(0), 3, -1]),
+    case(aten.broadcast_to.default, ROW, [3, 4]),
+    case(aten.expand_as.default, Input((1, 4)), X),
+    case(aten.repeat.default, X, [2, 3]),
+    case(aten.repeat.default, X, [2, 1, 1]),
+    *(case(aten.repeat_interleave.self_int, v, r, d) for v, r, d in ((X, 2, -1), (CUBE, 3, 0), (X, 2, None))),
+    *(
+        case(aten.slice.Tensor, X, *cut)
+        for cut in (
+            (0, 1, 3),
+            (0, -2, 1000),
+            (1, 0, 4, 2),
+            (1, 0, Size(0)),
+            (1, 1, Size(0)),
+            (0, -1),
+            (0, 0, -1),
+            (0, 1000, 2000),
+            (1, Size(0), 4),
+            (0, 0, Size(0, 3)),
+        )
+    ),
+    case(aten.narrow.default, X, 1, 1, 2),
+    *(case(aten.select.int, X, d, p) for d, p in ((0, -1), (0, 0), (1, 2))),
+    case(aten.split_with_sizes.default, X, [1, 3], 1),
+    case(aten.split.Tensor, X, 3, 1),
+    case(aten.chunk.default, X, 3, -1),
+    case(aten.unbind.int, X, 1),
+    case(aten.cat.default, [X, WHOLE], 0),
+    case(aten.stack.default, [X, X], -1),
+    case(aten.flip.default, CUBE, [0, 2]),
+    case(aten.roll.default, X, [1, 3], [1, 0]),
+    case(aten.constant_pad_nd.default, CUBE, [1, 2, 0, 1], 5.0),
+    case(aten.tril.default, X, 1),
+    case(aten.triu.default, CUBE, -1),
+    case(aten.full.default, [3, 2], 2.5),
+    case(aten.zeros.default, [3]),
+    case(aten.ones.default, [2], dtype=BOOLS),
+    case(aten.full_like.default, X, 2),
+    case(aten.zeros_like.default, WHOLE),
+    case(aten.ones_like.default, X, dtype=INTEGERS),
+    case(aten.new_full.default, X, [Size(0), 2], 7),
+    case(aten.new_zeros.default, X, [Size(0)]),
+    case(aten.new_ones.default, WHOLE, [Size(0), 1]),
+    case(aten.fill.Scalar, X, 3),
+    case(aten.fill.Tensor, WHOLE, SCALAR_INTEGER),
+    case(aten.scalar_tensor.default, 2.5),
+    case(aten.arange.default, 7),
+    case(aten.arange.start, 1, 9, dtype=FLOATS),
+    case(aten.arange.start_step, 0.0, 1.0, 0.3),
+    case(aten.arange.start_step, 9, 1, -3),
+    case(aten.contiguous.default, X),
+    case(aten.clone.default, X),
+    case(aten.alias.default, X),
+    case(aten.detach.default, X),
+    case(aten.lift_fresh_copy.default, X),
+    case(aten.sum.default, CUBE),
+    *(case(aten.sum.dim_IntList, v, d, k) for v, d, k in ((WHOLE, [1], False), (CUBE, [0, 2], True), (B, [0], False))),
+    case(aten.sum.dim_IntList, Input(("m", 32)), [-1]),
+    case(aten.mean.default, X),
+    case(aten.mean.dim, CUBE, [0, -1], True),
+    case(aten.var.correction, X, [1]),
+    case(aten.var.correction, X, [1], correction=0, keepdim=True),
+    case(aten.std.correction, X, [1]),
+    case(aten.amax.default, CUBE, [1]),
+    case(aten.amin.default, X, [0], True),
+    *(case(getattr(aten, n).default, X) for n in ("max", "min", "argmax", "argmin")),
+    *(case(getattr(aten, n).dim, X, 1) for n in ("max", "min")),
+    case(aten.argmax.default, X, 1, True),
+    case(aten.argmin.default, X, 0),
+    *(case(getattr(aten, n).default, B) for n in ("any", "all")),
+    *(case(getattr(aten, n).dim, WHOLE, 1) for n in ("any", "all")),
+    case(aten.softmax.int, CUBE, 1),
+    case(aten._softmax.default, X, -1, False),
+    case(aten.log_softmax.int, X, 1),
+    case(aten._log_softmax.default, X, 0, False),
+    case(aten.logsumexp.default, X, [1]),
+    *(case(aten.cumsum.default, v, d) for v, d in ((X, 1), (B, 0), (CUBE, 2))),
+    case(aten.topk.default, X, 2, 1),
+    case(aten.topk.default, X, 3, -1, False),
+    case(aten.sort.default, X, 0),
+    case(aten.sort.stable, WHOLE, stable=True, dim=1, descending=True),
+    case(aten.argsort.default, X, 1),
+    case(aten.argsort.stable, WHOLE, stable=True, dim=0),
+    case(aten.gather.default, X, 1, Input(("m", 2), INTEGERS, 0, 3)),
+    case(aten.index.Tensor, X, [None, Input((3,), INTEGERS, -4, 3)]),
+    case(aten.index.Tensor, X, [Input(("n", 1), INTEGERS, -1, 0), Input((2,), INTEGERS, -4, 3)]),
+    case(aten.index.Tensor, Input((3, "m", 4)), [Input((2,), INTEGERS, 0, 2), None, Input((2,), INTEGERS, 0, 3)]),
+    case(aten.index_select.default, X, 1, Input(("n",), INTEGERS, 0, 3)),
+    case(aten.embedding.default, Input((9, 4)), Input(("m", "n"), INTEGERS, 0, 8)),
+    case(aten.embedding.default, Input((9, 4)), Input(("m",), INTEGERS, 0, 8), 2, True, True),
+    *(case(aten.layer_norm.default, X, [4], *rest) for rest in ((), (ROW,), (ROW, ROW), (None, ROW))),
+    case(aten.rms_norm.default, X, [4], ROW, 1e-5),
+    case(aten.rms_norm.default, X, [4]),
+    case(aten.linear.default, Input(("m", "n", 4)), Input((5, 4)), Input((5,))),
+    case(aten.matmul.default, CUBE, Input(("n", 3))),
+    case(aten.mm.default, X, Input((4, "n"))),
+    case(aten.bmm.default, Input((2, "m", 3)), Input((2, 3, "n"))),
+    case(aten.addmm.default, Input((5,)), X, Input((4, 5))),
+    case(aten.new_zeros.default, X, [Size(0, 2)]),
+]
+"""Calls of every operator that has a translation, and of some that are made of others."""
+
+ON_SIZES = {operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, torch.sym_max, torch.sym_min}
+"""Arithmetic on sizes: :func:`test_sizes_are_computed_as_in_python`."""
+
+IMPLIED = {operator.getitem, operator.add, aten.sym_size.int, aten.sym_numel.default}
+"""What other cases are made with."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Callable[[int], tuple[Graph, Callable[..., Any]]]:
+    """Some cases, compiled as one program."""
+    known: dict[int, Any] = {}
+
+    def get(number: int) -> tuple[Graph, Callable[..., Any]]:
+        if number not in known:
+            graph = Graph(CASES[number * TOGETHER : (number + 1) * TOGETHER])
+            known[number] = graph, run_natively(graph.module, graph.inputs, tmp_path_factory.mktemp("graph"))
+        return known[number]
+
+    return get
+
+
+def test_every_translation_of_torchs_operators_has_a_case():
+    theirs = {o.target for o in operators.operators() if o.translate is not None and not o.name.startswith("lbllm")}
+    missing = theirs - {c.target for c in CASES} - ON_SIZES - IMPLIED
+    assert not missing, f"no case calls {sorted(map(str, missing))}"
+
+
+@pytest.mark.parametrize("number", range(math.ceil(len(CASES) / TOGETHER)))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(m=st.integers(1, 40), n=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
+def test_translations_give_what_torch_gives(compiled, number, m, n, seed):
+    graph, run = compiled(number)
+    check(graph, run, {"m": m, "n": n}, seed)
+
+
+def test_sizes_are_computed_as_in_python(tmp_path):
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(operator.add, (graph.call_function(aten.sym_size.int, (x, 0)), 20))
+    results = []
+    for function in sorted(ON_SIZES, key=str):
+        operands = (size,) if function is operator.neg else (size, 3)
+        value = graph.call_function(operator.add, (graph.call_function(function, operands), 100))
+        results.append(graph.call_function(aten.new_ones.default, (x, [value])))
+    results.append(graph.call_function(aten.new_ones.default, (x, [graph.call_function(aten.sym_numel.default, (x,))])))
+    graph.output(results)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    run = run_natively(module, [("x", X)], tmp_path)
+    for m in (1, 7, 50):
+        given = X.draw({"m": m}, torch.Generator().manual_seed(0))
+        assert [r.shape for r in run(given)] == [r.shape for r in module(given)]
+
+
+def test_an_index_outside_reads_the_nearest_row(tmp_path):
+    """torch raises; a program that cannot must not read what is not the table's."""
+    graph = Graph([case(aten.embedding.default, Input((9, 4)), Input(("m",), INTEGERS, 0, 8))])
+    run = run_natively(graph.module, graph.inputs, tmp_path)
+    table, ids = torch.randn(9, 4), torch.tensor([-5, 9, 1 << 40, 3])
+    assert torch.equal(run(table, ids)[0], table[[0, 8, 8, 3]])

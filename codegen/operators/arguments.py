@@ -15,7 +15,7 @@ _PAIR = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.m
 
 _FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     operator.getitem: ("value", "index"),
-    operator.neg: ("a",),
+    operator.neg: ("value",),
     **dict.fromkeys(_PAIR, ("a", "b")),
 }
 """Names of the arguments of functions that have no schema."""

@@ -47,7 +47,7 @@ def _on_sizes(formula: Callable[..., Any]) -> Translation:
     """Arithmetic on sizes and numbers."""
 
     def translate(t: Translator, a: Arguments) -> Size:
-        operands = [getattr(a, name) for name in ("a", "b") if name in a]
+        operands = [getattr(a, name) for name in ("value", "a", "b") if name in a]
         if any(t.is_tensor(v) for v in operands):
             raise refusal(a, "Python's arithmetic on tensors has no translation")
         return formula(*operands)

@@ -11,6 +11,8 @@
 ``lbllm.lock``            what made it: hashes of model and calibration, pipeline, versions, seed
 ``tuning.json``           schedules that the search found
 ``kernels/``              generated kernels, for reading only; never compiled or loaded from here
+``report.json``           what the compile took and gave (:class:`lbllm_compile.records.CompileReport`), measured on the
+                          finished artifact and therefore not in the manifest, whose SHA-256 it names
 ========================  =============================================================================================
 
 Nothing in an artifact is code, and nothing in it is trusted: every file is checked against the manifest, every weight
@@ -36,7 +38,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile.codegen.cache import cache_directory, exchange, read_sha256, sha256, sync, write_failure
+from lbllm_compile.codegen.cache import (
+    cache_directory,
+    exchange,
+    read_sha256,
+    sha256,
+    sync,
+    write_atomically,
+    write_failure,
+)
 from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.manifest import (
     FORMAT,
@@ -54,9 +64,11 @@ from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import check_weights
-from lbllm_compile.records import MeasuredPass
+from lbllm_compile.plain import plain
+from lbllm_compile.records import CompileReport, MeasuredPass
 
 MEASUREMENTS = "measured.json"
+REPORT, REPORT_FORMAT = "report.json", "lbllm-report"
 SHARD_BYTES = 2 << 30
 """Weights beyond this go into several safetensors files."""
 
@@ -288,6 +300,48 @@ def measured_passes(directory: Path) -> list[MeasuredPass]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"'{directory / MEASUREMENTS}' is damaged; copy or compile the artifact again") from error
     return [MeasuredPass(**{key: entry[key] for key in kinds}) for entry in stored]
+
+
+def write_report(digest: str, report: CompileReport) -> bool:
+    """Puts the report of a compile beside its artifact; False, and nothing is done, where a file of the user's is.
+
+    Args:
+        digest: of the artifact, as :func:`save` gave it.
+        report: on the artifact at ``report.out``.
+    """
+    path = report.out / REPORT
+    if os.path.lexists(path) and not _is_report(path):
+        return False
+    document = plain({"format": REPORT_FORMAT, "artifact": digest, **report.to_json()})
+    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    path.chmod((report.out / MANIFEST).stat().st_mode & 0o777)
+    return True
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and _read_json(path).get("format") == REPORT_FORMAT
+    except (ArtifactError, OSError, AttributeError):
+        return False
+
+
+def read_report(directory: Path) -> CompileReport | None:
+    """What the compile of an artifact took and gave; None where that is not known.
+
+    Raises:
+        ArtifactError: the directory is no artifact, or its report is damaged.
+    """
+    _, digest = read_manifest(directory)
+    path = directory / REPORT
+    if not _is_report(path):
+        return None
+    document = _read_json(path)
+    if document.get("artifact") != digest:
+        return None  # of an older artifact in this place
+    try:
+        return CompileReport.from_json(directory, document)
+    except ValueError as error:
+        raise ArtifactError(f"'{path}' is damaged; remove it, or compile the artifact again") from error
 
 
 def listed_files(directory: Path) -> dict[str, Any]:

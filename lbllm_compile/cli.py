@@ -13,7 +13,6 @@ import difflib
 import inspect
 import io
 import json
-import math
 import os
 import sys
 import traceback
@@ -28,6 +27,7 @@ from typer.core import TyperGroup
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.options import CompileOptions, options
+from lbllm_compile.plain import plain
 from lbllm_compile.version import __version__
 
 # torch, transformers and tvm take seconds to import: every verb imports what it needs when it runs.
@@ -564,7 +564,7 @@ class Terminal:
     def emit(self, document: Mapping[str, Any]) -> None:
         """The verb's result, for programs."""
         if self.json:
-            self.stdout.write(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+            self.stdout.write(json.dumps(plain(document), indent=1, allow_nan=False) + "\n")
             self.stdout.flush()
 
 
@@ -667,16 +667,3 @@ def _fail(message: str, code: int, debug: bool) -> NoReturn:
         traceback.print_exc(file=sys.stderr)
     typer.echo(f"lbllm-compile: {message}", err=True)
     raise typer.Exit(code)
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able values: paths as text, non-finite numbers as null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

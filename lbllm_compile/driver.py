@@ -94,8 +94,11 @@ def compile(
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
         clock.lap("speed and size sheet")
+        report = CompileReport(job.out, records, verdicts(records), figures, work.reused, clock.seconds, peak_memory())
+        if not artifact.write_report(digest, report):
+            progress.note(f"'{job.out}' holds a {artifact.REPORT} of yours, so the compile's own is not kept")
     work.remove()
-    return CompileReport(job.out, records, verdicts(records), figures, work.reused, clock.seconds, peak_memory())
+    return report
 
 
 @contextlib.contextmanager

@@ -133,9 +133,13 @@ def look(
         ],
     }
     parts: list[RenderableType] = [view, Text(), terminal.rows_table("Linears", rows)]
-    for table in summary.layer_tables(measured, layer):
-        parts += [Text(), table]
-    return parts, document
+    report = artifact.read_report(directory)
+    if report is None or name is not None or layer is not None:
+        for table in summary.layer_tables(measured, layer):
+            parts += [Text(), table]
+        return parts, document
+    parts += [Text(), *summary.compile_report(report, times=True)]
+    return parts, {**document, "report": report.to_json()}
 
 
 def linear_rows(program: Program) -> list[dict[str, Any]]:

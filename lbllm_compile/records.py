@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator
 
 from lbllm_compile.passes.pipeline import PassRecord
 
@@ -72,6 +75,22 @@ class CompileReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
+    @classmethod
+    def from_json(cls, out: Path, document: Any) -> CompileReport:
+        """Reads what :meth:`to_json` gave, written as JSON.
+
+        Args:
+            out: where the artifact is now.
+            document: parsed JSON of any kind.
+
+        Raises:
+            ValueError: it is no such report.
+        """
+        stored = _Stored.model_validate(document)
+        records = [PassRecord(**dict(item)) for item in stored.passes]
+        verdicts = [Verdict(**dict(item)) for item in stored.stages]
+        return cls(out, records, verdicts, stored.sheet, stored.resumed, stored.seconds, stored.peak_memory)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
@@ -82,6 +101,35 @@ class CompileReport:
             "seconds": dict(self.seconds),
             "peak_memory": self.peak_memory,
         }
+
+
+class _StoredPass(BaseModel):
+    index: int
+    name: str
+    text: str
+    seconds: float
+    check_seconds: float
+    nodes_before: int
+    nodes_after: int
+    contract: str
+    error: Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+class _StoredVerdict(BaseModel):
+    stage: str
+    passed: bool
+    text: str
+
+
+class _Stored(BaseModel):
+    passes: list[_StoredPass]
+    sheet: dict[str, Any]
+    stages: list[_StoredVerdict]
+    resumed: int
+    seconds: dict[str, float]
+    peak_memory: int
 
 
 class Clock:

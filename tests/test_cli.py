@@ -33,6 +33,7 @@ from typer.testing import CliRunner, Result
 
 from lbllm_compile import cli, doctor, driver, footprint, frontend, plan, recipe
 from lbllm_compile.options import CompileOptions, options
+from lbllm_compile.plain import plain
 from lbllm_compile.records import CompileReport
 from lbllm_compile.report import catalogue, graph, stages, summary, terminal
 
@@ -570,7 +571,7 @@ def test_a_view_names_the_layers_it_folded() -> None:
 
 def test_json_has_no_non_finite_numbers() -> None:
     document: Mapping[str, Any] = {"a": float("nan"), "b": [float("inf"), 1.0], "c": Path("x")}
-    assert cli._plain(document) == {"a": None, "b": [None, 1.0], "c": "x"}
+    assert plain(document) == {"a": None, "b": [None, 1.0], "c": "x"}
 
 
 def test_the_sheet_is_honest() -> None:

@@ -381,6 +381,31 @@ def test_an_artifact_keeps_what_its_passes_measured(compiled):
     assert [item["name"] for item in inspect.look(compiled.out, "distill")[1]["measured"]] == ["distill"]
 
 
+def test_an_artifact_keeps_the_report_of_its_compile(compiled, tmp_path):
+    stored = artifact.read_report(compiled.out)
+    assert stored.to_json() == json.loads(json.dumps(compiled.to_json()))
+    assert stored.seconds["passes"] > 0 and stored.sheet["decode_compiled"] > 0 and stored.peak_memory > 1 << 20
+    parts, document = inspect.look(compiled.out)
+    assert document["report"]["sheet"] == dict(compiled.sheet)
+    titles = [str(part.title) for part in parts if isinstance(part, Table)]
+    assert {"Passes", "Time and memory", "Speed and size"} <= set(titles)
+    out = Path(shutil.copytree(compiled.out, tmp_path / "out"))
+    file = out / "report.json"
+    document = json.loads(file.read_text())
+    digest = document["artifact"]
+    for key, wrong in (("passes", [{}]), ("sheet", 3), ("seconds", {"passes": "long"}), ("peak_memory", None)):
+        file.write_text(json.dumps({**document, key: wrong}))
+        with pytest.raises(artifact.ArtifactError, match=r"report\.json' is damaged; remove it"):
+            artifact.read_report(out)
+    file.write_text(json.dumps({**document, "artifact": "of another"}))
+    assert artifact.read_report(out) is None
+    assert artifact.write_report(digest, dataclasses.replace(compiled, out=out))
+    assert artifact.read_report(out).to_json()["sheet"] == stored.to_json()["sheet"]
+    file.write_text("mine")
+    assert artifact.read_report(out) is None
+    assert not artifact.write_report(digest, dataclasses.replace(compiled, out=out)) and file.read_text() == "mine"
+
+
 def test_an_evaluation_says_what_it_scored(compiled, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All that glitters is not gold. " * 20)

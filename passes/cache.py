@@ -417,22 +417,29 @@ def _prove_mask(program: Program, attention: Node, mask: Node | None) -> _Mask:
     nodes = ancestors(mask)
     constants = sorted({abs(v) for n in nodes for v in _integers(n) if 1 < abs(v) < 2**31})
     small = [c for c in constants if c <= _DIRECT_WINDOW]
+    stored = _stored_lengths(program, nodes)
+    sizes = {*_PROBES, *((1 if length > 64 else 2, length) for length in (*(c + 3 for c in small), *stored))}
     bias = _Bias(attention)
     observed = []
-    for probe in _probes(*_PROBES, *((1 if c > 64 else 2, c + 3) for c in small)):
+    windows = set()
+    for probe in _probes(*sorted(sizes, key=lambda size: size[1])):
+        length = probe["input_ids"].shape[1]
         try:
             shown, added = _evaluated(program, attention, mask, nodes, probe)
         except (RuntimeError, IndexError):
-            if probe["input_ids"].shape[1] <= _PROBES[-1][1]:
+            if length <= min((_PROBES[-1][1], *stored)):
                 raise
             break  # longer than what the model can attend to
         observed.append((probe, shown))
         bias.take(probe, shown, added)
+        if length in stored and bool(probe["attention_mask"].all()):
+            windows.add(int(shown[0, 0, -1].sum()))
     if bias.slopes is not None:
         for probe in _probes((1, _LONG)):
             with contextlib.suppress(RuntimeError, IndexError):
                 bias.take(probe, *_evaluated(program, attention, mask, nodes, probe))
-    forms = [(0, 0), *((w, 0) for w in sorted({w for c in small for w in (c - 1, c, c + 1) if w > 0}))]
+    windows |= {w for c in small for w in (c - 1, c, c + 1)}
+    forms = [(0, 0), *((w, 0) for w in sorted(windows) if w > 0)]
     forms += [(0, c) for c in small]
     candidates = [_Mask(window, padding, chunk) for padding in (True, False) for window, chunk in forms]
     fitting = [c for c in candidates if all(_agrees(c, probe, seen) for probe, seen in observed)]
@@ -446,6 +453,12 @@ def _prove_mask(program: Program, attention: Node, mask: Node | None) -> _Mask:
         if not found.window and not found.chunk:
             found = _of_large_number(program, attention, mask, nodes, constant, found)
     return dataclasses.replace(found, alibi=bias.alibi())
+
+
+def _stored_lengths(program: Program, nodes: list[Node]) -> set[int]:
+    """Lengths that masks stored as weights ``[..., T, T]`` are for (GPT-Neo's), where no number tells the window."""
+    shapes = (get_attribute(program.module, n.target).shape for n in nodes if n.op == "get_attr")
+    return {shape[-1] for shape in shapes if len(shape) >= 2 and shape[-1] == shape[-2] > 1}
 
 
 def _of_large_number(

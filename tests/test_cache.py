@@ -115,6 +115,18 @@ def chunks(size: int) -> Mask:
     return build
 
 
+def stored(size: int, most: int) -> Mask:
+    """GPT-Neo's: a window within a mask that was made for the longest sequence, of which the first part is taken."""
+
+    def build(mask, length):
+        whole = torch.ones(1, 1, most, most).tril().bool()
+        part = aten.slice.Tensor(aten.slice.Tensor(whole ^ whole.tril(-size), 2, 0, length), 3, 0, length)
+        shown = aten.where.Scalar(part, 0.0, torch.finfo(torch.float32).min)
+        return aten.add.Tensor(shown, additive(torch.finfo(torch.float32).min)(mask, length))
+
+    return build
+
+
 def repeat(x, batch, length):
     """The grouped-query repeat as transformers writes it."""
     x = aten.expand.default(aten.unsqueeze.default(x, 2), [batch, KV_HEADS, HEADS // KV_HEADS, length, WIDTH])
@@ -254,6 +266,10 @@ def test_decoding_gives_the_whole_sequence_again(bits, mask, prefill):
         (window(7), 7),
         (window(100), 100),
         (window(100_000), 100_000),
+        (stored(8, 40), 8),
+        (stored(60, 64), 60),
+        (stored(64, 64), 0),
+        (stored(5, 9), 5),
         (additive(-1e9), 0),
         (additive(torch.finfo(torch.float32).min), 0),
     ],

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.operators import stored
 from lbllm_compile.passes.annotate import LINEAR
+from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.ir import dump, graph_json
 from lbllm_compile.passes.ir.graph_json import GraphFormatError
@@ -67,9 +68,12 @@ def test_provenance_and_symbolic_sizes_survive():
     node.meta["shape"] = "f32[B, S, 40]"
     text = graph_json.dumps(before.module)
     assert "/home/someone" not in text, "paths of the compiling machine do not belong into an artifact"
-    new = next(n for n in again(before).graph.nodes if n.name == node.name)
-    assert dump.module_path(new) == "model.embed"
-    assert dump.source_line(new) == "transformers/models/llama.py:7"
+    after = again(before)
+    for item in (before, after, again(after)):
+        new = next(n for n in item.graph.nodes if n.name == node.name)
+        assert dump.module_path(new) == "model.embed"
+        assert dump.source_line(new) == "transformers/models/llama.py:7"
+        assert "from transformers/models/llama.py:7)" in describe(new)
     assert new.meta["shape"] == "f32[B, S, 40]"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.passes.ir.dump import short_path
 
 
 class ModelError(LbllmError):
@@ -43,15 +44,10 @@ def user_frame(error: BaseException, path: Path | None = None) -> str:
             continue
         if frame.filename.startswith(("<", own, torch_root)):
             continue
-        found = f"{file.name if path is not None else short_path(file)}:{frame.lineno}"
+        found = f"{file.name if path is not None else short_path(str(file))}:{frame.lineno}"
         line = linecache.getline(frame.filename, frame.lineno or 0).strip()
         found += f" `{line}`" if line else ""
     return found
-
-
-def short_path(file: Path) -> str:
-    parts = file.parts
-    return "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else file.name
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -78,11 +79,20 @@ def source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the model's source that the node came from.
 
     That is the user's file or transformers' modeling file; what those call in torch and in the rest of transformers,
-    such as an activation function, is passed by.
+    such as an activation function, is passed by. The file is named as :func:`short_path` does, the same on every
+    machine.
     """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     model = [f for f in frames if not _LIBRARY.search(f[0])]
-    return f"{model[-1][0]}:{model[-1][1]}" if model else ""
+    return f"{short_path(model[-1][0])}:{model[-1][1]}" if model else ""
+
+
+def short_path(file: str) -> str:
+    """A file of an installed package from the packages' folder on; of any other file with an absolute path its name."""
+    path = PurePath(file)
+    if "site-packages" in path.parts:
+        return "/".join(path.parts[path.parts.index("site-packages") + 1 :])
+    return path.name if path.is_absolute() else file
 
 
 def _argument(value: Any) -> str:

@@ -194,11 +194,8 @@ def _encode_meta(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
         meta["layer"] = node.meta[LAYER]
     if dump.module_path(node):
         meta["module"] = dump.module_path(node)
-    source = dump.source_line(node)
-    if source:
-        # relative to the packages' folder, so that the artifact is the same on every machine
-        path = source.rpartition("site-packages/")[2]
-        meta["source"] = path if "site-packages/" in source else source.rpartition("/")[2]
+    if source := dump.source_line(node):
+        meta["source"] = source
     if LINEAR in node.meta:
         meta["linear"] = dataclasses.asdict(node.meta[LINEAR])
     if IN_FEATURES in node.meta:

@@ -75,7 +75,7 @@ class NativeDecoder:
             raise LbllmError(f"the artifact '{source}' has no native program here")
         self._model = native.NativeModel(program, tokenizer=None)
         self._capacity = capacity
-        self.vocabulary = program.description.vocabulary
+        self.vocabulary = program.description.bounds.vocabulary
         self.reset()
 
     def reset(self) -> None:

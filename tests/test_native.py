@@ -43,8 +43,8 @@ from lbllm_compile.passes.ir.program import get_attribute, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from rtn import simulate
 from test_fuse import called
+from test_runtime import CONTEXT, language_model
 from test_runtime import VOCABULARY as TOY_VOCABULARY
-from test_runtime import language_model
 from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
 from zoo import ZOO, captured
 
@@ -707,3 +707,20 @@ def test_the_block_of_weights_is_what_its_layout_says():
     for name, tensor in tensors.items():
         data = tensor.contiguous().numpy().tobytes()
         assert block[layout.offsets[name] :][: len(data)] == data
+
+
+def test_positions_beyond_their_table_are_refused_in_torch_and_natively(tmp_path, monkeypatch):
+    """Kernels would read the last row instead, and answer with other logits."""
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    program = language_model()
+    native_program = build(program, tmp_path)
+    needed = requirements(program)
+    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    ids = torch.ones((1, CONTEXT + 1), dtype=torch.int64)
+    for model in (CompiledModel(program, kernels), CompiledModel(program, kernels, native_program)):
+        assert model.logits(ids[:, :CONTEXT]).shape == (1, CONTEXT, TOY_VOCABULARY)
+        session = model.session(1)
+        session.step(ids[:, :CONTEXT].numpy())
+        for call in (lambda model=model: model.logits(ids), lambda s=session: s.step(ids[:, :1].numpy())):
+            with pytest.raises(GenerationError, match=f"positions for {CONTEXT} tokens, and {CONTEXT + 1} are given"):
+                call()

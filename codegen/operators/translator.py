@@ -86,10 +86,6 @@ class Translator(Protocol):
         """Whether a translation is a tensor, and no size and no number."""
         ...
 
-    def note_lookup(self, indices: Any, rows: Size) -> None:
-        """Notes that an argument of the graph indexes so many rows, so that inputs it is made of are checked."""
-        ...
-
     def surely(self, condition: Any) -> bool:
         """Whether a comparison of sizes holds whatever the symbols are."""
         ...

@@ -286,7 +286,7 @@ def _describe(
         state_bytes=translation.state.bytes,
         functions=functions,
         workspaces=workspaces,
-        vocabulary=translation.vocabulary,
+        bounds=translation.bounds,
         merged=bool(workspaces),
         config=dict(program.config),
         plain_tokenizer=_has_plain_tokenizer(program),
@@ -307,7 +307,7 @@ def _members(layout: Layout) -> tuple[Member, ...]:
 def merging_is_exact(native: NativeProgram) -> bool:
     """Whether the same tokens in few launches and kernel by kernel give equal logits and KV state, to the bit."""
     generator = np.random.default_rng(0)
-    ids = generator.integers(0, native.description.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
+    ids = generator.integers(0, native.description.bounds.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
     few, many = (native.session(1) for _ in range(2))
     for session in (few, many):
         session.step(ids[:, :PROBE_PROMPT])

@@ -39,6 +39,7 @@ from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.program.queries import same_sizes, surely_true
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
+from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.decompose import decompose, may_decompose
 from lbllm_compile.lowering.executor import (
     KERNEL_TARGETS,
@@ -58,6 +59,7 @@ from lbllm_compile.passes.ir.rewrite import (
     is_constant,
     is_node,
 )
+from lbllm_compile.runtime.language import InputBounds
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -73,7 +75,7 @@ class Translated:
         layout: where each lies in the block of weights.
         state: where each tensor of the KV state lies.
         inputs: the arguments of every function before the two blocks, in order.
-        vocabulary: rows of the token embedding.
+        bounds: of the token ids and positions that the functions take.
     """
 
     functions: Callable[[], Any]
@@ -81,7 +83,7 @@ class Translated:
     layout: Layout
     state: Layout
     inputs: Sequence[TensorSpec]
-    vocabulary: int
+    bounds: InputBounds
 
     def weight_bytes(self) -> Iterator[memoryview]:
         """The block of weights from its beginning to its end, in pieces."""
@@ -110,6 +112,9 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
     for node in program.graph.nodes:
         if node.op == "call_function" and _translation(node) is None and not may_decompose(node.target):
             raise UntranslatableError(f"the operator {node.target} has no translation: {describe(node)}", node)
+    bounds = input_bounds(program)
+    if bounds.vocabulary is None:
+        raise UntranslatableError("the graph looks its tokens up in no table")
     weights = _Weights(program, kernels)
     layout = Layout.of(weights.specs(), ALIGNMENT)
     state = Layout.of(_state_spec(n) for n in program.state_placeholders())
@@ -121,7 +126,7 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
             _Translator(program, kernels, whole, weights, entry, inputs).run()
         return whole.finish()
 
-    return Translated(functions, weights.tensors, layout, state, inputs, _vocabulary(program))
+    return Translated(functions, weights.tensors, layout, state, inputs, bounds)
 
 
 def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorSpec], name: str = "graph") -> Any:
@@ -143,17 +148,6 @@ def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorS
     whole = ProgramBuilder(Layout.of(weights.specs(), ALIGNMENT), Layout.of(()))
     _Translator(program, kernels, whole, weights, EntryPoint(name, None, None, False, "17+"), inputs).run()
     return whole.finish()
-
-
-def _vocabulary(program: Program) -> int:
-    """Rows of the table that ``input_ids`` index."""
-    (ids,) = (n for n in program.placeholders() if n.target == "input_ids")
-    for node in calls(program.graph, _lbllm.int8_embedding.default, _aten.embedding.default):
-        arguments = Arguments(node)
-        looked_up = arguments.indices if node.target is _aten.embedding.default else arguments.ids
-        if ids in (looked_up, *looked_up.all_input_nodes):
-            return constant(program.module, arguments.weight).shape[0]
-    raise UntranslatableError("the graph looks its tokens up in no table")
 
 
 def _state_spec(node: Node) -> TensorSpec:
@@ -388,9 +382,6 @@ class _Translator:
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
-
-    def note_lookup(self, indices: Any, rows: Any) -> None:
-        pass
 
     def surely(self, condition: Any) -> bool:
         return bool(condition) if isinstance(condition, bool) else surely_true(condition)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +36,39 @@ def context_length(config: Mapping[str, Any]) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+@dataclass(frozen=True)
+class InputBounds:
+    """How far the inputs of a model may reach: kernels look rows of tables up and check nothing.
+
+    Attributes:
+        vocabulary: rows of the token embedding; None where tokens are looked up in no table.
+        positions: rows of the smallest table that positions index; None where there is none.
+    """
+
+    vocabulary: int | None
+    positions: int | None
+
+    def check_ids(self, lowest: int, highest: int) -> None:
+        """Refuses token ids outside the embedding.
+
+        Raises:
+            GenerationError: naming the vocabulary.
+        """
+        if self.vocabulary is not None and (lowest < 0 or highest >= self.vocabulary):
+            raise GenerationError(f"a token id is outside the vocabulary, 0 to {self.vocabulary - 1}")
+
+    def check_length(self, tokens: int) -> None:
+        """Refuses sequences of more tokens than there are positions.
+
+        Raises:
+            GenerationError: naming how many there are.
+        """
+        if self.positions is not None and tokens > self.positions:
+            raise GenerationError(
+                f"the model has positions for {self.positions} tokens, and {tokens} are given; use fewer"
+            )
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:

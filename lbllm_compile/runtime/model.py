@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lbllm_compile.codegen.threads import one_torch_thread
+from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor, Kernels
 from lbllm_compile.passes.ir.program import STATE, Program
 from lbllm_compile.runtime.generate import GenerationError, Sampling
@@ -83,6 +84,10 @@ class CompiledModel(LanguageModel):
             session.start(mask.numpy())
             return torch.from_numpy(session.logits(ids.numpy()))
         positions_given = positions(mask) if position_ids is None else position_ids
+        if ids.numel():
+            bounds = input_bounds(self.program)
+            bounds.check_ids(int(ids.min()), int(ids.max()))
+            bounds.check_length(int(positions_given.max()) + 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_given}
         return self.executor(*self.program.arguments(inputs))
 
@@ -115,6 +120,7 @@ class Session:
         self._mask = torch.zeros((batch, self.state.capacity), dtype=torch.int64)
         self._lengths = torch.zeros((batch, 1), dtype=torch.int64)
         self._prompt_mask: Tensor | None = None
+        self._bounds = input_bounds(program)
 
     def start(self, mask: np.ndarray | Tensor) -> None:
         """Sets which tokens of the prompt, fed next, are not padding: ``[B, S]``."""
@@ -135,11 +141,14 @@ class Session:
     def _feed(self, ids: Tensor) -> list[Any]:
         """Arguments of the next call; the state counts the new tokens as stored."""
         state, count = self.state, ids.shape[1]
+        new = torch.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
+        if ids.numel():
+            self._bounds.check_ids(int(ids.min()), int(ids.max()))
+            self._bounds.check_length(int((self._lengths + new.sum(1, keepdim=True)).max()))
         state.reserve(count)
         if self._mask.shape[1] < state.capacity:
             self._mask = torch.nn.functional.pad(self._mask, (0, state.capacity - self._mask.shape[1]))
         past, end = state.past, state.past + count
-        new = torch.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         self._prompt_mask = None
         self._mask[:, past:end] = new
         values = {

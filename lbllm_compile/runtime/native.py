@@ -29,7 +29,7 @@ from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MOST_ELEMENTS
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
 from lbllm_compile.runtime.generate import GenerationError
-from lbllm_compile.runtime.language import LanguageModel
+from lbllm_compile.runtime.language import InputBounds, LanguageModel
 from lbllm_compile.version import __version__
 
 LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"
@@ -255,7 +255,7 @@ class Description:
         state_bytes: of the KV state per sequence and slot.
         functions: what the library computes; the first that takes a call is the best for it.
         workspaces: bytes of working memory of the functions that take some.
-        vocabulary: rows of the token embedding.
+        bounds: of the token ids and positions that the functions take.
         merged: whether one token is decoded in few launches, else with one for every kernel.
         config: the model's configuration.
         plain_tokenizer: whether :class:`~.text.TextTokenizer` does what the model's tokenizer does.
@@ -268,7 +268,7 @@ class Description:
     state_bytes: int
     functions: tuple[Function, ...]
     workspaces: Mapping[str, int]
-    vocabulary: int
+    bounds: InputBounds
     merged: bool
     config: Mapping[str, Any]
     plain_tokenizer: bool
@@ -282,6 +282,7 @@ class Description:
         for function in fields["functions"]:
             tensors = tuple((tuple(symbols), count) for symbols, count in function["tensors"])
             functions.append(Function(**{**function, "tensors": tensors}))
+        fields["bounds"] = InputBounds(**fields["bounds"])
         return cls(**{**fields, "inputs": tuple(fields["inputs"]), "functions": tuple(functions)})
 
     def function(self, batch: int, length: int, last: bool, merged: bool = False) -> Function:
@@ -424,19 +425,14 @@ class NativeSession:
         """Feeds token ids part by part; returns the logits of each part, or of its last token."""
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.size:
-            self._check(int(ids.min()), int(ids.max()))
+            self._program.description.bounds.check_ids(int(ids.min()), int(ids.max()))
         mask = np.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         self._prompt_mask = None
+        self._program.description.bounds.check_length(int((self._lengths + mask.sum(1, keepdims=True)).max(initial=0)))
         return [
             self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], last)
             for i in range(0, ids.shape[1], PART_TOKENS)
         ]
-
-    def _check(self, lowest: int, highest: int) -> None:
-        """Refuses token ids that the kernels, which check nothing, would look up outside the embedding."""
-        vocabulary = self._program.description.vocabulary
-        if lowest < 0 or highest >= vocabulary:
-            raise GenerationError(f"a token id is outside the vocabulary, 0 to {vocabulary - 1}")
 
     def _make_room(self, end: int) -> None:
         if end > self.state.capacity:
@@ -475,7 +471,8 @@ class NativeSession:
     def _feed_one(self, ids: np.ndarray, function: str) -> np.ndarray:
         """Feeds one token of one sequence; returns its logits, ``[1, V]``."""
         token = int(ids[0, 0])
-        self._check(token, token)
+        self._program.description.bounds.check_ids(token, token)
+        self._program.description.bounds.check_length(int(self._lengths[0, 0]) + 1)
         end = self.past + 1
         self._make_room(end)
         self._mask[0, self.past] = 1

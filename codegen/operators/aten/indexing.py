@@ -1,7 +1,7 @@
 """Operators that take elements from where other tensors say.
 
-torch raises where an index is outside. A program cannot, so what is read is the nearest place inside; the indices that
-come from a call's inputs are checked before (:meth:`...translator.Translator.note_lookup`).
+torch raises where an index is outside. A program cannot, so what is read is the nearest place inside; token ids and
+positions, which a user decides, are checked before the program is called.
 """
 
 from __future__ import annotations
@@ -46,13 +46,11 @@ def _rows(t: Translator, table: Value, indices: Value, axis: int, wraps: bool = 
 
 
 def _embedding(t: Translator, a: Arguments) -> Value:
-    t.note_lookup(a.graph.indices, t.shape(a.weight)[0])
     return _rows(t, a.weight, a.indices, 0)
 
 
 def _index_select(t: Translator, a: Arguments) -> Value:
     axis = axis_of(t, a.self, a.dim)
-    t.note_lookup(a.graph.index, t.shape(a.self)[axis])
     return _rows(t, a.self, a.index, axis)
 
 
@@ -72,7 +70,6 @@ def _index(t: Translator, a: Arguments) -> Value:
     axes = [k for k, i in enumerate(given) if i is not None]
     together = axes == list(range(axes[0], axes[-1] + 1))
     if len(axes) == 1:
-        t.note_lookup(a.graph.indices[axes[0]], t.shape(x)[axes[0]])
         return _rows(t, x, given[axes[0]], axes[0], wraps=True)
     total = cast(t, given[axes[0]], "int64")
     for k in axes[1:]:

@@ -27,7 +27,6 @@ def _verify(a: Arguments) -> None:
 def _translate(t: Translator, a: Arguments) -> Any:
     rows, scale, ids = a.pick("weight", "scale", "ids")
     spec = EmbeddingSpec(*t.shape(rows))
-    t.note_lookup(a.graph.ids, spec.rows)
     return t.call(t.kernels.embedding(spec), [rows, scale, ids], ([*t.shape(ids), spec.columns], "float32"))
 
 

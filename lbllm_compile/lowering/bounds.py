@@ -1,0 +1,72 @@
+"""How far the inputs of a language model may reach: the rows of the tables that they index.
+
+Kernels look rows up without an error, so what is fed to them is checked before (:class:`InputBounds`). Inputs are
+followed through what does not change or only shifts them; an index that is computed in another way stays inside its
+table by the clamping of its translation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.runtime.language import InputBounds
+
+_aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+_SAME = (
+    _aten.to.dtype,
+    _aten._to_copy.default,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.expand.default,
+    _aten.slice.Tensor,
+    _aten.clone.default,
+    _aten.alias.default,
+    _aten.contiguous.default,
+)
+"""Operators through which a value goes unchanged."""
+
+
+def input_bounds(program: Program) -> InputBounds:
+    """The bounds of a language model's ``input_ids`` and ``position_ids``."""
+    rows: dict[str, int] = {}
+    for node in calls(program.graph, *_LOOKUPS):
+        for table, index, axis in _LOOKUPS[node.target](Arguments(node)):
+            source, shift = _source(index)
+            if source is not None and is_constant(table):
+                most = constant(program.module, table).shape[axis] - shift
+                rows[source] = min(most, rows.get(source, most))
+    return InputBounds(rows.get("input_ids"), rows.get("position_ids"))
+
+
+def _indexed(a: Arguments) -> list[tuple[Node, Node, int]]:
+    return [(a.self, index, axis) for axis, index in enumerate(a.indices) if index is not None]
+
+
+_LOOKUPS = {
+    _aten.embedding.default: lambda a: [(a.weight, a.indices, 0)],
+    _lbllm.int8_embedding.default: lambda a: [(a.weight, a.ids, 0)],
+    _aten.index_select.default: lambda a: [(a.self, a.index, a.dim)],
+    _aten.index.Tensor: _indexed,
+}
+"""Operators that take rows of a table: the table, the indices and the axis, for each pair of them."""
+
+
+def _source(index: Node) -> tuple[str | None, int]:
+    """The input that an index is, and the number that is added to it; None where it is computed in another way."""
+    shift = 0
+    while is_node(index) and index.op != "placeholder":
+        if is_call(index, *_SAME):
+            index = Arguments(index).self
+        elif is_call(index, _aten.add.Tensor) and isinstance(Arguments(index).other, int):
+            shift += Arguments(index).other * Arguments(index).alpha
+            index = Arguments(index).self
+        else:
+            return None, 0
+    return (str(index.target), shift) if is_node(index) else (None, 0)

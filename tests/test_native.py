@@ -32,6 +32,7 @@ from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.operators.aten.shapes import infer
 from lbllm_compile.codegen.operators.translator import refusal
+from lbllm_compile.codegen.program import compile as compile_module
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
@@ -214,6 +215,18 @@ def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(tmp_path, mo
     with prepare.workshop() as folder:
         assert build(language_model(), folder, notes) is None
     assert len(notes.said) == 1 and "this form of the operator has no translation" in notes.said[0]
+
+
+def test_a_program_that_tvm_rejects_runs_in_torch_and_says_so(tmp_path, monkeypatch):
+    def reject(*_):
+        raise RuntimeError("no code for this loop\nat some line")
+
+    monkeypatch.setattr(compile_module, "build_loops", reject)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "empty"))
+    notes = Notes()
+    with prepare.workshop() as folder:
+        assert build(language_model(), folder, notes) is None
+    assert len(notes.said) == 1 and "TVM cannot compile the program (no code for this loop)" in notes.said[0]
 
 
 def test_a_reshape_is_solved_with_symbols():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import KernelError
+from ..errors import UntranslatableError, first_line
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
 from .fuse import fuse_rows, view_results
@@ -57,7 +57,7 @@ def compile_program(
         segment: prefix of the name of a segment's first kernel.
 
     Raises:
-        KernelError: TVM rejects the program.
+        UntranslatableError: TVM rejects the program.
     """
     try:
         sizes = {
@@ -69,7 +69,7 @@ def compile_program(
             module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
         return Compiled(build_loops(module, target), workspaces, sizes)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
-        raise KernelError(f"TVM cannot compile the program: {error}") from error
+        raise UntranslatableError(f"TVM cannot compile the program ({first_line(error)})") from error
 
 
 def operators_to_loops(module: Any, lanes: int) -> Any:

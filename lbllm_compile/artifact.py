@@ -48,6 +48,9 @@ from lbllm_compile.codegen.cache import (
     write_failure,
 )
 from lbllm_compile.codegen.errors import LbllmError, first_line
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT
+from lbllm_compile.codegen.operators.registry import OperatorError
 from lbllm_compile.manifest import (
     FORMAT,
     MANIFEST,
@@ -62,7 +65,7 @@ from lbllm_compile.manifest import (
 from lbllm_compile.passes.contracts import Propagation, describe
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import calls
+from lbllm_compile.passes.ir.rewrite import calls, constant, is_node
 from lbllm_compile.passes.lower import check_weights
 from lbllm_compile.plain import plain
 from lbllm_compile.records import CompileReport, MeasuredPass
@@ -547,18 +550,17 @@ def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
         )
         if not bool(torch.isfinite(values).all()):
             raise ArtifactError(f"the weight '{path}' has NaN or infinite values")
-    operands: list[Any] = []
-    operands += [n.args[2:4] for n in calls(program.graph, torch.ops.lbllm.int8_linear.default)]
-    operands += [n.args[0:2] for n in calls(program.graph, torch.ops.lbllm.int8_embedding.default)]
-    for rows, scale in operands:
-        _check_rows(rows.target, state[rows.target], state[scale.target])
+    for node in calls(program.graph, torch.ops.lbllm.int8_linear.default):
+        _check_rows(program, *Arguments(node).pick(*INT8_WEIGHT))
+    for node in calls(program.graph, torch.ops.lbllm.int8_embedding.default):
+        _check_rows(program, *Arguments(node).pick("weight", "scale"))
 
 
 def _check_shapes(program: Program) -> None:
-    """Every operator of a language model takes what it gets, as far as shapes and dtypes tell.
+    """Every operator of a language model takes what it gets, as far as shapes, dtypes and constants tell.
 
     Raises:
-        ArtifactError: naming the node that does not.
+        ArtifactError, OperatorError: naming the node that does not.
     """
     if program.kind != "causal-lm":
         return  # only its caller knows what inputs it takes
@@ -566,13 +568,18 @@ def _check_shapes(program: Program) -> None:
     propagation = Propagation(program.module)
     try:
         propagation.shapes(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids})
+    except OperatorError:
+        raise
     except Exception as error:
         raise ArtifactError(
             f"the graph does not run at {describe(propagation.current)}: {first_line(error)[:200]}"
         ) from error
 
 
-def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:
+def _check_rows(program: Program, weight: Any, scales: Any) -> None:
+    if not all(is_node(n) and n.op == "get_attr" for n in (weight, scales)):
+        raise ArtifactError("the graph computes an int8 matrix that should be stored")
+    rows, scale = (constant(program.module, n) for n in (weight, scales))
     good = (
         rows.dtype == torch.int8
         and rows.dim() == 2
@@ -582,7 +589,7 @@ def _check_rows(path: str, rows: Tensor, scale: Tensor) -> None:
         and not bool((scale < 0).any())
     )
     if not good:
-        raise ArtifactError(f"the weight '{path}' is not int8 rows with finite scales")
+        raise ArtifactError(f"the weight '{weight.target}' is not int8 rows with finite scales")
 
 
 def _with_tokenizer(program: Program, directory: Path) -> Program:

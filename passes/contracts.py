@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
 from ..codegen.errors import LbllmError, first_line
+from ..codegen.operators import Arguments
+from ..codegen.operators.registry import OperatorError
 from .base import Pass, PassError
 from .ir import compare, dump, exact
 from .ir.program import Program
@@ -36,7 +38,8 @@ class ContractError(LbllmError):
 def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> None:
     """Lints and recompiles the graph, then propagates fake tensors of the probe's shapes through it.
 
-    Every node's ``meta["shape"]`` is refreshed with its dtype and probe shape, e.g. ``f32[2, 16, 576]``.
+    Every operator verifies its arguments on the way. Every node's ``meta["shape"]`` is refreshed with its dtype and
+    probe shape, e.g. ``f32[2, 16, 576]``.
 
     Raises:
         ContractError: naming the pass and the node.
@@ -51,16 +54,18 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
         shapes = propagation.shapes(program, probe)
     except Exception as error:
         node = propagation.current
+        what = f"shapes do not propagate at {describe(node)}: {first_line(error)}"
+        if isinstance(error, OperatorError):
+            what = str(error)  # which names the node
         raise ContractError(
-            f"after the pass '{item.name}' shapes do not propagate at {describe(node)}: {first_line(error)}",
-            dump.excerpt(program, node) if node is not None else "",
+            f"after the pass '{item.name}' {what}", dump.excerpt(program, node) if node is not None else ""
         ) from error
     for node, text in shapes.items():
         node.meta["shape"] = text
 
 
 class Propagation(fx.Interpreter):
-    """Runs a graph on fake tensors.
+    """Runs a graph on fake tensors, and verifies the arguments of every call; constants are given as they are.
 
     Attributes:
         current: the node it is at, or failed at.
@@ -70,10 +75,16 @@ class Propagation(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
+        self.extra_traceback = False  # torch would add to an error's message
         self._shapes: dict[fx.Node, str] = {}
 
     def shapes(self, program: Program, inputs: Mapping[str, Any]) -> dict[fx.Node, str]:
-        """Dtype and shape of every tensor for inputs of these shapes; raises what an operator raises."""
+        """Dtype and shape of every tensor for inputs of these shapes.
+
+        Raises:
+            OperatorError: a call's arguments are not what its operator takes; naming the node.
+            Exception: what an operator raises.
+        """
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         arguments = [
             mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(inputs)
@@ -89,10 +100,19 @@ class Propagation(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
+        if n.op == "call_function":
+            self._verify(n)
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self._shapes[n] = dump.shape_text(value)
         return value
+
+    def _verify(self, node: fx.Node) -> None:
+        known = operators.find(node.target)
+        if known is not None and known.verify is not None:
+            # Values of constants are looked at, which a fake mode would not let.
+            with unset_fake_temporarily():
+                known.verify(Arguments(node, lambda argument: fx.node.map_arg(argument, self.env.__getitem__)))
 
 
 def probe_outputs(program: Program, probe: Mapping[str, Any]) -> Tensor:

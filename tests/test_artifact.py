@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from lbllm_compile import artifact
 from lbllm_compile.artifact import ArtifactError
 
-aten = torch.ops.aten
+aten, lbllm = torch.ops.aten, torch.ops.lbllm
 
 
 def lowered(seed: int = 0):
@@ -343,6 +343,28 @@ def call(target: str):
     return change
 
 
+def argument(target: str, name: str, value):
+    """Gives the first call of an operator another argument, by name; no linear says what it should be."""
+
+    def change(graph):
+        for described in graph["nodes"]:
+            described.get("meta", {}).pop("linear", None)
+        node = next(n for n in graph["nodes"] if n["target"] == target)
+        names = [a.name for a in getattr(lbllm, target.split(".")[1]).default._schema.arguments]
+        given = {**dict(zip(names, node.pop("args", []), strict=False)), **node.get("kwargs", {})}
+        node["kwargs"] = {**given, name: value}
+
+    return change
+
+
+def transposed(graph):
+    """Has the embedding compute its table."""
+    index, node = next((i, n) for i, n in enumerate(graph["nodes"]) if n["target"] == "lbllm.int8_embedding.default")
+    turned = {"name": "turned", "op": "call_function", "target": "aten.t.default", "args": node["args"][:1]}
+    graph["nodes"].insert(index, turned)
+    node["args"][0] = {"node": "turned"}
+
+
 DAMAGES = {
     "truncated weights": (lambda d: truncate(d / "model.safetensors"), "bytes instead of"),
     "flipped bit in weights": (lambda d: flip(d / "model.safetensors"), "was altered"),
@@ -388,6 +410,19 @@ DAMAGES = {
     "rows of another type": (
         lambda d: edit_weights(d, lambda w: w.update({"embed.weight.rows": w["embed.weight.rows"].float()})),
         "not int8 rows",
+    ),
+    "a table that is computed": (lambda d: edit_graph(d, transposed), "computes an int8 matrix"),
+    "bits that do not exist": (
+        lambda d: edit_graph(d, argument("lbllm.quantize_activation.default", "bits", 5)),
+        r"damaged: 'quantize_activation_default' \(lbllm.quantize_activation.default\): 5 bits are not one of",
+    ),
+    "a clip factor beyond the range": (
+        lambda d: edit_weights(d, lambda w: next(t for p, t in w.items() if p.endswith("clip")).fill_(2.0)),
+        r"'quantize_activation_default' \(lbllm.quantize_activation.default\): clip has values that are not above 0",
+    ),
+    "a group that is not the weight's": (
+        lambda d: edit_graph(d, argument("lbllm.int8_linear.default", "group", 32)),
+        r"'int8_linear_default' \(lbllm.int8_linear.default\): x_scale has 1 scales a token, not 2",
     ),
     "a file that is no safetensors": (
         lambda d: ((d / "model.safetensors").write_bytes(b"\xff" * 64), sign_again(d, "model.safetensors")),

@@ -52,6 +52,22 @@ class Malformed(Pass):
         return PassResult(after)
 
 
+@dataclass(frozen=True)
+class Impossible(Pass):
+    """Quantizes the output to a width that does not exist, which its operator's shapes do not depend on."""
+
+    name: ClassVar[str] = "impossible"
+    contract: ClassVar[Contract] = CALIBRATING
+
+    def apply(self, program, context):
+        after = program.copy()
+        (output,) = (n for n in after.graph.nodes if n.op == "output")
+        with after.graph.inserting_before(output):
+            call = after.graph.call_function(torch.ops.lbllm.fake_quantize_kv.default, (output.args[0], 5))
+        output.args = (call,)
+        return PassResult(after)
+
+
 class Entry(EntryPoint):
     def load(self):
         return {"scale": Scale, "malformed": Malformed, "broken": None}[self.name]
@@ -172,6 +188,13 @@ def test_a_calibrating_pass_may_change_but_not_break(program, monkeypatch):
 def test_shapes_that_do_not_propagate_name_the_node(program):
     with pytest.raises(ContractError, match="after the pass 'malformed' shapes do not propagate at 'linear'"):
         pipeline.run(program, [Malformed()], PassContext(probe=PROBE))
+
+
+def test_arguments_that_an_operator_does_not_take_name_the_node(program):
+    with pytest.raises(
+        ContractError, match=r"after the pass 'impossible' 'fake_quantize_kv_default' .*5 bits are not one of"
+    ):
+        pipeline.run(program, [Impossible()], PassContext(probe=PROBE))
 
 
 def test_a_copy_shares_weights_and_nothing_else(program):

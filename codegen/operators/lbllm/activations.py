@@ -31,7 +31,7 @@ def _verify(a: Arguments) -> None:
         require(shares.dim() == 1, a, f"{name} is not one pair")
         if has_values(shares):
             good = bool(((shares > 0) & (shares <= 1)).all())
-            require(good, a, f"{name} has values outside 0 to 1")
+            require(good, a, f"{name} has values that are not above 0 and at most 1")
     require(a.knees is None or a.bits == 4, a, f"{a.bits}-bit activations have no knees")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...format import QuantizedWeight
+from ...sizes import group_count
 from ..arguments import Arguments
 from ..checks import require, require_group, require_scales, require_tensor
 from ..registry import define
@@ -63,20 +64,31 @@ def _translate(t: Translator, a: Arguments) -> Any:
     return t.linear(a.node)
 
 
-def _verify_input(a: Arguments) -> None:
+def _verify_input(a: Arguments, *scales: int) -> None:
+    """Values are quantized, and a token has one of these numbers of scales."""
     values = a.values
     require(values.dtype in (torch.int8, torch.int16), a, f"values are {values.dtype}, not quantized ones")
-    require_scales(a, "x_scale", torch.float32, None)
+    given = require_scales(a, "x_scale", torch.float32, None).shape[-1]
+    require(given in scales, a, f"x_scale has {given} scales a token, not {' or '.join(map(str, scales))}")
+
+
+def _verify_bias(a: Arguments, rows: int) -> None:
+    if a.bias is not None:
+        bias = require_tensor(a, "bias", torch.float32, rows)
+        require(bias.dim() == 1, a, f"bias is not [{rows}]")
 
 
 def _verify_bit(a: Arguments) -> None:
     require_group(a, whole_token=False)
-    _verify_input(a)
-    rows = a.sign.shape[-2]
-    for name in ("sign", "bitmap"):
-        require_tensor(a, name, torch.uint8, rows, a.sign.shape[-1])
-    groups = require_scales(a, "scale", torch.float16, rows, None).shape[-1]
+    columns = a.values.shape[-1]
+    groups = group_count(columns, a.group)
+    _verify_input(a, groups, *([] if groups == 1 else [1]))
+    rows = require_tensor(a, "sign", torch.uint8, None, -(-columns // 8)).shape[-2]
+    require_tensor(a, "bitmap", torch.uint8, rows, -(-columns // 8))
+    require_scales(a, "scale", torch.float16, rows, groups)
     require_tensor(a, "levels", torch.int8, rows, groups, 4)
+    if "bias" in a:
+        _verify_bias(a, rows)
 
 
 def _bit_linear(
@@ -141,10 +153,12 @@ grouped_bit_linear = define(
 
 def _verify_int8(a: Arguments) -> None:
     require_group(a, whole_token=True)
-    _verify_input(a)
-    rows = require_tensor(a, "weight", torch.int8, None, None)
-    require(rows.dim() == 2, a, "weight is no matrix")
-    require_scales(a, "w_scale", torch.float32, rows.shape[0])
+    columns = a.values.shape[-1]
+    _verify_input(a, group_count(columns, a.group) if a.group else 1)
+    matrix = require_tensor(a, "weight", torch.int8, None, columns)
+    require(matrix.dim() == 2, a, "weight is no matrix")
+    require_scales(a, "w_scale", torch.float32, matrix.shape[0])
+    _verify_bias(a, matrix.shape[0])
 
 
 int8_linear = define(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from .arguments import Arguments
 from .translator import Translation
 
 NAMESPACE = "lbllm"
-"""The namespace of the project's own operators."""
+"""The namespace of operators that :func:`define` makes."""
+
+ENTRY_POINT_GROUP = "lbllm_compile.operators"
+"""Where installed packages name the modules that define operators, by the operators' names."""
 
 Verification = Callable[[Arguments], None]
 """Raises :class:`OperatorError` where arguments are not what an operator takes.
@@ -95,6 +99,26 @@ def define(schema: str, *, reference: Callable[..., Any], shape: Callable[..., A
 def find(target: Any) -> Operator | None:
     """What is known of a node's target."""
     return _registered.get(target)
+
+
+def named(name: str) -> Operator | None:
+    """The ``lbllm`` operator of a name, e.g. ``lbllm.bit_linear.default``; None where there is none.
+
+    One that is not known yet is looked for among those that installed packages define.
+
+    Raises:
+        OperatorError: the module that defines it cannot be imported.
+    """
+    known = {operator.name: operator for operator in operators()}
+    if name not in known:
+        short = name.removeprefix(f"{NAMESPACE}.").partition(".")[0]
+        for point in entry_points(group=ENTRY_POINT_GROUP, name=short):
+            try:
+                point.load()
+            except Exception as error:
+                raise OperatorError(f"the operator '{short}' ({point.value}) cannot be imported: {error}") from error
+        known = {operator.name: operator for operator in operators()}
+    return known.get(name)
 
 
 def operators() -> Iterator[Operator]:

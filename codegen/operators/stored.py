@@ -51,12 +51,17 @@ def name_of(target: Any) -> str | None:
 
 
 def resolve(name: str) -> Callable[..., Any] | None:
-    """The function that a stored name means; None for one that no stored graph may call."""
+    """The function that a stored name means; None for one that no stored graph may call.
+
+    Raises:
+        OperatorError: an installed package has it, and cannot be imported.
+    """
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     namespace, _, rest = name.partition(".")
     if namespace == registry.NAMESPACE:
-        return next((o.target for o in registry.operators() if o.name == name), None)
+        known = registry.named(name)
+        return None if known is None else known.target
     packet, _, overload = rest.partition(".")
     if namespace != "aten" or packet not in _ATEN:
         return None

@@ -47,7 +47,7 @@ from ..codegen.operators.lbllm.linears import WEIGHT
 from .annotate import LINEAR, completed, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
-from .ir.program import Program, Runner, get_attribute
+from .ir.program import IN_FEATURES, Program, Runner, get_attribute
 from .ir.rewrite import Node, bias_of, calls, constant, is_call, make_call, operands_of, replace_call
 
 _aten = torch.ops.aten
@@ -58,9 +58,6 @@ _CHECKED_ROWS = 4
 
 _LINEAR_BOUND = 1e-4
 """Largest relative error between a simulated linear and its integer form on the same input."""
-
-IN_FEATURES = "lbllm_in_features"
-"""Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
 
 SIMULATED = tuple(o.target for o in operators.operators() if o.simulates)
 """Operators that only simulate; none is left in a lowered graph."""

@@ -28,11 +28,8 @@ import torch
 from ..codegen import operators as operators
 from .annotate import LINEAR, decoder_linears, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
-from .ir.program import Program
+from .ir.program import STAT, Program
 from .ir.rewrite import make_call
-
-STAT = "lbllm_stat"
-"""Key in an observer's meta: the statistic it wants."""
 
 _OBSERVE = torch.ops.lbllm.observe.default
 

@@ -1,7 +1,23 @@
-"""A program as readable text: one line a node, grouped by decoder layer, with shapes and module paths."""
+"""A program as readable text: one line a node, grouped by decoder layer, with shapes and module paths.
+
+:mod:`.parse` reads what :func:`render` writes::
+
+    # a remark
+    decoder layer 0:
+    %x: f32[2, 40] = input x
+    %w: f32[8, 40] = weight q.weight
+    %y: f32[2, 8] = aten.linear(%x, %w) {path="q", role="decoder", reason="in a layer"}  # model.q
+    return %y
+
+A node has a name, dtype and shape where they are known, an operator under its stored name (without ``.default``, and
+``getitem`` for ``operator.getitem``), and arguments: nodes, numbers, texts in double quotes, ``None``, ``True``,
+``torch.float32``, ``device("cpu")``, ``slice(0, 4, None)``, lists and tuples. In braces stands what passes know of the
+node. The one word behind ``#`` is the path of the module it came from.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import STATE, Program
+from ..annotate import LINEAR, LinearInfo
+from .program import IN_FEATURES, STAT, STATE, Program, StateSpec, get_attribute
 
 _DTYPES = {
     torch.float32: "f32",
@@ -36,10 +53,11 @@ _LIBRARY = re.compile(r"(^|/)torch/|/transformers/(?!models/)")
 
 @dataclass(frozen=True)
 class Line:
-    """One node as text."""
+    """One node as text: ``text`` for people, ``whole`` with everything that :mod:`.parse` reads back."""
 
     node: str
     text: str
+    whole: str
 
 
 @dataclass(frozen=True)
@@ -98,25 +116,75 @@ def short_path(file: str) -> str:
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         return f"%{value.name}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_argument(v) for v in value) + (",)" if len(value) == 1 else ")")
+    if isinstance(value, list):
         return "[" + ", ".join(_argument(v) for v in value) + "]"
+    if isinstance(value, slice):
+        return "slice" + _argument((value.start, value.stop, value.step))
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, torch.device):
+        return f"device({json.dumps(str(value))})"
     return str(value)
 
 
-def node_text(node: fx.Node) -> str:
-    """One line, e.g. ``%linear: f32[2, 16, 576] = aten.linear(%x, %w)  # model.layers.0.self_attn.q_proj``."""
+def _type(node: fx.Node) -> str:
+    """Dtype and shape of a node with a colon before them, empty where unknown; a weight's are those of its tensor."""
+    text = node.meta.get("shape", "")
+    module = node.graph.owning_module
+    if node.op == "get_attr" and module is not None:
+        value = get_attribute(module, str(node.target))
+        text = shape_text(value) if isinstance(value, Tensor) else text
+    return f": {text}" if text else ""
+
+
+def _notes(node: fx.Node) -> str:
+    """What passes know of a node, in braces; empty where that is nothing."""
+    notes: dict[str, Any] = {}
+    if LINEAR in node.meta:
+        info: LinearInfo = node.meta[LINEAR]
+        notes["path"] = info.path
+        if info.weight != f"{info.path}.weight":
+            notes["weight"] = info.weight
+        if info.layer != node.meta.get(LAYER_KEY):
+            notes["layer"] = info.layer
+        notes["role"] = info.role
+        if info.experts:
+            notes["experts"] = info.experts
+        if info.reason:
+            notes["reason"] = info.reason
+        if str(info.scheme):
+            notes["scheme"] = str(info.scheme)
+    if STATE in node.meta:
+        spec: StateSpec = node.meta[STATE]
+        notes |= {"kind": spec.kind, "heads": spec.heads, "tail": spec.tail, "dtype": spec.dtype}
+    notes |= {name: node.meta[key] for name, key in (("in_features", IN_FEATURES), ("stat", STAT)) if key in node.meta}
+    return " {" + ", ".join(f"{k}={_argument(v)}" for k, v in notes.items()) + "}" if notes else ""
+
+
+def node_text(node: fx.Node, notes: bool = False) -> str:
+    """One line, e.g. ``%linear: f32[2, 16, 576] = aten.linear(%x, %w)  # model.layers.0.self_attn.q_proj``.
+
+    With ``notes``, what passes know of the node stands in braces behind it.
+    """
     if node.op == "output":
         return f"return {_argument(node.args[0])}"
-    shape = f": {node.meta['shape']}" if "shape" in node.meta else ""
+    shape = _type(node)
+    known = _notes(node) if notes else ""
     if node.op == "placeholder":
-        return f"%{node.name}{shape} = {'state' if STATE in node.meta else 'input'} {node.target}"
+        return f"%{node.name}{shape} = {'state' if STATE in node.meta else 'input'} {node.target}{known}"
     if node.op == "get_attr":
         return f"%{node.name}{shape} = weight {node.target}"
     arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     path = module_path(node)
-    return f"%{node.name}{shape} = {target_text(node)}({', '.join(arguments)})" + (f"  # {path}" if path else "")
+    return f"%{node.name}{shape} = {target_text(node)}({', '.join(arguments)}){known}" + (f"  # {path}" if path else "")
+
+
+def _line(node: fx.Node) -> Line:
+    return Line(node.name, node_text(node), node_text(node, notes=True))
 
 
 def sections(program: Program) -> list[Section]:
@@ -136,18 +204,18 @@ def sections(program: Program) -> list[Section]:
         for operand in node.all_input_nodes:
             if operand in pending:
                 del pending[operand]
-                lines.append(Line(operand.name, node_text(operand)))
-        lines.append(Line(node.name, node_text(node)))
+                lines.append(_line(operand))
+        lines.append(_line(node))
     result.append(Section(current, tuple(lines)))
     return result
 
 
 def render(program: Program, header: str = "") -> str:
-    """The whole graph as plain text, ``header`` first as a comment."""
+    """The whole graph as plain text, ``header`` first as a comment; :func:`.parse.parse` reads it."""
     parts = [f"# {header}"] if header else []
     for section in sections(program):
-        parts.append(f"\n# {section.title}")
-        parts.extend(line.text for line in section.lines)
+        parts.append(f"\n{section.title}:")
+        parts.extend(line.whole for line in section.lines)
     return "\n".join(parts) + "\n"
 
 

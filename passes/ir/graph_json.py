@@ -28,9 +28,8 @@ from ...codegen import operators as operators
 from ...codegen.errors import LbllmError
 from ...codegen.operators import stored
 from ..annotate import LAYER, LINEAR, LinearInfo
-from ..lower import IN_FEATURES
 from . import dump
-from .program import FIXED, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
+from .program import FIXED, IN_FEATURES, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 from .scheme import Scheme, told
 
@@ -254,6 +253,26 @@ def _choice(value: Any, table: Mapping[str, Any], what: str) -> Any:
     return table[value]
 
 
+def check_arguments(node: Node, what: str) -> None:
+    """Argument counts and names fit the operator's schema; other nodes have none (the output: one).
+
+    Raises:
+        GraphFormatError: they do not; the message begins with ``what``.
+    """
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        known = {a.name for a in schema}
+        if len(node.args) > len(schema) or not set(node.kwargs) <= known:
+            raise GraphFormatError(f"{what} has arguments that {node.target} does not take")
+        for argument in schema[len(node.args) :]:
+            if argument.name not in node.kwargs and not argument.has_default_value():
+                raise GraphFormatError(f"{what} lacks the argument '{argument.name}' of {node.target}")
+    elif node.kwargs or (node.op in ("placeholder", "get_attr") and node.args):
+        raise GraphFormatError(f"{what} has arguments where none belong")
+    elif node.op == "output" and len(node.args) != 1:
+        raise GraphFormatError(f"{what} must return one value")
+
+
 class _Decoder:
     """Builds one graph, node by node, checking everything on the way."""
 
@@ -295,7 +314,7 @@ class _Decoder:
         )
         if node.name != name:
             raise GraphFormatError(f"{what} has a name that generated code cannot use")
-        self._check_arguments(node, what)
+        check_arguments(node, what)
         self._meta(node, fields.get("meta", {}), what)
         _check_scheme(node, what)
         self.nodes[name] = node
@@ -320,22 +339,6 @@ class _Decoder:
         elif not _IDENTIFIER.fullmatch(text) or keyword.iskeyword(text):
             raise GraphFormatError(f"{what} has the target {text[:100]!r}, which is not an identifier")
         return text
-
-    @staticmethod
-    def _check_arguments(node: Node, what: str) -> None:
-        """Argument counts and names fit the operator's schema; other nodes have none (the output: one)."""
-        if isinstance(node.target, torch._ops.OpOverload):
-            schema = node.target._schema.arguments
-            known = {a.name for a in schema}
-            if len(node.args) > len(schema) or not set(node.kwargs) <= known:
-                raise GraphFormatError(f"{what} has arguments that {node.target} does not take")
-            for argument in schema[len(node.args) :]:
-                if argument.name not in node.kwargs and not argument.has_default_value():
-                    raise GraphFormatError(f"{what} lacks the argument '{argument.name}' of {node.target}")
-        elif node.kwargs or (node.op in ("placeholder", "get_attr") and node.args):
-            raise GraphFormatError(f"{what} has arguments where none belong")
-        elif node.op == "output" and len(node.args) != 1:
-            raise GraphFormatError(f"{what} must return one value")
 
     def _value(self, value: Any, what: str, depth: int = 0) -> Any:
         if depth > MAX_DEPTH:

@@ -19,6 +19,12 @@ STATE = "lbllm_state"
 """Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
 
 
+IN_FEATURES = "lbllm_in_features"
+"""Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
+
+STAT = "lbllm_stat"
+"""Meta key of an observer: the statistics it collects."""
+
 PER_TOKEN, FIXED = "per_token", "fixed"
 """Kinds of state: one entry for every token so far, or a size that does not grow with them."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import TargetError
 from .progress import Progress
-from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from .spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target, TargetKind, register_kind
 
 if TYPE_CHECKING:
@@ -150,6 +150,10 @@ class Kernels(Protocol):
 
     def embedding(self, spec: EmbeddingSpec) -> ProgramKernel:
         """``(rows, scale, ids, out)``."""
+        ...
+
+    def convolution(self, spec: ConvolutionSpec, parallel: bool) -> ProgramKernel:
+        """``(x, weight, [bias,] state, out)``; ``parallel``: it shares its work out by itself."""
         ...
 
     def dense(self, rows: int, columns: int, one_token: bool) -> ProgramKernel:

@@ -23,7 +23,7 @@ from .format import QuantizedWeight
 from .progress import NoProgress, Progress
 from .reference import value_dtype
 from .sizes import ALIGNMENT, MOST_ELEMENTS
-from .spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from .spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target
 from .threads import thread_count
 from .tune.database import Database, Key
@@ -370,6 +370,14 @@ class KernelSet:
         from .kernels.embedding import embedding
 
         return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
+
+    def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
+        """A convolution with a state, see :func:`.kernels.convolution.cached_conv`, for whole programs."""
+        from .kernels.convolution import cached_conv
+
+        name = f"cached_conv_{spec.channels}x{spec.taps}{'_bias' if spec.bias else ''}"
+        name += "_parallel" if parallel else "_serial"
+        return TirKernel(name, lambda: cached_conv(spec, parallel))
 
     def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
         """The kernel of a float linear, see :func:`.kernels.dense.dense`, for whole programs."""

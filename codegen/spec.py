@@ -162,6 +162,15 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, order=True)
+class ConvolutionSpec:
+    """One ``cached_conv``: ``channels`` that each have ``taps`` of their own, and maybe a bias."""
+
+    channels: int
+    taps: int
+    bias: bool
+
+
+@dataclass(frozen=True, order=True)
 class EmbeddingSpec:
     """One ``int8_embedding``: a table of ``rows`` rows with ``columns`` int8 columns and an fp32 scale a row."""
 

@@ -18,7 +18,7 @@ from lbllm_compile.codegen.backend import EntryPoint
 from lbllm_compile.codegen.build import KernelSet, TirKernel
 from lbllm_compile.codegen.cpu.backend import CpuBackend
 from lbllm_compile.codegen.format import QuantizedWeight
-from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import T, compile_functions, pure_intrinsic
 from torch import Tensor
@@ -118,6 +118,9 @@ class PlainKernels:
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
         return self.shared.embedding(spec)
+
+    def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
+        return self.shared.convolution(spec, parallel)
 
     def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
         return self.shared.dense(rows, columns, one_token)

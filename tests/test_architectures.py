@@ -20,6 +20,12 @@ def test_what_once_was_refused_is_right(name: str) -> None:
     assert 0 < finding.error <= architectures.TOLERANCE
 
 
+def test_short_convolutions_run_natively(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    finding = examine("lfm 2")
+    assert finding.verdict == "right" and finding.native, finding.line
+
+
 def test_recurrences_are_refused_in_one_sentence() -> None:
     finding = examine("mamba", native=False)
     assert finding.verdict == "refused" and "recurrent state" in finding.message and "\n" not in finding.message

@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,21 @@ def test_the_state_grows_and_keeps_what_it_holds(monkeypatch):
     steps = [(small.step(ids[:, i : i + 8]), roomy.step(ids[:, i : i + 8])) for i in range(0, 88, 8)]
     assert all(np.array_equal(a, b) for a, b in steps)
     assert small.past == 88 <= small.state.capacity
+
+
+def test_state_of_fixed_size_stays_when_room_for_tokens_grows():
+    fixed = (native.Member("a", ("batch", 5, 2), "float32", 0), native.Member("b", ("batch", 3), "float32", 64))
+    description = dataclasses.replace(toy().description, fixed=fixed, fixed_bytes=128)
+    program = types.SimpleNamespace(description=description, machine=toy().machine)
+    state = native.State(program, 3, 1)  # type: ignore[arg-type]
+    assert [a.shape for a in state.arrays[-2:]] == [(3, 5, 2), (3, 3)]
+    for number, array in enumerate(state.arrays):
+        array[:] = number + 1
+    larger = state.grown(state.capacity + 1, 4)
+    assert larger.capacity >= 2 * state.capacity and len(larger.blocks) == len(larger.tuples) == 2
+    for number, array in enumerate(larger.arrays):
+        kept = array if number >= len(description.state) else array[:, :, :4]
+        assert bool((kept == number + 1).all())
 
 
 def test_a_long_prompt_is_fed_in_parts(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from graphs import lines, normal, token_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from lbllm_compile.codegen import reference
+from lbllm_compile.codegen.kernels.convolution import cached_conv as convolution_kernel
+from lbllm_compile.codegen.spec import ConvolutionSpec
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import FIXED, STATE, Program, StateSpec
@@ -102,3 +108,25 @@ def test_a_state_of_fixed_size_stays_when_room_for_tokens_grows() -> None:
     state.reserve(1)
     assert tuple(state.tensors[0].shape) == (2, 2, 128, 3)
     assert state.tensors[1] is kept and bool((kept == 7).all())
+
+
+@functools.cache
+def kernel(channels: int, taps: int, bias: bool, parallel: bool) -> Callable[..., None]:
+    made = convolution_kernel(ConvolutionSpec(channels, taps, bias), parallel)
+    return compile_functions({"kernel": made}, Target.parse("cpu").llvm)["kernel"]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("channels", "taps", "bias"), [(1, 2, True), (7, 3, False), (33, 4, True), (2, 9, False)])
+@pytest.mark.parametrize("parts", [(1,), (5,), (1, 1, 1), (2, 13, 1), (9, 8)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_kernel_in_parts_is_the_reference(channels, taps, bias, parallel, parts, size) -> None:
+    x, weight = size * normal(3, channels, sum(parts)), normal(channels, 1, taps, seed=1)
+    offset = size * normal(channels, seed=2) if bias else None
+    ours, theirs = torch.zeros(3, channels, taps - 1), torch.zeros(3, channels, taps - 1)
+    for part in x.split(parts, -1):
+        want, out = reference.cached_conv(part, weight, offset, theirs), torch.empty(part.shape)
+        given = [part.contiguous(), weight, *([] if offset is None else [offset]), ours, out]
+        kernel(channels, taps, bias, parallel)(*given)
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5 * size)
+        assert torch.equal(ours, theirs)

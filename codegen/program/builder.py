@@ -3,9 +3,9 @@
 A value is a Relax variable with a :func:`shape` of integers and symbols. Kernels are calls of TIR functions, added once
 each; everything else is one of Relax's own operators, which :mod:`.compile` turns into fused loops.
 
-Weights and KV state are one block of bytes each, so that a file of weights can be mapped into memory as it is. A
-function takes them in one of two ways: as *blocks*, of which :mod:`.launch` makes pointers (a call then takes a handful
-of arguments however deep the model is), or as *tuples* of tensors that lie in them.
+Weights, KV state and state of fixed size are one block of bytes each, so that a file of weights can be mapped into
+memory as it is. A function takes them in one of two ways: as *blocks*, of which :mod:`.launch` makes pointers (a call
+then takes a handful of arguments however deep the model is), or as *tuples* of tensors that lie in them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
+from .queries import surely_true
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
@@ -26,8 +27,8 @@ Value = Any
 BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
 """Symbols: sequences, new tokens, past and new tokens, slots of the KV state."""
 
-WEIGHTS, STATE = "weights", "state"
-"""The two blocks of bytes."""
+WEIGHTS, STATE, FIXED_STATE = "weights", "state", "fixed_state"
+"""The blocks of bytes; a program without state of fixed size has two."""
 
 OPAQUE = 8
 """Relax's number for functions that it must neither fuse nor look into."""
@@ -59,8 +60,8 @@ class Layout:
 
     Attributes:
         tensors: by name.
-        offsets: by name, in bytes; in KV state per sequence and slot.
-        bytes: of the whole block; of KV state per sequence and slot.
+        offsets: by name, in bytes; in KV state per sequence and slot, in state of fixed size per sequence.
+        bytes: of the whole block; of KV state per sequence and slot, of state of fixed size per sequence.
     """
 
     tensors: dict[str, TensorSpec]
@@ -83,10 +84,11 @@ class ProgramBuilder:
     Args:
         weights: the layout of the weights.
         state: the layout of the KV state: tensors ``[batch, heads, capacity, ...]``.
+        fixed: the layout of the state of fixed size: tensors ``[batch, ...]``.
     """
 
-    def __init__(self, weights: Layout, state: Layout) -> None:
-        self.weights, self.state = weights, state
+    def __init__(self, weights: Layout, state: Layout, fixed: Layout | None = None) -> None:
+        self.weights, self.state, self.fixed = weights, state, fixed or Layout.of(())
         self.block = relax.BlockBuilder()
         self._kernels: dict[str, Any] = {}
 
@@ -110,7 +112,8 @@ class ProgramBuilder:
 
 
 class FunctionBuilder:
-    """Builds one function. Its parameters are ``inputs``, then :data:`WEIGHTS` and :data:`STATE`.
+    """Builds one function. Its parameters are ``inputs``, then :data:`WEIGHTS`, :data:`STATE` and,
+    where the program has such a state, :data:`FIXED_STATE`.
 
     Args:
         program: what the function becomes part of.
@@ -128,12 +131,12 @@ class FunctionBuilder:
         parameters = {spec.name: relax.Var(spec.name, self._type(spec)) for spec in inputs}
         self._values: dict[str, Value] = dict(parameters)
         layouts = {WEIGHTS: program.weights, STATE: program.state}
+        layouts |= {FIXED_STATE: program.fixed} if program.fixed.tensors else {}
         if blocks:
-            specs = (
-                TensorSpec(WEIGHTS, (program.weights.bytes,), "uint8"),
-                TensorSpec(STATE, (BATCH, CAPACITY, program.state.bytes), "uint8"),
-            )
-            parameters |= {spec.name: relax.Var(spec.name, self._type(spec)) for spec in specs}
+            leading = {WEIGHTS: (), STATE: (BATCH, CAPACITY), FIXED_STATE: (BATCH,)}
+            for block, layout in layouts.items():
+                spec = TensorSpec(block, (*leading[block], layout.bytes), "uint8")
+                parameters[block] = relax.Var(block, self._type(spec))
         else:
             types = {
                 name: relax.TupleType([self._type(spec) for spec in layout.tensors.values()])
@@ -160,7 +163,7 @@ class FunctionBuilder:
         return relax.TensorType([self.dimension(d) for d in spec.shape], spec.dtype)
 
     def value(self, name: str) -> Value:
-        """The variable of an input, of a weight or of a tensor of the KV state."""
+        """The variable of an input, of a weight or of a tensor of a state."""
         if name not in self._values:
             block, layout, index = self._where[name]
             member = self._view(block, layout, name) if self._blocks else relax.TupleGetItem(block, index)
@@ -171,8 +174,22 @@ class FunctionBuilder:
         spec, offset = layout.tensors[name], layout.offsets[name]
         if layout is self.program.state:
             offset = self.dimension(BATCH) * self.dimension(CAPACITY) * offset
+        elif layout is self.program.fixed:
+            offset = self.dimension(BATCH) * offset
         shape = [self.dimension(d) for d in spec.shape]
         return relax.op.memory.view(block, shape, tvm.DataType(spec.dtype), relax.prim_value(offset))
+
+    def surely(self, condition: Any) -> bool:
+        """Whether a comparison of sizes holds in every call, which has at least one new token, and all of them in
+        :data:`TOTAL`."""
+        length, total = self._symbols.get(LENGTH), self._symbols.get(TOTAL)
+        if total is None or length is None:
+            return surely_true(condition)
+        known = {}
+        if not isinstance(length, int):
+            known[length] = length = symbolic_dimension("others") + 1
+        known[total] = symbolic_dimension("past") + length
+        return surely_true(condition, known)
 
     def emit(self, expression: Any) -> Value:
         """Binds an expression to a variable."""

@@ -7,7 +7,7 @@ segment becomes one TIR function with one parallel region, in which every thread
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
   What a later segment needs is written by the first thread alone, and the others wait.
 
-Weights, KV state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
+Weights, state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
 layers of a model, which differ in nothing else, share one TIR function, and those that follow one another one launch.
 
 Given::
@@ -32,7 +32,7 @@ import numpy as np
 from ..errors import KernelError
 from ..sizes import ALIGNMENT
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
-from .builder import STATE, WEIGHTS
+from .builder import FIXED_STATE, STATE, WEIGHTS
 from .queries import bindings, has_parallel_loop, is_call, with_block
 
 STACK_BYTES = 1024
@@ -373,7 +373,7 @@ class _SegmentFunction:
             return self.out.data
         if place.result >= 0:
             return self._address(WORKSPACE, self.rewrite.offsets[place.result])
-        if place.block in (WEIGHTS, STATE):
+        if place.block in (WEIGHTS, STATE, FIXED_STATE):
             return self._address(place.block, place.offset)
         return self.parameters[place.block].data
 
@@ -381,8 +381,10 @@ class _SegmentFunction:
         """A pointer into a block, at an offset from the table."""
         variable = self.offsets.setdefault((block, offset), tirx.Var(f"offset_{len(self.offsets)}", "int64"))
         buffer = self.parameters[block]
+        zero = tirx.IntImm("int64", 0)
         if block != STATE:
-            return tirx.address_of(tirx.BufferLoad(buffer, [variable]))
+            first = [zero] if block == FIXED_STATE else []
+            return tirx.address_of(tirx.BufferLoad(buffer, [*first, variable]))
         # One sequence: bytes lie in the order of slots within each tensor, not across them.
-        zero, slots = tirx.IntImm("int64", 0), buffer.shape[1]
+        slots = buffer.shape[1]
         return tirx.address_of(tirx.BufferLoad(buffer, [zero, zero, variable * slots]))

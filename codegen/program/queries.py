@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..tvm_api import relax, s_tir, tirx, tvm
+
+MOST_SIZE = 1 << 40
+"""More than any size is."""
 
 
 def is_call(value: Any, name: str) -> bool:
@@ -50,9 +53,20 @@ def surely_equal(a: Any, b: Any) -> bool:
     return bool(analyzer.can_prove_equal(a, b))
 
 
-def surely_true(condition: Any) -> bool:
-    """Whether a comparison of sizes holds whatever the symbols are, which are not negative."""
+def surely_true(condition: Any, known: Mapping[Any, Any] | None = None) -> bool:
+    """Whether a comparison of sizes holds whatever the symbols are, which are not negative.
+
+    Args:
+        condition: the comparison.
+        known: symbols of which more is known: expressions over others.
+    """
     analyzer: Any = tvm.sym.Analyzer()
+    known = known or {}
+    symbols = [s for value in (condition, *known.values()) for s in tirx.analysis.undefined_vars(value)]
+    for symbol in (s for s in symbols if s not in known):
+        analyzer.bind(symbol, tvm.ir.Range(tirx.const(0, "int64"), tirx.const(MOST_SIZE, "int64")), True)
+    for symbol, value in known.items():
+        analyzer.bind(symbol, value)
     return bool(analyzer.can_prove(condition))
 
 

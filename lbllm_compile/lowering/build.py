@@ -284,6 +284,8 @@ def _describe(
         weights=_members(translation.layout),
         state=_members(translation.state),
         state_bytes=translation.state.bytes,
+        fixed=_members(translation.fixed),
+        fixed_bytes=translation.fixed.bytes,
         functions=functions,
         workspaces=workspaces,
         bounds=translation.bounds,
@@ -305,7 +307,7 @@ def _members(layout: Layout) -> tuple[Member, ...]:
 
 
 def merging_is_exact(native: NativeProgram) -> bool:
-    """Whether the same tokens in few launches and kernel by kernel give equal logits and KV state, to the bit."""
+    """Whether the same tokens in few launches and kernel by kernel give equal logits and state, to the bit."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, native.description.bounds.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
     few, many = (native.session(1) for _ in range(2))

@@ -36,7 +36,7 @@ from lbllm_compile.codegen.program.builder import (
     Value,
 )
 from lbllm_compile.codegen.program.fuse import with_residual
-from lbllm_compile.codegen.program.queries import same_sizes, surely_true
+from lbllm_compile.codegen.program.queries import same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
@@ -74,7 +74,8 @@ class Translated:
         weights: every weight by name.
         layout: where each lies in the block of weights.
         state: where each tensor of the KV state lies.
-        inputs: the arguments of every function before the two blocks, in order.
+        fixed: where each tensor of the state of fixed size lies.
+        inputs: the arguments of every function before the blocks, in order.
         bounds: of the token ids and positions that the functions take.
     """
 
@@ -82,6 +83,7 @@ class Translated:
     weights: Mapping[str, Tensor]
     layout: Layout
     state: Layout
+    fixed: Layout
     inputs: Sequence[TensorSpec]
     bounds: InputBounds
 
@@ -117,16 +119,18 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
         raise UntranslatableError("the graph looks its tokens up in no table")
     weights = _Weights(program, kernels)
     layout = Layout.of(weights.specs(), ALIGNMENT)
-    state = Layout.of(_state_spec(n) for n in program.state_placeholders())
+    states = program.state_placeholders()
+    state = Layout.of(_state_spec(n) for n in states if n.meta[STATE].kind == PER_TOKEN)
+    fixed = Layout.of((_state_spec(n) for n in states if n.meta[STATE].kind != PER_TOKEN), ALIGNMENT)
     inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
 
     def functions() -> Any:
-        whole = ProgramBuilder(layout, state)
+        whole = ProgramBuilder(layout, state, fixed)
         for entry in backend_of(kernels.target).entry_points if entries is None else entries:
             _Translator(program, kernels, whole, weights, entry, inputs).run()
         return whole.finish()
 
-    return Translated(functions, weights.tensors, layout, state, inputs, bounds)
+    return Translated(functions, weights.tensors, layout, state, fixed, inputs, bounds)
 
 
 def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorSpec], name: str = "graph") -> Any:
@@ -152,9 +156,8 @@ def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorS
 
 def _state_spec(node: Node) -> TensorSpec:
     spec = node.meta[STATE]
-    if spec.kind != PER_TOKEN:
-        raise UntranslatableError(f"the state '{node.target}' is not one of keys and values")
-    return TensorSpec(node.target, (BATCH, spec.heads, CAPACITY, *spec.tail), _dtype(spec.dtype))
+    slots = (CAPACITY,) if spec.kind == PER_TOKEN else ()
+    return TensorSpec(node.target, (BATCH, spec.heads, *slots, *spec.tail), _dtype(spec.dtype))
 
 
 def _input_spec(node: Node) -> TensorSpec:
@@ -384,7 +387,7 @@ class _Translator:
         return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
 
     def surely(self, condition: Any) -> bool:
-        return bool(condition) if isinstance(condition, bool) else surely_true(condition)
+        return bool(condition) if isinstance(condition, bool) else self.function.surely(condition)
 
     def mean_of_squares(self, x: Value) -> Value:
         return self.function.mean_of_squares(x)

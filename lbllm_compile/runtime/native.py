@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -197,9 +198,10 @@ class Member:
 
     Attributes:
         name: of the weight or state.
-        shape: dimensions; in KV state ``"batch"`` and ``"capacity"`` stand for what a session chooses.
+        shape: dimensions; in KV state ``"batch"`` and ``"capacity"`` stand for what a session chooses; state
+            of fixed size has no capacity.
         dtype: numpy's name of the dtype.
-        offset: in bytes; in KV state per sequence and slot.
+        offset: in bytes; in KV state per sequence and slot, in state of fixed size per sequence.
     """
 
     name: str
@@ -249,10 +251,11 @@ class Description:
 
     Attributes:
         target: what it runs on.
-        inputs: arguments of its functions before the two blocks: some of ``input_ids``, ``attention_mask``,
+        inputs: arguments of its functions before the blocks: some of ``input_ids``, ``attention_mask``,
             ``position_ids``.
-        weights, state: tensors of the two blocks.
+        weights, state, fixed: tensors of the blocks: weights, KV state and state of fixed size.
         state_bytes: of the KV state per sequence and slot.
+        fixed_bytes: of the state of fixed size per sequence.
         functions: what the library computes; the first that takes a call is the best for it.
         workspaces: bytes of working memory of the functions that take some.
         bounds: of the token ids and positions that the functions take.
@@ -266,6 +269,8 @@ class Description:
     weights: tuple[Member, ...]
     state: tuple[Member, ...]
     state_bytes: int
+    fixed: tuple[Member, ...]
+    fixed_bytes: int
     functions: tuple[Function, ...]
     workspaces: Mapping[str, int]
     bounds: InputBounds
@@ -276,7 +281,7 @@ class Description:
     @classmethod
     def from_json(cls, text: str) -> Description:
         fields = json.loads(text)
-        for block in ("weights", "state"):
+        for block in ("weights", "state", "fixed"):
             fields[block] = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in fields[block])
         functions = []
         for function in fields["functions"]:
@@ -319,7 +324,7 @@ class NativeProgram:
         return NativeSession(self, batch, capacity)
 
     def call(self, name: str, inputs: Mapping[str, Any], state: State, part: slice | None = None) -> np.ndarray:
-        """Runs a function of the program on input tensors, by name, and a KV state, which it changes.
+        """Runs a function of the program on input tensors, by name, and a state, which it changes.
 
         Args:
             name: of the function.
@@ -330,9 +335,9 @@ class NativeProgram:
         description, function = self.description, self.machine.function(name)
         arguments = [inputs[name] for name in description.inputs]
         if name in description.workspaces:
-            arguments += [self._weights, state.block, state.workspace(name)]
+            arguments += [self._weights, *state.blocks, state.workspace(name)]
         else:
-            arguments += [self._weight_tuple, state.tuple if part is None else state.part(part)]
+            arguments += [self._weight_tuple, *(state.tuples if part is None else state.part(part))]
         with self._calling:
             return self.machine.array(function(*arguments))
 
@@ -345,27 +350,37 @@ def _view(block: Array, member: Member, offset: int, sizes: Mapping[str, int]) -
 
 
 class State:
-    """Quantized keys and values of one batch of sequences, and the working memory of a step.
+    """Quantized keys and values of one batch of sequences, what else it keeps, and the working memory of a step.
 
     Attributes:
         capacity: tokens there is room for.
-        block, tuple: the same memory in the two forms in which functions take it.
+        arrays: every tensor, those of keys and values first.
+        blocks, tuples: the same memory in the two forms in which functions take it.
     """
 
     def __init__(self, program: NativeProgram, batch: int, capacity: int):
         self._program, self._batch = program, batch
         self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         description, machine = program.description, program.machine
-        memory = machine.zeros(batch * self.capacity * description.state_bytes)
         sizes = {"batch": batch, "capacity": self.capacity}
-        self.arrays = [_view(memory, m, m.offset * batch * self.capacity, sizes) for m in description.state]
-        self.block = machine.tensor(memory.reshape(batch, self.capacity, description.state_bytes))
-        self.tuple = machine.tuple(self.arrays)
+        leading = [(batch, self.capacity)]
+        blocks = [(description.state, description.state_bytes)]
+        if description.fixed:
+            leading.append((batch,))
+            blocks.append((description.fixed, description.fixed_bytes))
+        self._arrays, self.blocks = [], []
+        for dimensions, (members, size) in zip(leading, blocks, strict=True):
+            count = math.prod(dimensions)
+            memory = machine.zeros(count * size)
+            self._arrays.append([_view(memory, m, m.offset * count, sizes) for m in members])
+            self.blocks.append(machine.tensor(memory.reshape(*dimensions, size)))
+        self.arrays = list(itertools.chain(*self._arrays))
+        self.tuples = self.part(slice(None))
         self._workspaces: dict[str, Any] = {}
 
-    def part(self, sequences: slice) -> Any:
-        """:attr:`tuple` of some sequences."""
-        return self._program.machine.tuple([array[sequences] for array in self.arrays])
+    def part(self, sequences: slice) -> list[Any]:
+        """:attr:`tuples` of some sequences."""
+        return [self._program.machine.tuple([a[sequences] for a in arrays]) for arrays in self._arrays]
 
     def workspace(self, name: str) -> Any:
         """The working memory of a function."""
@@ -375,10 +390,13 @@ class State:
         return self._workspaces[name]
 
     def grown(self, tokens: int, past: int) -> State:
-        """A state with room for ``tokens``, at least twice as much as before, that holds the first ``past`` slots."""
+        """A state with room for ``tokens``, at least twice as much as before, that holds the first ``past`` slots and
+        what is of fixed size."""
         larger = State(self._program, self._batch, max(tokens, 2 * self.capacity))
-        for old, new in zip(self.arrays, larger.arrays, strict=True):
+        for old, new in zip(self._arrays[0], larger._arrays[0], strict=True):
             new[:, :, :past] = old[:, :, :past]
+        for old, new in zip(itertools.chain(*self._arrays[1:]), itertools.chain(*larger._arrays[1:]), strict=True):
+            new[...] = old
         return larger
 
 

@@ -229,6 +229,8 @@ def within(t: Translator, place: Size, size: Size) -> Size:
         return greater(t, size + place, 0)
     if isinstance(place, int) or t.surely(place >= 0):
         return lesser(t, place, size)
+    if t.surely(place < 0):
+        return greater(t, size + place, 0)
     return lesser(t, greater(t, t.tir.if_then_else(place < 0, place + size, place), 0), size)
 
 

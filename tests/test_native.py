@@ -731,7 +731,7 @@ def test_the_block_of_weights_is_what_its_layout_says():
     tensors = {"a": torch.arange(5, dtype=torch.int16), "b": torch.tensor(2.5), "c": torch.arange(6.0).view(2, 3).t()}
     specs = [TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
     layout = Layout.of(specs, 64)
-    block = b"".join(translate.Translated(None, tensors, layout, layout, (), 0).weight_bytes())
+    block = b"".join(translate.Translated(None, tensors, layout, layout, layout, (), 0).weight_bytes())
     assert len(block) == layout.bytes == 192
     for name, tensor in tensors.items():
         data = tensor.contiguous().numpy().tobytes()

@@ -58,7 +58,7 @@ def decompose(node: Node, meanings: Mapping[Node, Meaning]) -> tuple[fx.Graph, d
 
         def call(*arguments: Any) -> Any:
             given = dict(zip(inputs, arguments, strict=True))
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
             return node.target(*args, **kwargs)
 
         table = {t: f for t, f in decomposition_table.items() if t is node.target or not _translated(t)}

@@ -350,7 +350,8 @@ class _Translator:
     def variable(self, x: Value) -> Value:
         if not isinstance(x, tvm.ir.Constant):
             return self.emit(x)
-        number = tirx.const(x.value.numpy().item(), str(x.ty.dtype))
+        stored: Any = x
+        number = tirx.const(stored.value.numpy().item(), str(stored.ty.dtype))
         return self.compute((), lambda: lambda: number)
 
     def reshape(self, x: Value, sizes: Sequence[Any]) -> Value:

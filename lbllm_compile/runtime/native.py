@@ -363,7 +363,7 @@ class State:
         self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         description, machine = program.description, program.machine
         sizes = {"batch": batch, "capacity": self.capacity}
-        leading = [(batch, self.capacity)]
+        leading: list[tuple[int, ...]] = [(batch, self.capacity)]
         blocks = [(description.state, description.state_bytes)]
         if description.fixed:
             leading.append((batch,))

@@ -3,13 +3,14 @@
 #
 # TORCH_INDEX=URL takes torch from another package index; the small CPU build, for example:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# PYTHON=/path/to/python3 chooses the interpreter (3.10 or later).
+# PYTHON=/path/to/python3 chooses the interpreter (3.10 or later). WORKERS=0 runs the tests in one process, not two.
 
 TORCH_INDEX ?=
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && command -v $$p && break; done)
 PROMPT ?= What is the capital of France?
 TESTS ?= tests
+WORKERS ?= 2
 
 PIP := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -21,7 +22,7 @@ demo: .venv/.installed
 	.venv/bin/lbllm-compile run demo-out --prompt "$(PROMPT)"
 
 test: .venv-test/.installed
-	.venv-test/bin/python -m pytest $(TESTS)
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

@@ -61,7 +61,7 @@ class Observe(Pass):
             with graph.inserting_before(readers[0]):
                 observer = make_call(graph, _OBSERVE, (source, site), readers[0], {STAT: self.stat})
             for linear in readers:
-                linear.update_arg(0, observer)
+                linear.replace_input_with(source, observer)
             rows.append({"site": site, "linears": [n.meta[LINEAR].path for n in readers], "stat": self.stat})
         program.module.recompile()
         return PassResult(program, rows, {"observers": len(rows)})

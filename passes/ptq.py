@@ -88,6 +88,8 @@ class Ptq(Pass):
     contract: ClassVar[Contract] = CALIBRATING
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
+        if self.group not in GROUPS:
+            raise PassError(f"ptq: group cannot be {self.group}; choose one of {', '.join(map(str, GROUPS))}")
         if nothing_to_quantize(self.name, program, context):
             return PassResult(program, summary={"linears": 0})
         self._check(program, context)
@@ -116,8 +118,6 @@ class Ptq(Pass):
         return PassResult(quantized, rows, summary)
 
     def _check(self, program: Program, context: PassContext) -> None:
-        if self.group not in GROUPS:
-            raise PassError(f"ptq: group cannot be {self.group}; choose one of {', '.join(map(str, GROUPS))}")
         if not context.calibration:
             raise PassError("ptq needs calibration batches; give a calibration text")
         linears = decoder_linears(program.graph)

@@ -6,6 +6,7 @@ graph and runs one operator after the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor, Kernels
 from lbllm_compile.passes.ir.program import STATE, Program
 from lbllm_compile.runtime.generate import GenerationError, Sampling
-from lbllm_compile.runtime.language import LanguageModel, Steps
+from lbllm_compile.runtime.language import InputBounds, LanguageModel, Steps
 from lbllm_compile.runtime.native import NativeProgram
 from lbllm_compile.runtime.state import KVState, positions
 
@@ -69,6 +70,10 @@ class CompiledModel(LanguageModel):
             raise GenerationError(f"the input '{missing[0]}' is missing; the model takes {', '.join(self._inputs)}")
         return self.executor(*self.program.arguments(values))
 
+    @functools.cached_property
+    def _bounds(self) -> InputBounds:
+        return input_bounds(self.program)
+
     @property
     def executor(self) -> Executor:
         """Runs the graph in torch, bound at first use where there is a native program."""
@@ -85,9 +90,8 @@ class CompiledModel(LanguageModel):
             return torch.from_numpy(session.logits(ids.numpy()))
         positions_given = positions(mask) if position_ids is None else position_ids
         if ids.numel():
-            bounds = input_bounds(self.program)
-            bounds.check_ids(int(ids.min()), int(ids.max()))
-            bounds.check_length(int(positions_given.max()) + 1)
+            self._bounds.check_ids(int(ids.min()), int(ids.max()))
+            self._bounds.check_length(int(positions_given.max()) + 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_given}
         return self.executor(*self.program.arguments(inputs))
 

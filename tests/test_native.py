@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import math
@@ -43,6 +44,7 @@ from lbllm_compile.codegen.threads import one_torch_thread
 from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.ir.program import get_attribute, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
+from reference_kernels import ReferenceKernels
 from rtn import simulate
 from test_fuse import called
 from test_runtime import CONTEXT, language_model
@@ -401,11 +403,30 @@ def test_a_token_outside_the_vocabulary_is_refused(token):
 
 def test_greedy_text_is_the_executors(tmp_path):
     """The same tokens as the executor in torch, prompts of different lengths together."""
-    from reference_kernels import ReferenceKernels
-
     prompts, sampling = [[5, 3, 8], [9], [4, 4, 4, 4, 7, 2]], Sampling(max_new_tokens=12)
     torch_tokens = list(CompiledModel(language_model(), ReferenceKernels()).generate_ids(prompts, sampling, ()))
     assert list(NativeModel(toy(), None).generate_ids(prompts, sampling, ())) == torch_tokens
+
+
+def test_the_number_of_tokens_may_be_an_operand(tmp_path):
+    """Nothing that the division reads or writes has that size, be it a launch of its own or part of a larger one."""
+    toy_program = language_model()
+    module = copy.deepcopy(toy_program.module)
+    embedded = calls(module.graph, torch.ops.aten.add.Tensor)[0]
+    mask = next(n for n in module.graph.nodes if n.target == "attention_mask")
+    with module.graph.inserting_before(embedded.next):
+        count = module.graph.call_function(torch.ops.aten.sym_size.int, (mask, 1))
+        divided = module.graph.call_function(torch.ops.aten.div.Tensor, (embedded, count))
+    embedded.replace_all_uses_with(divided, delete_user_cb=lambda user: user is not divided)
+    module.recompile()
+    program = toy_program.with_module(module)
+    found = build(program, tmp_path)
+    assert found is not None and found.description.merged
+    for batch in (1, 3):
+        ids = np.random.default_rng(batch).integers(0, TOY_VOCABULARY, (batch, 11))
+        ours, theirs = found.session(batch), CompiledModel(program, ReferenceKernels()).session(batch)
+        for step in (ids[:, :5], *np.split(ids[:, 5:], 6, axis=1)):
+            np.testing.assert_allclose(ours.step(step), theirs.step(step), rtol=1e-4, atol=1e-5)
 
 
 # Stored programs

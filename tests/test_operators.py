@@ -470,3 +470,29 @@ def test_an_index_outside_reads_the_nearest_row(tmp_path):
     run = run_natively(graph.module, graph.inputs, tmp_path)
     table, ids = torch.randn(9, 4), torch.tensor([-5, 9, 1 << 40, 3])
     assert torch.equal(run(table, ids)[0], table[[0, 8, 8, 3]])
+
+
+def test_a_size_that_no_shape_of_a_kernel_tells_reaches_it(tmp_path):
+    """What uses a dynamic size as a number may read and write tensors of fixed shapes only."""
+    graph = fx.Graph()
+    x, fixed = graph.placeholder("x"), graph.placeholder("fixed")
+    m, n = (graph.call_function(aten.sym_size.int, (x, d)) for d in (0, 1))
+    calls = [
+        graph.call_function(aten.roll.default, (fixed, [m], [1])),
+        graph.call_function(aten.roll.default, (fixed, [n, m], [0, 1])),
+        graph.call_function(aten.roll.default, (fixed, [graph.call_function(operator.mul, (m, 3))])),
+        graph.call_function(aten.mul.Tensor, (fixed, m)),
+        graph.call_function(aten.add.Tensor, (graph.call_function(aten.sum.default, (fixed,)), n)),
+        graph.call_function(aten.full.default, ([2, 3], m)),
+        graph.call_function(aten.scalar_tensor.default, (n,)),
+        graph.call_function(aten.lt.Scalar, (fixed, m)),
+        graph.call_function(aten.sigmoid.default, (graph.call_function(aten.div.Tensor, (fixed, m)),)),
+    ]
+    graph.output(calls)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    inputs = [("x", Input(("m", "n"))), ("fixed", Input((3, 4)))]
+    run = run_natively(module, inputs, tmp_path)
+    for sizes in ({"m": 1, "n": 1}, {"m": 2, "n": 7}, {"m": 50, "n": 3}):
+        given = [i.draw(sizes, torch.Generator().manual_seed(0)) for _, i in inputs]
+        for actual, expected in zip(run(*given), module(*given), strict=True):
+            torch.testing.assert_close(actual, expected)

@@ -62,13 +62,26 @@ class _Place:
 
 @dataclass
 class _Call:
-    """One kernel call: the kernel, what it reads and the results it writes, in the order of its parameters."""
+    """One kernel call: the kernel, what it reads and the results it writes, in the order of its parameters.
+
+    Attributes:
+        name: the kernel's.
+        kernel: a TIR function.
+        arguments: tensors that it reads, and sizes.
+        writes: its results.
+        parallel: it shares work among threads.
+    """
 
     name: str
     kernel: Any
-    reads: list[_Place]
+    arguments: list[Any]
     writes: list[_Place]
     parallel: bool
+
+    @property
+    def reads(self) -> list[_Place]:
+        """The tensors among the arguments."""
+        return [a for a in self.arguments if isinstance(a, _Place)]
 
 
 @dataclass
@@ -122,8 +135,8 @@ def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
             types = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
             writes = [_Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
             places[binding.var] = writes if isinstance(kind, relax.TupleType) else writes[0]
-            reads = [places[a] for a in value.args[1]]
-            calls.append(_Call(value.args[0].name_hint, kernel, reads, writes, has_parallel_loop(kernel.body)))
+            arguments = [places[a] if isinstance(a.ty, relax.TensorType) else a for a in value.args[1]]
+            calls.append(_Call(value.args[0].name_hint, kernel, arguments, writes, has_parallel_loop(kernel.body)))
         else:
             raise KernelError(f"a function of few launches cannot hold {value}")
     return calls, places[function.body.body]
@@ -344,17 +357,21 @@ class _SegmentFunction:
 
     def _inline(self, call: _Call) -> Any:
         """The statements of one call, on the segment's memory."""
-        places = [*call.reads, *call.writes]
         # Two calls of one kernel must not share variables.
-        kernel, shapes = renew_definitions(call.kernel), {}
-        for parameter, place in zip(kernel.params, places, strict=True):
+        kernel, known = renew_definitions(call.kernel), {}
+        for parameter, argument in zip(kernel.params, [*call.arguments, *call.writes], strict=True):
             old = parameter.ty
-            shape = [self._dimension(d, str(o.ty)) for d, o in zip(place.shape, old.shape, strict=True)]
-            shapes[parameter] = tirx.decl_buffer(shape, place.dtype, parameter.name, data_alignment=old.data_alignment)
-        kernel = kernel.specialize(shapes)
+            if not isinstance(argument, _Place):
+                known[parameter] = self._dimension(argument, str(old.dtype))
+                continue
+            shape = [self._dimension(d, str(o.ty)) for d, o in zip(argument.shape, old.shape, strict=True)]
+            known[parameter] = tirx.decl_buffer(
+                shape, argument.dtype, parameter.name, data_alignment=old.data_alignment
+            )
+        kernel = kernel.specialize(known)
         views = [
             tirx.DeclBuffer(parameter, data=self._pointer(place))
-            for parameter, place in zip(kernel.params, places, strict=True)
+            for parameter, place in zip(kernel.params, [*call.reads, *call.writes], strict=True)
         ]
         body = kernel.body
         shared = [w for w in call.writes if not self._is_private(w)]

@@ -98,9 +98,10 @@ def index_sizes(function: Any) -> dict[tuple[str, ...], int]:
     return largest
 
 
-def _tensor_types(kind: Any) -> Sequence[Any]:
-    """The tensors of a tensor's or a tuple's type."""
-    return kind.fields if isinstance(kind, relax.TupleType) else [kind]
+def _tensor_types(kind: Any) -> Iterator[Any]:
+    """The tensors of a tensor's or a tuple's type. A kernel's arguments are sizes, too, where no shape tells them."""
+    members = kind.fields if isinstance(kind, relax.TupleType) else [kind]
+    return (member for member in members if isinstance(member, relax.TensorType))
 
 
 def _with_ones(size: Any, symbols: Sequence[Any]) -> int:

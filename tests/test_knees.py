@@ -338,9 +338,11 @@ def test_training_moves_the_knees_and_lowers_the_divergence(trained, data):
     untrained = apply(quantized(), "activate{group=0,ranges=knees,steps=0}", data).program
     before, after = dict(untrained.parameters()), dict(trained.program.parameters())
     paths = [p for p in after if p.endswith("input_knees")]
-    assert len(paths) == 8 and any(not torch.equal(before[p], after[p]) for p in paths)
-    assert all(0 < k < 1 for p in paths for k in after[p].tolist())
-    assert [len(row["knees"]) for row in trained.rows] == [4, 4]
+    assert len(paths) == 8 and all(0 < k < 1 for p in paths for k in after[p].tolist())
+    # The rows have what each layer's training came to; which of the starts the model keeps is a choice of its own.
+    moved = {path: knees for row in trained.rows for path, knees in row["knees"].items()}
+    assert moved.keys() == set(paths)
+    assert any(moved[p] != pytest.approx(before[p].tolist(), abs=1e-4) for p in paths)
 
 
 def test_without_learning_rate_the_knees_stay(data):

@@ -1,17 +1,23 @@
-"""Small hand-written graphs, and graphs as comparable text."""
+"""Small hand-written graphs, and what passes make of them as text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from lbllm_compile.codegen import operators as operators
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LINEAR_TARGETS, LinearInfo
-from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes.base import Pass, PassContext, PassResult
 from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.parse import parse
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class Weights(nn.Module):
@@ -52,40 +58,95 @@ def program(
     return Program(graph_module, kind)
 
 
-def lines(item: Program) -> list[str]:
-    """The graph without inputs: every node after the weights it is the first to use, names and shapes left out.
+def rewrites(
+    item: Pass,
+    before: str | Program,
+    expected: str,
+    context: PassContext | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    kind: str = "module",
+) -> PassResult:
+    """Holds the program that a pass makes of ``before`` against the one that ``expected`` shows.
 
-    ``%N`` is the N-th computed node, so that texts do not depend on how nodes were named.
+    Both texts are dumps (:mod:`lbllm_compile.passes.ir.dump`), and so is what a failure shows. How ``expected`` calls
+    its nodes is free; dtype and shape of a computed value are compared where it has them.
+
+    Args:
+        item: the pass.
+        before: the program it gets, which must stay as it was.
+        expected: the program it should make.
+        context: what the pass gets. With a probe in it, the program before has the fake values that capture leaves in
+            it, and the pass is held to its contract as in a pipeline.
+        weights: of ``before``, by path; others are made up.
+        kind: of ``before``, where that is a text.
+
+    Returns:
+        What the pass returned.
     """
-    numbers: dict[str, str] = {}
-    computed = 0
-    for node in item.graph.nodes:
-        if node.op == "call_function":
-            numbers[node.name] = f"%{computed}"
-            computed += 1
-        else:
-            numbers[node.name] = str(node.target)
-
-    def text(value: object) -> str:
-        if isinstance(value, fx.Node):
-            return numbers[value.name]
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(text(v) for v in value) + "]"
-        return str(value)
-
-    result = []
-    for node in item.graph.nodes:
-        if node.op == "call_function":
-            arguments = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
-            result.append(f"{numbers[node.name]} = {dump.target_text(node)}({', '.join(arguments)})")
-        elif node.op == "output":
-            result.append(f"return {text(node.args[0])}")
+    __tracebackhide__ = True
+    given = parse(before, weights, kind) if isinstance(before, str) else before
+    context = context or PassContext()
+    if context.probe:
+        given = with_values(given, context.probe)
+    text = dump.render(given)
+    if context.probe:
+        after, (record,) = pipeline.run(given, [item], context)
+        result = PassResult(after, record.rows, record.summary)
+    else:
+        result = item.apply(given, context)
+    assert dump.render(given) == text, f"'{item.name}' changed the program it got"
+    wanted, found = _lines(dump.render(parse(expected))), _lines(dump.render(result.program))
+    found = _named_as(wanted, found)
+    if found != wanted:
+        difference = difflib.unified_diff(wanted, found, "expected", f"after {item.name}", lineterm="")
+        pytest.fail("\n".join(difference), pytrace=False)
     return result
 
 
-def expected(block: str) -> list[str]:
-    """An indented text as :func:`lines` gives it."""
-    return [line.strip() for line in block.strip().splitlines()]
+_NODE = re.compile(r"%(\w+)(?:: ([^=]*\S))? = ((\w+ [\w.]+)|[\w.]+)")
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def _named_as(wanted: Sequence[str], found: Sequence[str]) -> list[str]:
+    """The lines ``found`` with the names of nodes, and without the types, that those in ``wanted`` have (have not)."""
+    theirs, ours = ([match for line in lines if (match := _NODE.match(line))] for lines in (wanted, found))
+    alike = difflib.SequenceMatcher(None, [m[3] for m in theirs], [m[3] for m in ours], autojunk=False)
+    names: dict[str, str] = {}
+    untyped: set[str] = set()
+    for block in alike.get_matching_blocks():
+        for wanted_node, node in zip(theirs[block.a :][: block.size], ours[block.b :][: block.size], strict=True):
+            names[node[1]] = wanted_node[1]
+            if not wanted_node[2]:
+                untyped.add(node[1])
+    taken = {match[1] for match in theirs}
+    for match in ours:
+        names.setdefault(match[1], f"{match[1]}_found" if match[1] in taken else match[1])
+
+    def renamed(line: str) -> str:
+        match = _NODE.match(line)
+        if match and match[1] in untyped and match[2]:
+            line = line[: match.start(2) - 2] + line[match.end(2) :]
+        return re.sub(r"%(\w+)", lambda name: f"%{names[name[1]]}", line)
+
+    return [renamed(line) for line in found]
+
+
+class _Values(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> object:
+        n.meta["val"] = value = super().run_node(n)
+        return value
+
+
+def with_values(item: Program, inputs: Mapping[str, Tensor]) -> Program:
+    """A copy in which every node has the fake value that capture leaves there, of the shapes for these inputs."""
+    item = item.copy()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _Values(item.module).run(*[mode.from_tensor(t) for t in item.arguments(inputs)])
+    return item
 
 
 def token_inputs(batch: int = 2, length: int = 9, padding: int = 3, vocabulary: int = 11) -> dict[str, Tensor]:

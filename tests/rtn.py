@@ -8,6 +8,7 @@ from lbllm_compile.codegen import operators as operators
 from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
 from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls, is_call, make_attribute, make_call
+from lbllm_compile.passes.ptq import FIELDS
 from torch import Tensor
 
 _lbllm, _aten = torch.ops.lbllm, torch.ops.aten
@@ -29,6 +30,12 @@ def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
     return w11.QuantizedWeight.from_codes(codes, levels, group)
 
 
+def planes(path: str, weight: Tensor, group: int) -> dict[str, Tensor]:
+    """The tensors of a quantized weight by their paths, as ``ptq`` stores them under the weight's own."""
+    quantized = quantize(weight, group)
+    return {f"{path}.{field}": getattr(quantized, field) for field in FIELDS}
+
+
 def simulate(
     program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_token: bool = False, knees: bool = False
 ) -> Program:
@@ -43,11 +50,11 @@ def simulate(
         x, path = node.args[0], node.args[1].target
         weight = quantize(get_attribute(module, path), group)
         with graph.inserting_before(node):
-            planes = []
-            for field in ("sign", "bitmap", "levels", "scale"):
-                planes.append(make_attribute(graph, f"{path}.{field}", node))
+            fields = []
+            for field in FIELDS:
+                fields.append(make_attribute(graph, f"{path}.{field}", node))
                 set_attribute(module, f"{path}.{field}", getattr(weight, field))
-            unpacked = make_call(graph, _lbllm.unpack_weight.default, (*planes, weight.in_features, group), node)
+            unpacked = make_call(graph, _lbllm.unpack_weight.default, (*fields, weight.in_features, group), node)
             if x not in quantizers:
                 factors = []
                 for name, value in (("clip", CLIP), ("knees", KNEES))[: 1 + knees]:

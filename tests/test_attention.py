@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import context, lines, normal, program
+from graphs import context, normal, program, rewrites, with_values
 from lbllm_compile.passes.activate import insert_quantizers
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.canonicalize import Canonicalize
-from lbllm_compile.passes.ir import attention
+from lbllm_compile.passes.ir import attention, dump
 from lbllm_compile.passes.ir.attention import ATTENTIONS, AttentionCall
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import before_repeat, calls
 from lbllm_compile.passes.smooth import _keys
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 7, 5
@@ -29,21 +27,9 @@ INPUTS = {
 WEIGHTS = {"sinks": normal(HEADS, seed=3), "bias": normal(BATCH * HEADS, 1, LENGTH, seed=4), "four": torch.tensor(4.0)}
 
 
-class _Values(fx.Interpreter):
-    """Notes the shape of every value where capture notes it."""
-
-    def run_node(self, n):
-        n.meta["val"] = value = super().run_node(n)
-        return value
-
-
 def written(forward) -> Program:
     """A program as capture makes it from ``forward(root, q, k, v, hidden)``; ``hidden [B, 1, S, S]`` is a mask."""
-    item = program(WEIGHTS, forward)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        _Values(item.module).run(*[mode.from_tensor(t) for t in INPUTS.values()])
-    return item
+    return with_values(program(WEIGHTS, forward), INPUTS)
 
 
 def additive(hidden):
@@ -128,6 +114,57 @@ def with_sinks(root, q, k, v, hidden):
 
 def canonical(before: Program) -> Program:
     return Canonicalize().apply(before, context(INPUTS)).program
+
+
+MASKED = """
+    %q = input q
+    %k = input k
+    %v = input v
+    %hidden = input hidden
+    %turned = aten.transpose.int(%k, 2, 3)
+    %product = aten.matmul(%q, %turned)
+    %scaled = aten.mul.Tensor(%product, 0.5)
+    %floats = aten.to.dtype(%hidden, torch.float32)
+    %mask = aten.mul.Tensor(%floats, -1000000000.0)
+    %scores = aten.add.Tensor(%scaled, %mask)
+    %shares = aten.softmax.int(%scores, -1)
+    %y = aten.matmul(%shares, %v)
+    return %y
+"""
+
+
+def test_attention_written_out_becomes_one_call():
+    expected = """
+        %q = input q
+        %k = input k
+        %v = input v
+        %hidden = input hidden
+        %floats = aten.to.dtype(%hidden, torch.float32)
+        %mask = aten.mul.Tensor(%floats, -1000000000.0)
+        %y: f32[2, 3, 7, 5] = aten.scaled_dot_product_attention(%q, %k, %v, %mask, scale=0.5)
+        return %y
+    """
+    rewrites(Canonicalize(), MASKED, expected, context(INPUTS), kind="causal-lm")
+
+
+def test_a_bound_goes_into_the_call():
+    tanh = """
+        %low = aten.div.Tensor(%scaled, 3.0)
+        %bent = aten.tanh(%low)
+        %bound = aten.mul.Tensor(%bent, 3.0)
+    """
+    before = MASKED.replace("%scores =", f"{tanh.strip()}\n%scores =").replace("%scaled, %mask", "%bound, %mask")
+    expected = """
+        %q = input q
+        %k = input k
+        %v = input v
+        %hidden = input hidden
+        %floats = aten.to.dtype(%hidden, torch.float32)
+        %mask = aten.mul.Tensor(%floats, -1000000000.0)
+        %y: f32[2, 3, 7, 5] = lbllm.attention(%q, %k, %v, %mask, 0.5, 3.0)
+        return %y
+    """
+    rewrites(Canonicalize(), before, expected, context(INPUTS), kind="causal-lm")
 
 
 @pytest.mark.parametrize(
@@ -217,9 +254,9 @@ def test_attention_that_was_misread_is_an_error(monkeypatch):
 
 def test_the_program_given_stays_as_it_was():
     before = written(capped)
-    text = lines(before)
+    text = dump.render(before)
     canonical(before)
-    assert lines(before) == text
+    assert dump.render(before) == text
 
 
 def test_keys_and_values_of_every_attention_are_quantized():

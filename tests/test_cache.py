@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import context, expected, lines, normal, program, token_inputs
+from graphs import context, normal, program, rewrites, token_inputs
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache
-from lbllm_compile.passes.ir.program import STATE, Program, StateSpec, get_attribute
+from lbllm_compile.passes.ir.program import STATE, Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor
 
@@ -215,34 +215,74 @@ def decode(item: Program, inputs: dict[str, Tensor], prefill: int) -> Tensor:
 
 
 def test_attention_gets_a_state_and_the_mask_goes_away():
-    after = cached(attention(scale=0.5))
-    assert lines(after) == expected("""
-        %0 = aten.sym_size.int(input_ids, 0)
-        %1 = aten.sym_size.int(input_ids, 1)
-        %2 = aten.embedding(embed, input_ids)
-        %3 = aten.embedding(positions, position_ids)
-        %4 = aten.add.Tensor(%2, %3)
-        %5 = aten.linear(%4, q)
-        %6 = aten.view(%5, [%0, %1, 4, 6])
-        %7 = aten.transpose.int(%6, 1, 2)
-        %8 = aten.linear(%4, k)
-        %9 = aten.view(%8, [%0, %1, 2, 6])
-        %10 = aten.transpose.int(%9, 1, 2)
-        %11 = aten.linear(%4, v)
-        %12 = aten.view(%11, [%0, %1, 2, 6])
-        %13 = aten.transpose.int(%12, 1, 2)
-        %14 = lbllm.cached_attention(%7, %10, %13, kv_0_key_codes, kv_0_key_params, kv_0_value_codes, kv_0_value_params, attention_mask, past, 0.5, 0, 4)
-        %15 = aten.transpose.int(%14, 1, 2)
-        %16 = aten.reshape(%15, [%0, %1, 24])
-        %17 = aten.add.Tensor(%4, %16)
-        return %17
-    """)  # noqa: E501
-    assert [n.meta[STATE] for n in after.state_placeholders()] == [
-        StateSpec(2, (3,), torch.uint8),
-        StateSpec(2, (2,), torch.float16),
-        StateSpec(2, (3,), torch.uint8),
-        StateSpec(2, (2,), torch.float16),
-    ]
+    before = """
+        %ids = input input_ids
+        %mask = input attention_mask
+        %places = input position_ids
+        %batch = aten.sym_size.int(%mask, 0)
+        %length = aten.sym_size.int(%mask, 1)
+        %slots = aten.arange(%length)
+        %query = aten.unsqueeze(%slots, 1)
+        %key = aten.unsqueeze(%slots, 0)
+        %earlier = aten.le.Tensor(%key, %query)
+        %attended = aten.to.dtype(%mask, torch.bool)
+        %per_head = aten.unsqueeze(%attended, 1)
+        %keys = aten.unsqueeze(%per_head, 1)
+        %visible = aten.__and__.Tensor(%earlier, %keys)
+        decoder layer 0:
+        %embed: f32[11, 24] = weight embed
+        %x = aten.embedding(%embed, %ids)
+        %q_weight: f32[24, 24] = weight q
+        %q_row = aten.linear(%x, %q_weight)
+        %q_heads = aten.view(%q_row, [%batch, %length, 4, 6])
+        %q = aten.transpose.int(%q_heads, 1, 2)
+        %kv_weight: f32[12, 24] = weight kv
+        %k_row = aten.linear(%x, %kv_weight)
+        %k_heads = aten.view(%k_row, [%batch, %length, 2, 6])
+        %k = aten.transpose.int(%k_heads, 1, 2)
+        %rounded = lbllm.fake_quantize_kv(%k, 4)
+        %one = aten.unsqueeze(%rounded, 2)
+        %two = aten.expand(%one, [%batch, 2, 2, %length, 6])
+        %repeated = aten.reshape(%two, [%batch, 4, %length, 6])
+        %y = aten.scaled_dot_product_attention(%q, %repeated, %repeated, %visible, scale=0.5)
+        %rows = aten.transpose.int(%y, 1, 2)
+        %out = aten.reshape(%rows, [%batch, %length, 24])
+        return %out
+    """
+    expected = """
+        %ids: i64[2, 9] = input input_ids
+        %mask: i64[2, 9] = input attention_mask
+        %places = input position_ids
+        %past = input past
+        %key_codes: u8[2, 2, 9, 3] = state kv_0_key_codes {
+            kind="per_token", heads=2, tail=(3,), dtype=torch.uint8}
+        %key_params: f16[2, 2, 9, 2] = state kv_0_key_params {
+            kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
+        %value_codes: u8[2, 2, 9, 3] = state kv_0_value_codes {
+            kind="per_token", heads=2, tail=(3,), dtype=torch.uint8}
+        %value_params: f16[2, 2, 9, 2] = state kv_0_value_params {
+            kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
+        %batch = aten.sym_size.int(%ids, 0)
+        %length = aten.sym_size.int(%ids, 1)
+        decoder layer 0:
+        %embed: f32[11, 24] = weight embed
+        %x = aten.embedding(%embed, %ids)
+        %q_weight: f32[24, 24] = weight q
+        %q_row = aten.linear(%x, %q_weight)
+        %q_heads = aten.view(%q_row, [%batch, %length, 4, 6])
+        %q = aten.transpose.int(%q_heads, 1, 2)
+        %kv_weight: f32[12, 24] = weight kv
+        %k_row = aten.linear(%x, %kv_weight)
+        %k_heads = aten.view(%k_row, [%batch, %length, 2, 6])
+        %k = aten.transpose.int(%k_heads, 1, 2)
+        %y: f32[2, 4, 9, 6] = lbllm.cached_attention(
+            %q, %k, %k, %key_codes, %key_params, %value_codes, %value_params, %mask, %past, 0.5, 0, 4)
+        %rows = aten.transpose.int(%y, 1, 2)
+        %out: f32[2, 9, 24] = aten.reshape(%rows, [%batch, %length, 24])
+        return %out
+    """
+    weights = {"embed": normal(11, 24), "q": 0.2 * normal(24, 24, seed=2), "kv": 0.2 * normal(12, 24, seed=3)}
+    rewrites(Cache(), before, expected, context(token_inputs()), weights, "causal-lm")
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

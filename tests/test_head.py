@@ -4,53 +4,56 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import context, expected, lines, normal, program
+from graphs import context, normal, program, rewrites
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.ir.parse import parse
 from lbllm_compile.passes.ir.program import get_attribute
 
 aten = torch.ops.aten
 IDS = {"input_ids": torch.tensor([[1, 4, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
 
 
-def tied():
-    def forward(root, input_ids):
-        return aten.linear.default(
-            aten.embedding.default(root.head.weight, aten.view.default(input_ids, [-1, 3])), root.head.weight
-        )
+TIED = """
+    %ids = input input_ids
+    %mask = input attention_mask
+    %w: f32[7, 40] = weight head.weight
+    %flat = aten.view(%ids, [-1, 3])
+    %x = aten.embedding(%w, %flat)
+    %y = aten.linear(%x, %w) {path="head", role="head"}
+    return %y
+"""
 
-    return program({"head.weight": normal(7, 40)}, forward)
-
-
-def untied(head=None):
-    def forward(root, input_ids, position_ids):
-        x = aten.embedding.default(root.embed.weight, input_ids)
-        x = aten.add.Tensor(x, aten.embedding.default(root.positions.weight, position_ids))
-        return aten.linear.default(x, root.head.weight, root.head.bias)
-
-    weights = {"embed.weight": normal(7, 40), "positions.weight": normal(5, 40, seed=1), "head.bias": normal(7, seed=3)}
-    return program({**weights, "head.weight": normal(7, 40, seed=2) if head is None else head}, forward)
+UNTIED = """
+    %ids = input input_ids
+    %positions = input position_ids
+    %embed: f32[7, 40] = weight embed.weight
+    %token = aten.embedding(%embed, %ids)
+    %table: f32[5, 40] = weight positions.weight
+    %place = aten.embedding(%table, %positions)
+    %x = aten.add.Tensor(%token, %place)
+    %w: f32[7, 40] = weight head.weight
+    %bias: f32[7] = weight head.bias
+    %y = aten.linear(%x, %w, %bias) {path="head", role="head"}
+    return %y
+"""
 
 
 def test_a_tied_pair_becomes_one_int8_matrix():
-    before = tied()
-    assert lines(before) == expected("""
-        %0 = aten.view(input_ids, [-1, 3])
-        %1 = aten.embedding(head.weight, %0)
-        %2 = aten.linear(%1, head.weight)
-        return %2
-    """)
-    after = Head().apply(before, context()).program
-    assert lines(after) == expected("""
-        %0 = lbllm.unpack_rows(head.weight.rows, head.weight.row_scale)
-        %1 = aten.view(input_ids, [-1, 3])
-        %2 = aten.embedding(%0, %1)
-        %3 = lbllm.fake_quantize(%2, head.input_clip, 8, 64)
-        %4 = aten.linear(%3, %0)
-        return %4
-    """)
-    assert sorted(p for p, _ in after.parameters()) == ["head.input_clip", "head.weight.row_scale", "head.weight.rows"]
-    assert [p for p, _ in before.parameters()] == ["head.weight"], "the program it got must stay as it was"
+    expected = """
+        %ids: i64[1, 3] = input input_ids
+        %mask = input attention_mask
+        %rows: i8[7, 40] = weight head.weight.rows
+        %row_scale: f32[7] = weight head.weight.row_scale
+        %w: f32[7, 40] = lbllm.unpack_rows(%rows, %row_scale)
+        %flat = aten.view(%ids, [-1, 3])
+        %x = aten.embedding(%w, %flat)
+        %clip: f32[2] = weight head.input_clip
+        %quantized: f32[1, 3, 40] = lbllm.fake_quantize(%x, %clip, 8, 64)
+        %y = aten.linear(%quantized, %w) {path="head", role="head"}
+        return %y
+    """
+    rewrites(Head(), TIED, expected, context(IDS), kind="causal-lm")
 
 
 def test_weights_that_share_memory_stay_one_matrix():
@@ -64,21 +67,30 @@ def test_weights_that_share_memory_stay_one_matrix():
 
 
 def test_an_untied_pair_becomes_two_and_other_embeddings_stay():
-    after = Head(group=32).apply(untied(), context()).program
-    assert lines(after) == expected("""
-        %0 = lbllm.unpack_rows(head.weight.rows, head.weight.row_scale)
-        %1 = lbllm.unpack_rows(embed.weight.rows, embed.weight.row_scale)
-        %2 = aten.embedding(%1, input_ids)
-        %3 = aten.embedding(positions.weight, position_ids)
-        %4 = aten.add.Tensor(%2, %3)
-        %5 = lbllm.fake_quantize(%4, head.input_clip, 8, 32)
-        %6 = aten.linear(%5, %0, head.bias)
-        return %6
-    """)
+    expected = """
+        %ids = input input_ids
+        %positions = input position_ids
+        %rows: i8[7, 40] = weight head.weight.rows
+        %row_scale: f32[7] = weight head.weight.row_scale
+        %w = lbllm.unpack_rows(%rows, %row_scale)
+        %embed_rows: i8[7, 40] = weight embed.weight.rows
+        %embed_scale: f32[7] = weight embed.weight.row_scale
+        %embed = lbllm.unpack_rows(%embed_rows, %embed_scale)
+        %token = aten.embedding(%embed, %ids)
+        %table: f32[5, 40] = weight positions.weight
+        %place = aten.embedding(%table, %positions)
+        %x = aten.add.Tensor(%token, %place)
+        %clip: f32[2] = weight head.input_clip
+        %quantized = lbllm.fake_quantize(%x, %clip, 8, 32)
+        %bias: f32[7] = weight head.bias
+        %y = aten.linear(%quantized, %w, %bias) {path="head", role="head"}
+        return %y
+    """
+    rewrites(Head(group=32), UNTIED, expected, kind="causal-lm")
 
 
 def test_rows_are_within_half_a_step_of_the_weight():
-    before = untied()
+    before = parse(UNTIED)
     after = Head().apply(before, context()).program
     weight = get_attribute(before.module, "head.weight")
     rows, scale = (get_attribute(after.module, f"head.weight.{n}") for n in ("rows", "row_scale"))
@@ -90,7 +102,7 @@ def test_rows_are_within_half_a_step_of_the_weight():
 
 
 def test_sixteen_bits_leave_the_program_alone():
-    before = tied()
+    before = parse(TIED)
     assert Head(bits=16).apply(before, context()).program is before
 
 
@@ -104,6 +116,6 @@ def test_a_matrix_with_other_uses_is_refused():
 
 
 def test_twice_is_refused():
-    once = Head().apply(untied(), context()).program
+    once = Head().apply(parse(UNTIED), context()).program
     with pytest.raises(PassError, match="quantized already"):
         Head().apply(once, context())

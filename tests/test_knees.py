@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import context as no_probe
-from graphs import expected, lines
+from graphs import normal, rewrites
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import operators as operators
@@ -30,7 +30,7 @@ from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import Lower
 from oracle import Oracle
 from reference_kernels import ReferenceKernels
-from rtn import KNEES
+from rtn import KNEES, planes
 from rtn import simulate as quantized_linears
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 from test_kernels import FAMILIES, build
@@ -259,23 +259,42 @@ def test_the_gradient_of_the_input_passes_inside_the_range():
 
 
 def test_the_lowered_graph_names_the_knees_behind_the_group():
-    before = quantized_linears(two_linears(), per_token=True, knees=True)
-    after = Lower().apply(before, no_probe()).program
-    assert lines(before)[1:3] == expected("""
-        %1 = lbllm.fake_quantize(x, a.input_clip, 4, 0, a.input_knees)
-        %2 = aten.linear(%1, %0, a.bias)
-    """)
-    assert lines(after) == expected("""
-        %0 = lbllm.quantize_activation(x, a.input_clip, 4, 0, a.input_knees)
-        %1 = getitem(%0, 0)
-        %2 = getitem(%0, 1)
-        %3 = lbllm.bit_linear(%1, %2, a.weight.sign, a.weight.bitmap, a.weight.levels, a.weight.scale, a.bias, 32)
-        %4 = lbllm.bit_linear(%1, %2, b.weight.sign, b.weight.bitmap, b.weight.levels, b.weight.scale, None, 32)
-        %5 = aten.add.Tensor(%3, %4)
-        return %5
-    """)
-    x = torch.randn(3, 100, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(after.module(x), before.module(x), rtol=1e-5, atol=1e-5)
+    before = """
+        decoder layer 0:
+        %x = input x
+        %clip: f32[2] = weight a.input_clip
+        %knees: f32[2] = weight a.input_knees
+        %quantized = lbllm.fake_quantize(%x, %clip, 4, 0, %knees)
+        %sign: u8[24, 13] = weight a.weight.sign
+        %bitmap: u8[24, 13] = weight a.weight.bitmap
+        %levels: i8[24, 4, 4] = weight a.weight.levels
+        %scale: f16[24, 4] = weight a.weight.scale
+        %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 100, 32)
+        %bias: f32[24] = weight a.bias
+        %y = aten.linear(%quantized, %w, %bias) {path="a", role="decoder"}
+        return %y
+    """
+    expected = """
+        decoder layer 0:
+        %x = input x
+        %clip: f32[2] = weight a.input_clip
+        %knees: f32[2] = weight a.input_knees
+        %quantized = lbllm.quantize_activation(%x, %clip, 4, 0, %knees) {in_features=100}
+        %values: i8[3, 100] = getitem(%quantized, 0)
+        %x_scale: f32[3, 1] = getitem(%quantized, 1)
+        %sign: u8[24, 13] = weight a.weight.sign
+        %bitmap: u8[24, 13] = weight a.weight.bitmap
+        %levels: i8[24, 4, 4] = weight a.weight.levels
+        %scale: f16[24, 4] = weight a.weight.scale
+        %bias: f32[24] = weight a.bias
+        %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 32) {
+            path="a", role="decoder", scheme="group=32 act=4 act-group=0 codebook=knees", in_features=100}
+        return %y
+    """
+    weights = planes("a.weight", normal(24, 100), 32)
+    weights |= {"a.input_clip": torch.tensor([0.95, 0.9]), "a.input_knees": torch.tensor(KNEES)}
+    x = normal(3, 100, seed=5)
+    after = rewrites(Lower(), before, expected, no_probe({"x": x}), weights).program
     stored = graph_json.loads(graph_json.dumps(after.module), dict(after.parameters()))
     assert torch.equal(stored(x), after.module(x))
 

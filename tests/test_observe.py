@@ -4,67 +4,64 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo
-from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.observe import STAT, Observe
+from graphs import context, normal, rewrites
+from lbllm_compile.passes.base import PassError
+from lbllm_compile.passes.ir.parse import parse
+from lbllm_compile.passes.observe import Observe
 from stages import annotated, apply, batches
-from torch import fx, nn
 
-_linear, _observe = torch.ops.aten.linear.default, torch.ops.lbllm.observe.default
+SHARED = """
+    decoder layer 0:
+    %x = input x
+    %q_weight: f32[8, 8] = weight q.weight
+    %q = aten.linear(%x, %q_weight) {path="q", role="decoder"}
+    %k_weight: f32[8, 8] = weight k.weight
+    %k = aten.linear(%x, %k_weight) {path="k", role="decoder"}
+    %total = aten.add.Tensor(%q, %k)
+    %o_weight: f32[8, 8] = weight o.weight
+    %o = aten.linear(%total, %o_weight) {path="o", role="decoder"}
+    return %o
+"""
+"""Two linears on one input and one on their sum."""
 
-
-def _program(roles: dict[str, str]) -> Program:
-    """Two linears on one input and one on their sum, with the given roles."""
-    root, graph = nn.Module(), fx.Graph()
-    x = graph.placeholder("x")
-    nodes = []
-
-    def linear(name: str, source: fx.Node) -> fx.Node:
-        root.add_module(name, nn.Linear(8, 8, bias=False))
-        node = graph.call_function(_linear, (source, graph.get_attr(f"{name}.weight")))
-        node.meta[LINEAR] = LinearInfo(name, f"{name}.weight", 0, roles[name], 0, "")
-        node.meta[LAYER] = 0
-        nodes.append(node)
-        return node
-
-    q, k = linear("q", x), linear("k", x)
-    graph.output(linear("o", graph.call_function(torch.ops.aten.add.Tensor, (q, k))))
-    return Program(fx.GraphModule(root.requires_grad_(False), graph), "module")
-
-
-def _text(program: Program) -> list[str]:
-    return [f"{n.name} = {getattr(n.target, '__name__', n.target)}{n.args}" for n in program.graph.nodes]
+KEPT = SHARED.replace('path="k", role="decoder"', 'path="k", role="dense"').replace(
+    'path="o", role="decoder"', 'path="o", role="head"'
+)
 
 
 def test_linears_that_share_an_input_share_an_observer():
-    before = _program({"q": "decoder", "k": "decoder", "o": "decoder"})
-    after = Observe().apply(before, PassContext()).program
-    assert _text(after) == [
-        "x = x()",
-        "q_weight = q.weight()",
-        "observe_default = observe.default(x, 'q')",
-        "linear_default = linear.default(observe_default, q_weight)",
-        "k_weight = k.weight()",
-        "linear_default_1 = linear.default(observe_default, k_weight)",
-        "add_tensor = add.Tensor(linear_default, linear_default_1)",
-        "o_weight = o.weight()",
-        "observe_default_1 = observe.default(add_tensor, 'o')",
-        "linear_default_2 = linear.default(observe_default_1, o_weight)",
-        "output = output(linear_default_2,)",
-    ]
-    assert not any(n.target is _observe for n in before.graph.nodes)
-    observers = [n for n in after.graph.nodes if n.target is _observe]
-    assert [n.meta[LAYER] for n in observers] == [0, 0]
-    x = {"x": torch.randn(2, 8)}
-    assert torch.equal(before.run(x), after.run(x))
+    expected = """
+        decoder layer 0:
+        %x = input x
+        %x_seen = lbllm.observe(%x, "q") {stat="hessian"}
+        %q_weight: f32[8, 8] = weight q.weight
+        %q = aten.linear(%x_seen, %q_weight) {path="q", role="decoder"}
+        %k_weight: f32[8, 8] = weight k.weight
+        %k = aten.linear(%x_seen, %k_weight) {path="k", role="decoder"}
+        %total = aten.add.Tensor(%q, %k)
+        %sum_seen = lbllm.observe(%total, "o") {stat="hessian"}
+        %o_weight: f32[8, 8] = weight o.weight
+        %o = aten.linear(%sum_seen, %o_weight) {path="o", role="decoder"}
+        return %o
+    """
+    rewrites(Observe(), SHARED, expected, context({"x": normal(2, 8)}))
 
 
 def test_what_stays_dense_is_not_observed():
-    after = Observe("absmax").apply(_program({"q": "decoder", "k": "dense", "o": "head"}), PassContext()).program
-    observer, *others = [n for n in after.graph.nodes if n.target is _observe]
-    assert not others and [u.meta[LINEAR].path for u in observer.users] == ["q"]
-    assert observer.meta[STAT] == "absmax"
+    expected = """
+        decoder layer 0:
+        %x = input x
+        %x_seen = lbllm.observe(%x, "q") {stat="absmax"}
+        %q_weight: f32[8, 8] = weight q.weight
+        %q = aten.linear(%x_seen, %q_weight) {path="q", role="decoder"}
+        %k_weight: f32[8, 8] = weight k.weight
+        %k = aten.linear(%x, %k_weight) {path="k", role="dense"}
+        %total = aten.add.Tensor(%q, %k)
+        %o_weight: f32[8, 8] = weight o.weight
+        %o = aten.linear(%total, %o_weight) {path="o", role="head"}
+        return %o
+    """
+    rewrites(Observe("absmax"), KEPT, expected, context({"x": normal(2, 8)}))
 
 
 def test_a_decoder_layer_has_four_observers():
@@ -76,11 +73,11 @@ def test_a_decoder_layer_has_four_observers():
 
 
 def test_observing_twice_is_refused():
-    program = _program({"q": "decoder", "k": "decoder", "o": "decoder"})
+    program = parse(SHARED, kind="module")
     with pytest.raises(PassError, match="observed already"):
         apply(program, "observe,observe")
 
 
 def test_where_every_linear_is_kept_nothing_is_observed():
-    program = _program({"q": "dense", "k": "dense", "o": "head"})
+    program = parse(KEPT.replace('decoder"', 'dense"'), kind="module")
     assert apply(program, "observe").program is program

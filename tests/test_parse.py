@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from graphs import context, normal
+from graphs import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.cleanup import Cleanup
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.parse import ParseError, parse
 from lbllm_compile.passes.ir.program import IN_FEATURES, STAT, STATE, StateSpec
@@ -191,18 +190,15 @@ def test_numbers_are_written_in_full():
     assert node.args[1] == math.pi and repr(math.pi) in dump.node_text(node)
 
 
-def test_cleanup_drops_what_computes_nothing():
-    before = parse("""
-        %x = input x
-        %whole = aten.slice.Tensor(%x, 0, 0, 9223372036854775807)
-        %dead = aten.relu(%x)
-        %alias = aten.alias(%whole)
-        %y = aten.mul.Tensor(%alias, %alias)
-        return %y
-    """, kind="module")  # fmt: skip
-    after = Cleanup().apply(before, context({"x": normal(2, 3)})).program
-    assert dump.render(after) == dump.render(parse("""
-        %x = input x
-        %y = aten.mul.Tensor(%x, %x)
-        return %y
-    """))  # fmt: skip
+def test_a_line_that_ends_with_a_comma_or_an_opening_bracket_goes_on():
+    whole = parse(PROGRAM)
+    cut = PROGRAM.replace("(%x, ", "(%x,\n        ").replace('", reason', '",\n\treason')
+    cut = cut.replace("sizes(%q, [4, ", "sizes(\n%q, [\n4,\n")
+    assert len(cut.splitlines()) == len(PROGRAM.splitlines()) + 5
+    assert dump.render(parse(cut)) == dump.render(whole)
+    remark = parse("%x = input x  # a, b,\n# c,\n%y = aten.relu(%x)\nreturn %y")
+    assert [n.name for n in remark.graph.nodes] == ["x", "y", "output"]
+    with pytest.raises(ParseError, match=r"line 2 .*no node '%z'"):
+        parse("%x = input x\n%y = aten.add.Tensor(%x,\n%z)\nreturn %y")
+    with pytest.raises(ParseError, match="no line 'return"):
+        parse("%x = input x\nreturn %x,")

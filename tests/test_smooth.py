@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import stages
 import torch
-from graphs import expected, lines, normal, program
-from lbllm_compile.passes.annotate import LAYER
+from graphs import normal, program, rewrites
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.ir.program import Program, get_attribute
+from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.parse import parse
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.smooth import Smooth
 from torch import Tensor
 from zoo import ZOO
@@ -40,7 +41,7 @@ def test_a_norm_and_a_gate_take_the_scales_and_the_graph_stays():
     before, context = _gated(), _calibrated(64, 8, loud=3)
     result = Smooth(strength=1.0).apply(before, context)
     after = result.program
-    assert lines(after) == lines(before)
+    assert dump.render(after) == dump.render(before)
     x = context.calibration[0]["x"]
     torch.testing.assert_close(after.module(x), before.module(x), rtol=1e-4, atol=1e-3)
     # With strength 1 all channels are equally loud; a geometric mean of 1 keeps their level.
@@ -61,24 +62,30 @@ def test_strength_is_the_exponent_of_the_rms(strength):
 
 
 def test_a_norm_that_adds_one_to_its_weight_is_computed():
-    def forward(root, x):
-        return aten.linear.default(aten.mul.Tensor(x, root.norm.weight), root.q.weight)
-
-    before = program({"norm.weight": torch.zeros(8), "q.weight": normal(4, 8)}, forward, kind="module")
-    weight = next(n for n in before.graph.nodes if n.target == "norm.weight")
-    with before.graph.inserting_after(weight):
-        plus = before.graph.call_function(aten.add.Tensor, (1.0, weight))
-    next(iter(n for n in weight.users if n is not plus)).replace_input_with(weight, plus)
-    before.module.recompile()
+    before = """
+        decoder layer 0:
+        %x = input x
+        %norm: f32[8] = weight norm.weight
+        %gain = aten.add.Tensor(1.0, %norm)
+        %n = aten.mul.Tensor(%x, %gain)
+        %w: f32[4, 8] = weight q.weight
+        %q = aten.linear(%n, %w) {path="q", role="decoder"}
+        return %q
+    """
+    expected = """
+        decoder layer 0:
+        %x = input x
+        %norm: f32[8] = weight norm.weight
+        %n = aten.mul.Tensor(%x, %norm)
+        %w: f32[4, 8] = weight q.weight
+        %q = aten.linear(%n, %w) {path="q", role="decoder"}
+        return %q
+    """
     context = _calibrated(64, 8, loud=2)
-    after = Smooth().apply(before, context).program
-    assert lines(after) == expected("""
-        %0 = aten.mul.Tensor(x, norm.weight)
-        %1 = aten.linear(%0, q.weight)
-        return %1
-    """)
-    x = context.calibration[0]["x"]
-    torch.testing.assert_close(after.module(x), before.module(x), rtol=1e-4, atol=1e-3)
+    given = parse(before, {"norm.weight": torch.zeros(8)}, "module")
+    after = rewrites(Smooth(), given, expected, context).program
+    inputs = context.calibration[0]
+    torch.testing.assert_close(after.run(inputs), given.run(inputs), rtol=1e-4, atol=1e-3)
 
 
 def test_layer_norm_is_divided_in_weight_and_bias():
@@ -120,29 +127,49 @@ def test_a_dead_channel_keeps_a_finite_scale():
     assert all(bool(torch.isfinite(t).all()) for _, t in silent.parameters())
 
 
-def _attention(root, q, x):
-    k, v = (aten.view.default(aten.linear.default(x, w), [2, 6, 2, 4]) for w in (root.k.weight, root.v.weight))
-    key, value = aten.transpose.int(k, 1, 2), aten.transpose.int(v, 1, 2)
-    return aten.scaled_dot_product_attention.default(q, key, value)
+ATTENTION = """
+    decoder layer 0:
+    %q = input q
+    %x = input x
+    %k_weight: f32[8, 8] = weight k.weight
+    %k_row = aten.linear(%x, %k_weight) {path="k", role="decoder"}
+    %v_weight: f32[8, 8] = weight v.weight
+    %v_row = aten.linear(%x, %v_weight) {path="v", role="decoder"}
+    %k_heads = aten.view(%k_row, [2, 6, 2, 4])  # attn
+    %v_heads = aten.view(%v_row, [2, 6, 2, 4])
+    %key = aten.transpose.int(%k_heads, 1, 2)  # attn
+    %value = aten.transpose.int(%v_heads, 1, 2)
+    %y = aten.scaled_dot_product_attention(%q, %key, %value)
+    return %y
+"""
 
 
 def test_the_mean_key_is_subtracted_where_attention_reads_it():
-    before = program({"k.weight": normal(8, 8, seed=1), "v.weight": normal(8, 8, seed=2)}, _attention)
-    for node in before.graph.nodes:
-        node.meta[LAYER] = 0
+    expected = """
+        decoder layer 0:
+        %q = input q
+        %x = input x
+        %k_weight: f32[8, 8] = weight k.weight
+        %k_row = aten.linear(%x, %k_weight) {path="k", role="decoder"}
+        %v_weight: f32[8, 8] = weight v.weight
+        %v_row = aten.linear(%x, %v_weight) {path="v", role="decoder"}
+        %k_heads = aten.view(%k_row, [2, 6, 2, 4])  # attn
+        %v_heads = aten.view(%v_row, [2, 6, 2, 4])
+        %key = aten.transpose.int(%k_heads, 1, 2)  # attn
+        %mean: f32[2, 1, 4] = weight attn.key_mean
+        %centered: f32[2, 2, 6, 4] = aten.sub.Tensor(%key, %mean)  # attn
+        %value = aten.transpose.int(%v_heads, 1, 2)
+        %y = aten.scaled_dot_product_attention(%q, %centered, %value)
+        return %y
+    """
     inputs = {"q": normal(2, 2, 6, 4, seed=3), "x": normal(2, 6, 8, seed=4) + 3}
-    after = Smooth(strength=0.0, precision="float32").apply(before, PassContext(calibration=[inputs])).program
-    added = [line for line in lines(after) if line not in lines(before)]
-    assert any("aten.sub.Tensor" in line and "key_mean" in line for line in added)
-    path = next(p for p, _ in after.parameters() if p.endswith("key_mean"))
-    mean = get_attribute(after.module, path)
-    assert mean.shape == (2, 1, 4)
-    keys = (inputs["x"] @ before.module.k.weight.T).view(2, 6, 2, 4).transpose(1, 2)
-    torch.testing.assert_close(mean.squeeze(1), keys.mean((0, 2)), rtol=1e-4, atol=1e-4)
-    arguments = inputs["q"], inputs["x"]
-    torch.testing.assert_close(after.module(*arguments), before.module(*arguments), rtol=1e-4, atol=1e-5)
-    untouched = Smooth(strength=0.0, center_keys=False).apply(before, PassContext(calibration=[inputs])).program
-    assert lines(untouched) == lines(before)
+    context = PassContext(calibration=[inputs], probe=inputs)
+    centering = Smooth(strength=0.0, precision="float32")
+    after = rewrites(centering, ATTENTION, expected, context, kind="causal-lm").program
+    weights = dict(after.parameters())
+    keys = (inputs["x"] @ weights["k.weight"].T).view(2, 6, 2, 4).transpose(1, 2)
+    torch.testing.assert_close(weights["attn.key_mean"].squeeze(1), keys.mean((0, 2)), rtol=1e-4, atol=1e-4)
+    rewrites(Smooth(strength=0.0, center_keys=False), ATTENTION, ATTENTION, context, kind="causal-lm")
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

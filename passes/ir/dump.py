@@ -12,7 +12,8 @@
 A node has a name, dtype and shape where they are known, an operator under its stored name (without ``.default``, and
 ``getitem`` for ``operator.getitem``), and arguments: nodes, numbers, texts in double quotes, ``None``, ``True``,
 ``torch.float32``, ``device("cpu")``, ``slice(0, 4, None)``, lists and tuples. In braces stands what passes know of the
-node. The one word behind ``#`` is the path of the module it came from.
+node. The one word behind ``#`` is the path of the module it came from. A line that ends with a comma or an
+opening bracket goes on in the next one.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from .program import IN_FEATURES, STAT, STATE, Program, StateSpec, get_attribute
 from .rewrite import Node
 from .scheme import Scheme
 
+_UNFINISHED = re.compile(r'(?:[^"#]|"(?:[^"\\]|\\.)*")*[,({\[]')
 _SECTION = re.compile(r"(?:decoder layer (\d+)|outside the decoder layers):")
 _NODE = re.compile(r"%([A-Za-z_]\w*)(?:: ([^=]*\S))? = ")
 _LEAF = re.compile(r"(input|state|weight) ([\w.]+)")
@@ -64,11 +65,16 @@ def parse(text: str, weights: Mapping[str, Tensor] | None = None, kind: str = "c
         ParseError: a line is malformed, or the graph does not hold together; one sentence with the line's number.
     """
     reader = _Reader(weights or {})
+    begun, first = "", 0
     for number, line in enumerate(text.splitlines(), 1):
+        begun, first = (f"{begun} {line.strip()}", first) if begun else (line.strip(), number)
+        if _UNFINISHED.fullmatch(begun):
+            continue
         try:
-            reader.read(line.strip())
+            reader.read(begun)
         except LbllmError as error:
-            raise ParseError(f"line {number} of the program: {error}") from error
+            raise ParseError(f"line {first} of the program: {error}") from error
+        begun = ""
     if not reader.complete:
         raise ParseError("the program has no line 'return ...' at its end")
     return Program(fx.GraphModule(reader.root, reader.graph), kind)

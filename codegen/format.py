@@ -163,6 +163,10 @@ class QuantizedWeight:
         Raises:
             FormatError: naming ``name`` and the rule that is broken.
         """
+        if self.group not in GROUPS:
+            raise FormatError(f"{name}: group size {self.group} is not one of {GROUPS}")
+        if self.sign.dim() < 2:
+            raise FormatError(f"{name}.sign has the shape {tuple(self.sign.shape)}, which is no matrix")
         n, nbytes = self.out_features, -(-self.in_features // 8)
         batch = self.sign.shape[:-2]
         expected = {
@@ -171,8 +175,6 @@ class QuantizedWeight:
             "levels": (torch.int8, (*batch, n, self.groups, LEVELS)),
             "scale": (torch.float16, (*batch, n, self.groups)),
         }
-        if self.group not in GROUPS:
-            raise FormatError(f"{name}: group size {self.group} is not one of {GROUPS}")
         for field, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, field)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:

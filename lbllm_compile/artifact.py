@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -38,6 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.cache import (
     cache_directory,
     exchange,
@@ -63,9 +65,9 @@ from lbllm_compile.manifest import (
     read_manifest,
 )
 from lbllm_compile.passes.contracts import Propagation, describe
-from lbllm_compile.passes.ir import graph_json
-from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import calls, constant, is_node
+from lbllm_compile.passes.ir import dump, graph_json
+from lbllm_compile.passes.ir.program import STATE, Program
+from lbllm_compile.passes.ir.rewrite import calls, constant, is_stored
 from lbllm_compile.passes.lower import check_weights
 from lbllm_compile.plain import plain
 from lbllm_compile.records import CompileReport, MeasuredPass
@@ -74,6 +76,9 @@ MEASUREMENTS = "measured.json"
 REPORT, REPORT_FORMAT = "report.json", "lbllm-report"
 SHARD_BYTES = 2 << 30
 """Weights beyond this go into several safetensors files."""
+
+MAX_COMPUTED = 1 << 30
+"""Bytes of all tensors that a graph may make of a few tokens or a small batch, beside what its weights account for."""
 
 _MAX_JSON = 64 << 20
 _OURS = re.compile(
@@ -249,7 +254,7 @@ def load(directory: str | Path) -> Artifact:
             metadata={k: v for k, v in described.items() if k not in ("kind", "name")},
         )
         _check_weights(program, state)
-        _check_shapes(program)
+        _check_graph(program, state)
     except LbllmError as error:
         raise ArtifactError(f"the artifact '{directory}' is damaged: {error}") from error
     if any(f in files for f in ("tokenizer.json", "tokenizer_config.json")):
@@ -556,28 +561,67 @@ def _check_weights(program: Program, state: Mapping[str, Tensor]) -> None:
         _check_rows(program, *Arguments(node).pick("weight", "scale"))
 
 
-def _check_shapes(program: Program) -> None:
-    """Every operator of a language model takes what it gets, as far as shapes, dtypes and constants tell.
+def _check_graph(program: Program, state: Mapping[str, Tensor]) -> None:
+    """Every operator takes what it gets, as far as shapes, dtypes and constants tell, and nothing of it is huge.
 
     Raises:
         ArtifactError, OperatorError: naming the node that does not.
     """
-    if program.kind != "causal-lm":
-        return  # only its caller knows what inputs it takes
-    ids = torch.zeros((2, 3), dtype=torch.int64)
+    for node in program.state_placeholders():
+        if program.kind != "causal-lm":
+            raise ArtifactError(f"the graph of a module has the state '{node.target}'")
+        known = [operators.find(user.target) for user in node.users]
+        if not known or not all(operator is not None and operator.updates for operator in known):
+            raise ArtifactError(f"the state '{node.target}' is read by what does not keep it, or by nothing")
+    inputs = _token_inputs(program) if program.kind == "causal-lm" else _module_inputs(program)
     propagation = Propagation(program.module)
     try:
-        propagation.shapes(program, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids})
+        propagation.shapes(program, inputs)
     except OperatorError:
         raise
     except Exception as error:
         raise ArtifactError(
             f"the graph does not run at {describe(propagation.current)}: {first_line(error)[:200]}"
         ) from error
+    if propagation.computed > MAX_COMPUTED + 16 * sum(t.nbytes for t in state.values()):
+        raise ArtifactError(f"the graph makes {propagation.computed >> 20} MiB of tensors of a few numbers")
+    output, dimensions = propagation.result, 3 if program.kind == "causal-lm" else None
+    if not isinstance(output, Tensor) or (dimensions and (output.dim() != dimensions or output.shape[:2] != (2, 3))):
+        raise ArtifactError("the graph gives something else than " + ("logits" if dimensions else "one tensor"))
+
+
+def _token_inputs(program: Program) -> dict[str, Any]:
+    """Three tokens of two sequences, behind others where the graph has a state."""
+    names = [str(n.target) for n in program.placeholders() if STATE not in n.meta]
+    if foreign := sorted(set(names) - {"input_ids", "attention_mask", "position_ids", "past"}):
+        raise ArtifactError(f"the graph has the input '{foreign[0]}', which no language model has")
+    past = 4 if "past" in names else 0
+    ids = torch.zeros((2, 3), dtype=torch.int64)
+    mask = torch.ones((2, past + 3), dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": ids, "past": past}
+
+
+def _module_inputs(program: Program) -> dict[str, Tensor]:
+    """Tensors of the dtypes and shapes that the graph says its inputs have; a size that is free is 2.
+
+    Raises:
+        ArtifactError: an input has none, or is huge.
+    """
+    inputs = {}
+    for node in program.placeholders():
+        found = dump.read_shape(node.meta.get("shape", ""))
+        if found is None:
+            raise ArtifactError(f"the graph does not say the dtype and shape of its input '{node.target}'")
+        dtype, sizes = found
+        shape = [2 if isinstance(size, str) else size for size in sizes]
+        if math.prod(shape) > MAX_COMPUTED // 16:
+            raise ArtifactError(f"the graph's input '{node.target}' has {math.prod(shape)} elements, which is too many")
+        inputs[str(node.target)] = torch.empty(shape, dtype=dtype)
+    return inputs
 
 
 def _check_rows(program: Program, weight: Any, scales: Any) -> None:
-    if not all(is_node(n) and n.op == "get_attr" for n in (weight, scales)):
+    if not (is_stored(weight) and is_stored(scales)):
         raise ArtifactError("the graph computes an int8 matrix that should be stored")
     rows, scale = (constant(program.module, n) for n in (weight, scales))
     good = (
@@ -597,6 +641,7 @@ def _with_tokenizer(program: Program, directory: Path) -> Program:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)  # some settings are looked at only here
     except Exception as error:
-        raise ArtifactError(f"the tokenizer in '{directory}' cannot be read: {str(error)[:200]}") from error
+        raise ArtifactError(f"the tokenizer in '{directory}' cannot be read: {first_line(error)[:200]}") from error
     return replace(program, tokenizer=tokenizer)

@@ -146,7 +146,7 @@ def linear_rows(program: Program) -> list[dict[str, Any]]:
     """One row a linear of an annotated graph: what it is and how it is computed in this graph."""
     rows = []
     for node in program.graph.nodes:
-        if LINEAR not in node.meta:
+        if LINEAR not in node.meta or not node.all_input_nodes:
             continue
         info = node.meta[LINEAR]
         rows.append(
@@ -187,7 +187,7 @@ def _weights_text(node: fx.Node) -> str:
 
 def _input_text(node: fx.Node) -> str:
     """How the input of a linear is represented: ``A4 per token and 64`` and the like."""
-    source = node.all_input_nodes[0] if dump.target_text(node).endswith("getitem") else node
+    source = next(iter(node.all_input_nodes), node) if dump.target_text(node).endswith("getitem") else node
     if dump.target_text(source) not in ("lbllm.fake_quantize", "lbllm.quantize_activation"):
         return "float"
     bits, group = _integers(source)[-2:]

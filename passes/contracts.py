@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
 from ..codegen.errors import LbllmError, first_line
 from ..codegen.operators import Arguments
+from ..codegen.operators.arguments import changed
+from ..codegen.operators.checks import check_types, require
 from ..codegen.operators.registry import OperatorError
 from .base import Pass, PassError
 from .ir import compare, dump, exact
-from .ir.program import Program
+from .ir.program import IN_FEATURES, Program
 
 _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -69,50 +71,84 @@ class Propagation(fx.Interpreter):
 
     Attributes:
         current: the node it is at, or failed at.
+        result: what the graph gives, tensors being fake.
+        computed: bytes of all tensors that the graph makes.
     """
 
     current: fx.Node | None = None
+    result: Any = None
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
         self.extra_traceback = False  # torch would add to an error's message
+        self.computed = 0
         self._shapes: dict[fx.Node, str] = {}
+        self._given: list[FakeTensor] = []
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def shapes(self, program: Program, inputs: Mapping[str, Any]) -> dict[fx.Node, str]:
         """Dtype and shape of every tensor for inputs of these shapes.
 
         Raises:
-            OperatorError: a call's arguments are not what its operator takes; naming the node.
+            OperatorError: a call's arguments are not what its operator takes, or it would change an input or a weight;
+                naming the node.
             Exception: what an operator raises.
         """
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        arguments = [
-            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in program.arguments(inputs)
-        ]
+        with self._mode:  # so that a state is not made, either
+            arguments = [self._fake(a) if isinstance(a, Tensor) else a for a in program.arguments(inputs)]
+        self._given += [a for a in arguments if isinstance(a, FakeTensor)]
         # What fails is raised; torch would also log it, with a traceback.
         silenced, _fake_log.disabled = _fake_log.disabled, True
         try:
-            with mode, torch.no_grad():
-                self.run(*arguments)
+            with self._mode, torch.no_grad():
+                self.result = self.run(*arguments)
         finally:
             _fake_log.disabled = silenced
         return self._shapes
 
+    def _fake(self, tensor: Tensor) -> FakeTensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._mode.from_tensor(tensor, static_shapes=True)
+
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
-        if n.op == "call_function":
-            self._verify(n)
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._shapes[n] = dump.shape_text(value)
-        return value
-
-    def _verify(self, node: fx.Node) -> None:
-        known = operators.find(node.target)
-        if known is not None and known.verify is not None:
+        if isinstance(n.target, torch._ops.OpOverload):
+            arguments = Arguments(n, lambda argument: fx.node.map_arg(argument, self.env.__getitem__))
             # Values of constants are looked at, which a fake mode would not let.
             with unset_fake_temporarily():
-                known.verify(Arguments(node, lambda argument: fx.node.map_arg(argument, self.env.__getitem__)))
+                self._verify(arguments)
+        value = super().run_node(n)
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise OperatorError(f"{describe(n)} gives an integer of more than 64 bits")
+        if isinstance(value, Tensor):
+            self._shapes[n] = dump.shape_text(value)
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            self._given.append(self._fake(value))
+        elif n.op == "call_function":
+            self.computed += sum(t.numel() * t.element_size() for t in _tensors(value))
+        return value
+
+    def _verify(self, arguments: Arguments) -> None:
+        node = arguments.node
+        known = operators.find(node.target)
+        if known is not None and known.verify is not None:
+            check_types(arguments)
+            known.verify(arguments)
+        channeled = next((name for name in ("x", "values") if name in arguments), None)
+        if channeled and known is not None and known.kernel and IN_FEATURES in node.meta:
+            channels, told = getattr(arguments, channeled).shape[-1], node.meta[IN_FEATURES]
+            require(channels == told, arguments, f"its input has {channels} channels, not {told}")
+        for name in changed(node.target):
+            if known is None or name not in known.updates:
+                with self._mode:
+                    storage = self._fake(getattr(arguments, name)).untyped_storage()._cdata
+                kept = any(storage == given.untyped_storage()._cdata for given in self._given)
+                require(not kept, arguments, f"{name}, which it changes, is an input or a weight")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors that an operator gave."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
 
 
 def probe_outputs(program: Program, probe: Mapping[str, Any]) -> Tensor:

@@ -7,14 +7,12 @@ planes. The integer part is exact on every target; only the fp32 sum over groups
 Given::
 
     %xq = lbllm.fake_quantize(%x, %clip, 4, 64)
-    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
-    %y = aten.linear(%xq, %w, %bias)
+    %y = aten.linear(%xq, lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64), %bias)
 
 Result::
 
     %quantized = lbllm.quantize_activation(%x, %clip, 4, 64)
-    %values = getitem(%quantized, 0)
-    %x_scale = getitem(%quantized, 1)
+    %values, %x_scale = %quantized[0], %quantized[1]
     %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 64)
 
 Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_linear``, and linears and look-ups over
@@ -42,6 +40,7 @@ from torch import Tensor, fx
 from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen import reference
+from ..codegen.errors import FormatError
 from ..codegen.format import QuantizedWeight
 from ..codegen.operators import Arguments
 from ..codegen.operators.arguments import parameters
@@ -50,7 +49,7 @@ from .annotate import LINEAR, completed, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
-from .ir.rewrite import Node, bias_of, calls, constant, is_call, make_call, operands_of, replace_call
+from .ir.rewrite import Node, bias_of, calls, constant, is_call, is_stored, make_call, operands_of, replace_call
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -230,9 +229,15 @@ def _check_linears(
 
 
 def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
-    """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``."""
+    """Every W(1+1) matrix of a lowered program under its original path, e.g. ``model.layers.0.mlp.up_proj.weight``.
+
+    Raises:
+        FormatError: a matrix is computed, or its size is not known; naming the linear.
+    """
     found: dict[str, QuantizedWeight] = {}
     for node, path, parts in _stored_parts(program):
+        if IN_FEATURES not in node.meta:
+            raise FormatError(f"{describe(node)} does not say how many columns its weight has")
         tensors: list[Any] = [get_attribute(program.module, n.target) for n in parts]
         found[path] = QuantizedWeight(*tensors, in_features=node.meta[IN_FEATURES], group=Arguments(node).group)
     return found
@@ -253,9 +258,16 @@ def check_weights(program: Program) -> None:
 
 
 def _stored_parts(program: Program) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:
-    """A lowered linear, the path of its matrix and the ``get_attr`` nodes of its tensors, for each that was merged."""
+    """A lowered linear, the path of its matrix and the ``get_attr`` nodes of its tensors, for each that was merged.
+
+    Raises:
+        FormatError: they are no such nodes, or not as many of each tensor.
+    """
     for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
         merged = Arguments(node).pick(*WEIGHT)
         planes = [Arguments(a).tensors if is_call(a, _aten.cat.default) else [a] for a in merged]
+        stored = all(isinstance(plane, (list, tuple)) and all(map(is_stored, plane)) for plane in planes)
+        if not stored or len({len(plane) for plane in planes}) != 1:
+            raise FormatError(f"the weights of {describe(node)} are not stored matrices")
         for parts in zip(*planes, strict=True):
             yield node, parts[0].target.removesuffix(".sign"), parts

@@ -63,7 +63,7 @@ class Impossible(Pass):
         after = program.copy()
         (output,) = (n for n in after.graph.nodes if n.op == "output")
         with after.graph.inserting_before(output):
-            call = after.graph.call_function(torch.ops.lbllm.fake_quantize_kv.default, (output.args[0], 5))
+            call = after.graph.call_function(torch.ops.lbllm.fake_quantize_kv.default, (output.args[0][0], 5))
         output.args = (call,)
         return PassResult(after)
 

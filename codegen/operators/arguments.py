@@ -84,6 +84,12 @@ def parameters(target: Callable[..., Any]) -> dict[str, Any]:
     raise TypeError(f"the arguments of {target} have no names")
 
 
+@functools.cache
+def changed(target: torch._ops.OpOverload) -> tuple[str, ...]:
+    """Names of the tensors that an operator changes in place."""
+    return tuple(a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def set_argument(node: Any, name: str, value: Any) -> None:
     """Gives a call another value for the argument of that name."""
     position = [*parameters(node.target)].index(name)

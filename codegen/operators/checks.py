@@ -19,6 +19,17 @@ def require(condition: bool, arguments: Arguments, what: str) -> None:
         raise OperatorError(f"'{arguments.node.name}' ({arguments.node.target}): {what}")
 
 
+def check_types(a: Arguments) -> None:
+    """Where an operator takes a tensor, it is given one.
+
+    Raises:
+        OperatorError: naming the argument.
+    """
+    for argument in a.node.target._schema.arguments:
+        if isinstance(argument.type, torch.TensorType):
+            require(isinstance(getattr(a, argument.name), Tensor), a, f"{argument.name} is no tensor")
+
+
 def has_values(tensor: Any) -> bool:
     """Whether a tensor's values can be looked at."""
     return isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
@@ -27,7 +38,6 @@ def has_values(tensor: Any) -> bool:
 def require_tensor(a: Arguments, name: str, dtype: torch.dtype, *dimensions: int | None) -> Tensor:
     """The argument of that name, a tensor of a dtype whose last dimensions have the given sizes (None: any)."""
     tensor = getattr(a, name)
-    require(isinstance(tensor, Tensor), a, f"{name} is no tensor")
     require(tensor.dtype == dtype, a, f"{name} is {tensor.dtype}, not {dtype}")
     sizes = [*tensor.shape][-len(dimensions) :] if dimensions else []
     fits = len(sizes) == len(dimensions) and all(d is None or d == s for d, s in zip(dimensions, sizes, strict=True))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lbllm_compile.codegen import operators as operators
-from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.errors import KernelError, first_line
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT, WEIGHT
@@ -243,15 +243,30 @@ class Executor:
         self._last = _Lifted(last) if last is not None else None
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """Runs the graph on its placeholders' values, in order."""
-        with torch.inference_mode():
-            return self._full(*inputs)
+        """Runs the graph on its placeholders' values, in order.
+
+        Raises:
+            KernelError: an operator cannot take what it gets with these inputs.
+        """
+        return _run(self._full, inputs)
 
     def last_logits(self, *inputs: Any) -> Tensor:
         """A language model's logits of the last position, ``[B, 1, V]``; the head runs on that position alone where
-        the graph allows."""
+        the graph allows.
+
+        Raises:
+            KernelError: an operator cannot take what it gets with these inputs.
+        """
+        return _run(self._last, inputs) if self._last is not None else _run(self._full, inputs)[:, -1:]
+
+
+def _run(graph: _Lifted, inputs: Sequence[Any]) -> Tensor:
+    try:
         with torch.inference_mode():
-            return self._last(*inputs) if self._last is not None else self._full(*inputs)[:, -1:]
+            return graph(*inputs)
+    # of torch's operators, whose checks of sizes and values these are
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise KernelError(f"the graph does not run on these inputs: {first_line(error)[:300]}") from error
 
 
 def _bind(program: Program, kernels: Kernels) -> None:
@@ -305,6 +320,11 @@ class _Lifted:
         return self._forward(*inputs, *self._weights)
 
 
+def _operand(node: Node, name: str) -> Node:
+    """The first operand of a call; what is bound to a kernel has no schema any more that would tell its name."""
+    return node.args[0] if isinstance(node.target, (_Linear, _Quantize)) else getattr(Arguments(node), name)
+
+
 def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
     """The same graph with the output head on the last position only; None where the head is not last."""
     module = copy_module(module)
@@ -319,12 +339,15 @@ def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
         node = node.all_input_nodes[0]
     if not is_node(node) or node.meta[LINEAR].role == "decoder":
         return None
-    quantized = isinstance(node.target, _Linear) or node.target in KERNEL_TARGETS
-    # What is bound to a kernel has no schema any more; its first operand is the quantizer's first result.
-    hidden_user = node.args[0].args[0] if quantized else node
-    hidden = hidden_user.args[0]
-    with module.graph.inserting_before(hidden_user):
+    if is_call(node, _aten.linear.default):
+        reader = node
+    elif isinstance(node.target, _Linear) or node.target in LINEAR_TARGETS:
+        reader = _operand(_operand(node, "values"), "value")  # the quantizer
+    else:
+        return None
+    with module.graph.inserting_before(reader):
+        hidden = _operand(reader, "input" if reader is node else "x")
         last = module.graph.call_function(_aten.slice.Tensor, (hidden, 1, -1, (1 << 63) - 1))
-    hidden_user.update_arg(0, last)
+    reader.replace_input_with(hidden, last)
     module.recompile()
     return module

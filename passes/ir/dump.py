@@ -78,6 +78,18 @@ def shape_text(value: Tensor) -> str:
     return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(d) for d in value.shape)}]"
 
 
+_SHAPE = re.compile(r"([\w.]+)\[((?:\w+(?:, \w+)*)?)\]")
+
+
+def read_shape(text: str) -> tuple[torch.dtype, list[int | str]] | None:
+    """The dtype and the sizes that :func:`shape_text` wrote, symbols as text; None where they cannot be told."""
+    match = _SHAPE.fullmatch(text)
+    dtype = next((d for d, name in _DTYPES.items() if match and match[1] == name), None)
+    if match is None or dtype is None:
+        return None
+    return dtype, [int(size) if size.isdecimal() else size for size in match[2].split(", ") if size]
+
+
 def target_text(node: fx.Node) -> str:
     """The operator of a node without ``torch.ops`` and a default overload: ``aten.linear``, ``lbllm.bit_linear``."""
     if node.op != "call_function":

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from ...codegen import operators as operators
 from ...codegen.errors import LbllmError
 from ...codegen.operators import stored
+from ...codegen.operators.arguments import parameters
 from ..annotate import LAYER, LINEAR, LinearInfo
 from . import dump
 from .program import FIXED, IN_FEATURES, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
@@ -50,6 +51,12 @@ _MEMORY_FORMATS = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
 }
+_WRITTEN = {
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
+"""What operators are read as that would give memory which nobody has written."""
+
 _DEVICES = ("cpu", "cuda", "meta")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
@@ -236,8 +243,8 @@ def _object(value: Any, what: str, required: tuple[str, ...] = (), optional: tup
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise GraphFormatError(f"{what} is not a short text")
+    if not isinstance(value, str) or len(value) > MAX_TEXT or "\n" in value:
+        raise GraphFormatError(f"{what} is not a short text in one line")
     return value
 
 
@@ -261,8 +268,8 @@ def check_arguments(node: Node, what: str) -> None:
     """
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema.arguments
-        known = {a.name for a in schema}
-        if len(node.args) > len(schema) or not set(node.kwargs) <= known:
+        known, given = {a.name for a in schema}, {a.name for a in schema[: len(node.args)]}
+        if len(node.args) > len(schema) or not set(node.kwargs) <= known or given & set(node.kwargs):
             raise GraphFormatError(f"{what} has arguments that {node.target} does not take")
         for argument in schema[len(node.args) :]:
             if argument.name not in node.kwargs and not argument.has_default_value():
@@ -271,6 +278,8 @@ def check_arguments(node: Node, what: str) -> None:
         raise GraphFormatError(f"{what} has arguments where none belong")
     elif node.op == "output" and len(node.args) != 1:
         raise GraphFormatError(f"{what} must return one value")
+    elif node.op == "call_function" and len(node.args) != len(parameters(node.target)):
+        raise GraphFormatError(f"{what} does not have the arguments of '{node.target.__name__}'")
 
 
 class _Decoder:
@@ -328,7 +337,8 @@ class _Decoder:
 
     def _target(self, op: Any, target: Any, what: str) -> Any:
         if op == "call_function":
-            return resolve_operator(target)
+            known = resolve_operator(target)
+            return _WRITTEN.get(known, known)
         text = _text(target, f"{what}'s target")
         if op == "get_attr":
             parts = text.split(".")
@@ -385,8 +395,8 @@ class _Decoder:
         if "module" in meta:
             node.meta["nn_module_stack"] = {"": (_text(meta["module"], f"{what}'s module"), "")}
         if "source" in meta:
-            source = _text(meta["source"], f"{what}'s source")
-            if not _SOURCE.fullmatch(source):
+            source = meta["source"]
+            if not isinstance(source, str) or not _SOURCE.fullmatch(source):
                 raise GraphFormatError(f"{what} has a malformed source line")
             file, _, line = source.rpartition(":")
             node.meta["stack_trace"] = f'File "{file}", line {line}'

@@ -28,6 +28,11 @@ def is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
+def is_stored(value: Any) -> bool:
+    """Whether an argument is a weight."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
 def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
     """Whether ``value`` is a node that calls one of ``targets``."""
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..arguments import Arguments
+from ..checks import require
 from ..registry import Operator, register
 from ..translator import Translator, Value, flat, refusal
 from .creation import filled
@@ -51,6 +52,13 @@ def _linear(t: Translator, a: Arguments) -> Value:
     return result if a.bias is None else t.emit(t.op.add(result, a.bias))
 
 
+def _not_at_random(a: Arguments) -> None:
+    """Nothing is dropped out: a stored graph gives the same every time."""
+    require(not (a.train and a.p) if "train" in a else not a.dropout_p, a, "it drops values out at random")
+
+
+register(Operator(_aten.dropout.default, verify=_not_at_random))
+register(Operator(_aten.scaled_dot_product_attention.default, verify=_not_at_random))
 register(Operator(_aten.layer_norm.default, _layer_norm))
 register(Operator(_aten.rms_norm.default, _rms_norm))
 register(Operator(_aten.linear.default, _linear))

@@ -62,6 +62,15 @@ def _verify_cached(a: Arguments) -> None:
     require(a.window >= 0, a, f"a window of {a.window} tokens is less than none")
     require(a.chunk >= 0, a, f"a chunk of {a.chunk} tokens is less than none")
     _verify_heads(a)
+    batch, shared, new, _ = a.key.shape
+    for tensor, codes, params in ((a.key, *STATE[:2]), (a.value, *STATE[2:])):
+        # what one key or value is stored as
+        sample = torch.zeros((1, tensor.shape[-1]))
+        for name, stored in zip((codes, params), reference.quantize_kv(sample, a.bits), strict=True):
+            state = require_tensor(a, name, stored.dtype, shared, None, stored.shape[-1])
+            require(state.dim() == 4 and state.shape[0] == batch, a, f"{name} is not the state of {batch} sequences")
+            require(state.shape[2] >= a.past + new, a, f"{name} has no room for {a.past + new} tokens")
+    require([*a.key_mask.shape] == [batch, a.past + new], a, f"key_mask is not [{batch}, {a.past + new}]")
     if a.slopes is not None:
         require_tensor(a, "slopes", torch.float32, a.query.shape[1])
 

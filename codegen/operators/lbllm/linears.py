@@ -53,10 +53,23 @@ def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def _verify_offsets(a: Arguments, rows: Tensor, experts: int) -> None:
+    """Rows of tokens are divided among as many experts as there are matrices."""
+    require(rows.dim() == 2, a, "tokens are no rows")
+    fits = [*a.offsets.shape] == [experts] and a.offsets.dtype in (torch.int32, torch.int64)
+    require(fits, a, f"offsets are not {experts} integers")
+
+
+def _verify_grouped(a: Arguments) -> None:
+    require(a.weight.dim() == 3 and a.weight.shape[2] == a.x.shape[-1], a, "weight is not [experts, rows, columns]")
+    _verify_offsets(a, a.x, a.weight.shape[0])
+
+
 grouped_linear = define(
     "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
     reference=_grouped,
     shape=lambda x, weight, offsets: x.new_empty((x.shape[0], weight.shape[1])),
+    verify=_verify_grouped,
 )
 
 
@@ -88,7 +101,11 @@ def _verify_bit(a: Arguments) -> None:
     require_scales(a, "scale", torch.float16, rows, groups)
     require_tensor(a, "levels", torch.int8, rows, groups, 4)
     if "bias" in a:
+        require(a.sign.dim() == 2, a, "sign is no matrix")
         _verify_bias(a, rows)
+    else:
+        require(a.sign.dim() == 3, a, "sign is not [experts, rows, bytes]")
+        _verify_offsets(a, a.values, a.sign.shape[0])
 
 
 def _bit_linear(

@@ -27,8 +27,9 @@ A short causal convolution over the sequence (LFM2's) gets a state as well, of a
 :mod:`.ir.convolution`). That nothing else passes from token to token, such as a recurrence, is tried on the probe: a
 token decoded behind the others must get the logits it has within its sequence.
 
-Sizes and positions: what the graph reads from ``attention_mask``'s length outside masks becomes ``input_ids``' length;
-rotary and learned positions must come from ``position_ids``. A plain module (``kind="module"``) stays as it is.
+Sizes and positions: what the graph reads from ``attention_mask``'s length outside masks becomes ``input_ids``' length.
+Positions that it counts itself, up to that length, go on behind the past ones (there a padding token has a position as
+well); so do rows that it takes from the front of a stored table. A plain module (``kind="module"``) stays as it is.
 
 Runs on lowered and simulated graphs alike; the probe batch of the context gives head sizes. Outputs stay bit-equal
 where torch computes attention the same way; where it rounds otherwise, low-bit activations spread that through a deep
@@ -67,6 +68,7 @@ from .ir.rewrite import (
     ancestors,
     calls,
     is_call,
+    is_constant,
     is_node,
     make_attribute,
     make_call,
@@ -83,6 +85,8 @@ _DIRECT_WINDOW = 4096
 
 _PROBES = ((1, 1), (1, 6), (2, 7), (3, 12), (2, 23))
 """Batch sizes and lengths at which every mask is evaluated."""
+
+_RANGES = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
 
 _LONG = 521
 """Length at which a bias is evaluated, too: one that is rounded to fewer bits bends before."""
@@ -172,7 +176,8 @@ class Cache(Pass):
         tokens = context.probe["input_ids"].shape[1]
         convolutions = cache_convolutions(graph, shapes, tokens)
         graph.eliminate_dead_code()
-        _free_of_length(program, inputs)
+        _free_of_length(inputs)
+        _count_behind_past(graph, inputs["input_ids"], past)
         graph.lint()
         program.module.recompile()
         _prove_decoding(program, context.probe)
@@ -614,13 +619,12 @@ def _agrees(mask: _Mask, probe: dict[str, Tensor], seen: Tensor) -> bool:
     return torch.equal((seen & queries).expand(-1, seen.shape[1], -1, -1), (expected & queries).expand_as(seen))
 
 
-def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
-    """Makes what is left of the graph independent of the past: sizes from ``input_ids``, positions given.
+def _free_of_length(inputs: dict[str, Node]) -> None:
+    """Takes the sizes that are left in the graph from ``input_ids``.
 
     Raises:
-        PassError: something else reads the attention mask, or counts positions from the sequence's length.
+        PassError: something else reads the attention mask.
     """
-    graph = program.graph
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for node in list(mask.users):
         if is_call(node, _aten.sym_size.int):
@@ -630,15 +634,47 @@ def _free_of_length(program: Program, inputs: dict[str, Node]) -> None:
                 f"{describe(node)} uses the attention mask outside attention, which a KV cache cannot follow"
             )
     mask.meta.pop("val", None)  # its length is the past's and the new tokens' now, no longer input_ids'
-    for node in calls(graph, _aten.arange.default, _aten.arange.start, _aten.arange.start_step):
-        counts = _is_length(Arguments(node).end, ids)
+
+
+def _count_behind_past(graph: fx.Graph, ids: Node, past: Node) -> None:
+    """Lets positions that the graph counts itself, or takes from the front of a stored table, go on behind past tokens.
+
+    Raises:
+        PassError: they are counted in a way that cannot be continued.
+    """
+    for node in calls(graph, *_RANGES):
+        a = Arguments(node)
+        start, step = getattr(a, "start", 0), getattr(a, "step", 1)
         if "val" in ids.meta and "val" in node.meta:
-            counts = counts or str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0])
-        if counts:
+            counts = str(ids.meta["val"].shape[1]) == str(node.meta["val"].shape[0])
+        else:
+            counts = _is_length(a.end, ids) and (start, step) == (0, 1)
+        if counts and isinstance(start, int) and step == 1:
+            _go_on(node, past)
+        elif counts or _is_length(a.end, ids):
             raise PassError(
-                f"{describe(node)} counts positions from the sequence's length; the model must take them from"
-                " position_ids"
+                f"{describe(node)} counts positions from the sequence's length in a way that cannot go on behind past"
+                " tokens; the model must take them from position_ids"
             )
+    for node in calls(graph, _aten.slice.Tensor):
+        a = Arguments(node)
+        if a.start in (None, 0) and a.step == 1 and _is_length(a.end, ids) and is_constant(a.self):
+            with graph.inserting_before(node):
+                slots = make_call(graph, _aten.arange.default, (a.end,), node)
+                rows = make_call(graph, _aten.index_select.default, (a.self, a.dim, slots), node)
+            rows.meta = dict(node.meta)
+            _go_on(slots, past)
+            node.replace_all_uses_with(rows)
+            graph.erase_node(node)
+
+
+def _go_on(positions: Node, past: Node) -> None:
+    """Lets a range begin ``past`` later."""
+    graph = positions.graph
+    with graph.inserting_after(positions):
+        later = make_call(graph, _aten.add.Tensor, (positions, past), positions)
+    later.meta = dict(positions.meta)
+    positions.replace_all_uses_with(later, delete_user_cb=lambda user: user is not later)
 
 
 def _is_last(node: Node, ids: Node) -> bool:

@@ -489,11 +489,32 @@ def test_what_else_reads_mask_or_length_is_refused():
     with pytest.raises(PassError, match="uses the attention mask outside attention"):
         cached(attention(mangle=masks_hidden))
 
-    def counts(x, mask, length):
-        return aten.add.Tensor(x, aten.unsqueeze.default(aten.arange.default(length), 1))
+    def counts_pairs(x, mask, length):
+        return aten.add.Tensor(x, aten.sum.default(aten.arange.start_step(0, length, 2)))
 
     with pytest.raises(PassError, match=r"counts positions from the sequence's length.*position_ids"):
-        cached(attention(mangle=counts))
+        cached(attention(mangle=counts_pairs))
+
+
+def counted(x, mask, length):
+    return aten.mul.Tensor(x, aten.unsqueeze.default(aten.cos.default(aten.arange.default(length)), 1))
+
+
+def taken_from_a_table(x, mask, length):
+    table = torch.linspace(0.5, 2.0, 40).reshape(1, 40, 1)
+    return aten.mul.Tensor(x, aten.slice.Tensor(table, 1, 0, length))
+
+
+@pytest.mark.parametrize("mangle", [counted, taken_from_a_table])
+def test_positions_that_the_graph_counts_go_on_behind_past_tokens(mangle):
+    """Slots count, padding included, as they do in the sequence as a whole."""
+    before = attention(mangle=mangle)
+    after = cached(before)
+    inputs = token_inputs(batch=3, length=11, padding=4)
+    seen = inputs["attention_mask"].bool()
+    for prefill in (1, 6):
+        decoded = decode(after, inputs, prefill)
+        torch.testing.assert_close(decoded[seen], before.run(inputs)[seen], rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_a_second_run_and_missing_attention_are_refused():

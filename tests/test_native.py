@@ -52,7 +52,7 @@ from test_runtime import VOCABULARY as TOY_VOCABULARY
 from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
 from zoo import ZOO, captured
 
-from lbllm_compile import artifact
+from lbllm_compile import artifact, frontend
 from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
 from lbllm_compile.lowering.executor import requirements
@@ -759,10 +759,23 @@ def test_the_block_of_weights_is_what_its_layout_says():
         assert block[layout.offsets[name] :][: len(data)] == data
 
 
-def test_positions_beyond_their_table_are_refused_in_torch_and_natively(tmp_path, monkeypatch):
+def test_positions_that_the_graph_counts_go_on_behind_past_tokens(tmp_path):
+    program = language_model(positions="counted")
+    found = build(program, tmp_path)
+    assert found is not None and found.description.merged
+    for batch in (1, 3):
+        ids = np.random.default_rng(batch).integers(0, TOY_VOCABULARY, (batch, 12))
+        whole = language_model().run(frontend.language_model_inputs(torch.from_numpy(ids)))
+        session = found.session(batch)
+        steps = [session.step(step) for step in (ids[:, :5], ids[:, 5:7], *np.split(ids[:, 7:], 5, axis=1))]
+        agree(torch.from_numpy(np.stack(steps, 1)), whole[:, [4, *range(6, 12)]], torch.ones(batch, 7).bool())
+
+
+@pytest.mark.parametrize("positions", ["given", pytest.param("sliced", marks=pytest.mark.slow)])
+def test_positions_beyond_their_table_are_refused_in_torch_and_natively(tmp_path, monkeypatch, positions):
     """Kernels would read the last row instead, and answer with other logits."""
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
-    program = language_model()
+    program = language_model(positions=positions)
     native_program = build(program, tmp_path)
     needed = requirements(program)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)

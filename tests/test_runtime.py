@@ -23,6 +23,7 @@ from rtn import simulate
 from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 
 from lbllm_compile import artifact, runtime
+from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
 from lbllm_compile.runtime import model as torch_model
@@ -36,13 +37,22 @@ VOCABULARY, CHANNELS, CONTEXT = 29, 36, 96
 
 
 @functools.cache
-def language_model(negated: bool = False):
-    """One decoder layer with grouped-query attention, through head, merge, lower and cache."""
+def language_model(negated: bool = False, positions: str = "given"):
+    """One decoder layer with grouped-query attention, through head, merge, lower and cache.
+
+    Args:
+        negated: logits are.
+        positions: ``"given"`` as input, ``"counted"`` by the graph or ``"sliced"`` from the front of their table.
+    """
 
     def forward(root, input_ids, attention_mask, position_ids):
         batch, length = aten.sym_size.int(attention_mask, 0), aten.sym_size.int(attention_mask, 1)
         x = aten.embedding.default(root.head.weight, input_ids)
-        x = aten.add.Tensor(x, aten.embedding.default(root.positions, position_ids))
+        if positions == "sliced":
+            x = aten.add.Tensor(x, aten.slice.Tensor(root.positions, 0, 0, length))
+        else:
+            where = position_ids if positions == "given" else aten.unsqueeze.default(aten.arange.default(length), 0)
+            x = aten.add.Tensor(x, aten.embedding.default(root.positions, where))
 
         def heads(weight, count):
             y = aten.view.default(aten.linear.default(x, weight), [batch, length, count, WIDTH])
@@ -86,6 +96,18 @@ def test_the_executor_gives_the_graphs_own_outputs():
     logits = model().logits(inputs["input_ids"], inputs["attention_mask"])
     assert torch.equal(logits, language_model().run(inputs))
     assert logits.shape == (3, 7, VOCABULARY)
+
+
+@pytest.mark.parametrize("positions", ["given", "counted", "sliced"])
+def test_more_tokens_than_positions_are_refused(positions):
+    model = language_model(positions=positions)
+    bounds = input_bounds(model)
+    assert (bounds.positions, bounds.slots) == ((CONTEXT, None) if positions == "given" else (None, CONTEXT))
+    ids = torch.ones((1, CONTEXT + 1), dtype=torch.int64)
+    session = CompiledModel(model, ReferenceKernels()).session(1)
+    session.step(ids[:, :CONTEXT])
+    with pytest.raises(GenerationError, match=f"positions for {CONTEXT} tokens, and {CONTEXT + 1} are given"):
+        session.step(ids[:, :1])
 
 
 def test_every_distinct_kernel_is_required_once():

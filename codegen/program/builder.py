@@ -196,8 +196,14 @@ class FunctionBuilder:
         return self.program.block.emit(expression)
 
     def compute(self, expression: Callable[..., Any], *values: Value) -> Value:
-        """Binds a tensor expression over values to a variable."""
-        return self.program.block.emit_te(expression, *values)
+        """Binds a tensor expression over tensors and sizes to a variable."""
+        block = self.program.block
+        call = block.call_te(expression, *values)
+        name, arguments = call.args
+        if not all(isinstance(argument.ty, relax.TensorType) for argument in arguments):
+            # TVM's fusion cannot join functions of a size that is both a parameter and in the shape of a tensor.
+            block.update_func(name, block.get()[name].with_attr("op_pattern", OPAQUE))
+        return self.emit(call)
 
     def mean_of_squares(self, x: Value) -> Value:
         """``mean(x * x)`` over the last dimension, which stays with size one.

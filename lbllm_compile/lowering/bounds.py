@@ -32,9 +32,12 @@ _SAME = (
 )
 """Operators through which a value goes unchanged."""
 
+_SLOTS = "past"
+"""The source of positions that count slots from the past ones on."""
+
 
 def input_bounds(program: Program) -> InputBounds:
-    """The bounds of a language model's ``input_ids`` and ``position_ids``."""
+    """The bounds of a language model's ``input_ids`` and ``position_ids``, and of positions that it counts itself."""
     rows: dict[str, int] = {}
     for node in calls(program.graph, *_LOOKUPS):
         for table, index, axis in _LOOKUPS[node.target](Arguments(node)):
@@ -42,7 +45,7 @@ def input_bounds(program: Program) -> InputBounds:
             if source is not None and is_constant(table):
                 most = constant(program.module, table).shape[axis] - shift
                 rows[source] = min(most, rows.get(source, most))
-    return InputBounds(rows.get("input_ids"), rows.get("position_ids"))
+    return InputBounds(rows.get("input_ids"), rows.get("position_ids"), rows.get(_SLOTS))
 
 
 def _indexed(a: Arguments) -> list[tuple[Node, Node, int]]:
@@ -62,11 +65,27 @@ def _source(index: Node) -> tuple[str | None, int]:
     """The input that an index is, and the number that is added to it; None where it is computed in another way."""
     shift = 0
     while is_node(index) and index.op != "placeholder":
+        a = Arguments(index)
         if is_call(index, *_SAME):
-            index = Arguments(index).self
-        elif is_call(index, _aten.add.Tensor) and isinstance(Arguments(index).other, int):
-            shift += Arguments(index).other * Arguments(index).alpha
-            index = Arguments(index).self
+            index = a.self
+        elif is_call(index, _aten.add.Tensor) and isinstance(a.other, int):
+            shift += a.other * a.alpha
+            index = a.self
+        elif is_call(index, _aten.add.Tensor) and a.alpha == 1 and _is_past(a.other) and _first(a.self) is not None:
+            return _SLOTS, shift + _first(a.self)
         else:
             return None, 0
     return (str(index.target), shift) if is_node(index) else (None, 0)
+
+
+def _is_past(node: Node) -> bool:
+    return is_node(node) and node.op == "placeholder" and node.target == "past"
+
+
+def _first(positions: Node) -> int | None:
+    """The number from which a range counts one by one; None where it counts otherwise, or is no range."""
+    if not is_call(positions, _aten.arange.default, _aten.arange.start, _aten.arange.start_step):
+        return None
+    a = Arguments(positions)
+    first = getattr(a, "start", 0)
+    return first if isinstance(first, int) and getattr(a, "step", 1) == 1 else None

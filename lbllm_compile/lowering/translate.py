@@ -261,8 +261,12 @@ class _Translator:
             elif node.op == "call_function":
                 if (node.target in KERNEL_TARGETS or not _packs(node)) and not self.awaits_addition(node):
                     self.values[node] = self.translated(node)
-            elif node.op == "placeholder" and node.target != "past":
-                self.values[node] = self.function.value(node.target)
+            elif node.op == "placeholder":
+                self.values[node] = self.past() if node.target == "past" else self.function.value(node.target)
+
+    def past(self) -> Any:
+        """The number of past tokens, padding included."""
+        return self.function.dimension(TOTAL) - self.function.dimension(LENGTH)
 
     def translated(self, node: Node) -> Any:
         """The translation of a call.

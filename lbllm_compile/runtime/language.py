@@ -45,10 +45,12 @@ class InputBounds:
     Attributes:
         vocabulary: rows of the token embedding; None where tokens are looked up in no table.
         positions: rows of the smallest table that positions index; None where there is none.
+        slots: the same of positions that the graph counts itself, where padding has positions, too.
     """
 
     vocabulary: int | None
     positions: int | None
+    slots: int | None = None
 
     def check_ids(self, lowest: int, highest: int) -> None:
         """Refuses token ids outside the embedding.
@@ -59,16 +61,19 @@ class InputBounds:
         if self.vocabulary is not None and (lowest < 0 or highest >= self.vocabulary):
             raise GenerationError(f"a token id is outside the vocabulary, 0 to {self.vocabulary - 1}")
 
-    def check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int, slots: int) -> None:
         """Refuses sequences of more tokens than there are positions.
+
+        Args:
+            tokens: of the longest sequence.
+            slots: the same with its padding.
 
         Raises:
             GenerationError: naming how many there are.
         """
-        if self.positions is not None and tokens > self.positions:
-            raise GenerationError(
-                f"the model has positions for {self.positions} tokens, and {tokens} are given; use fewer"
-            )
+        for most, given in ((self.positions, tokens), (self.slots, slots)):
+            if most is not None and given > most:
+                raise GenerationError(f"the model has positions for {most} tokens, and {given} are given; use fewer")
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:

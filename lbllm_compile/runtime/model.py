@@ -91,7 +91,7 @@ class CompiledModel(LanguageModel):
         positions_given = positions(mask) if position_ids is None else position_ids
         if ids.numel():
             self._bounds.check_ids(int(ids.min()), int(ids.max()))
-            self._bounds.check_length(int(positions_given.max()) + 1)
+            self._bounds.check_length(int(positions_given.max()) + 1, ids.shape[1])
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_given}
         return self.executor(*self.program.arguments(inputs))
 
@@ -148,7 +148,8 @@ class Session:
         new = torch.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         if ids.numel():
             self._bounds.check_ids(int(ids.min()), int(ids.max()))
-            self._bounds.check_length(int((self._lengths + new.sum(1, keepdim=True)).max()))
+            tokens = int((self._lengths + new.sum(1, keepdim=True)).max())
+            self._bounds.check_length(tokens, state.past + count)
         state.reserve(count)
         if self._mask.shape[1] < state.capacity:
             self._mask = torch.nn.functional.pad(self._mask, (0, state.capacity - self._mask.shape[1]))

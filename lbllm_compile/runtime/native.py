@@ -446,7 +446,8 @@ class NativeSession:
             self._program.description.bounds.check_ids(int(ids.min()), int(ids.max()))
         mask = np.ones_like(ids) if self._prompt_mask is None else self._prompt_mask
         self._prompt_mask = None
-        self._program.description.bounds.check_length(int((self._lengths + mask.sum(1, keepdims=True)).max(initial=0)))
+        tokens = int((self._lengths + mask.sum(1, keepdims=True)).max(initial=0))
+        self._program.description.bounds.check_length(tokens, self.past + ids.shape[1])
         return [
             self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], last)
             for i in range(0, ids.shape[1], PART_TOKENS)
@@ -490,7 +491,7 @@ class NativeSession:
         """Feeds one token of one sequence; returns its logits, ``[1, V]``."""
         token = int(ids[0, 0])
         self._program.description.bounds.check_ids(token, token)
-        self._program.description.bounds.check_length(int(self._lengths[0, 0]) + 1)
+        self._program.description.bounds.check_length(int(self._lengths[0, 0]) + 1, self.past + 1)
         end = self.past + 1
         self._make_room(end)
         self._mask[0, self.past] = 1

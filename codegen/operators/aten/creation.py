@@ -76,6 +76,8 @@ def _arange(t: Translator, a: Arguments) -> Value:
         if not all(isinstance(v, (int, float)) for v in (start, end, step)):
             raise refusal(a, "a range of floats to a dynamic end has no translation")
         size: Any = math.ceil((end - start) / step)
+    elif isinstance(step, int) and step == 1:
+        size = greater(t, end - start, 0)
     elif isinstance(step, int) and step > 0:
         size = greater(t, (end - start + step - 1) // step, 0)
     else:

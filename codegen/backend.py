@@ -160,6 +160,28 @@ class Kernels(Protocol):
         """A float linear ``(x [M, columns], weight [rows, columns], out [M, rows])``."""
         ...
 
+    def order(self, dtype: str, descending: bool, parallel: bool) -> ProgramKernel:
+        """``(x [A, N, B], places int64 [A, N, B])``: where the elements of ``x`` in order along ``N`` are.
+
+        Args:
+            dtype: of ``x``.
+            descending: the greatest comes first. Of equal ones the earlier does, and NaN is above everything.
+            parallel: it shares its work out by itself.
+        """
+        ...
+
+    def scatter(self, dtype: str, adds: bool, parallel: bool) -> ProgramKernel:
+        """``(x [N, W], places int64 [P], rows [P, W], out [N, W])``: ``x`` with some rows replaced.
+
+        Rows are written in order; places are within ``x``.
+
+        Args:
+            dtype: of ``x`` and ``rows``.
+            adds: rows are added to those of ``x``.
+            parallel: it shares its work out by itself.
+        """
+        ...
+
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``Backend.build(records=...)``."""
         ...

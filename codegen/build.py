@@ -386,6 +386,21 @@ class KernelSet:
         name = f"dense_{rows}x{columns}_{'token' if one_token else 'tokens'}"
         return TirKernel(name, lambda: dense(rows, columns, self.lanes, one_token))
 
+    def order(self, dtype: str, descending: bool, parallel: bool) -> TirKernel:
+        """The kernel of an order, see :func:`.kernels.order.order`, for whole programs."""
+        from .kernels.order import order
+
+        name = f"order_{dtype}_{'descending' if descending else 'ascending'}"
+        name += "_parallel" if parallel else "_serial"
+        return TirKernel(name, lambda: order(dtype, descending, parallel))
+
+    def scatter(self, dtype: str, adds: bool, parallel: bool) -> TirKernel:
+        """The kernel that writes rows to places, see :func:`.kernels.scatter.scatter`, for whole programs."""
+        from .kernels.scatter import scatter
+
+        name = f"scatter_{dtype}{'_add' if adds else ''}_{'parallel' if parallel else 'serial'}"
+        return TirKernel(name, lambda: scatter(dtype, adds, parallel))
+
     def records(self) -> list[dict[str, Any]]:
         """The chosen schedules, JSON-able, for ``build(records=...)``."""
         return self._records

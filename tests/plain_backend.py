@@ -125,6 +125,12 @@ class PlainKernels:
     def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
         return self.shared.dense(rows, columns, one_token)
 
+    def order(self, dtype: str, descending: bool, parallel: bool) -> TirKernel:
+        return self.shared.order(dtype, descending, parallel)
+
+    def scatter(self, dtype: str, adds: bool, parallel: bool) -> TirKernel:
+        return self.shared.scatter(dtype, adds, parallel)
+
     def records(self) -> list[dict[str, Any]]:
         return []
 

@@ -20,9 +20,10 @@ def test_what_once_was_refused_is_right(name: str) -> None:
     assert 0 < finding.error <= architectures.TOLERANCE
 
 
-def test_short_convolutions_run_natively(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["lfm 2", "mixtral"])
+def test_what_once_ran_in_torch_alone_runs_natively(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
-    finding = examine("lfm 2")
+    finding = examine(name)
     assert finding.verdict == "right" and finding.native, finding.line
 
 

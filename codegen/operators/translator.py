@@ -98,6 +98,20 @@ class Translator(Protocol):
         """Calls a kernel; ``outputs`` are shapes and dtypes of what it writes. Gives one value or a list."""
         ...
 
+    def call_by_expert(
+        self, kernel: Any, rows: Sequence[Value], matrices: Sequence[Value], offsets: Value, output: Any
+    ) -> Value:
+        """Calls a kernel of one matrix for stacked ones, on rows that are sorted by expert.
+
+        Args:
+            kernel: ``(*rows, *matrices, out)`` of one expert.
+            rows: tensors ``[M, ...]``.
+            matrices: tensors ``[E, ...]``.
+            offsets: integers ``[E]``: where the rows of each expert end.
+            output: shape ``[M, N]`` and dtype of the result; rows behind the last expert's are zero.
+        """
+        ...
+
     def mean_of_squares(self, x: Value) -> Value:
         """``mean(x * x)`` over the last dimension, which stays with size one."""
         ...

@@ -3,7 +3,8 @@
 A function of fixed shapes is a sequence of kernel calls. It is cut into segments, one for each decoder layer, and a
 segment becomes one TIR function with one parallel region, in which every thread walks through the whole segment:
 
-* A kernel with a parallel loop does its share of it and waits for the others at a barrier. What it writes is shared.
+* A kernel with parallel loops does its share of them and waits for the others at a barrier, behind all of them where
+  they stand in a serial loop. What it writes is shared.
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
   What a later segment needs is written by the first thread alone, and the others wait.
 
@@ -150,7 +151,7 @@ def _offset(value: Any) -> int:
 
 
 def _with_barriers(statement: Any) -> Any:
-    """The same statements, each parallel loop with a barrier behind it."""
+    """The same statements, with a barrier behind each that has parallel loops."""
     if isinstance(statement, tirx.SeqStmt):
         return tirx.SeqStmt([_with_barriers(part) for part in statement.seq])
     if isinstance(statement, tirx.AttrStmt):
@@ -158,9 +159,8 @@ def _with_barriers(statement: Any) -> Any:
     if isinstance(statement, s_tir.SBlockRealize):
         inner = with_block(statement.block, _with_barriers(statement.block.body), statement.block.alloc_buffers)
         return s_tir.SBlockRealize(statement.iter_values, statement.predicate, inner)
-    if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
-        return _barrier_behind(statement)
-    return statement
+    # Parallel loops within a serial one write what does not depend on one another: one barrier is enough.
+    return _barrier_behind(statement) if has_parallel_loop(statement) else statement
 
 
 def without_memory(statement: Any) -> tuple[list[Any], Any]:

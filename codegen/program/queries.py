@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..tvm_api import relax, s_tir, tirx, tvm
+from ..tvm_api import relax, s_tir, tirx, tvm, tvm_ffi
 
 MOST_SIZE = 1 << 40
 """More than any size is."""
@@ -29,20 +29,13 @@ def bindings(function: Any) -> Iterator[Any]:
 
 def has_parallel_loop(statement: Any) -> bool:
     """Whether a kernel's body shares work among threads."""
-    return any(isinstance(s, tirx.For) and s.kind == tirx.ForKind.PARALLEL for s in _top_statements(statement))
+    found = []
 
+    def look(loop: Any) -> None:
+        found.append(loop.kind == tirx.ForKind.PARALLEL)
 
-def _top_statements(statement: Any) -> Iterator[Any]:
-    """The statements that a body runs in sequence, within blocks and attributes but not within loops."""
-    if isinstance(statement, tirx.SeqStmt):
-        for part in statement.seq:
-            yield from _top_statements(part)
-    elif isinstance(statement, tirx.AttrStmt):
-        yield from _top_statements(statement.body)
-    elif isinstance(statement, s_tir.SBlockRealize):
-        yield from _top_statements(statement.block.body)
-    else:
-        yield statement
+    tvm_ffi.structural_walk(statement, (tirx.For, look))
+    return any(found)
 
 
 def surely_equal(a: Any, b: Any) -> bool:

@@ -35,6 +35,7 @@ from lbllm_compile.codegen.program.builder import (
     TensorSpec,
     Value,
 )
+from lbllm_compile.codegen.program.experts import by_expert
 from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.program.queries import same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
@@ -338,6 +339,20 @@ class _Translator:
     ) -> Any:
         """Calls a kernel, see :meth:`FunctionBuilder.call` and :meth:`ProgramBuilder.kernel`."""
         return self.function.call(self.whole.kernel(kernel.name, kernel.make, by_rows), arguments, *outputs)
+
+    def call_by_expert(
+        self,
+        kernel: ProgramKernel,
+        rows: Sequence[Value],
+        matrices: Sequence[Value],
+        offsets: Value,
+        output: tuple[Sequence[Any], str],
+    ) -> Value:
+        make, shapes = kernel.make, [builder.shape(m) for m in matrices]
+        name = f"{kernel.name}_{shapes[0][0]}_experts"
+        stacked = TirKernel(name, lambda: by_expert(make(), shapes, len(rows)))
+        ends = offsets if builder.dtype(offsets) == "int32" else self.emit(relax.op.astype(offsets, "int32"))
+        return self.call(stacked, [*rows, *matrices, ends], output)
 
     def emit(self, expression: Any) -> Value:
         return _known(self.function.emit(expression))

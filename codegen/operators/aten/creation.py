@@ -101,6 +101,9 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.new_full.default: _new_full,
     _aten.new_zeros.default: _new_constant(0),
     _aten.new_ones.default: _new_constant(1),
+    # What is in memory that nobody has written is not for a program to give.
+    _aten.empty_like.default: _constant_like(0),
+    _aten.new_empty.default: _new_constant(0),
     _aten.fill.Scalar: _fill,
     _aten.fill.Tensor: _fill,
     _aten.scalar_tensor.default: _scalar_tensor,

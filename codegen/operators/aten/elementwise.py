@@ -84,6 +84,7 @@ def _multiply(t: Translator, x: Value, y: Value) -> Any:
 
 def _safe(t: Translator, x: Value, divisor: Value, divide: Formula, at_minus_one: Formula) -> Any:
     """A division of integers that no divisor stops: it is not made by zero, and by minus one only in other words."""
+    x, divisor = t.variable(x), t.variable(divisor)
     zero, one, minus = (number(t, value, x) for value in (0, 1, -1))
     odd = t.op.less_equal(t.op.maximum(divisor, t.op.negative(divisor)), one)
     usual = divide(x, _choose(t, odd, one, divisor))

@@ -134,43 +134,17 @@ def _running_sum(t: Translator, a: Arguments) -> Value:
 
 
 def _ordered(t: Translator, x: Value, axis: int, first: Any, descending: bool) -> list[Value]:
-    """The ``first`` elements in order and their places; of equal ones the earlier comes first.
-
-    An element's rank is how many come before it, so nothing depends on values but by comparison.
-    """
+    """The ``first`` elements in order and their places; of equal ones the earlier comes first."""
     sizes = t.shape(x)
     shape = [*sizes[:axis], first, *sizes[axis + 1 :]]
-
-    def before(p: Any, i: Any, q: Any, j: Any) -> Any:
-        """Whether the element ``p`` at ``i`` comes before ``q`` at ``j``; NaN is above everything, as in torch."""
-        p_nan, q_nan = p != p, q != q
-        above = t.tir.any(p > q, t.tir.all(p_nan, t.tir.Not(q_nan)))
-        below = t.tir.any(p < q, t.tir.all(q_nan, t.tir.Not(p_nan)))
-        ahead, behind = (above, below) if descending else (below, above)
-        return t.tir.any(ahead, t.tir.all(t.tir.Not(behind), i < j))
-
-    def rank(v: Any) -> Any:
-        k = t.te.reduce_axis((0, v.shape[axis]), "k")
-
-        def ahead(*i: Any) -> Any:
-            other = v[(*i[:axis], k, *i[axis + 1 :])]
-            return t.te.sum(t.tir.Cast("int64", before(other, k, v[i], i[axis])), axis=k)
-
-        return ahead
-
-    def place(ranks: Any) -> Any:
-        k = t.te.reduce_axis((0, ranks.shape[axis]), "k")
-
-        def found(*i: Any) -> Any:
-            here = ranks[(*i[:axis], k, *i[axis + 1 :])] == i[axis]
-            return t.te.sum(t.tir.Select(here, t.tir.Cast("int64", k), t.tir.const(0, "int64")), axis=k)
-
-        return found
+    lines = [count(sizes[:axis]), sizes[axis], count(sizes[axis + 1 :])]
+    kernel = t.kernels.order(t.dtype(x), descending, parallel=t.length is None)
+    order = t.reshape(t.call(kernel, [t.reshape(x, lines)], (lines, "int64")), sizes)
 
     def value(v: Any, places: Any) -> Any:
         return lambda *i: v[(*i[:axis], inside(t, places[i], v.shape[axis]), *i[axis + 1 :])]
 
-    places = t.compute(shape, place, t.compute(sizes, rank, x))
+    places = order if first is sizes[axis] else t.compute(shape, lambda v: lambda *i: v[i], order)
     return [t.compute(shape, value, x, places), places]
 
 
@@ -188,6 +162,30 @@ def _sort(t: Translator, a: Arguments) -> list[Value]:
         raise refusal(a, "an order of a tensor without dimensions has no translation")
     axis = axis_of(t, x, a.dim)
     return _ordered(t, x, axis, t.shape(x)[axis], a.descending)
+
+
+def _histogram(t: Translator, a: Arguments) -> Value:
+    x, low, high, bins = a.self, a.min, a.max, a.bins
+    kind = t.dtype(x)
+    if not dtype_of(kind).is_floating_point:
+        raise refusal(a, "a histogram of integers has no translation")
+    if low == high:
+        raise refusal(a, "a histogram over the range of its elements has no translation")
+    size = count(t.shape(x))
+
+    def element(v: Any) -> Any:
+        k = t.te.reduce_axis((0, v.shape[0]), "k")
+        first, last, number = (t.tir.const(float(n), kind) for n in (low, high, bins))
+        zero, one = (t.tir.const(n, kind) for n in (0, 1))
+
+        def counted(i: Any) -> Any:
+            where = t.tir.Cast("int64", (v[k] - first) * number / (last - first))
+            here = t.tir.all(v[k] >= first, v[k] <= last, t.tir.min(where, bins - 1) == i)
+            return t.te.sum(t.tir.Select(here, one, zero), axis=k)
+
+        return counted
+
+    return t.compute((bins,), element, t.reshape(x, [size]))
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
@@ -213,6 +211,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.log_softmax.int: _normalized("log_softmax"),
     _aten._log_softmax.default: _normalized("log_softmax"),
     _aten.cumsum.default: _running_sum,
+    _aten.histc.default: _histogram,
     _aten.topk.default: _top,
     _aten.sort.default: _sort,
     _aten.sort.stable: _sort,

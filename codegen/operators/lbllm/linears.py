@@ -13,7 +13,7 @@ from ...sizes import group_count
 from ..arguments import Arguments
 from ..checks import require, require_group, require_scales, require_tensor
 from ..registry import define
-from ..translator import Translator
+from ..translator import Translator, Value, refusal
 
 WEIGHT = ("sign", "bitmap", "levels", "scale")
 """Arguments of a W(1+1) weight, in the order of :class:`QuantizedWeight`."""
@@ -65,11 +65,21 @@ def _verify_grouped(a: Arguments) -> None:
     _verify_offsets(a, a.x, a.weight.shape[0])
 
 
+def _translate_grouped(t: Translator, a: Arguments) -> Value:
+    x, weight = a.x, a.weight
+    if t.dtype(x) != "float32" or t.dtype(weight) != "float32":
+        raise refusal(a, "experts of another type than float32 have no translation")
+    count, (_, rows, columns) = t.shape(x)[0], t.shape(weight)
+    kernel = t.kernels.dense(rows, columns, t.length == 1)
+    return t.call_by_expert(kernel, [x], [weight], a.offsets, ([count, rows], "float32"))
+
+
 grouped_linear = define(
     "grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
     reference=_grouped,
     shape=lambda x, weight, offsets: x.new_empty((x.shape[0], weight.shape[1])),
     verify=_verify_grouped,
+    translate=_translate_grouped,
 )
 
 

@@ -182,19 +182,20 @@ def answers(directory: Path, changed: str = "") -> list[Tensor]:
         LbllmError: it cannot be read, or not be run.
     """
     read_documents(directory, changed)
-    loaded = artifact.load(directory)
-    program = loaded.program
+    program = artifact.load(directory).program
     model = CompiledModel(program, ReferenceKernels())
     inputs = inputs_of(program)
+    graph = program.copy()
+    graph.graph.eliminate_dead_code()  # which may fail, and is not run
     if program.kind != "causal-lm":
-        return [model(**inputs), program.run(inputs)]
+        return [model(**inputs), graph.run(inputs)]
     model.stop_tokens()
     if model.tokenizer is not None:
         model.decode(model.encode("w3 w1 w4"))
         model.encode("w5", chat=True)
     _ = model.context_length
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    given = [model.logits(ids, mask), program.run(inputs)]
+    given = [model.logits(ids, mask), graph.run(inputs)]
     if program.state_placeholders():
         session = model.session(2)
         session.start(mask.numpy())
@@ -574,7 +575,7 @@ def mutate(base: Path, directory: Path, seed: int) -> Mutation:
     else:
         text = edit_bytes(path, chance)
     if crafted and name != artifact.MANIFEST:
-        _fit(directory)
+        fit(directory)
     return Mutation(model, f"{name}: {text}", name, crafted)
 
 
@@ -605,7 +606,7 @@ def _edit_files(directory: Path, files: list[str], name: str, chance: random.Ran
     return f"{kind} ({other.name})"
 
 
-def _fit(directory: Path) -> None:
+def fit(directory: Path) -> None:
     """Makes the manifest fit the files, as who crafts an artifact does."""
     path = directory / artifact.MANIFEST
     if not path.is_file():

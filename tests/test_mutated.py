@@ -9,16 +9,24 @@ from __future__ import annotations
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mutations
 import pytest
+import torch
+from lbllm_compile.codegen.errors import KernelError
+from reference_kernels import ReferenceKernels
+
+from lbllm_compile import artifact
+from lbllm_compile.artifact import ArtifactError
+from lbllm_compile.runtime import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +80,208 @@ def outcomes(base: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
 def none_is_wrong(found: list[dict[str, Any]]) -> None:
     wrong = [f"{said['seed']}: {said['text']}" for said in found if said["verdict"] == "wrong"]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(found)}; python tests/mutations.py SEED repeats one", *wrong])
+
+
+# What was found this way
+
+
+Nodes = list[dict[str, Any]]
+"""The nodes of a stored graph."""
+
+
+def node(nodes: Nodes, target: str) -> dict[str, Any]:
+    """The first call of an operator, or the first input or weight of a name."""
+    return next(n for n in nodes if n["target"] == target)
+
+
+def put(nodes: Nodes, target: str, args: list[Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A new call in front of a node; returns what refers to it."""
+    name = f"new_{len(nodes)}"
+    nodes.insert(nodes.index(before), {"name": name, "op": "call_function", "target": target, "args": args})
+    return {"node": name}
+
+
+def gelu_of_a_number(nodes: Nodes) -> None:
+    node(nodes, "aten.gelu.default")["args"] = [3]
+
+
+def no_shape(nodes: Nodes) -> None:
+    del node(nodes, "x")["meta"]
+
+
+def huge_input(nodes: Nodes) -> None:
+    node(nodes, "x")["meta"]["shape"] = "f32[16777216, 16777216]"
+
+
+def state_of_a_module(nodes: Nodes) -> None:
+    node(nodes, "x")["meta"]["state"] = {"heads": 1, "tail": [259], "dtype": "float32", "kind": "fixed"}
+
+
+def a_list(nodes: Nodes) -> None:
+    nodes[-1]["args"] = [[nodes[-1]["args"][0]]]
+
+
+def computed_planes(nodes: Nodes) -> None:
+    linear = node(nodes, "lbllm.bit_linear.default")
+    linear["args"][2] = put(nodes, "aten.bitwise_not.default", [linear["args"][2]], linear)
+
+
+def planes_that_are_none(nodes: Nodes) -> None:
+    sign = node(nodes, "lbllm.bit_linear.default")["args"][2]["node"]
+    next(n for n in nodes if n["name"] == sign)["args"][0] = 3
+
+
+def other_width(nodes: Nodes) -> None:
+    node(nodes, "lbllm.quantize_activation.default")["meta"]["in_features"] += 1
+
+
+def no_width(nodes: Nodes) -> None:
+    del node(nodes, "lbllm.bit_linear.default")["meta"]["in_features"]
+
+
+def narrow_state(nodes: Nodes) -> None:
+    node(nodes, "kv_0_key_codes")["meta"]["state"]["tail"] = [3]
+
+
+def huge_state(nodes: Nodes) -> None:
+    node(nodes, "kv_0_key_codes")["meta"]["state"]["tail"] = [1 << 24, 1 << 24]
+
+
+def copied_state(nodes: Nodes) -> None:
+    nodes[-1]["args"] = [put(nodes, "aten.to.dtype", [{"node": "kv_0_key_codes"}, {"dtype": "float32"}], nodes[-1])]
+
+
+def no_past(nodes: Nodes) -> None:
+    node(nodes, "lbllm.cached_attention.default")["args"][8] = 0
+
+
+def cleared_weight(nodes: Nodes) -> None:
+    weight = node(nodes, "model.norm.weight")
+    view = put(nodes, "aten.view.default", [{"node": weight["name"]}, [-1]], nodes[-1])
+    put(nodes, "aten.zero_.default", [view], nodes[-1])
+
+
+def cleared_input(nodes: Nodes) -> None:
+    put(nodes, "aten.zero_.default", [{"node": "input_ids"}], node(nodes, "lbllm.int8_embedding.default"))
+
+
+def dropout(nodes: Nodes) -> None:
+    nodes[-1]["args"] = [put(nodes, "aten.dropout.default", [nodes[-1]["args"][0], 0.5, True], nodes[-1])]
+
+
+def much_of_nothing(nodes: Nodes) -> None:
+    much = put(nodes, "aten.zeros.default", [[1 << 34]], nodes[-1])
+    first = put(nodes, "aten.select.int", [much, 0, 0], nodes[-1])
+    nodes[-1]["args"] = [put(nodes, "aten.add.Tensor", [nodes[-1]["args"][0], first], nodes[-1])]
+
+
+def endless_integer(nodes: Nodes) -> None:
+    size = put(nodes, "aten.sym_size.int", [{"node": "input_ids"}, 1], nodes[-1])
+    for _ in range(60):
+        size = put(nodes, "operator.mul", [size, size], nodes[-1])
+
+
+def one_input_twice(nodes: Nodes) -> None:
+    nodes.insert(0, {"name": "again", "op": "placeholder", "target": "input_ids"})
+
+
+def foreign_input(nodes: Nodes) -> None:
+    nodes.insert(0, {"name": "images", "op": "placeholder", "target": "images"})
+
+
+def hidden_instead_of_logits(nodes: Nodes) -> None:
+    nodes[-1]["args"] = [{"node": "input_ids"}]
+
+
+CRAFTED: dict[str, tuple[str, Callable[[Nodes], None], str]] = {
+    "an operator of a module on a number": ("mlp", gelu_of_a_number, "does not run at 'gelu"),
+    "an input of no shape": ("mlp", no_shape, "does not say the dtype and shape of its input 'x'"),
+    "a huge input": ("mlp", huge_input, "input 'x' has .* elements, which is too many"),
+    "a module with a state": ("mlp", state_of_a_module, "graph of a module has the state 'x'"),
+    "a list": ("mlp", a_list, "something else than one tensor"),
+    "planes that are computed": ("uncached", computed_planes, "weights of 'bit_linear.* are not stored matrices"),
+    "planes that are a number": ("llama", planes_that_are_none, "weights of 'bit_linear.* are not stored matrices"),
+    "an input of another width": ("uncached", other_width, "its input has 40 channels, not 41"),
+    "an input of no width": ("uncached", no_width, "does not say how many columns its weight has"),
+    "a state that is too narrow": ("llama", narrow_state, "key_codes has the shape"),
+    "a huge state": ("llama", huge_state, "key_codes has the shape"),
+    "a state that is given out": ("llama", copied_state, "'kv_0_key_codes' is read by what does not keep it"),
+    "tokens that are forgotten": ("llama", no_past, r"key_mask is not \[2, 3\]"),
+    "a weight that is cleared": ("llama", cleared_weight, "self, which it changes, is an input or a weight"),
+    "an input that is cleared": ("llama", cleared_input, "self, which it changes, is an input or a weight"),
+    "values dropped out": ("llama", dropout, "drops values out at random"),
+    "gigabytes of zeros": ("llama", much_of_nothing, "the graph makes .* MiB of tensors"),
+    "integers without end": ("llama", endless_integer, "gives an integer of more than 64 bits"),
+    "an input that is not text": ("llama", foreign_input, "input 'images', which no language model has"),
+    "one input twice": ("llama", one_input_twice, "the input 'input_ids' twice"),
+    "no logits": ("llama", hidden_instead_of_logits, "something else than logits"),
+}
+
+
+def crafted(base: Path, directory: Path, model: str, change: Callable[[Nodes], None]) -> Path:
+    """A copy of an artifact with a changed graph, which its manifest fits."""
+    shutil.copytree(base / model, directory)
+    document = json.loads((directory / "graph.json").read_bytes())
+    change(document["nodes"])
+    (directory / "graph.json").write_text(json.dumps(document))
+    mutations.fit(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_graph_is_refused_before_it_runs(base, tmp_path, name):
+    model, change, message = CRAFTED[name]
+    directory = crafted(base, tmp_path / "crafted", model, change)
+    with pytest.raises(ArtifactError, match=message) as raised:
+        artifact.load(directory)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_scales_of_another_activation_are_refused(base, tmp_path):
+    def swapped(nodes):
+        first, *_, last = (n for n in nodes if n["target"] == "lbllm.bit_linear.default")
+        last["args"][1] = first["args"][1]
+
+    directory = crafted(base, tmp_path / "crafted", "mlp", swapped)
+    with pytest.raises(KernelError, match="does not read the values and scales of"):
+        CompiledModel(artifact.load(directory).program, ReferenceKernels())
+
+
+def test_what_only_fits_one_length_is_one_sentence(base, tmp_path):
+    def three_tokens(nodes):
+        given = nodes[-1]["args"][0]
+        nodes[-1]["args"] = [put(nodes, "aten.expand.default", [given, [2, 3, mutations.VOCABULARY]], nodes[-1])]
+
+    directory = crafted(base, tmp_path / "crafted", "llama", three_tokens)
+    model = CompiledModel(artifact.load(directory).program, ReferenceKernels())
+    assert model.logits(torch.zeros((2, 3), dtype=torch.int64)).shape == (2, 3, mutations.VOCABULARY)
+    with pytest.raises(KernelError, match=r"does not run on these inputs: .*expanded size"):
+        model.logits(torch.zeros((2, 5), dtype=torch.int64))
+
+
+def test_no_graph_reads_what_nobody_has_written(base, tmp_path):
+    def unwritten(nodes):
+        given = nodes[-1]["args"][0]
+        for target, args in (("aten.empty_like.default", []), ("aten.new_empty.default", [[1]])):
+            given = put(nodes, "aten.add.Tensor", [given, put(nodes, target, [given, *args], nodes[-1])], nodes[-1])
+        nodes[-1]["args"] = [given]
+
+    program = artifact.load(crafted(base, tmp_path / "crafted", "mlp", unwritten)).program
+    inputs = mutations.inputs_of(program)
+    assert torch.equal(program.run(inputs), artifact.load(base / "mlp").program.run(inputs))
+
+
+def test_settings_of_a_tokenizer_that_cannot_be_are_one_sentence(base, tmp_path):
+    directory = tmp_path / "crafted"
+    shutil.copytree(base / "llama", directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_bytes())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": {}}))
+    mutations.fit(directory)
+    with pytest.raises(ArtifactError, match=r"the tokenizer in .* cannot be read"):
+        artifact.load(directory)
+
+
+# By the thousand
 
 
 def test_no_mutation_does_harm(base):

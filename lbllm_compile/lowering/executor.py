@@ -127,11 +127,16 @@ def quantize_spec(node: Node) -> QuantizeSpec:
 
 
 def quantizer_of(node: Node) -> Node:
-    """The ``quantize_activation`` that a linear reads."""
-    values = Arguments(node).values
-    pair = Arguments(values).value if is_call(values, operator.getitem) else None
-    if not is_call(pair, _lbllm.quantize_activation.default):
-        raise KernelError(f"{describe(node)} does not read a quantized activation")
+    """The ``quantize_activation`` whose values and scales a linear reads.
+
+    Raises:
+        KernelError: it reads something else.
+    """
+    read = [Arguments(part) for part in Arguments(node).pick("values", "x_scale") if is_call(part, operator.getitem)]
+    pair = read[0].value if read else None
+    both = [(part.value, part.index) for part in read] == [(pair, 0), (pair, 1)]
+    if not is_call(pair, _lbllm.quantize_activation.default) or not both:
+        raise KernelError(f"{describe(node)} does not read the values and scales of a quantized activation")
     return pair
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from ...codegen import operators as operators
-from ...codegen.errors import LbllmError
+from ...codegen.errors import LbllmError, first_line
 from ...codegen.operators import stored
 from ...codegen.operators.arguments import parameters
 from ..annotate import LAYER, LINEAR, LinearInfo
@@ -243,8 +243,8 @@ def _object(value: Any, what: str, required: tuple[str, ...] = (), optional: tup
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or "\n" in value:
-        raise GraphFormatError(f"{what} is not a short text in one line")
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise GraphFormatError(f"{what} is not a short text")
     return value
 
 
@@ -295,6 +295,9 @@ class _Decoder:
             if (self._node(item, f"node {index}").op == "output") != (index == len(nodes) - 1):
                 raise GraphFormatError("the graph must have one output, as its last node")
         root = torch.nn.Module()
+        inputs = [str(n.target) for n in self.graph.nodes if n.op == "placeholder"]
+        if twice := [name for name in inputs if inputs.count(name) > 1]:
+            raise GraphFormatError(f"the graph has the input '{twice[0]}' twice")
         paths = sorted({n.target for n in self.graph.nodes if n.op == "get_attr"})
         for path in paths:
             set_attribute(root, path, self.state[path])
@@ -444,7 +447,7 @@ def _scheme(value: Any, what: str) -> Scheme:
     try:
         return Scheme(**fields)
     except LbllmError as error:
-        raise GraphFormatError(f"{what} has a scheme that cannot be: {error}") from error
+        raise GraphFormatError(f"{what} has a scheme that cannot be: {first_line(error)}") from error
 
 
 def _check_scheme(node: Node, what: str) -> None:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.kernels.order import order
 from lbllm_compile.codegen.kernels.scatter import scatter
+from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec
+from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.program.experts import by_expert
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import compile_functions
+from lbllm_compile.codegen.tvm_runtime import Machine, array
+from test_format import random_weight
+from torch import Tensor
+
+from lbllm_compile.lowering.translate import _aligned
 
 LANES = 16
 
@@ -66,6 +78,66 @@ def test_a_matrix_without_rows_is_not_read(one_token: bool) -> None:
     out = torch.empty(2, 33)
     experts(one_token)(x, weight, torch.tensor([0, 0, 0, 2, 2], dtype=torch.int32), out)
     assert torch.equal(out, torch.full((2, 33), 100.0))
+
+
+def quantized(
+    target: str, layout: str, bucket: str, columns: int, group: int, per_token: bool, folder: Path
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A program of the kernel for five W(1+1) experts, and how the weights of one are packed for it."""
+    spec = LinearSpec("bit", 33, columns, group, per_token=per_token)
+    implementation = cpu.of_layout(cpu.implementations(spec, Target.parse(target)), layout)
+    kernel = implementation.function(implementation.schedules(cpu.bucket_named(bucket))[0])
+
+    def pack(weight: QuantizedWeight) -> Tensor:
+        return _aligned(implementation.pack(weight, None))
+
+    size = pack(random_weight(33, columns, group)).numel()
+    whole = ProgramBuilder(Layout.of(()), Layout.of(()))
+    inputs = [
+        TensorSpec("values", ("rows", columns), "int8"),
+        TensorSpec("x_scale", ("rows", spec.x_scales), "float32"),
+        TensorSpec("packed", (5, size), "uint8"),
+        TensorSpec("offsets", (5,), "int32"),
+    ]
+    function = FunctionBuilder(whole, "graph", inputs, {}, blocks=False)
+    call = whole.kernel("kernel", lambda: by_expert(kernel, [(5, size)], 2))
+    arguments = [function.value(item.name) for item in inputs]
+    function.finish(function.call(call, arguments, ([function.dimension("rows"), 33], "float32")))
+    library = folder / f"{target}-{layout}-{bucket}-{columns}.so".replace(":", "-")
+    compile_program(whole.finish(), Target.parse(target).llvm, LANES, ()).export(library)
+    machine = Machine(library)
+
+    def run(*tensors: Tensor) -> Tensor:
+        given = [machine.tensor(tensor.numpy()) for tensor in tensors]
+        return torch.from_numpy(np.array(array(machine.function("graph")(*given, *[machine.tuple([])] * 2))))
+
+    return run, pack
+
+
+LAYOUTS = [
+    (target, implementation.layout)
+    for target in ("cpu", "cpu:generic")
+    for implementation in cpu.implementations(LinearSpec("bit", 33, 100, 32), Target.parse(target))
+]
+
+
+@pytest.mark.parametrize(("columns", "group", "per_token"), [(100, 32, False), (256, 128, True)])
+@pytest.mark.parametrize("bucket", [bucket.name for bucket in cpu.BUCKETS])
+@pytest.mark.parametrize(("target", "layout"), LAYOUTS)
+def test_every_row_meets_its_experts_w11_matrix_to_the_bit(
+    target: str, layout: str, bucket: str, columns: int, group: int, per_token: bool, tmp_path: Path
+) -> None:
+    function, pack = quantized(target, layout, bucket, columns, group, per_token, tmp_path)
+    weights = random_weight(33, columns, group, experts=(5,))
+    planes = [weights.sign, weights.bitmap, weights.levels, weights.scale]
+    packed = torch.stack([pack(QuantizedWeight(*tensors, columns, group)) for tensors in zip(*planes, strict=True)])
+    for count, ends in OFFSETS:
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count))
+        clip = torch.ones(2)
+        values, scale = torch.ops.lbllm.quantize_activation(x, clip, 4, 0 if per_token else group)
+        expected = torch.ops.lbllm.grouped_bit_linear(values, scale, *planes, offsets, group)
+        assert torch.equal(function(values, scale, packed, offsets), expected)
 
 
 @functools.cache

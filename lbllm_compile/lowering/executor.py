@@ -175,6 +175,17 @@ def packed(program: Program, node: Node, kernel: LinearKernel) -> Any:
     return kernel.pack(weight, arguments.bias)
 
 
+def packed_experts(program: Program, node: Node, kernel: LinearKernel) -> list[Any]:
+    """The weights of a ``grouped_bit_linear`` in its kernel's layout, expert by expert."""
+    arguments = Arguments(node, lambda value: constant(program.module, value))
+    planes = arguments.pick(*WEIGHT)
+    width, group = _in_features(node), arguments.group
+    return [
+        kernel.pack(QuantizedWeight(*tensors, in_features=width, group=group), None)
+        for tensors in zip(*planes, strict=True)
+    ]
+
+
 class _Quantize:
     """``quantize_activation`` on a kernel: ``[..., K]`` to values ``[..., K]`` and scales ``[..., G]``."""
 
@@ -282,14 +293,7 @@ def _bind(program: Program, kernels: Kernels) -> None:
         kernel = kernels.linear(spec)
         arguments = Arguments(node)
         if node.target is _lbllm.grouped_bit_linear.default:
-            planes = [constant(program.module, a) for a in arguments.pick(*WEIGHT)]
-            experts = [
-                kernel.pack(
-                    QuantizedWeight(*(p[e] for p in planes), in_features=spec.in_features, group=spec.group), None
-                )
-                for e in range(planes[0].shape[0])
-            ]
-            bound: Any = _GroupedLinear(kernel, experts, spec)
+            bound: Any = _GroupedLinear(kernel, packed_experts(program, node, kernel), spec)
             given = arguments.pick("values", "x_scale", "offsets")
         else:
             bound = _Linear(kernel, packed(program, node, kernel), spec)

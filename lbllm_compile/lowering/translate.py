@@ -48,6 +48,7 @@ from lbllm_compile.lowering.executor import (
     last_token_graph,
     linear_spec,
     packed,
+    packed_experts,
     quantize_spec,
     quantizer_of,
 )
@@ -200,7 +201,17 @@ class _Weights:
         return [TensorSpec(name, tuple(t.shape), _dtype(t.dtype)) for name, t in self.tensors.items()]
 
     def _pack(self, node: Node) -> Mapping[str, Tensor]:
-        return packed(self.program, node, self.kernels.linear(linear_spec(self.program, node)))
+        kernel = self.kernels.linear(linear_spec(self.program, node))
+        if node.target is not _lbllm.grouped_bit_linear.default:
+            return packed(self.program, node, kernel)
+        experts = packed_experts(self.program, node, kernel)
+        return {name: torch.stack([_aligned(expert[name]) for expert in experts]) for name in experts[0]}
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor's elements, and zeros behind them, so that another one that follows is aligned."""
+    elements = tensor.reshape(-1)
+    return torch.nn.functional.pad(elements, (0, -tensor.nbytes % ALIGNMENT // tensor.itemsize))
 
 
 def _packs(node: Node) -> bool:
@@ -327,7 +338,7 @@ class _Translator:
 
     def awaits_addition(self, node: Node) -> bool:
         """Whether a node is a linear whose result is only added to something: it is translated with the addition."""
-        linear = node.target in LINEAR_TARGETS
+        linear = node.target in LINEAR_TARGETS and node.target is not _lbllm.grouped_bit_linear.default
         return self.entry.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
 
     def call(
@@ -424,7 +435,7 @@ class _Translator:
         return self.call(kernel, [x, *factors], *outputs, by_rows=True)
 
     def linear(self, node: Node, residual: Value | None = None) -> Value:
-        """A linear on its packed weights, with what is added to its result."""
+        """A linear on its packed weights, or those of experts, with what is added to its result."""
         arguments = Arguments(node, self.value)
         values, scale = arguments.pick("values", "x_scale")
         spec = linear_spec(self.program, node)
@@ -432,14 +443,16 @@ class _Translator:
         packed = [self.function.value(name) for name in self.weights.packed[node.name]]
         output = ([count, spec.out_features], "float32")
         kernel, operands = self.kernels.linear(spec).tir(self.bucket), [values, scale, *packed]
+        # A quantizer's result has two dimensions; here the graph's own come back.
+        shape = [*self.leading[quantizer_of(node)], spec.out_features]
+        if "offsets" in arguments:
+            result = self.call_by_expert(kernel, [values, scale], packed, arguments.offsets, output)
+            return self.reshape(result, shape)
         if residual is not None:
             make = kernel.make
             kernel = TirKernel(f"{kernel.name}_residual", lambda: with_residual(make()))
             operands.append(flat(self, residual)[0])
-        result = self.call(kernel, operands, output)
-        # A quantizer's result has two dimensions; here the graph's own come back.
-        leading = self.leading[quantizer_of(node)]
-        return self.reshape(result, [*leading, spec.out_features])
+        return self.reshape(self.call(kernel, operands, output), shape)
 
     def add_to_linear(self, node: Node) -> Value | None:
         operands = Arguments(node)

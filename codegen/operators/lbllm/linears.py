@@ -173,6 +173,7 @@ grouped_bit_linear = define(
         (values.shape[0], sign.shape[-2]), dtype=torch.float32
     ),
     verify=_verify_bit,
+    translate=_translate,
     integer=True,
     kernel=True,
 )

@@ -67,6 +67,7 @@ from .ir.rewrite import (
     Node,
     ancestors,
     calls,
+    calls_of_role,
     is_call,
     is_constant,
     is_node,
@@ -709,7 +710,7 @@ def _prove_decoding(program: Program, probe: Mapping[str, Tensor]) -> None:
     program.run({**before, **states, "past": 0})
     last["attention_mask"] = probe["attention_mask"]
     stepped = program.run({**last, **states, "past": length - 1})[:, -1]
-    low_bit = any((known := operators.find(n.target)) and known.integer for n in program.graph.nodes)
+    low_bit = bool(calls_of_role(program.graph, "integer"))
     error = relative_error(whole, stepped)
     if not error <= (_SPREAD if low_bit else _ROUNDING):
         raise PassError(

@@ -49,7 +49,18 @@ from .annotate import LINEAR, completed, linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
-from .ir.rewrite import Node, bias_of, calls, constant, is_call, is_stored, make_call, operands_of, replace_call
+from .ir.rewrite import (
+    Node,
+    bias_of,
+    calls,
+    calls_of_role,
+    constant,
+    is_call,
+    is_stored,
+    make_call,
+    operands_of,
+    replace_call,
+)
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -59,12 +70,6 @@ _CHECKED_ROWS = 4
 
 _LINEAR_BOUND = 1e-4
 """Largest relative error between a simulated linear and its integer form on the same input."""
-
-SIMULATED = tuple(o.target for o in operators.operators() if o.simulates)
-"""Operators that only simulate; none is left in a lowered graph."""
-
-INTEGER = tuple(o.target for o in operators.operators() if o.integer)
-"""What they become."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Lower(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         simulated, program = program, program.copy()
         graph = program.graph
-        if calls(graph, *INTEGER):
+        if calls_of_role(graph, "integer"):
             raise PassError("the graph has integer operators already; run 'lower' once")
         _check_quantized(graph)
         counts: dict[str, int] = {}
@@ -98,7 +103,7 @@ class Lower(Pass):
         for quantizer in calls(graph, _lbllm.fake_quantize.default):
             _lower_input(program, quantizer, counts, lowered)
         graph.eliminate_dead_code()
-        leftover = calls(graph, *SIMULATED)
+        leftover = calls_of_role(graph, "simulates")
         if leftover:
             raise PassError(f"{describe(leftover[0])} has no integer form; remove the pass that made it")
         for node, info in linears(program):

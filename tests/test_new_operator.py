@@ -8,22 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import token_inputs
+from graphs import context, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet
-from lbllm_compile.codegen.operators import Arguments, define, registry
+from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.operators import Arguments, Operator, define, registry
 from lbllm_compile.codegen.operators.checks import require, require_tensor
 from lbllm_compile.codegen.operators.registry import OperatorError
 from lbllm_compile.codegen.operators.translator import Translator, Value
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.annotate import Annotate
+from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.contracts import ContractError, check_structure
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.graph_json import GraphFormatError
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls, make_call
+from lbllm_compile.passes.lower import Lower
+from reference_kernels import ReferenceKernels
 from test_operators import Graph, Input, case, run_natively
 from test_runtime import VOCABULARY, language_model
 from test_zoo import agree
@@ -59,6 +63,15 @@ SOFT_CLIP = define(
 )
 """``x / (1 + |x| / bound)``, whose magnitude is below ``bound``. Once a process: registries are for all of it."""
 
+SOFT_ROUND = define(
+    "soft_round(Tensor x) -> Tensor",
+    reference=lambda x: x.round() / 2 + x / 2,
+    shape=torch.empty_like,
+    simulates=True,
+)
+FAST_SQUARE = define("fast_square(Tensor x) -> Tensor", reference=torch.square, shape=torch.empty_like, kernel=True)
+"""Operators whose roles in a compile are known from when they are defined on."""
+
 BOUND = 1.7
 
 
@@ -69,12 +82,17 @@ def own_cache(tmp_path, monkeypatch):
 
 def clipped(bound: Any = BOUND) -> Program:
     """The language model with the operator in front of its output head."""
+    return with_operator(SOFT_CLIP, bound)
+
+
+def with_operator(new_operator: Operator, *options: Any) -> Program:
+    """The language model with an operator in front of its output head."""
     item = language_model().copy()
     (head,) = calls(item.graph, torch.ops.lbllm.int8_linear.default)
     quantizer = Arguments(Arguments(head).values).value
     hidden = Arguments(quantizer).x
     with item.graph.inserting_before(quantizer):
-        new = make_call(item.graph, SOFT_CLIP.target, (hidden, bound), quantizer)
+        new = make_call(item.graph, new_operator.target, (hidden, *options), quantizer)
     quantizer.replace_input_with(hidden, new)
     item.module.recompile()
     return item
@@ -86,6 +104,21 @@ def test_it_is_known_by_its_name():
     assert torch.equal(torch.ops.lbllm.soft_clip(torch.tensor([-3.0, 0.0, 1.0])), torch.tensor([-0.75, 0.0, 0.5]))
     with pytest.raises(ValueError, match=r"lbllm\.soft_clip\.default is registered already"):
         registry.register(SOFT_CLIP)
+
+
+def test_one_that_simulates_is_not_left_in_a_lowered_graph():
+    with pytest.raises(KernelError, match=r"lbllm\.soft_round.*is simulated quantization; only lowered graphs run"):
+        Executor(with_operator(SOFT_ROUND), ReferenceKernels())
+    simulated = program(
+        {"w": torch.ones(11, 8)}, lambda root, x: SOFT_ROUND.target(torch.ops.aten.embedding(root.w, x))
+    )
+    with pytest.raises(PassError, match=r"lbllm\.soft_round.*has no integer form"):
+        Lower().apply(simulated, context({"x": torch.ones(1, 3, dtype=torch.int64)}))
+
+
+def test_one_that_must_run_as_a_kernel_never_runs_as_its_reference():
+    with pytest.raises(KernelError, match=r"lbllm\.fast_square.*runs as a kernel only, and no kernel computes it"):
+        requirements(with_operator(FAST_SQUARE))
 
 
 def test_a_stored_graph_calls_it():

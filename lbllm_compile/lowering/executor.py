@@ -30,21 +30,19 @@ from lbllm_compile.passes.ir.rewrite import (
     activation_knees,
     bias_of,
     calls,
+    calls_of_role,
     constant,
     is_call,
     is_constant,
     is_node,
 )
-from lbllm_compile.passes.lower import IN_FEATURES, SIMULATED
+from lbllm_compile.passes.lower import IN_FEATURES
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
-KERNEL_TARGETS = tuple(o.target for o in operators.operators() if o.kernel)
-"""Operators that only ever run as kernels."""
-
-LINEAR_TARGETS = tuple(t for t in KERNEL_TARGETS if t is not _lbllm.quantize_activation.default)
-"""Those of them that are linears."""
+LINEAR_TARGETS = (_lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default, _lbllm.int8_linear.default)
+"""Linears that run as kernels."""
 
 _POINTWISE = frozenset(
     (
@@ -106,11 +104,13 @@ def requirements(program: Program) -> Requirements:
     """
     linears: dict[LinearSpec, None] = {}
     quantizers: dict[QuantizeSpec, None] = {}
-    for node in calls(program.graph, *KERNEL_TARGETS):
+    for node in calls_of_role(program.graph, "kernel"):
         if node.target is _lbllm.quantize_activation.default:
             quantizers[quantize_spec(node)] = None
-        else:
+        elif node.target in LINEAR_TARGETS:
             linears[linear_spec(program, node)] = None
+        else:
+            raise KernelError(f"{describe(node)} runs as a kernel only, and no kernel computes it")
     return Requirements(tuple(linears), tuple(quantizers))
 
 
@@ -248,7 +248,7 @@ class Executor:
     """
 
     def __init__(self, program: Program, kernels: Kernels):
-        simulated = calls(program.graph, *SIMULATED)
+        simulated = calls_of_role(program.graph, "simulates")
         if simulated:
             raise KernelError(f"{describe(simulated[0])} is simulated quantization; only lowered graphs run ('lower')")
         self.inputs = [n.target for n in program.placeholders()]

@@ -43,7 +43,6 @@ from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.decompose import decompose, may_decompose
 from lbllm_compile.lowering.executor import (
-    KERNEL_TARGETS,
     LINEAR_TARGETS,
     last_token_graph,
     linear_spec,
@@ -271,7 +270,7 @@ class _Translator:
             if node.op == "output":
                 self.function.finish(self.value(node.args[0]))
             elif node.op == "call_function":
-                if (node.target in KERNEL_TARGETS or not _packs(node)) and not self.awaits_addition(node):
+                if (node.target in LINEAR_TARGETS or not _packs(node)) and not self.awaits_addition(node):
                     self.values[node] = self.translated(node)
             elif node.op == "placeholder":
                 self.values[node] = self.past() if node.target == "past" else self.function.value(node.target)

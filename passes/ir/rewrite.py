@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
+from ...codegen import operators
 from ...codegen.operators import Arguments
 from .program import get_attribute
 
@@ -21,6 +22,17 @@ PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "lbllm_layer"
 def calls(graph: fx.Graph, *targets: Callable[..., Any]) -> list[Node]:
     """The calls of any of ``targets``, in graph order."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def calls_of_role(graph: fx.Graph, role: Literal["simulates", "integer", "kernel"]) -> list[Node]:
+    """The calls of operators with a role (see :class:`~...codegen.operators.Operator`), in graph order."""
+    return [n for n in graph.nodes if n.op == "call_function" and has_role(n, role)]
+
+
+def has_role(node: Node, role: Literal["simulates", "integer", "kernel"]) -> bool:
+    """Whether the operator that a node calls is known, by now, to have a role."""
+    known = operators.find(node.target)
+    return known is not None and getattr(known, role)
 
 
 def is_node(value: Any) -> bool:

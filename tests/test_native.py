@@ -232,6 +232,20 @@ def test_a_program_that_tvm_rejects_runs_in_torch_and_says_so(tmp_path, monkeypa
     assert len(notes.said) == 1 and "TVM cannot compile the program (no code for this loop)" in notes.said[0]
 
 
+@pytest.mark.parametrize("wrong", ["prompt", "steps"])
+def test_a_program_that_does_not_compute_its_graph_is_refused_with_figures(wrong, monkeypatch, tmp_path):
+    feed = native.NativeSession._feed
+
+    def other(self, ids, last):
+        logits = feed(self, ids, last)
+        return [part[..., ::-1] for part in logits] if (ids.shape[1] > 1) == (wrong == "prompt") else logits
+
+    monkeypatch.setattr(native.NativeSession, "_feed", other)
+    with pytest.raises(KernelError, match=r"its logits differ from the graph's by [0-9.]+ .* explains [0-9.]+"):
+        build(language_model(), tmp_path)
+    assert not (tmp_path / native.SEAL).exists()
+
+
 def test_a_reshape_is_solved_with_symbols():
     class Symbol:
         def same_as(self, other):

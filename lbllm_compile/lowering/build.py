@@ -26,6 +26,7 @@ from lbllm_compile.codegen.cache import sync, write_atomically, write_failure
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
+from lbllm_compile.lowering.compare import check_agreement
 from lbllm_compile.lowering.translate import Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
@@ -93,6 +94,7 @@ def build_native(
 
     Raises:
         KernelError: it cannot be compiled.
+        DisagreementError: it does not compute what the graph does.
     """
     progress = progress or NoProgress()
     if program.kind != "causal-lm":
@@ -126,6 +128,9 @@ def build_native(
             )
             _store(dataclasses.replace(description, merged=False), folder)
             native = NativeProgram(folder)
+        # Its packed weights are in the file; the executor packs its own.
+        del translation
+        check_agreement(program, kernels, native)
         seal(folder, {WEIGHTS: weights.digest.hexdigest()})
         task.advance("proven")
     return native

@@ -238,7 +238,7 @@ def test_a_program_that_does_not_compute_its_graph_is_refused_with_figures(wrong
 
     def other(self, ids, last):
         logits = feed(self, ids, last)
-        return [part[..., ::-1] for part in logits] if (ids.shape[1] > 1) == (wrong == "prompt") else logits
+        return [part[..., ::-1].copy() for part in logits] if (ids.shape[1] > 1) == (wrong == "prompt") else logits
 
     monkeypatch.setattr(native.NativeSession, "_feed", other)
     with pytest.raises(KernelError, match=r"its logits differ from the graph's by [0-9.]+ .* explains [0-9.]+"):

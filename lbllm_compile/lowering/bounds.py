@@ -7,6 +7,9 @@ table by the clamping of its translation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from lbllm_compile.codegen.operators import Arguments
@@ -36,16 +39,36 @@ _SLOTS = "past"
 """The source of positions that count slots from the past ones on."""
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table of weights, taken at positions that an input of the model gives.
+
+    Attributes:
+        node: the operator.
+        source: the input; ``"past"`` where the model counts positions itself.
+        rows: values that the input may have, from 0 on.
+    """
+
+    node: Node
+    source: str
+    rows: int
+
+
 def input_bounds(program: Program) -> InputBounds:
     """The bounds of a language model's ``input_ids`` and ``position_ids``, and of positions that it counts itself."""
     rows: dict[str, int] = {}
+    for found in lookups(program):
+        rows[found.source] = min(found.rows, rows.get(found.source, found.rows))
+    return InputBounds(rows.get("input_ids"), rows.get("position_ids"), rows.get(_SLOTS))
+
+
+def lookups(program: Program) -> Iterator[Lookup]:
+    """Where rows of the program's tables are taken at positions that come from an input unchanged, or shifted."""
     for node in calls(program.graph, *_LOOKUPS):
         for table, index, axis in _LOOKUPS[node.target](Arguments(node)):
             source, shift = _source(index)
             if source is not None and is_constant(table):
-                most = constant(program.module, table).shape[axis] - shift
-                rows[source] = min(most, rows.get(source, most))
-    return InputBounds(rows.get("input_ids"), rows.get("position_ids"), rows.get(_SLOTS))
+                yield Lookup(node, source, constant(program.module, table).shape[axis] - shift)
 
 
 def _indexed(a: Arguments) -> list[tuple[Node, Node, int]]:

@@ -19,14 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-
 from lbllm_compile.codegen.backend import Kernels, backend_of
 from lbllm_compile.codegen.cache import sync, write_atomically, write_failure
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
-from lbllm_compile.lowering.compare import check_agreement
+from lbllm_compile.lowering.compare import check_agreement, merging_is_exact
 from lbllm_compile.lowering.translate import Translated, translate
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
@@ -48,9 +46,6 @@ from lbllm_compile.runtime.native import (
     seal,
     stored_at,
 )
-
-PROBE_PROMPT, PROBE_STEPS = 5, 6
-"""Tokens of the proof's prompt, and steps behind it."""
 
 PAGE = 2 << 20
 """Bytes of a large page on most systems."""
@@ -309,18 +304,3 @@ def _has_plain_tokenizer(program: Program) -> bool:
 
 def _members(layout: Layout) -> tuple[Member, ...]:
     return tuple(Member(n, spec.shape, spec.dtype, layout.offsets[n]) for n, spec in layout.tensors.items())
-
-
-def merging_is_exact(native: NativeProgram) -> bool:
-    """Whether the same tokens in few launches and kernel by kernel give equal logits and state, to the bit."""
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, native.description.bounds.vocabulary, (1, PROBE_PROMPT + PROBE_STEPS))
-    few, many = (native.session(1) for _ in range(2))
-    for session in (few, many):
-        session.step(ids[:, :PROBE_PROMPT])
-    for i in range(PROBE_PROMPT, PROBE_PROMPT + PROBE_STEPS):
-        ours, theirs = few.step(ids[:, i : i + 1]), many.step_by_kernel(ids[:, i : i + 1])
-        same_state = all(np.array_equal(a, b) for a, b in zip(few.state.arrays, many.state.arrays, strict=True))
-        if not np.array_equal(ours, theirs) or not same_state:
-            return False
-    return True

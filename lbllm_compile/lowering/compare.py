@@ -1,28 +1,33 @@
-"""Holds a native program against the executor on probe tokens.
+"""Holds a native program against what it was made from, on probe tokens.
 
-Both run the same lowered graph on the same proven kernels, and round differently in between: in norms, attention and
-activations. One such difference may move a code of a quantizer by one, and what follows spreads it, so that no fixed
-bound is right for all models. What rounding may do is therefore measured on the model itself: the executor runs the
-probe again with the token embeddings disturbed by one part in :data:`DISTURBANCE`, some hundred times what rounding
-does, so that where rounding could move a code the disturbance has moved one. Without quantized activations it stays
-small, and so does the bound.
+Program and executor run the same lowered graph on the same proven kernels, and round differently in between: in norms,
+attention and activations. One such difference may move a code of a quantizer by one, or a token to another expert, and
+what follows spreads it, so that no fixed bound is right for all models. What rounding may do is therefore measured on
+the model itself: the executor runs the probe again with the token embeddings disturbed by one part in
+:data:`DISTURBANCE`, some hundred times what rounding does, so that where rounding could move a code the disturbance has
+moved one. Without quantized activations it stays small, and so does the bound.
+
+The two forms of the program that decode one token, in few launches and kernel by kernel, compute the same in the same
+order, and are held against each other to the bit.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lbllm_compile.codegen.errors import KernelError
-from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.lowering.bounds import lookups
 from lbllm_compile.lowering.executor import Executor, Kernels
-from lbllm_compile.passes.ir.program import Program, copy_module, set_attribute
-from lbllm_compile.passes.ir.rewrite import Node, calls, constant
+from lbllm_compile.passes.ir.program import Program, copy_module
+from lbllm_compile.runtime.language import InputBounds
 from lbllm_compile.runtime.native import NativeProgram
 
-PROMPT, STEPS = 9, 4
-"""Tokens of the probe's prompts, and of the steps behind them."""
+PARTS = (19, 4, 1, 1, 1)
+"""Tokens of the probe as they are fed: a prompt, a few at once, and single ones; each kind has a form of its own."""
 
 PADDING = 3
 """Tokens that one of the prompts is padded with on the left."""
@@ -30,15 +35,15 @@ PADDING = 3
 DISTURBANCE = 1 << 16
 """Token embeddings are disturbed by up to one part in so many."""
 
-DISTURBED = 4
+DISTURBED = 3
 """Disturbed copies of each sequence."""
 
 FACTOR, FLOOR, CEILING = 4, 1e-3, 0.5
-"""The bound is so many times what the disturbance does, at least and at most so much; unrelated logits are 1.4 apart."""
+"""The bound is so many times the most that the disturbance does to the logits of a token, at least and at most so much;
+unrelated logits are at 1.4."""
 
-_FACTORS = "lbllm_probe_factors"
-
-_EMBEDDINGS = (torch.ops.lbllm.int8_embedding.default, torch.ops.aten.embedding.default)
+UNBOUNDED_VOCABULARY = 100
+"""Token ids to draw from where the model looks them up in no table."""
 
 
 class DisagreementError(KernelError):
@@ -47,11 +52,26 @@ class DisagreementError(KernelError):
     exit_code = 1
 
 
+def merging_is_exact(native: NativeProgram) -> bool:
+    """Whether the same tokens in few launches and kernel by kernel give equal logits and state, to the bit."""
+    ids = _probe(native.description.bounds, 1)
+    prompt = ids.shape[1] // 2
+    few, many = (native.session(1) for _ in range(2))
+    for session in (few, many):
+        session.step(ids[:, :prompt])
+    for i in range(prompt, ids.shape[1]):
+        ours, theirs = few.step(ids[:, i : i + 1]), many.step_by_kernel(ids[:, i : i + 1])
+        same_state = all(np.array_equal(a, b) for a, b in zip(few.state.arrays, many.state.arrays, strict=True))
+        if not np.array_equal(ours, theirs) or not same_state:
+            return False
+    return True
+
+
 def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -> None:
     """Checks a native program against the graph it was translated from.
 
-    Compared are the logits of a prompt and of cached steps of one token behind it, of two sequences at once, one of
-    them padded on the left, and of all tokens of both in one call. The distance of two vectors of logits is that of
+    Compared are the logits behind a prompt and behind what follows it in parts, of one sequence and of two at once, one
+    of them padded on the left, and those of all tokens in one call. The distance of two vectors of logits is that of
     their differences from their means, relative to the length of the executor's.
 
     Raises:
@@ -68,24 +88,33 @@ def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -
 
 def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tuple[float, float]:
     """The largest mean distance of the logits of one way to feed the probe from the executor's, and the bound."""
-    length = PROMPT + STEPS
-    ids = np.random.default_rng(0).integers(0, native.description.bounds.vocabulary, (2, length))
+    ids = _probe(native.description.bounds, 2)
     mask = np.ones_like(ids)
-    mask[1, :PADDING] = 0
+    mask[1, : min(PADDING, ids.shape[1] - 1)] = 0
     expected = _executed(program, kernels, torch.from_numpy(ids), torch.from_numpy(mask))
     exact, disturbed = expected[:2], expected[2:].unflatten(0, (DISTURBED, 2))
     seen = torch.from_numpy(mask).bool()
-    rounding = float(_distance(disturbed, exact)[:, seen].mean(1).max())
+    rounding = float(_distance(disturbed, exact)[:, seen].max())
 
+    ends = [end for end in accumulate(PARTS, initial=0) if end < ids.shape[1]] + [ids.shape[1]]
     found = []
-    for sequences in (1, 2):
-        stepped = _decoded(native, ids[:sequences], mask[:sequences])
-        distance = _distance(stepped, exact[:sequences, PROMPT - 1 :])
-        found += [distance[:, :1], distance[:, 1:]]
+    for batch in (1, 2):
+        session = native.session(batch)
+        session.start(mask[:batch, : ends[1]])
+        for begin, end in pairwise(ends):
+            logits = torch.from_numpy(session.step(ids[:batch, begin:end]))
+            found.append(_distance(logits, exact[:batch, end - 1]))
     session = native.session(2)
     session.start(mask)
     found.append(_distance(torch.from_numpy(session.logits(ids)), exact)[seen])
-    return max(float(f.mean()) for f in found), min(max(FACTOR * rounding, FLOOR), CEILING)
+    bound = min(max(FACTOR * rounding, FLOOR), CEILING) if native.description.bounds.vocabulary else CEILING
+    return max(float(f.mean()) for f in found), bound
+
+
+def _probe(bounds: InputBounds, batch: int) -> np.ndarray:
+    """Random token ids ``[batch, S]``: as many as all parts have, or as there are positions."""
+    length = min(sum(PARTS), bounds.positions or sum(PARTS))
+    return np.random.default_rng(0).integers(0, bounds.vocabulary or UNBOUNDED_VOCABULARY, (batch, length))
 
 
 def _executed(program: Program, kernels: Kernels, ids: Tensor, mask: Tensor) -> Tensor:
@@ -94,40 +123,37 @@ def _executed(program: Program, kernels: Kernels, ids: Tensor, mask: Tensor) -> 
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     values = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     repeated = {name: value.repeat(copies, 1) for name, value in values.items()}
-    disturbed = _disturbed(program, len(ids) * copies, ids.shape[1], len(ids))
+    disturbed = _disturbed(program, len(ids))
     return Executor(disturbed, kernels)(*disturbed.arguments(repeated))
 
 
-def _disturbed(program: Program, batch: int, length: int, exact: int) -> Program:
-    """The program with token embeddings multiplied by numbers near 1, or 1 in the first ``exact`` sequences."""
+def _disturbed(program: Program, exact: int) -> Program:
+    """The program with token embeddings disturbed in all but the first sequences, ``exact`` in number.
+
+    Tokens that are looked up in no table of weights stay as they are.
+    """
     result = program.with_module(copy_module(program.module))
-    (ids,) = (node for node in result.placeholders() if node.target == "input_ids")
-    embedding = next(n for n in calls(result.graph, *_EMBEDDINGS) if ids in _above(n))
-    width = constant(result.module, Arguments(embedding).weight).shape[1]
-    noise = torch.rand((batch, length, width), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    noise[:exact] = 0
-    set_attribute(result.module, _FACTORS, 1 + noise / DISTURBANCE)
-    with result.graph.inserting_after(embedding):
-        factors = result.graph.get_attr(_FACTORS)
-    with result.graph.inserting_after(factors):
-        product = result.graph.call_function(torch.ops.aten.mul.Tensor, (embedding, factors))
-    embedding.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
-    result.module.recompile()
+    embedding = next((found.node for found in lookups(result) if found.source == "input_ids"), None)
+    if embedding is not None:
+        with result.graph.inserting_after(embedding):
+            disturbed = result.graph.call_function(_Disturbance(exact), (embedding,))
+        embedding.replace_all_uses_with(disturbed, delete_user_cb=lambda user: user is not disturbed)
+        result.module.recompile()
     return result
 
 
-def _above(embedding: Node) -> list[Node]:
-    """What an embedding looks up, and what that is made of."""
-    return [above for node in embedding.all_input_nodes for above in (node, *node.all_input_nodes)]
+class _Disturbance:
+    """Multiplies ``[B, ...]`` by numbers near 1, but for the first ``exact`` of the batch."""
 
+    __name__ = "disturb"
 
-def _decoded(native: NativeProgram, ids: np.ndarray, mask: np.ndarray) -> Tensor:
-    """Logits ``[B, 1 + STEPS, V]`` behind the prompt, and behind each token that follows."""
-    session = native.session(len(ids))
-    session.start(mask[:, :PROMPT])
-    steps = [session.step(ids[:, :PROMPT])]
-    steps += [session.step(ids[:, i : i + 1]) for i in range(PROMPT, PROMPT + STEPS)]
-    return torch.from_numpy(np.stack(steps, 1))
+    def __init__(self, exact: int):
+        self._exact = exact
+
+    def __call__(self, x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        noise[: self._exact] = 0
+        return x * (1 + noise / DISTURBANCE)
 
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:

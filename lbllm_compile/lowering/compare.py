@@ -24,6 +24,7 @@ from lbllm_compile.lowering.bounds import lookups
 from lbllm_compile.lowering.executor import Executor, Kernels
 from lbllm_compile.passes.ir.program import Program, copy_module
 from lbllm_compile.runtime.language import InputBounds
+from lbllm_compile.runtime.model import Session
 from lbllm_compile.runtime.native import NativeProgram
 
 PARTS = (19, 4, 1, 1, 1)
@@ -70,9 +71,9 @@ def merging_is_exact(native: NativeProgram) -> bool:
 def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -> None:
     """Checks a native program against the graph it was translated from.
 
-    Compared are the logits behind a prompt and behind what follows it in parts, of one sequence and of two at once, one
-    of them padded on the left, and those of all tokens in one call. The distance of two vectors of logits is that of
-    their differences from their means, relative to the length of the executor's.
+    Compared are the logits behind a prompt and behind the parts that follow it, of one sequence and of two at once, one
+    of them padded on the left, and those of all tokens of two. The distance of two vectors of logits is that of their
+    differences from their means, relative to the length of the executor's.
 
     Raises:
         DisagreementError: the mean distance of one of these is above the bound.
@@ -91,40 +92,33 @@ def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tupl
     ids = _probe(native.description.bounds, 2)
     mask = np.ones_like(ids)
     mask[1, : min(PADDING, ids.shape[1] - 1)] = 0
-    expected = _executed(program, kernels, torch.from_numpy(ids), torch.from_numpy(mask))
-    exact, disturbed = expected[:2], expected[2:].unflatten(0, (DISTURBED, 2))
-    seen = torch.from_numpy(mask).bool()
-    rounding = float(_distance(disturbed, exact)[:, seen].max())
-
     ends = [end for end in accumulate(PARTS, initial=0) if end < ids.shape[1]] + [ids.shape[1]]
-    found = []
-    for batch in (1, 2):
-        session = native.session(batch)
+
+    copies = 1 + DISTURBED
+    disturbed = _disturbed(program, exact=2)
+    reference = Session(disturbed, Executor(disturbed, kernels), 2 * copies, 0)
+    reference.start(np.tile(mask[:, : ends[1]], (copies, 1)))
+    one, two, whole = native.session(1), native.session(2), native.session(2)
+    for session, batch in ((one, 1), (two, 2), (whole, 2)):
         session.start(mask[:batch, : ends[1]])
-        for begin, end in pairwise(ends):
-            logits = torch.from_numpy(session.step(ids[:batch, begin:end]))
-            found.append(_distance(logits, exact[:batch, end - 1]))
-    session = native.session(2)
-    session.start(mask)
-    found.append(_distance(torch.from_numpy(session.logits(ids)), exact)[seen])
-    bound = min(max(FACTOR * rounding, FLOOR), CEILING) if native.description.bounds.vocabulary else CEILING
-    return max(float(f.mean()) for f in found), bound
+
+    found, rounding = [], []
+    for begin, end in pairwise(ends):
+        part, seen = ids[:, begin:end], torch.from_numpy(mask[:, begin:end]).bool()
+        exact, *moved = reference.logits(torch.from_numpy(np.tile(part, (copies, 1)))).split(2)
+        rounding += [_distance(logits, exact)[seen].max() for logits in moved]
+        found.append(_distance(torch.from_numpy(one.step(part[:1])), exact[:1, -1]))
+        found.append(_distance(torch.from_numpy(two.step(part)), exact[:, -1]))
+        found.append(_distance(torch.from_numpy(whole.logits(part)), exact)[seen])
+    bounded = native.description.bounds.vocabulary is not None
+    bound = min(max(FACTOR * float(max(rounding)), FLOOR), CEILING) if bounded else CEILING
+    return max(float(distance.mean()) for distance in found), bound
 
 
 def _probe(bounds: InputBounds, batch: int) -> np.ndarray:
     """Random token ids ``[batch, S]``: as many as all parts have, or as there are positions."""
     length = min(sum(PARTS), bounds.positions or sum(PARTS))
     return np.random.default_rng(0).integers(0, bounds.vocabulary or UNBOUNDED_VOCABULARY, (batch, length))
-
-
-def _executed(program: Program, kernels: Kernels, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits ``[(1 + DISTURBED) * B, S, V]`` of the executor for tokens ``[B, S]``: exact, then disturbed."""
-    copies = 1 + DISTURBED
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    values = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    repeated = {name: value.repeat(copies, 1) for name, value in values.items()}
-    disturbed = _disturbed(program, len(ids))
-    return Executor(disturbed, kernels)(*disturbed.arguments(repeated))
 
 
 def _disturbed(program: Program, exact: int) -> Program:

@@ -36,6 +36,7 @@ from lbllm_compile import frontend
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import build_kernels
 from lbllm_compile.lowering.build import build_native, workshop
+from lbllm_compile.lowering.compare import DisagreementError
 from lbllm_compile.runtime.model import CompiledModel
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
@@ -542,6 +543,8 @@ def examine(name: str, native: bool = True) -> Finding:
         with contextlib.ExitStack() as stack:
             compiled = _compiled(name, model, notes, stack.enter_context(workshop()) if native else None)
             errors = list(_errors(compiled, reference))
+    except DisagreementError as error:
+        return Finding(name, "wrong", native=True, message=str(error))
     except LbllmError as error:
         return Finding(name, "refused", message=str(error))
     except Exception as error:

@@ -39,7 +39,7 @@ DISTURBANCE = 1 << 16
 DISTURBED = 3
 """Disturbed copies of each sequence."""
 
-FACTOR, FLOOR, CEILING = 4, 1e-3, 0.5
+FACTOR, FLOOR, CEILING = 2, 1e-3, 1.0
 """The bound is so many times the most that the disturbance does to the logits of a token, at least and at most so much;
 unrelated logits are at 1.4."""
 
@@ -117,7 +117,7 @@ def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tupl
 
 def _probe(bounds: InputBounds, batch: int) -> np.ndarray:
     """Random token ids ``[batch, S]``: as many as all parts have, or as there are positions."""
-    length = min(sum(PARTS), bounds.positions or sum(PARTS))
+    length = min(most for most in (sum(PARTS), bounds.positions, bounds.slots) if most is not None)
     return np.random.default_rng(0).integers(0, bounds.vocabulary or UNBOUNDED_VOCABULARY, (batch, length))
 
 

@@ -11,7 +11,7 @@ from ...spec import EmbeddingSpec
 from ..arguments import Arguments
 from ..checks import require, require_scales, require_tensor
 from ..registry import define
-from ..translator import Translator
+from ..translator import Translator, flat
 
 
 def _rows(weight: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
@@ -26,8 +26,12 @@ def _verify(a: Arguments) -> None:
 
 def _translate(t: Translator, a: Arguments) -> Any:
     rows, scale, ids = a.pick("weight", "scale", "ids")
-    spec = EmbeddingSpec(*t.shape(rows))
-    return t.call(t.kernels.embedding(spec), [rows, scale, ids], ([*t.shape(ids), spec.columns], "float32"))
+    spec, sizes = EmbeddingSpec(*t.shape(rows)), t.shape(ids)
+    if t.dtype(ids) != "int64":
+        ids = t.emit(t.op.astype(ids, "int64"))
+    matrix = flat(t, ids)[0] if sizes else t.reshape(ids, [1, 1])
+    found = t.call(t.kernels.embedding(spec), [rows, scale, matrix], ([*t.shape(matrix), spec.columns], "float32"))
+    return t.reshape(found, [*sizes, spec.columns])
 
 
 int8_embedding = define(

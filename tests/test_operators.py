@@ -70,11 +70,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """A call: positional arguments, in which an :class:`Input` is a tensor and a :class:`Size` a dynamic size."""
+    """A call: positional arguments, in which an :class:`Input` is a tensor and a :class:`Size` a dynamic size.
+
+    Programs neither take nor give complex numbers: inputs are viewed as such, ``is_complex`` results as real ones.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    is_complex: bool = False
 
 
 class Graph:
@@ -91,7 +95,12 @@ class Graph:
             def place(value: Any, nodes: list[fx.Node] = nodes) -> Any:
                 if isinstance(value, Input):
                     node = self.graph.placeholder(f"x{len(self.inputs)}")
-                    self.inputs.append((node.target, value))
+                    if value.dtype.is_complex:
+                        value = Input((*value.shape, 2))
+                        self.inputs.append((node.target, value))
+                        node = self.graph.call_function(aten.view_as_complex.default, (node,))
+                    else:
+                        self.inputs.append((node.target, value))
                     nodes.append(node)
                     return node
                 if isinstance(value, Size):
@@ -105,6 +114,8 @@ class Graph:
             node = self.graph.call_function(case.target, args, {k: place(v) for k, v in case.kwargs.items()})
             count = self._results(node, case)
             parts = [self.graph.call_function(operator.getitem, (node, i)) for i in range(count)] if count else [node]
+            if case.is_complex:
+                parts = [self.graph.call_function(aten.view_as_real.default, (part,)) for part in parts]
             results += parts
             self.owners += [number] * len(parts)
         self.graph.output(results)
@@ -172,7 +183,7 @@ def check(graph: Graph, run: Callable[..., Any], sizes: dict[str, int], seed: in
         assert ours.shape == theirs.shape, f"{said} gives {ours.shape}, not {theirs.shape}"
         if case.target in UNWRITTEN:
             continue
-        exact = not ours.dtype.is_floating_point or case.target in EXACT
+        exact = not ours.dtype.is_floating_point or (case.target in EXACT and not case.is_complex)
         bound = 0.0 if exact else TOLERANCE
         torch.testing.assert_close(
             ours, theirs, rtol=bound, atol=bound, equal_nan=True, msg=lambda m, said=said: f"{said}: {m}"
@@ -206,6 +217,24 @@ EXACT = {
 
 UNWRITTEN = {aten.empty_like.default, aten.new_empty.default}
 """Operators that give memory as they find it."""
+
+
+COMPLEX = Input(("m", 1, 4), torch.complex64)
+GIVING_COMPLEX = [
+    (aten.view_as_complex.default, (Input(("m", 2)),)),
+    (aten.polar.default, (X, X)),
+    (aten.mul.Tensor, (COMPLEX, Input(("m", "n", 4), torch.complex64))),
+    (aten.mul.Tensor, (COMPLEX, X)),
+    (aten.mul.Tensor, (WHOLE, COMPLEX)),
+    (aten.mul.Tensor, (COMPLEX, 1.5)),
+    (aten.neg.default, (COMPLEX,)),
+    (aten.unsqueeze.default, (COMPLEX, 1)),
+    (aten.transpose.int, (COMPLEX, 0, 2)),
+    (aten.reshape.default, (COMPLEX, [-1, 2])),
+    (aten.expand.default, (COMPLEX, [-1, 3, -1])),
+    (aten.slice.Tensor, (COMPLEX, 2, 1, 3)),
+]
+"""Calls whose result is complex."""
 
 
 def _pairs(name: str, *kinds: Input) -> list[Case]:
@@ -446,6 +475,8 @@ CASES += [
     case(aten.bmm.default, Input((2, "m", 3)), Input((2, 3, "n"))),
     case(aten.addmm.default, Input((5,)), X, Input((4, 5))),
     case(aten.new_zeros.default, X, [Size(0, 2)]),
+    *(Case(target, args, {}, is_complex=True) for target, args in GIVING_COMPLEX),
+    case(aten.view_as_real.default, COMPLEX),
 ]
 """Calls of every operator that has a translation, and of some that are made of others."""
 

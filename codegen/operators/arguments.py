@@ -65,6 +65,11 @@ class Arguments:
         """The arguments as they stand in the graph."""
         return Arguments(self.node)
 
+    def through(self, change: Callable[[Any], Any]) -> Arguments:
+        """The same arguments, each changed as it is read."""
+        read = self._read
+        return Arguments(self.node, change if read is None else lambda value: change(read(value)))
+
     def pick(self, *names: str) -> list[Any]:
         """Several arguments in the order of ``names``."""
         return [getattr(self, name) for name in names]

@@ -37,6 +37,7 @@ class Operator:
     Attributes:
         target: what a graph's node calls: an overload of ``torch.ops``, or a function.
         translate: makes a call part of a program; None where no program can hold it.
+        on_complex: the same for a call with complex numbers among its arguments (:class:`.translator.Complex`).
         verify: checks the arguments of a call.
         simulates: it stands for integer arithmetic and is computed in floats; none is left in a lowered graph.
         integer: it takes or gives quantized values; ``lower`` makes it.
@@ -51,6 +52,7 @@ class Operator:
     integer: bool = False
     kernel: bool = False
     updates: tuple[str, ...] = ()
+    on_complex: Translation | None = None
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ be known without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import UntranslatableError
@@ -15,6 +16,19 @@ from .arguments import Arguments
 
 Value = Any
 """A tensor of the program."""
+
+
+@dataclass(frozen=True)
+class Complex:
+    """A tensor of complex numbers, which a program has as two.
+
+    Attributes:
+        real, imaginary: the parts, of one shape and dtype.
+    """
+
+    real: Value
+    imaginary: Value
+
 
 Size = Any
 """A dimension: an integer, or an expression over symbols."""

@@ -22,7 +22,7 @@ from lbllm_compile.codegen.backend import EntryPoint, Kernels, ProgramKernel, ba
 from lbllm_compile.codegen.build import TirKernel
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.operators import Arguments
-from lbllm_compile.codegen.operators.translator import Translation, flat
+from lbllm_compile.codegen.operators.translator import Complex, Translation, flat
 from lbllm_compile.codegen.program import builder
 from lbllm_compile.codegen.program.builder import (
     BATCH,
@@ -293,7 +293,7 @@ class _Translator:
 
     def _translated(self, node: Node) -> Any:
         """The operator's own translation, or where it has none for this form, that of what it is made of."""
-        translation = _translation(node)
+        translation = self._form(node)
         if translation is None:
             return self._decomposed(node)
         try:
@@ -304,7 +304,19 @@ class _Translator:
             except UntranslatableError:
                 raise refused from None
 
+    def _form(self, node: Node) -> Translation | None:
+        """A call's own translation for numbers of the kind of its arguments; None where it has none."""
+        known = operators.find(node.target)
+        if known is None or not self._is_complex(node):
+            return _translation(node)
+        return known.on_complex
+
+    def _is_complex(self, node: Node) -> bool:
+        return any(isinstance(self.values.get(n), Complex) for n in node.all_input_nodes)
+
     def _decomposed(self, node: Node) -> Any:
+        if self._is_complex(node):
+            raise UntranslatableError("this arithmetic on complex numbers has no translation", node)
         meanings = {n: self._meaning(self.value(n)) for n in node.all_input_nodes}
         graph, constants = decompose(node, meanings)
         inputs = iter(node.all_input_nodes)
@@ -315,7 +327,7 @@ class _Translator:
                 self.values[part] = relax.const(constants[part.target].numpy())
             elif part.op == "output":
                 return self.value(part.args[0])
-            elif (translation := _translation(part)) is None:
+            elif (translation := self._form(part)) is None:
                 raise UntranslatableError(f"the operator {node.target} has no translation", node)
             else:
                 self.values[part] = translation(self, Arguments(part, self.value))

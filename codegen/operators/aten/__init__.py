@@ -1,5 +1,5 @@
 """What a program can hold of torch's ``aten`` operators."""
 
-from . import creation, elementwise, indexing, networks, reductions, shapes
+from . import complex_numbers, creation, elementwise, indexing, networks, reductions, shapes
 
-__all__ = ["creation", "elementwise", "indexing", "networks", "reductions", "shapes"]
+__all__ = ["complex_numbers", "creation", "elementwise", "indexing", "networks", "reductions", "shapes"]

@@ -16,6 +16,7 @@ from ...errors import UntranslatableError
 from ..arguments import Arguments
 from ..registry import Operator, register
 from ..translator import Translation, Translator, Value, refusal
+from .complex_numbers import by_parts, multiplied
 from .promotion import ARITHMETIC, BOOL, FLOAT, cast, dtype_of, name_of, promoted, tensor
 
 _aten = torch.ops.aten
@@ -396,5 +397,7 @@ _TRANSLATIONS[_aten.floor_divide.default] = _FORMULAS["floor_divide"]
 for _name in ("and", "or", "xor"):
     _TRANSLATIONS[getattr(_aten, f"logical_{_name}").default] = _logical(_name, "self", "other")
 
+_ON_COMPLEX = {_aten.mul.Tensor: multiplied, _aten.neg.default: by_parts(_TRANSLATIONS[_aten.neg.default])}
+
 for _target, _translation in _TRANSLATIONS.items():
-    register(Operator(_target, _translation))
+    register(Operator(_target, _translation, on_complex=_ON_COMPLEX.get(_target)))

@@ -14,6 +14,7 @@ from ...errors import UntranslatableError
 from ..arguments import Arguments
 from ..registry import Operator, register
 from ..translator import Size, Translation, Translator, Value, refusal
+from .complex_numbers import by_parts, of_real
 from .promotion import ARITHMETIC, cast, promoted, tensor
 
 _aten = torch.ops.aten
@@ -456,5 +457,19 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.lift_fresh_copy.default: _same,
 }
 
+_SIZES = {_aten.sym_size.int, _aten.sym_numel.default}
+
+_OTHERS = {_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default, _aten.unbind.int}
+_OTHERS |= {_aten.cat.default, _aten.stack.default, _aten.constant_pad_nd.default}
+"""Operators that give several tensors, take several, or a number to put there."""
+
+
+def _on_complex(target: Callable[..., Any], translation: Translation) -> Translation | None:
+    if target in _SIZES:
+        return of_real(translation)
+    moves = isinstance(target, torch._ops.OpOverload) and target not in _OTHERS
+    return by_parts(translation) if moves else None
+
+
 for _target, _translation in _TRANSLATIONS.items():
-    register(Operator(_target, _translation))
+    register(Operator(_target, _translation, on_complex=_on_complex(_target, _translation)))

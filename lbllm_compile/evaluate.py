@@ -24,6 +24,7 @@ from torch import Tensor
 from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.passes.annotate import linears
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.report import summary, terminal
@@ -299,21 +300,33 @@ def _cannot_use(loaded: artifact.Artifact, source: Any) -> str:
     return ""
 
 
-def bits_per_weight(program: Program) -> dict[str, float]:
-    """Bits per weight as stored: over the decoder's W(1+1) matrices, and over everything in the artifact's weights."""
+def bits_per_weight(program: Program) -> dict[str, float | None]:
+    """Bits per weight as stored: over the linears of decoder layers, and over everything in the artifact's weights.
+
+    Linears are the W(1+1) ones and those that were kept float; None where there are neither.
+    """
     matrices = stored_weights(program).values()
     decoder_weights = sum(math.prod(w.sign.shape[:-1]) * w.in_features for w in matrices)
     decoder_bits = sum(w.stored_bits for w in matrices)
+    kept = {info.weight for _, info in linears(program) if info.role == "dense" and info.layer is not None}
     other_weights = other_bits = 0
     planes = {f"{path}.{part}" for path in stored_weights(program) for part in ("sign", "bitmap", "levels", "scale")}
     for path, tensor in program.parameters():
         if path in planes:
             continue
-        other_bits += 8 * tensor.numel() * tensor.element_size()
+        bits = 8 * tensor.numel() * tensor.element_size()
+        if path in kept:
+            decoder_weights += tensor.numel()
+            decoder_bits += bits
+            continue
+        other_bits += bits
         # scales of int8 rows, clip factors and knees describe other weights
         other_weights += 0 if path.endswith((".row_scale", ".input_clip", ".input_knees")) else tensor.numel()
     whole = (decoder_bits + other_bits) / max(1, decoder_weights + other_weights)
-    return {"bits_per_weight": decoder_bits / max(1, decoder_weights), "bits_per_weight_file": whole}
+    return {
+        "bits_per_weight": decoder_bits / decoder_weights if decoder_weights else None,
+        "bits_per_weight_file": whole,
+    }
 
 
 def _perplexity(nll: Sequence[Tensor]) -> float:

@@ -67,7 +67,7 @@ def measure(
 
     Returns:
         JSON-able figures: ``bytes_original`` (its weights in 16 bit), ``bytes_compiled`` (all weights of the artifact),
-        ``bits_per_weight`` (decoder linears as stored) and ``bits_per_weight_file``; ``cuda_kernels``
+        ``bits_per_weight`` (decoder linears as stored, None without any) and ``bits_per_weight_file``; ``cuda_kernels``
         (how each architecture's were proven) where there are any; for a language model also
         ``text``, ``ppl_teacher``, ``ppl``, ``kld_mean``, ``top1_agreement`` and the tokens per second of greedy
         decoding with a KV cache, ``decode_original`` (eager torch, float32) and ``decode_compiled``; for another module

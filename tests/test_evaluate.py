@@ -10,14 +10,19 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from graphs import normal
+from graphs import normal, program
+from lbllm_compile.passes.annotate import LINEAR, LinearInfo
+from lbllm_compile.passes.ir.rewrite import calls
 from reference_kernels import ReferenceKernels
 from test_artifact import lowered
 from test_runtime import CONTEXT, VOCABULARY, language_model, model
 
 from lbllm_compile import artifact, evaluate
 from lbllm_compile.evaluate import EvaluationError
+from lbllm_compile.report import summary
 from lbllm_compile.runtime import loader
+
+aten = torch.ops.aten
 
 
 def test_scores_are_what_the_definitions_say():
@@ -93,6 +98,20 @@ def test_bits_per_weight_are_as_stored():
     # embed.weight: 11x40 int8 and an fp32 scale a row; two fp32 clip factors for each of two quantizers
     whole = bits + 11 * (40 * 8 + 32) + 2 * 2 * 32
     assert figures["bits_per_weight_file"] == pytest.approx(whole / (1600 + 440))
+
+
+@pytest.mark.parametrize(("layer", "bits"), [(0, 32.0), (None, None)])
+def test_linears_that_stay_float_have_the_bits_that_are_stored(layer, bits):
+    """Those outside decoder layers do not count as the decoder's, and without any there is no figure."""
+    weights = {"a.weight": normal(40, 40)}
+    item = program(weights, lambda root, x: aten.linear.default(x, root.a.weight), kind="module")
+    (node,) = calls(item.graph, aten.linear.default)
+    node.meta[LINEAR] = LinearInfo("a", "a.weight", layer, "dense", 0, "test")
+    figures = evaluate.bits_per_weight(item)
+    assert figures == {"bits_per_weight": bits, "bits_per_weight_file": 32.0}
+    cells = [list(map(str, column.cells)) for column in summary.sheet(figures).columns]
+    shown = (["bits per weight", ""], ["32", "32"]) if bits else (["bits per weight"], ["32"])
+    assert (cells[0], cells[2]) == shown
 
 
 def test_texts_that_cannot_be_used_are_told(tmp_path):

@@ -80,8 +80,9 @@ def sheet(figures: Mapping[str, Any]) -> Table:
     if before and after:
         note = f"{before / after:.1f} times smaller; the original in 16 bit"
         rows.append(["weights", terminal.size(before), terminal.size(after), note])
-    rows.append(["bits per weight", "", _text(take("bits_per_weight")), "decoder linears, as stored"])
-    rows.append(["", "", _text(take("bits_per_weight_file")), "all weights, as stored"])
+    scopes = (("bits_per_weight", "decoder linears, as stored"), ("bits_per_weight_file", "all weights, as stored"))
+    bits = [(figure, scope) for name, scope in scopes if (figure := take(name)) is not None]
+    rows += [["" if i else "bits per weight", "", _text(figure), scope] for i, (figure, scope) in enumerate(bits)]
     text = take("text")
     if "ppl" in rest:
         rows.append(["perplexity", _text(take("ppl_teacher")), _text(take("ppl")), f"{text}"])

@@ -25,6 +25,7 @@ INPUTS = {
     "hidden": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1).expand(BATCH, 1, -1, -1).contiguous(),
 }
 WEIGHTS = {"sinks": normal(HEADS, seed=3), "bias": normal(BATCH * HEADS, 1, LENGTH, seed=4), "four": torch.tensor(4.0)}
+WEIGHTS["seen"] = torch.ones(1, 1, LENGTH + 2, LENGTH + 2).tril()
 
 
 def written(forward) -> Program:
@@ -69,6 +70,14 @@ def kept(root, q, k, v, hidden):
     shown = aten.logical_not.default(hidden)
     scores = aten.where.ScalarOther(shown, aten.mul.Scalar(product(q, k), 2.0), LOWEST)
     return aten.matmul.default(aten.softmax.int(scores, -1), v)
+
+
+def multiplied(root, q, k, v, hidden):
+    """GPT's: a stored mask of ones and zeros is a factor, and what hides the rest is added."""
+    seen = aten.slice.Tensor(aten.slice.Tensor(attribute(q, "seen"), 2, 0, LENGTH), 3, 0, LENGTH)
+    others = aten.mul.Tensor(aten.rsub.Scalar(seen, 1), -1e4)
+    scores = aten.add.Tensor(aten.mul.Tensor(aten.div.Tensor(product(q, k), 2.0), seen), others)
+    return aten.matmul.default(aten.softmax.int(aten.add.Tensor(scores, additive(hidden)), -1), v)
 
 
 def biased_and_filled(root, q, k, v, hidden):
@@ -173,6 +182,7 @@ def test_a_bound_goes_into_the_call():
         (plain, 0.5),
         (scaled_behind_the_mask, 0.25),
         (filled, 1.0),
+        (multiplied, 0.5),
         (kept, 2.0),
         (biased_and_filled, 1.0),
         (folded_heads, 0.25),

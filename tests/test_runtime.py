@@ -28,6 +28,7 @@ from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
 from lbllm_compile.runtime import model as torch_model
 from lbllm_compile.runtime.generate import TextStream, choose, left_pad
+from lbllm_compile.runtime.language import InputBounds
 from lbllm_compile.runtime.loader import build_kernels
 from lbllm_compile.runtime.model import FEW_TOKENS
 from lbllm_compile.runtime.state import MIN_CAPACITY
@@ -96,6 +97,12 @@ def test_the_executor_gives_the_graphs_own_outputs():
     logits = model().logits(inputs["input_ids"], inputs["attention_mask"])
     assert torch.equal(logits, language_model().run(inputs))
     assert logits.shape == (3, 7, VOCABULARY)
+
+
+def test_a_stored_index_bounds_nothing():
+    weights = {"table": normal(5, 3), "rows": torch.tensor([4, 0])}
+    item = program(weights, lambda root, input_ids: aten.index_select.default(root.table, 0, root.rows), kind="module")
+    assert input_bounds(item) == InputBounds(None, None)
 
 
 @pytest.mark.parametrize("positions", ["given", "counted", "sliced"])

@@ -88,6 +88,8 @@ def _source(index: Node) -> tuple[str | None, int]:
     """The input that an index is, and the number that is added to it; None where it is computed in another way."""
     shift = 0
     while is_node(index) and index.op != "placeholder":
+        if index.op != "call_function":
+            return None, 0
         a = Arguments(index)
         if is_call(index, *_SAME):
             index = a.self

@@ -115,8 +115,9 @@ class _Step:
     """Something done to scores that a mask can do as well.
 
     Attributes:
-        kind: ``add`` (an operand, times ``number``), ``scale`` (by ``number``), ``hide`` and ``keep`` (``number`` where
-            a condition holds, or where it does not).
+        kind: ``add`` (an operand, times ``number``), ``scale`` (by ``number``), ``times`` (a stored mask of ones and
+            zeros, which leaves what is shown as it is), ``hide`` and ``keep`` (``number`` where a condition holds, or
+            where it does not).
         rank: dimensions of the scores: 4, or 3 where heads are part of the batch.
     """
 
@@ -242,6 +243,13 @@ def _with_heads(node: Node | None) -> Node | None:
     return node
 
 
+def _is_part_of_weight(node: Any) -> bool:
+    """Whether a node is a weight, or a slice of one."""
+    while is_call(node, _aten.slice.Tensor, *_SPREADS):
+        node = Arguments(node).self
+    return is_node(node) and node.op == "get_attr"
+
+
 def _factors(product: Node) -> tuple[Node, Node]:
     """What a matrix product multiplies."""
     a = Arguments(product)
@@ -355,6 +363,9 @@ class _Finder:
             scores = None if factor is None else self._scores(one)
             if factor and scores is not None and scores.sinks is None:
                 return scores.scaled(1.0 / factor if divides else factor, rank)
+        for one, other in () if divides else (factors, factors[::-1]):
+            if _is_part_of_weight(other) and (scores := self._scores(one)) is not None and scores.sinks is None:
+                return scores.after("times", other, 1.0, rank)
         return None
 
     def _filled(self, node: Node, rank: int) -> _Scores | None:
@@ -440,6 +451,8 @@ class _Finder:
             )
             if step.kind == "scale":
                 mask = make_call(self.graph, _aten.mul.Tensor, (mask, step.number), like)
+            elif step.kind == "times":
+                mask = mask and make_call(self.graph, _aten.mul.Tensor, (mask, operand), like)
             elif step.kind == "add":
                 if step.number != 1.0:
                     operand = make_call(self.graph, _aten.mul.Tensor, (operand, step.number), like)

@@ -1,22 +1,77 @@
-"""Options of the test run: ``--runslow`` also runs what takes more than a few seconds."""
+"""Options of the test run: ``--runslow`` also runs what takes more than a few seconds, ``--slow-share`` a part."""
 
 from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
 
 import pytest
 from lbllm_compile.codegen.cuda.device import device_count
 
+LONG = 1800
+"""Files with a test that may take so many seconds, by a ``timeout`` mark of its own, have a share to themselves."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--slow-share",
+        metavar="I/N",
+        type=share,
+        help="run one of N parts of the tests marked slow: every N numbers I in a row, in any place, run them all",
+    )
+
+
+def share(text: str) -> tuple[int, int]:
+    """Number and count of shares from a text such as ``3/8``; numbers go round.
+
+    Raises:
+        pytest.UsageError: the text is none such.
+    """
+    number, _, count = text.partition("/")
+    if not number.isdecimal() or not count.isdecimal() or int(count) == 0:
+        raise pytest.UsageError(f"--slow-share wants two numbers such as 3/8, not '{text}'")
+    return int(number) % int(count), int(count)
+
+
+def shares(items: Sequence[pytest.Item], count: int) -> list[list[pytest.Item]]:
+    """Slow tests in ``count`` parts: files with long ones each in a part of its own, other tests by their names.
+
+    Raises:
+        pytest.UsageError: there are as many files with long tests as parts.
+    """
+    long = sorted({_file(item) for item in items if _seconds(item) >= LONG})
+    if len(long) >= count:
+        raise pytest.UsageError(f"--slow-share wants more than {len(long)} shares: so many files have long tests")
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for item in items:
+        rest = zlib.crc32(item.nodeid.encode()) % (count - len(long))
+        parts[long.index(_file(item)) if _file(item) in long else len(long) + rest].append(item)
+    return parts
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+def _seconds(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else 0.0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = pytest.mark.skip(reason="slow; run with --runslow")
-    gpu = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--runslow"):
-            item.add_marker(slow)
+    slow = [item for item in items if "slow" in item.keywords]
+    chosen = config.getoption("--slow-share")
+    if chosen:
+        number, count = chosen
+        run = shares(slow, count)[number]
+        left = [item for item in slow if item not in run]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+    elif not config.getoption("--runslow"):
+        for item in slow:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
     on_device = [item for item in items if "gpu" in item.keywords]
     if on_device and not device_count():
         for item in on_device:
-            item.add_marker(gpu)
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

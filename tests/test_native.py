@@ -31,7 +31,7 @@ from lbllm_compile.codegen.cpu.backend import CpuBackend
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
-from lbllm_compile.codegen.operators import registry
+from lbllm_compile.codegen.operators import Arguments, registry
 from lbllm_compile.codegen.operators.aten.shapes import infer
 from lbllm_compile.codegen.operators.translator import refusal
 from lbllm_compile.codegen.program import compile as compile_module
@@ -141,6 +141,28 @@ def test_linears_that_stay_float_are_part_of_the_program(tmp_path):
     session = found.session(1)
     steps = torch.from_numpy(np.stack([session.step(ids[:, i : i + 1]) for i in range(9)], 1))
     agree(steps, expected, mask.bool())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["all is float", "embedding and head are float"])
+def test_an_embedding_that_stays_float_may_have_a_padding_index(kept, tmp_path):
+    """As in a pipeline without ``head`` of any model whose configuration names a token for padding."""
+    model, given = captured("llama")
+    assert model.get_input_embeddings().padding_idx == 0
+    annotated = apply(given, "canonicalize,annotate{keep_dense=*}" if kept else "canonicalize,annotate")
+    lowered = apply(annotated if kept else simulate(annotated), "merge,lower,cache,cleanup")
+    (look_up,) = calls(lowered.graph, torch.ops.aten.embedding.default)
+    assert Arguments(look_up).padding_idx == 0
+    found = build(lowered, tmp_path)
+    assert found is not None
+    item = inputs(3, 19)
+    item["input_ids"][:, ::5] = 0  # tokens for padding, also where the mask shows them
+    ids, mask = item["input_ids"].numpy(), item["attention_mask"]
+    with torch.no_grad():
+        expected = model(**item, use_cache=False).logits if kept else lowered.run(item)
+    session = found.session(3)
+    session.start(mask[:, :16].numpy())
+    steps = [session.step(ids[:, :16]), *(session.step(ids[:, i : i + 1]) for i in range(16, 19))]
+    agree(torch.from_numpy(np.stack(steps, 1)), expected[:, 15:], torch.ones(3, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 16), (5, 7), (33, 100)])

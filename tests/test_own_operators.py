@@ -154,6 +154,61 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Stacked matrices of which every row of a batch meets one, floats or, behind a quantizer, W(1+1)."""
+
+    quantized: bool
+    experts: int
+    rows: int
+    columns: int
+    group: int
+    dtype: torch.dtype
+    seed: int
+
+    @classmethod
+    def strategy(cls, quantized: bool) -> st.SearchStrategy[Experts]:
+        sizes = st.integers(1, 6), st.integers(1, 40), st.integers(1, 150)
+        dtypes = st.sampled_from((torch.int32, torch.int64))
+        return st.builds(cls, st.just(quantized), *sizes, st.sampled_from(GROUPS), dtypes, SEEDS)
+
+    def program(self) -> Program:
+        matrices = normal(self.experts, self.rows, self.columns, seed=self.seed)
+        weights = planes("w", matrices, self.group) if self.quantized else {"w": matrices}
+        text = f"%x = input x\n%offsets = input offsets\n{weight_lines(weights)}\n"
+        if self.quantized:
+            weights["clip"] = torch.tensor([0.95, 0.9])
+            text += f"""
+                %clip: f32[2] = weight clip
+                %pair = lbllm.quantize_activation(%x, %clip, 4, {self.group}) {{in_features={self.columns}}}
+                %values = getitem(%pair, 0)
+                %scale = getitem(%pair, 1)
+                %y = lbllm.grouped_bit_linear(
+                    %values, %scale, %w_sign, %w_bitmap, %w_levels, %w_scale, %offsets, {self.group}) {{
+                    in_features={self.columns}}}
+            """
+        else:
+            text += "%y = lbllm.grouped_linear(%x, %w, %offsets)\n"
+        return parse(f"{text}\nreturn (%y,)", weights, "module")
+
+    def check(self, folder: Path) -> None:
+        program = self.program()
+        dtype = str(self.dtype).removeprefix("torch.")
+        inputs = [
+            TensorSpec("x", (LENGTH, self.columns), "float32"),
+            TensorSpec("offsets", (self.experts,), dtype),
+        ]
+        native = Native(program, inputs, folder)
+        for count in (1, 5, 40):
+            generator = torch.Generator().manual_seed(self.seed + count)
+            ends = torch.randint(0, count + 1, (self.experts,), generator=generator).sort().values
+            ends[-1] = count
+            x, offsets = normal(count, self.columns, seed=self.seed + count), ends.to(self.dtype)
+            (ours,), (theirs,) = native(x, offsets), program.run({"x": x, "offsets": offsets})
+            bound = 0.0 if self.quantized else 1e-4
+            torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+
+
+@dataclass(frozen=True)
 class Embedding:
     """A look-up in int8 rows of ids with some dimensions."""
 
@@ -294,6 +349,8 @@ CASES = {
     lbllm.quantize_activation.default: Linear.strategy(None),
     lbllm.bit_linear.default: Linear.strategy("bit"),
     lbllm.int8_linear.default: Linear.strategy("int8"),
+    lbllm.grouped_linear.default: Experts.strategy(False),
+    lbllm.grouped_bit_linear.default: Experts.strategy(True),
     lbllm.int8_embedding.default: Embedding.strategy(),
     lbllm.cached_attention.default: Attention.strategy(),
     lbllm.cached_conv.default: Convolution.strategy(),

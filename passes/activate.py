@@ -10,15 +10,20 @@ against the float model's output.
 Given::
 
     %q = aten.linear(%x, %q_weight)
-    %out = aten.scaled_dot_product_attention(%query, expand(%key), expand(%value))
+    %key = aten.transpose.int(%key_heads, 1, 2)
+    %value = aten.transpose.int(%value_heads, 1, 2)
+    %out = aten.scaled_dot_product_attention(%query, %key, %value)
 
 Result::
 
-    %clip = get_attr "model.layers.0.self_attn.q_proj.input_clip"
+    %clip: f32[2] = weight model.layers.0.self_attn.q_proj.input_clip
     %xq = lbllm.fake_quantize(%x, %clip, 4, 64)
     %q = aten.linear(%xq, %q_weight)
-    %key4, %value4 = lbllm.fake_quantize_kv(%key, 4), lbllm.fake_quantize_kv(%value, 4)
-    %out = aten.scaled_dot_product_attention(%query, expand(%key4), expand(%value4))
+    %key = aten.transpose.int(%key_heads, 1, 2)
+    %key4 = lbllm.fake_quantize_kv(%key, 4)
+    %value = aten.transpose.int(%value_heads, 1, 2)
+    %value4 = lbllm.fake_quantize_kv(%value, 4)
+    %out = aten.scaled_dot_product_attention(%query, %key4, %value4)
 
 With ``ranges=knees``, four bits are not uniform over the range but in three regions, as in the paper (equation 2): a
 core and two tails, which meet at knees that train, too. They stand behind the group, ``fake_quantize(%x, %clip, 4, 0,

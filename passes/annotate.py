@@ -6,13 +6,15 @@ two and never module names.
 
 Given::
 
-    %y = aten.linear.default(%x, %model_layers_3_mlp_up_proj_weight)      # nn_module_stack: model.layers.3.mlp.up_proj
-    %z = aten.linear.default(%h, %lm_head_weight)
+    %y = aten.linear(%x, %up_weight)  # model.layers.0.mlp.up_proj
+    %z = aten.linear(%y, %head_weight)  # lm_head
 
 Result::
 
-    %y = aten.linear.default(...)   # linear: path=model.layers.3.mlp.up_proj layer=3 role=decoder
-    %z = aten.linear.default(...)   # linear: path=lm_head layer=None role=head
+    decoder layer 0:
+    %y = aten.linear(%x, %up_weight) {path="model.layers.0.mlp.up_proj", role="decoder", reason="in decoder layer 0"}
+    outside the decoder layers:
+    %z = aten.linear(%y, %head_weight) {path="lm_head", role="head", reason="computes the output"}
 
 Layers come from module paths (``model.layers.3.mlp``): the numbered family of modules that holds most linears, of
 alike ones except in a language model, whose layers may be of several classes. Where paths do not tell, the graph does:

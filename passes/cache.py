@@ -7,14 +7,19 @@ decode step (``S`` new tokens behind ``past`` old ones, ``attention_mask [B, pas
 
 Given::
 
-    %mask = ...                                    # computed from attention_mask: causal, padding, maybe a window
+    %mask = aten.__and__.Tensor(%causal, %attended)
     %kq = lbllm.fake_quantize_kv(%k, 4)
     %vq = lbllm.fake_quantize_kv(%v, 4)
-    %y = aten.scaled_dot_product_attention(%q, repeat(%kq), repeat(%vq), %mask, scale=0.125)
+    %y = aten.scaled_dot_product_attention(%q, %kq, %vq, %mask, scale=0.125)
 
 Result::
 
-    %y = lbllm.cached_attention(%q, %k, %v, %kv_0_key_codes, %kv_0_key_params, %kv_0_value_codes, %kv_0_value_params,
+    %past = input past
+    %key_codes = state kv_0_key_codes {kind="per_token", heads=2, tail=(32,), dtype=torch.uint8}
+    %key_params = state kv_0_key_params {kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
+    %value_codes = state kv_0_value_codes {kind="per_token", heads=2, tail=(32,), dtype=torch.uint8}
+    %value_params = state kv_0_value_params {kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
+    %y = lbllm.cached_attention(%q, %k, %v, %key_codes, %key_params, %value_codes, %value_params,
                                 %attention_mask, %past, 0.125, 0, 4)
 
 The operator has its own mask: causal, a sliding window, chunks, padding, and a bias that grows with the distance

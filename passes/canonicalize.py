@@ -7,18 +7,18 @@ way round are transposed once, under the same path.
 
 Given::
 
-    %w = get_attr[target=transformer.h.0.mlp.c_fc.weight]                  # [K, N]
-    %y = aten.addmm.default(%bias, %x, %w)
-    %e = get_attr[target=model.layers.0.mlp.experts.down_proj]             # [E, N, K]
+    %w: f32[768, 3072] = weight transformer.h.0.mlp.c_fc.weight
+    %y = aten.addmm(%bias, %x, %w)
+    %e: f32[4, 64, 96] = weight model.layers.0.mlp.experts.down_proj
     %t = aten.transpose.int(%e, -2, -1)
-    %z = transformers.grouped_mm_fallback.default(%h, %t, %offsets)
+    %z = transformers.grouped_mm_fallback(%h, %t, %offsets)
 
 Result::
 
-    %w = get_attr[target=transformer.h.0.mlp.c_fc.weight]                  # [N, K]
-    %y = aten.linear.default(%x, %w, %bias)
-    %e = get_attr[target=model.layers.0.mlp.experts.down_proj]
-    %z = lbllm.grouped_linear.default(%h, %e, %offsets)
+    %w: f32[3072, 768] = weight transformer.h.0.mlp.c_fc.weight
+    %y = aten.linear(%x, %w, %bias)
+    %e: f32[4, 64, 96] = weight model.layers.0.mlp.experts.down_proj
+    %z = lbllm.grouped_linear(%h, %e, %offsets)
 
 Attention that is written out in operators becomes one call (:mod:`.ir.attention`).
 

@@ -2,10 +2,10 @@
 
 Given::
 
-    %to : [f32] = aten.to.dtype(%x, torch.float32)          # %x is float32 already
-    %all = aten.slice.Tensor(%to, 0, 0, 9223372036854775807)
-    %ok = aten._assert_tensor_metadata.default(%x)
-    %y = aten.mul.Tensor(%all, %all)
+    %same = aten.to.dtype(%x, torch.float32)  # of float32 already
+    %whole = aten.slice.Tensor(%same, 0, 0, 9223372036854775807)
+    %checked = aten._assert_tensor_metadata(%x)
+    %y = aten.mul.Tensor(%whole, %whole)
 
 Result::
 

@@ -9,10 +9,12 @@ the int8 rounding of the levels. The graph stays as it is: only planes, levels a
 Given::
 
     %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
+    %q = aten.linear(%x, %w)
 
 Result::
 
-    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)      # other values
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)  # of other values
+    %q = aten.linear(%x, %w)
 
 An error behind a layer weighs by how strongly the float model's output depends on the channel it is in
 (:mod:`.calibrate.sensitivity`). The state that reconstructs held-out sequences best is kept, the starting state

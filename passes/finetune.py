@@ -9,10 +9,12 @@ and bitmaps stay as they are. This step is beyond the paper, whose training ends
 Given::
 
     %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
+    %q = aten.linear(%x, %w)
 
 Result::
 
-    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)      # other levels
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)  # of other levels
+    %q = aten.linear(%x, %w)
 
 The state with the lowest divergence on held-out sequences is kept, the starting state included. With ``deviation``
 above 0, tokens of which float and quantized model are unsure weigh more.

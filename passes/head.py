@@ -8,16 +8,18 @@ embedding. ``bits=16`` leaves both in the model's own dtype.
 Given::
 
     %embedding = aten.embedding(%embed_weight, %input_ids)
-    ...
+    %hidden = aten.rms_norm(%embedding, [576])
     %logits = aten.linear(%hidden, %embed_weight)
 
 Result::
 
-    %rows, %row_scale = weight lm_head.weight.rows, weight lm_head.weight.row_scale
+    %rows: i8[100, 576] = weight model.embed_tokens.weight.rows
+    %row_scale: f32[100] = weight model.embed_tokens.weight.row_scale
     %unpacked = lbllm.unpack_rows(%rows, %row_scale)
     %embedding = aten.embedding(%unpacked, %input_ids)
-    ...
-    %quantized = lbllm.fake_quantize(%hidden, %lm_head.input_clip, 8, 64)
+    %hidden = aten.rms_norm(%embedding, [576])
+    %clip: f32[2] = weight lm_head.input_clip
+    %quantized = lbllm.fake_quantize(%hidden, %clip, 8, 64)
     %logits = aten.linear(%quantized, %unpacked)
 
 Needs ``annotate`` (which linear is the head). A program without token embedding and head (a plain module) stays as it

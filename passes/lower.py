@@ -7,12 +7,14 @@ planes. The integer part is exact on every target; only the fp32 sum over groups
 Given::
 
     %xq = lbllm.fake_quantize(%x, %clip, 4, 64)
-    %y = aten.linear(%xq, lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64), %bias)
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
+    %y = aten.linear(%xq, %w, %bias)
 
 Result::
 
     %quantized = lbllm.quantize_activation(%x, %clip, 4, 64)
-    %values, %x_scale = %quantized[0], %quantized[1]
+    %values = getitem(%quantized, 0)
+    %x_scale = getitem(%quantized, 1)
     %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 64)
 
 Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_linear``, and linears and look-ups over

@@ -7,15 +7,22 @@ concatenation once, when a model is loaded.
 
 Given::
 
-    %q = aten.linear(%x, lbllm.unpack_weight(%q_sign, %q_bitmap, %q_levels, %q_scale, 64, 32))
-    %k = aten.linear(%x, lbllm.unpack_weight(%k_sign, %k_bitmap, %k_levels, %k_scale, 64, 32))
+    %q_weight = lbllm.unpack_weight(%q_sign, %q_bitmap, %q_levels, %q_scale, 64, 32)
+    %q = aten.linear(%xq, %q_weight)
+    %k_weight = lbllm.unpack_weight(%k_sign, %k_bitmap, %k_levels, %k_scale, 64, 32)
+    %k = aten.linear(%xq, %k_weight)
 
 Result::
 
-    %sign = aten.cat([%q_sign, %k_sign])          # likewise bitmap, levels, scale, and the biases
-    %both = aten.linear(%x, lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 64, 32))
+    %sign = aten.cat([%q_sign, %k_sign])
+    %bitmap = aten.cat([%q_bitmap, %k_bitmap])
+    %levels = aten.cat([%q_levels, %k_levels])
+    %scale = aten.cat([%q_scale, %k_scale])
+    %weight = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 64, 32)
+    %both = aten.linear(%xq, %weight)
     %split = aten.split_with_sizes(%both, [64, 32], -1)
-    %q, %k = %split[0], %split[1]
+    %q = getitem(%split, 0)
+    %k = getitem(%split, 1)
 
 Linears merge when they share the input node, ``in_features`` and scheme, and all or none of them have a bias. Every
 output is the same sum as before, to the bit once it is computed in integers, and up to fp32 rounding in the simulation:

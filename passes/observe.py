@@ -11,7 +11,7 @@ Given::
 
 Result::
 
-    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj")
+    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj") {stat="hessian"}
     %q = aten.linear(%observe, %q_weight)
     %k = aten.linear(%observe, %k_weight)
 

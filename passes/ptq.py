@@ -7,12 +7,16 @@ observers are consumed.
 
 Given::
 
-    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj")
+    %observe = lbllm.observe(%x, "model.layers.0.self_attn.q_proj") {stat="hessian"}
     %q = aten.linear(%observe, %q_weight)
 
 Result::
 
-    %w = lbllm.unpack_weight(%q_weight_sign, %q_weight_bitmap, %q_weight_levels, %q_weight_scale, 576, 64)
+    %sign: u8[64, 72] = weight model.layers.0.self_attn.q_proj.weight.sign
+    %bitmap: u8[64, 72] = weight model.layers.0.self_attn.q_proj.weight.bitmap
+    %levels: i8[64, 9, 4] = weight model.layers.0.self_attn.q_proj.weight.levels
+    %scale: f16[64, 9] = weight model.layers.0.self_attn.q_proj.weight.scale
+    %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
     %q = aten.linear(%x, %w)
 
 The former weight ``<path>.weight`` becomes a module that holds ``sign``, ``bitmap``, ``levels`` and ``scale``

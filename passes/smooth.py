@@ -16,15 +16,18 @@ rewrites even channels out without a cost at run time:
 
 Given::
 
-    %n = aten.mul(%norm_weight, %x)
+    %n = aten.mul.Tensor(%norm_weight, %x)
     %q = aten.linear(%n, %q_weight)
+    %key = aten.transpose.int(%heads, 1, 2)  # model.layers.0.self_attn
     %out = aten.scaled_dot_product_attention(%query, %key, %value)
 
 Result::
 
-    %n = aten.mul(%norm_weight, %x)                          # norm_weight / s
-    %q = aten.linear(%n, %q_weight)                          # q_weight * s
-    %centered = aten.sub(%key, %mean)
+    %n = aten.mul.Tensor(%norm_weight, %x)  # norm_weight / s
+    %q = aten.linear(%n, %q_weight)  # q_weight * s
+    %key = aten.transpose.int(%heads, 1, 2)  # model.layers.0.self_attn
+    %mean: f32[2, 1, 16] = weight model.layers.0.self_attn.key_mean
+    %centered = aten.sub.Tensor(%key, %mean)
     %out = aten.scaled_dot_product_attention(%query, %centered, %value)
 
 Inputs that no rewrite applies to stay as they are; the rows say which. Needs ``annotate``, before ``observe``, and

@@ -69,7 +69,8 @@ def rewrites(
     """Holds the program that a pass makes of ``before`` against the one that ``expected`` shows.
 
     Both texts are dumps (:mod:`lbllm_compile.passes.ir.dump`), and so is what a failure shows. How ``expected`` calls
-    its nodes is free; dtype and shape of a computed value are compared where it has them.
+    its nodes is free. Of a computed value, dtype and shape, what passes know of it (in braces) and its module's path
+    are compared where it has them.
 
     Args:
         item: the pass.
@@ -104,6 +105,12 @@ def rewrites(
 
 
 _NODE = re.compile(r"%(\w+)(?:: ([^=]*\S))? = ((\w+ [\w.]+)|[\w.]+)")
+_EXTRAS = {
+    "dtype and shape": re.compile(r"^(%\w+): [^=]*\S(?= = )"),
+    "notes": re.compile(r"() \{.*\}(?=$|  #)"),
+    "module": re.compile(r"()  # [^\"]*$"),
+}
+"""What a line of a dump may have besides an operator and its arguments."""
 
 
 def _lines(text: str) -> list[str]:
@@ -111,27 +118,26 @@ def _lines(text: str) -> list[str]:
 
 
 def _named_as(wanted: Sequence[str], found: Sequence[str]) -> list[str]:
-    """The lines ``found`` with the names of nodes, and without the types, that those in ``wanted`` have (have not)."""
-    theirs, ours = ([match for line in lines if (match := _NODE.match(line))] for lines in (wanted, found))
-    alike = difflib.SequenceMatcher(None, [m[3] for m in theirs], [m[3] for m in ours], autojunk=False)
+    """The lines ``found`` with the names of nodes that ``wanted`` has, and without extras that it does not have."""
+    theirs, ours = ({m[1]: (m[3], m.string) for x in lines if (m := _NODE.match(x))} for lines in (wanted, found))
+    sequences = ([operator for operator, _ in nodes.values()] for nodes in (theirs, ours))
+    alike = difflib.SequenceMatcher(None, *sequences, autojunk=False)
     names: dict[str, str] = {}
-    untyped: set[str] = set()
     for block in alike.get_matching_blocks():
-        for wanted_node, node in zip(theirs[block.a :][: block.size], ours[block.b :][: block.size], strict=True):
-            names[node[1]] = wanted_node[1]
-            if not wanted_node[2]:
-                untyped.add(node[1])
-    taken = {match[1] for match in theirs}
-    for match in ours:
-        names.setdefault(match[1], f"{match[1]}_found" if match[1] in taken else match[1])
+        pairs = zip(list(theirs)[block.a :][: block.size], list(ours)[block.b :][: block.size], strict=True)
+        names |= {mine: their for their, mine in pairs}
+    shown = {mine: theirs[their][1] for mine, their in names.items()}
+    for mine in ours:
+        names.setdefault(mine, f"{mine}_found" if mine in theirs else mine)
 
-    def renamed(line: str) -> str:
+    def like(line: str) -> str:
         match = _NODE.match(line)
-        if match and match[1] in untyped and match[2]:
-            line = line[: match.start(2) - 2] + line[match.end(2) :]
+        for extra in _EXTRAS.values() if match and match[1] in shown else ():
+            if not extra.search(shown[match[1]]):
+                line = extra.sub(r"\1", line)
         return re.sub(r"%(\w+)", lambda name: f"%{names[name[1]]}", line)
 
-    return [renamed(line) for line in found]
+    return [like(line) for line in found]
 
 
 class _Values(fx.Interpreter):

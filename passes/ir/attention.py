@@ -8,9 +8,14 @@ capped or sinks take a share.
 
 Given::
 
-    %scores = aten.matmul(%q, aten.transpose(%k, 2, 3))
-    %capped = aten.mul(aten.tanh(aten.div(aten.mul(%scores, 0.25), 50.0)), 50.0)
-    %shares = aten.softmax(aten.add(%capped, %mask), -1)
+    %turned = aten.transpose.int(%k, 2, 3)
+    %product = aten.matmul(%q, %turned)
+    %scaled = aten.mul.Tensor(%product, 0.25)
+    %low = aten.div.Tensor(%scaled, 50.0)
+    %bent = aten.tanh(%low)
+    %capped = aten.mul.Tensor(%bent, 50.0)
+    %scores = aten.add.Tensor(%capped, %mask)
+    %shares = aten.softmax.int(%scores, -1)
     %y = aten.matmul(%shares, %v)
 
 Result::

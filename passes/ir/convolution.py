@@ -2,12 +2,13 @@
 
 Given::
 
-    %c = aten.conv1d(%x, %w, %b, [1], [2], [1], 72)     # every channel with its own three taps, padded at both ends
-    %y = aten.slice(%c, 2, 0, %tokens)                  # without what lies behind the last token
+    %c = aten.conv1d(%x, %w, %b, [1], [2], [1], 72)  # every channel with its own three taps, padded at both ends
+    %y = aten.slice.Tensor(%c, 2, 0, %tokens)  # without what lies behind the last token
 
 Result::
 
-    %y = lbllm.cached_conv(%x, %w, %b, %conv_0_state)
+    %state = state conv_0_state {kind="fixed", heads=72, tail=(2,), dtype=torch.float32}
+    %y = lbllm.cached_conv(%x, %w, %b, %state)
 
 A sequence that begins is as good as one behind zeros, which is how the convolution pads and how a state begins.
 """

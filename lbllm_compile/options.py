@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -120,20 +121,58 @@ class CompileOptions:
     calibration_inputs: Iterable[Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        """Takes paths as text and text as paths.
+        """Takes paths as text, text as paths, and a single text where several may be given.
 
         Raises:
-            OptionError: the seed is out of range, or there are two calibration texts.
+            OptionError: an option has a value of another type, the seed is out of range, or there are two calibration
+                texts.
         """
         if isinstance(self.model, os.PathLike):
             object.__setattr__(self, "model", str(self.model))
+        for name, option in options().items():
+            object.__setattr__(self, name, _taken(name, option.type, getattr(self, name)))
         if self.calibration is not None and self.texts is not None:
             raise OptionError("calibration and texts contradict each other; give one of them")
-        for name in ("out", "work_dir", "dump_dir"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"--seed cannot be {self.seed}; choose 0 to {MAX_SEED}")
+
+
+class _Values(NamedTuple):
+    """What may be given for options of a type, and what becomes of it."""
+
+    described: str
+    types: tuple[type, ...]
+    made: Callable[[Any], Any]
+
+
+_VALUES: dict[Any, _Values] = {
+    str: _Values("text", (str, os.PathLike), os.fspath),
+    int: _Values("a whole number", (numbers.Integral,), int),
+    bool: _Values("True or False", (bool,), bool),
+    Path: _Values("a path", (str, os.PathLike), Path),
+    tuple[str, ...]: _Values(
+        "one text or a tuple of them",
+        (str, list, tuple),
+        lambda texts: (texts,) if isinstance(texts, str) else (*texts,),
+    ),
+}
+
+
+def _taken(name: str, kind: Any, value: Any) -> Any:
+    """A value as the option of that name has it, whose type is ``kind``.
+
+    Raises:
+        OptionError: it is of another type.
+    """
+    if kind is Any or (value is None and type(None) in typing.get_args(kind)):
+        return value
+    wanted, values = next((k, v) for k, v in _VALUES.items() if kind in (k, k | None))
+    fits = isinstance(value, values.types) and isinstance(value, bool) == (wanted is bool)
+    if fits and isinstance(value, (list, tuple)):
+        fits = all(isinstance(text, str) for text in value)
+    if not fits:
+        raise OptionError(f"--{name.replace('_', '-')} cannot be {value!r}; give {values.described}")
+    return values.made(value)
 
 
 class Option(NamedTuple):

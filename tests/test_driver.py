@@ -29,7 +29,7 @@ import lbllm_compile
 from lbllm_compile import artifact, calibration, driver, dumps, evaluate, frontend, inspect, plan, recipe
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
 from lbllm_compile.job import check_named, read_job
-from lbllm_compile.options import CompileOptions
+from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.report import terminal
 from lbllm_compile.runtime.model import CompiledModel
 
@@ -511,6 +511,42 @@ def test_an_interrupt_says_what_is_kept(model_file, tmp_path, monkeypatch):
 def test_paths_may_be_text_and_text_paths():
     chosen = CompileOptions(model=Path("m.py"), out="o", work_dir="w", dump_dir="d")
     assert (chosen.model, chosen.out, chosen.work_dir, chosen.dump_dir) == ("m.py", Path("o"), Path("w"), Path("d"))
+    assert CompileOptions("m.py", calibration=Path("texts.txt")).calibration == "texts.txt"
+
+
+@pytest.mark.parametrize("option", ["scheme", "keep_dense", "print_after"])
+def test_one_text_may_stand_where_several_may(option):
+    for given, kept in (("*.a", ("*.a",)), (["*.a", "b"], ("*.a", "b")), (("*.a",), ("*.a",)), ([], ())):
+        assert getattr(CompileOptions("m.py", **{option: given}), option) == kept
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"scheme": ("*.a: act=8", 3)}, "--scheme cannot be ('*.a: act=8', 3); give one text or a tuple of them"),
+        ({"keep_dense": {"*.a": True}}, "--keep-dense cannot be {'*.a': True}; give one text or a tuple of them"),
+        ({"print_after": None}, "--print-after cannot be None; give one text or a tuple of them"),
+        ({"seed": "1"}, "--seed cannot be '1'; give a whole number"),
+        ({"seed": None}, "--seed cannot be None; give a whole number"),
+        ({"context": "512"}, "--context cannot be '512'; give a whole number"),
+        ({"context": 512.0}, "--context cannot be 512.0; give a whole number"),
+        ({"group": True}, "--group cannot be True; give a whole number"),
+        ({"fresh": "yes"}, "--fresh cannot be 'yes'; give True or False"),
+        ({"target": ("cpu", "cuda")}, "--target cannot be ('cpu', 'cuda'); give text"),
+        ({"preset": 1}, "--preset cannot be 1; give text"),
+        ({"work_dir": 7}, "--work-dir cannot be 7; give a path"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_one_sentence(given, expected):
+    with pytest.raises(OptionError) as caught:
+        CompileOptions("m.py", **given)
+    assert str(caught.value) == expected
+
+
+def test_whole_numbers_may_be_numpys():
+    chosen = CompileOptions("m.py", seed=np.int64(3), context=np.int32(64))
+    assert (type(chosen.seed), chosen.seed, type(chosen.context), chosen.context) == (int, 3, int, 64)
 
 
 class TestDumps:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.operators import Arguments, first_argument
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.ir import dump, graph_json
 from lbllm_compile.passes.ir.program import Program
@@ -154,11 +155,11 @@ def linear_rows(program: Program) -> list[dict[str, Any]]:
                 "linear": info.path,
                 "layer": info.layer,
                 "role": info.role,
-                "in": _last_dimension(node.all_input_nodes[0]),
+                "in": _last_dimension(first_argument(node)),
                 "out": _last_dimension(node),
                 "operator": dump.target_text(node),
                 "weights": _weights_text(node),
-                "input": _input_text(node.all_input_nodes[0]),
+                "input": _input_text(first_argument(node)),
                 "scheme": str(info.scheme),
                 "why": info.reason,
             }
@@ -176,12 +177,12 @@ def _last_dimension(node: fx.Node) -> int | str | None:
 def _weights_text(node: fx.Node) -> str:
     names = {"lbllm.bit_linear", "lbllm.grouped_bit_linear"}
     if dump.target_text(node) in names:
-        return f"W(1+1) g{_integers(node)[-1]}"
+        return f"W(1+1) g{Arguments(node).group}"
     if dump.target_text(node) == "lbllm.int8_linear":
         return "int8 per row"
     operators = {dump.target_text(n): n for n in node.all_input_nodes}
     if "lbllm.unpack_weight" in operators:
-        return f"W(1+1) g{_integers(operators['lbllm.unpack_weight'])[-1]}, simulated"
+        return f"W(1+1) g{Arguments(operators['lbllm.unpack_weight']).group}, simulated"
     return "int8 per row, simulated" if "lbllm.unpack_rows" in operators else "float"
 
 
@@ -190,10 +191,6 @@ def _input_text(node: fx.Node) -> str:
     source = next(iter(node.all_input_nodes), node) if dump.target_text(node).endswith("getitem") else node
     if dump.target_text(source) not in ("lbllm.fake_quantize", "lbllm.quantize_activation"):
         return "float"
-    bits, group = _integers(source)[-2:]
+    bits, group = Arguments(source).pick("bits", "group")
     knees = ", knees" if activation_knees(source) else ""
     return f"A{bits} per token" + (f" and {group}" if group else "") + knees
-
-
-def _integers(node: fx.Node) -> list[int]:
-    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen import operators as operators
-from ..codegen.operators import Arguments
+from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import LINEAR, decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
@@ -253,7 +253,7 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, kne
             arguments = (source, clip, scheme.act_bits, scheme.act_group, *rest)
             quantized = make_call(graph, _lbllm.fake_quantize.default, arguments, linears[0])
         for linear in linears:
-            linear.update_arg(0, quantized)
+            set_argument(linear, "x" if linear.target is _lbllm.grouped_linear.default else "input", quantized)
     if program.kind == "causal-lm":
         _quantize_keys_and_values(graph, kv_bits)
     program.module.recompile()

@@ -39,6 +39,7 @@ from torch import fx
 
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments
+from ..codegen.operators.arguments import parameters
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .calibrate.spool import spooled
 from .cleanup import clean
@@ -51,7 +52,11 @@ aten = torch.ops.aten
 lbllm = torch.ops.lbllm
 
 _PRODUCTS = frozenset({aten.mm.default, aten.matmul.default, aten.bmm.default})
-_GROUPED = frozenset({"transformers::grouped_mm_fallback", "aten::_grouped_mm"})
+_GROUPED = {
+    "transformers::grouped_mm_fallback": ("input", "weight", "offs"),
+    "aten::_grouped_mm": ("self", "mat2", "offs"),
+}
+"""Products of stacked matrices, and how they name what a linear of stacked experts takes."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _inline(module: fx.GraphModule, call: fx.Node, body: fx.GraphModule, argumen
             with module.graph.inserting_before(call):
                 values[inner] = module.graph.node_copy(inner, lambda n: values[n])
     for user in list(call.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[Arguments(user).index])
         module.graph.erase_node(user)
     module.graph.erase_node(call)
 
@@ -265,10 +270,14 @@ def _rewrite_batched(module: fx.GraphModule, node: fx.Node, x: fx.Node, weight: 
 
 
 def _rewrite_grouped(module: fx.GraphModule, node: fx.Node) -> None:
-    weight = _operand(node.args[1])
-    if weight is None or _rank(weight.node) != 3 or len(node.args) != 3:
+    arguments = Arguments(node)
+    x, matrices, offsets = arguments.pick(*_GROUPED[node.target._schema.name])
+    others = parameters(node.target).keys() - {*_GROUPED[node.target._schema.name]}
+    weight = _operand(matrices)
+    if weight is None or _rank(weight.node) != 3 or offsets is None:
         return
-    x, _, offsets = node.args
+    if any(getattr(arguments, name) is not None for name in others):
+        return
     with module.graph.inserting_before(node):
         result = _call(module, node, lbllm.grouped_linear.default, x, _rows(module, weight), offsets)
     _replace(module, node, result)

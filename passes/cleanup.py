@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..codegen.operators import Arguments
+from ..codegen.operators import Arguments, first_argument
 from .base import EXACT, Contract, Pass, PassContext, PassResult
 from .ir.program import Program, prune_attributes
 
@@ -80,7 +80,7 @@ def clean(module: fx.GraphModule) -> int:
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
         elif _is_no_op(node):
-            node.replace_all_uses_with(_source(node))
+            node.replace_all_uses_with(first_argument(node))
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     prune_attributes(module)
@@ -97,14 +97,11 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 def _is_no_op(node: fx.Node) -> bool:
-    if not isinstance(_source(node), fx.Node):
-        return False
     if node.target in _IDENTITIES:
         return True
     if node.target in _CONVERSIONS:
-        return _keeps(node, lambda value: (value.dtype, value.device, value.layout)) and "memory_format" not in (
-            node.kwargs
-        )
+        keeps = _keeps(node, lambda value: (value.dtype, value.device, value.layout))
+        return keeps and getattr(Arguments(node), "memory_format", None) is None
     if node.target is aten.dropout.default:
         dropout = Arguments(node)
         return dropout.p == 0.0 or dropout.train is False
@@ -116,15 +113,9 @@ def _is_no_op(node: fx.Node) -> bool:
     return False
 
 
-def _source(node: fx.Node) -> object:
-    """The first argument of a call: what every operator that may do nothing gives back then."""
-    return next(iter(node.args), None)
-
-
 def _keeps(node: fx.Node, facts: Callable[[torch.Tensor], object]) -> bool:
     """Whether input and output agree in ``facts``, as far as the shapes propagated at capture tell."""
-    source = _source(node)
-    before, after = source.meta.get("val"), node.meta.get("val")
+    before, after = first_argument(node).meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     return facts(before) == facts(after)

@@ -20,6 +20,7 @@ from ..codegen.operators.registry import OperatorError
 from .base import Pass, PassError
 from .ir import compare, dump, exact
 from .ir.program import IN_FEATURES, Program
+from .ir.rewrite import computed
 
 _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -112,7 +113,7 @@ class Propagation(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
         if isinstance(n.target, torch._ops.OpOverload):
-            arguments = Arguments(n, lambda argument: fx.node.map_arg(argument, self.env.__getitem__))
+            arguments = computed(n, self.env)
             # Values of constants are looked at, which a fake mode would not let.
             with unset_fake_temporarily():
                 self._verify(arguments)

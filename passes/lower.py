@@ -53,9 +53,11 @@ from .contracts import describe
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
 from .ir.rewrite import (
     Node,
+    activation_knees,
     bias_of,
     calls,
     calls_of_role,
+    computed,
     constant,
     is_call,
     is_stored,
@@ -134,9 +136,10 @@ def _check_quantized(graph: fx.Graph) -> None:
 def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowered: dict[str, Node]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it; notes the new node by the old name."""
     graph = program.graph
-    group = Arguments(quantizer).group
+    arguments = Arguments(quantizer)
+    group, given = arguments.group, (*arguments.pick("x", "clip", "bits", "group"), *activation_knees(quantizer))
     with graph.inserting_before(quantizer):
-        pair = make_call(graph, _lbllm.quantize_activation.default, quantizer.args, quantizer)
+        pair = make_call(graph, _lbllm.quantize_activation.default, given, quantizer)
         values = make_call(graph, operator.getitem, (pair, 0), quantizer)
         scale = make_call(graph, operator.getitem, (pair, 1), quantizer)
     counts["quantize_activation"] = counts.get("quantize_activation", 0) + 1
@@ -198,8 +201,9 @@ class _Comparison(Runner):
     def evaluate(self, n: Node) -> Any:
         result = super().evaluate(n)
         if is_call(n, _lbllm.fake_quantize.default):
-            x, *options = self.fetch_args_kwargs_from_env(n)[0]
-            rows = x.reshape(-1, x.shape[-1])[:_CHECKED_ROWS].float()
+            given = computed(n, self.env)
+            rows = given.x.reshape(-1, given.x.shape[-1])[:_CHECKED_ROWS].float()
+            options = given.pick("clip", "bits", "group", "knees")
             self.inputs[n] = reference.quantize_activation(rows, *options)
         elif n.name in self.lowered:
             self._compare(n, result)

@@ -8,6 +8,7 @@ from graphs import context, normal, rewrites
 from lbllm_compile.passes.canonicalize import Canonicalize
 from lbllm_compile.passes.cleanup import Cleanup
 from lbllm_compile.passes.ir.parse import parse
+from lbllm_compile.passes.ir.program import get_attribute
 from transformers.integrations import moe as moe  # registers its operators
 
 X = {"x": normal(4, 6, seed=1)}
@@ -172,6 +173,51 @@ def test_experts_run_through_a_grouped_product_are_stacked():
     """
     inputs = {**X, "ends": torch.tensor([1, 1, 4], dtype=torch.int32)}
     rewrites(Canonicalize(), before, expected, context(inputs))
+
+
+def with_ranks(text):
+    """A program whose weights have the values that capture leaves there; its products are for another device."""
+    program = parse(text, kind="module")
+    for node in program.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = get_attribute(program.module, node.target)
+    return program
+
+
+@pytest.mark.parametrize("extra", ["%bias", "bias=%bias", "out_dtype=torch.bfloat16"])
+def test_a_grouped_product_of_another_form_stays(extra):
+    text = f"""
+        %x = input x
+        %ends = input ends
+        %w: f32[3, 6, 5] = weight experts.w
+        %bias: f32[3, 5] = weight experts.bias
+        %y = aten._grouped_mm(%x, %w, %ends, {extra})
+        %half = aten.to.dtype(%y, torch.float32)
+        %total = aten.sum(%bias)
+        %z = aten.mul.Tensor(%half, %total)
+        return %z
+    """
+    rewrites(Canonicalize(), with_ranks(text), text)
+
+
+@pytest.mark.parametrize(
+    "given", ["%x, %w, %ends", "%x, mat2=%w, offs=%ends", "self=%x, offs=%ends, mat2=%w, bias=None"]
+)
+def test_a_grouped_product_is_read_by_name(given):
+    before = f"""
+        %x = input x
+        %ends = input ends
+        %w: f32[3, 6, 5] = weight experts.w
+        %y = aten._grouped_mm({given})
+        return %y
+    """
+    expected = """
+        %x = input x
+        %ends = input ends
+        %w: f32[3, 5, 6] = weight experts.w
+        %y = lbllm.grouped_linear(%x, %w, %ends)
+        return %y
+    """
+    rewrites(Canonicalize(), with_ranks(before), expected)
 
 
 def test_a_batched_product_is_a_stack_of_experts():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators.arguments import parameters
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LINEAR, Annotate, linears
@@ -383,6 +384,16 @@ def test_a_scheme_of_float_for_a_quantized_linear_is_refused(mixed):
     document, linear = stored_linear(mixed, torch.ops.lbllm.bit_linear.default)
     linear["scheme"] = {"dense": True}
     with pytest.raises(graph_json.GraphFormatError, match="in its scheme"):
+        graph_json.decode(document, dict(mixed.parameters()))
+
+
+def test_a_stored_scheme_is_held_against_arguments_by_name(mixed):
+    document, linear = stored_linear(mixed, torch.ops.lbllm.bit_linear.default)
+    linear["scheme"]["act_bits"] = 8
+    node = next(node for node in document["nodes"] if node.get("meta", {}).get("linear") is linear)
+    names = parameters(torch.ops.lbllm.bit_linear.default)
+    node["kwargs"] = dict(zip(names, node.pop("args"), strict=True))
+    with pytest.raises(graph_json.GraphFormatError, match="has 4 as act_bits, and 8 in its scheme"):
         graph_json.decode(document, dict(mixed.parameters()))
 
 

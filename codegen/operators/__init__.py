@@ -6,7 +6,7 @@ program can hold is in :mod:`.aten`.
 """
 
 from . import aten, lbllm, stored
-from .arguments import Arguments, set_argument
+from .arguments import Arguments, first_argument, set_argument
 from .registry import Operator, define, find, operators, register
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "lbllm",
     "operators",
     "register",
+    "first_argument",
     "set_argument",
     "stored",
 ]

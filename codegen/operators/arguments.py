@@ -95,6 +95,14 @@ def changed(target: torch._ops.OpOverload) -> tuple[str, ...]:
     return tuple(a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
+def first_argument(node: Any) -> Any:
+    """The argument that the operator's schema names first, as it stands in the graph.
+
+    An operator that may do nothing gives that back then; a linear multiplies it by its weight.
+    """
+    return getattr(Arguments(node), next(iter(parameters(node.target))))
+
+
 def set_argument(node: Any, name: str, value: Any) -> None:
     """Gives a call another value for the argument of that name."""
     position = [*parameters(node.target)].index(name)

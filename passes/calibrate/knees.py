@@ -18,7 +18,7 @@ from ...codegen import reference
 from ...codegen.progress import Progress
 from ..base import batches_of
 from ..ir.program import Program
-from ..ir.rewrite import activation_knees, is_call
+from ..ir.rewrite import activation_knees, computed, is_call
 
 UNPLACED = 0.3
 """A share that serves until the search: the best one on Laplace-distributed channels."""
@@ -83,7 +83,7 @@ class _Search(fx.Interpreter):
         if not self._left:
             return None
         if _has_knees(n):
-            x, clip, _, group, knees = self.fetch_args_kwargs_from_env(n)[0]
+            x, clip, group, knees = computed(n, self.env).pick("x", "clip", "group", "knees")
             knees.copy_(best_knees(x, clip, group))
             self._left -= 1
             self._task.advance()

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from ..annotate import LAYER
 from ..base import batches_of
 from ..ir.program import CPU, Program, copy_module, discard_attributes, get_attribute, set_attribute
+from ..ir.rewrite import become_reshape
 from .precision import Precision, matrix_products, restored
 from .spool import Record, Records, release
 
@@ -70,7 +71,7 @@ class Stage:
             )
             if node.target is torch.ops.aten.view.default:
                 # The capture saw the strides that operators give their results on the CPU.
-                node.target = torch.ops.aten.reshape.default
+                become_reshape(node)
         module.recompile()
         return replace(self, module=module, device=device)
 

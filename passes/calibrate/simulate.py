@@ -458,8 +458,8 @@ def lift(stage: Stage) -> Lifted:
         if node in copies:
             continue
         if node.target in _DIFFERENTIABLE:
-            args = fx.node.map_arg(node.args, lambda n: copies[n])
-            copies[node] = graph.call_function(_DIFFERENTIABLE[node.target], args)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
+            copies[node] = graph.call_function(_DIFFERENTIABLE[node.target], args, kwargs)
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.eliminate_dead_code()

@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from ...codegen import reference
 from ...codegen.format import QuantizedWeight
 from ...codegen.operators import Arguments
+from ...codegen.operators.lbllm.linears import WEIGHT
 from .program import Program, Runner
-from .rewrite import bias_of, is_call, operands_of
+from .rewrite import bias_of, computed, is_call, operands_of
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -41,21 +42,19 @@ class _Exact(Runner):
 
     def evaluate(self, n: fx.Node) -> Any:
         if is_call(n, _lbllm.fake_quantize.default):
-            x, *options = self._values(n)
-            values, scale = self._activations[n] = reference.quantize_activation(x, *options)
-            return reference.dequantize_activation(values, scale, group=options[2]).to(x.dtype)
+            given = computed(n, self.env)
+            pair = reference.quantize_activation(*given.pick("x", "clip", "bits", "group", "knees"))
+            self._activations[n] = pair
+            return reference.dequantize_activation(*pair, given.group).to(given.x.dtype)
         if is_call(n, _lbllm.unpack_weight.default):
-            weight = self._weights[n] = QuantizedWeight(*self._values(n))
+            weight = self._weights[n] = QuantizedWeight(*computed(n, self.env).pick(*WEIGHT, "in_features", "group"))
             return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
         if is_call(n, _lbllm.unpack_rows.default):
-            rows, scale = self._weights[n] = self._values(n)
+            rows, scale = self._weights[n] = tuple(computed(n, self.env).pick("weight", "scale"))
             return None if all(_is_quantized_linear(user) for user in n.users) else _lbllm.unpack_rows(rows, scale)
         if _is_quantized_linear(n):
             return self._linear(n)
         return super().evaluate(n)
-
-    def _values(self, node: fx.Node) -> Any:
-        return self.fetch_args_kwargs_from_env(node)[0]
 
     def _linear(self, n: fx.Node) -> Tensor:
         x, matrix = operands_of(n)

@@ -452,7 +452,7 @@ def _scheme(value: Any, what: str) -> Scheme:
 
 def _check_scheme(node: Node, what: str) -> None:
     """Checks that a linear's scheme says what its operators do."""
-    if LINEAR not in node.meta or not node.args or not isinstance(node.target, torch._ops.OpOverload):
+    if LINEAR not in node.meta or not isinstance(node.target, torch._ops.OpOverload):
         return
     scheme = node.meta[LINEAR].scheme
     for name, value in told(node).items():

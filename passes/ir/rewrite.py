@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...codegen import operators
-from ...codegen.operators import Arguments
+from ...codegen.operators import Arguments, first_argument
 from .program import get_attribute
 
 Node: TypeAlias = Any
@@ -52,8 +52,12 @@ def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
 
 def operands_of(linear: Node) -> tuple[Node, Node]:
     """What a float linear, of one matrix or of stacked experts, multiplies: the input and the weight."""
-    arguments = Arguments(linear)
-    return (arguments.input if linear.target is torch.ops.aten.linear.default else arguments.x), arguments.weight
+    return first_argument(linear), Arguments(linear).weight
+
+
+def computed(node: Node, values: Mapping[Node, Any]) -> Arguments:
+    """The arguments of a call by name, with the values that an interpreter has for the nodes among them."""
+    return Arguments(node, lambda argument: fx.node.map_arg(argument, values.__getitem__))
 
 
 def bias_of(linear: Node) -> Node | None:
@@ -108,11 +112,17 @@ _KEEP_LAYOUT = (
 )
 
 
+def become_reshape(view: Node) -> None:
+    """Makes a view a reshape, which copies where it must; it calls its arguments otherwise."""
+    view.args, view.kwargs = tuple(Arguments(view).pick("self", "size")), {}
+    view.target = torch.ops.aten.reshape.default
+
+
 def relax_views(node: Node) -> None:
     """Turns views of a value, whose memory layout a rewrite has changed, into reshapes, which copy where they must."""
-    for user in node.users:
+    for user in list(node.users):
         if is_call(user, torch.ops.aten.view.default):
-            user.target = torch.ops.aten.reshape.default
+            become_reshape(user)
         if is_call(user, *_KEEP_LAYOUT):
             relax_views(user)
 

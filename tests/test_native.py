@@ -128,6 +128,23 @@ def test_decoding_gives_the_eager_models_logits(name):
         agree(torch.from_numpy(np.stack(steps, 1)), expected, torch.ones(batch, DECODE_STEPS + 1, dtype=torch.bool))
 
 
+def test_experts_give_natively_what_the_executor_gives():
+    """A few tokens, prompts of a batch, and one token after the other; norms and gates round otherwise."""
+    lowered = stages("mixtral")[1]
+    needed = requirements(lowered)
+    assert len(calls(lowered.graph, torch.ops.lbllm.grouped_bit_linear.default)) == 4
+    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    executor = CompiledModel(lowered, kernels)
+    for batch, length in ((1, 9), (3, 4), (3, 33)):
+        ids = inputs(batch, length)["input_ids"]
+        expected = executor.logits(ids, torch.ones_like(ids))
+        found = torch.from_numpy(program("mixtral").session(batch).logits(ids.numpy()))
+        session = program("mixtral").session(batch)
+        steps = torch.from_numpy(np.stack([session.step(ids[:, i : i + 1].numpy()) for i in range(4)], 1))
+        for ours, theirs in ((found, expected), (steps, expected[:, :4])):
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+
+
 def test_linears_that_stay_float_are_part_of_the_program(tmp_path):
     text = 'canonicalize,annotate{keep_dense="model.layers.0.mlp.*|model.layers.1.self_attn.o_proj|lm_head"}'
     lowered = apply(simulate(apply(captured("llama")[1], text)), "head,merge,lower,cache,cleanup")

@@ -186,6 +186,7 @@ REFUSED = [
     ("nodes.3.kwargs", {"beta": 1}, "does not take"),
     ("nodes.3.kwargs", {"alpha=1)#": 1}, "malformed arguments"),
     ("nodes.3.kwargs", [1], "not an object"),
+    ("nodes.3.kwargs", 3, "not an object"),
     ("nodes.2.meta", {"python": "x"}, "unknown field 'python'"),
     ("nodes.2.meta", {"layer": -1}, "not an integer from"),
     ("nodes.2.meta", {"source": 'x", line 1\nimport os'}, "malformed source"),

@@ -313,8 +313,9 @@ class _Decoder:
         if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name in self.nodes:
             raise GraphFormatError(f"{what} has the name {name[:100]!r}, which is not a free identifier")
         what = f"the node '{name}'"
-        args = fields.get("args", [])
-        kwargs = _object(fields.get("kwargs", {}), f"{what}'s kwargs", optional=tuple(fields.get("kwargs", {})))
+        args, kwargs = fields.get("args", []), fields.get("kwargs", {})
+        if not isinstance(kwargs, dict):
+            raise GraphFormatError(f"{what}'s kwargs is not an object")
         if not isinstance(args, list) or any(not _IDENTIFIER.fullmatch(k) or keyword.iskeyword(k) for k in kwargs):
             raise GraphFormatError(f"{what} has malformed arguments")
         node = self.graph.create_node(

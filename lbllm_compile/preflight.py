@@ -22,6 +22,7 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.calibrate.spool import reclaim
+from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import CPU, Program
 from lbllm_compile.passes.ir.truncate import first_layer_only
 
@@ -94,6 +95,7 @@ def rehearse(
             after, (record,) = pipeline.run(after, [item.rehearsal()], context)
             steps.append(Step(item.name, record.seconds))
             task.advance(item.name)
+        graph_json.check_storable(after.graph)
         if "lower" in names:
             start = time.perf_counter()
             kernels = build_kernels(after, targets, trials=0)

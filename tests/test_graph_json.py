@@ -11,6 +11,7 @@ import torch
 from graphs import context, normal, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.operators import stored
 from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
@@ -252,6 +253,19 @@ def test_a_function_that_cannot_be_named_is_not_stored():
     graph.output(graph.call_function(print, (graph.placeholder("x"),)))
     with pytest.raises(GraphFormatError, match="calls 'print' cannot be stored"):
         graph_json.dumps(torch.fx.GraphModule(torch.nn.Module(), graph))
+
+
+def test_a_graph_that_cannot_be_stored_is_found_before_it_is():
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.from_file.default, ("weights",)))
+    with pytest.raises(GraphFormatError, match=r"'from_file_default' calls aten.from_file, which is outside"):
+        graph_json.check_storable(graph)
+
+
+def test_every_registered_operator_may_be_stored():
+    names = [name for o in operators.operators() if (name := stored.name_of(o.target)) is not None]
+    assert len(names) > 200
+    assert [name for name in names if stored.resolve(name) is None] == []
 
 
 def test_every_allowed_operator_exists():

@@ -244,11 +244,13 @@ def test_what_cannot_be_translated_runs_in_torch_and_says_so(tmp_path, monkeypat
     assert len(notes.said) == 1 and "operator by operator in torch" in notes.said[0] and "zoo" not in notes.said[0]
 
 
-def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["the translation", "TVM"])
+def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(by, tmp_path, monkeypatch):
     """The operator is known; that this use of it is not shows when it is translated."""
 
     def refuse(_, arguments):
-        raise refusal(arguments, "this form of the operator has no translation")
+        message = "this form of the operator has no translation"
+        raise refusal(arguments, message) if by == "the translation" else ValueError(message)
 
     add = operators.find(torch.ops.aten.add.Tensor)
     monkeypatch.setitem(registry._registered, add.target, dataclasses.replace(add, translate=refuse))

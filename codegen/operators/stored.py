@@ -23,22 +23,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 _ATEN_NAMES = """
-    __and__ __or__ __xor__ abs add addcdiv addcmul addmm alias all amax amin any arange argmax argmin argsort
-    baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to cat ceil chunk clamp clamp_max clamp_min
-    clone constant_pad_nd contiguous copy cos cumsum detach div div_ dropout elu embedding empty_like eq erf exp
-    expand expand_as expm1 eye fill flatten flip floor floor_divide full full_like gather ge gelu glu group_norm gt
-    hardsigmoid hardswish hardtanh histc index index_add index_add_ index_put index_put_ index_select isfinite isinf
-    isnan layer_norm le leaky_relu lift_fresh_copy linear log log1p log2 log_softmax logical_and logical_not
-    logical_or logsumexp lt masked_fill masked_fill_ masked_scatter matmul max maximum mean min minimum mish mm
-    movedim mul narrow native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero numel one_hot ones
-    ones_like pad permute pow prod reciprocal relu relu6 remainder repeat repeat_interleave reshape rms_norm roll
-    round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_add_ scatter_ select
-    select_scatter selu sigmoid sign silu sin slice slice_scatter softmax softplus sort split split_with_sizes sqrt
-    square squeeze stack std sub sum swapaxes t take_along_dim tanh tensor_split threshold to topk transpose tril
-    triu trunc type_as unbind unflatten unsqueeze unsqueeze_ upsample_nearest2d var var_mean view view_as where
-    zero_ zeros zeros_like _safe_softmax _softmax _to_copy _unsafe_view conv1d conv2d sym_size sym_numel
+    __and__ __or__ __xor__ _safe_softmax add addcdiv addcmul addmm all any baddbmm bmm ceil clamp_max clamp_min
+    conv1d conv2d copy cos div div_ elu eq erf exp expm1 eye floor ge glu group_norm gt hardsigmoid hardswish
+    hardtanh index index_add_ index_put index_put_ isfinite isinf isnan le leaky_relu log log1p log2 logsumexp lt
+    masked_fill_ masked_scatter max min mish mm mul narrow native_layer_norm ne neg nonzero numel one_hot pad pow
+    prod relu6 remainder repeat_interleave round rsub scatter scatter_ scatter_add_ select select_scatter selu sin
+    slice slice_scatter softplus sort split sqrt square std sub sum swapaxes sym_size take_along_dim tanh
+    tensor_split threshold to unsqueeze_ upsample_nearest2d var var_mean view where zero_
 """
-"""Operators of the ``aten`` namespace, every overload without an ``out`` argument. Not all have translations."""
+"""Operators of the ``aten`` namespace of which a stored graph may call every overload without an ``out`` argument, also
+those without a home in the registry. What has a home there needs no entry."""
 
 _ATEN = frozenset(_ATEN_NAMES.split())
 
@@ -63,10 +57,12 @@ def resolve(name: str) -> Callable[..., Any] | None:
         known = registry.named(name)
         return None if known is None else known.target
     packet, _, overload = rest.partition(".")
-    if namespace != "aten" or packet not in _ATEN:
+    if namespace != "aten":
         return None
     found = getattr(torch.ops.aten, packet, None)
     if found is None or overload not in found.overloads():
         return None
     target = getattr(found, overload)
-    return None if any(a.is_out for a in target._schema.arguments) else target
+    if registry.find(target) is not None:
+        return target
+    return target if packet in _ATEN and not any(a.is_out for a in target._schema.arguments) else None

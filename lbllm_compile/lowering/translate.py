@@ -20,7 +20,7 @@ from torch import Tensor
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.backend import EntryPoint, Kernels, ProgramKernel, backend_of
 from lbllm_compile.codegen.build import TirKernel
-from lbllm_compile.codegen.errors import UntranslatableError
+from lbllm_compile.codegen.errors import UntranslatableError, first_line
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Complex, Translation, flat
 from lbllm_compile.codegen.program import builder
@@ -297,12 +297,20 @@ class _Translator:
         if translation is None:
             return self._decomposed(node)
         try:
-            return translation(self, Arguments(node, self.value))
+            return self._applied(translation, node)
         except UntranslatableError as refused:
             try:
                 return self._decomposed(node)
             except UntranslatableError:
                 raise refused from None
+
+    def _applied(self, translation: Translation, node: Node) -> Any:
+        try:
+            return translation(self, Arguments(node, self.value))
+        except UntranslatableError:
+            raise
+        except Exception as error:  # TVM raises many types; each means that it does not build this form
+            raise UntranslatableError(f"TVM does not build it ({first_line(error)})", node) from error
 
     def _form(self, node: Node) -> Translation | None:
         """A call's own translation for numbers of the kind of its arguments; None where it has none."""
@@ -330,7 +338,7 @@ class _Translator:
             elif (translation := self._form(part)) is None:
                 raise UntranslatableError(f"the operator {node.target} has no translation", node)
             else:
-                self.values[part] = translation(self, Arguments(part, self.value))
+                self.values[part] = self._applied(translation, part)
         raise AssertionError("a graph without an output")
 
     def _meaning(self, value: Any) -> Any:

@@ -141,6 +141,21 @@ def resolve_operator(name: Any) -> Callable[..., Any]:
     return target
 
 
+def check_storable(graph: fx.Graph) -> None:
+    """Checks that a stored graph may call what this one calls.
+
+    Raises:
+        GraphFormatError: naming the first node for which it may not, and its source line.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and stored.resolve(stored.name_of(node.target) or "") is None:
+            line = dump.source_line(node)
+            raise GraphFormatError(
+                f"'{node.name}' calls {dump.target_text(node)}{', from ' + line if line else ''}, which is outside the"
+                " operators a stored graph may use"
+            )
+
+
 def _symbols(graph: fx.Graph) -> dict[str, str]:
     """Names of symbolic sizes: ``B`` and ``S`` for the two dimensions of ``input_ids``."""
     ids = next((n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"), None)

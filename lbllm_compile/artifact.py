@@ -80,6 +80,10 @@ SHARD_BYTES = 2 << 30
 MAX_COMPUTED = 1 << 30
 """Bytes of all tensors that a graph may make of a few tokens or a small batch, beside what its weights account for."""
 
+_PROBES = ((2, 3, 4), (11, 5, 1))
+"""Sequences, new tokens and past ones that a graph is tried for. The two have no factor in common, so that no size is
+right by chance, and neither has more tokens than any model takes."""
+
 _MAX_JSON = 64 << 20
 _OURS = re.compile(
     rf"(passes|kernels)/|({'|'.join(TOKENIZER_PREFIXES)})[^/]*$|model(-\d+-of-\d+)?\.safetensors$"
@@ -573,7 +577,13 @@ def _check_graph(program: Program, state: Mapping[str, Tensor]) -> None:
         known = [operators.find(user.target) for user in node.users]
         if not known or not all(operator is not None and operator.updates for operator in known):
             raise ArtifactError(f"the state '{node.target}' is read by what does not keep it, or by nothing")
-    inputs = _token_inputs(program) if program.kind == "causal-lm" else _module_inputs(program)
+    for probe in _PROBES:
+        _check_shapes(program, state, probe)
+
+
+def _check_shapes(program: Program, state: Mapping[str, Tensor], probe: tuple[int, int, int]) -> None:
+    """:func:`_check_graph` for inputs of the sizes of a probe."""
+    inputs = _token_inputs(program, *probe) if program.kind == "causal-lm" else _module_inputs(program, probe[0])
     propagation = Propagation(program.module)
     try:
         propagation.shapes(program, inputs)
@@ -586,23 +596,23 @@ def _check_graph(program: Program, state: Mapping[str, Tensor]) -> None:
     if propagation.computed > MAX_COMPUTED + 16 * sum(t.nbytes for t in state.values()):
         raise ArtifactError(f"the graph makes {propagation.computed >> 20} MiB of tensors of a few numbers")
     output, dimensions = propagation.result, 3 if program.kind == "causal-lm" else None
-    if not isinstance(output, Tensor) or (dimensions and (output.dim() != dimensions or output.shape[:2] != (2, 3))):
+    if not isinstance(output, Tensor) or (dimensions and (output.dim() != dimensions or output.shape[:2] != probe[:2])):
         raise ArtifactError("the graph gives something else than " + ("logits" if dimensions else "one tensor"))
 
 
-def _token_inputs(program: Program) -> dict[str, Any]:
-    """Three tokens of two sequences, behind others where the graph has a state."""
+def _token_inputs(program: Program, batch: int, length: int, past: int) -> dict[str, Any]:
+    """``length`` tokens of ``batch`` sequences, behind ``past`` others where the graph has a state."""
     names = [str(n.target) for n in program.placeholders() if STATE not in n.meta]
     if foreign := sorted(set(names) - {"input_ids", "attention_mask", "position_ids", "past"}):
         raise ArtifactError(f"the graph has the input '{foreign[0]}', which no language model has")
-    past = 4 if "past" in names else 0
-    ids = torch.zeros((2, 3), dtype=torch.int64)
-    mask = torch.ones((2, past + 3), dtype=torch.int64)
+    past = past if "past" in names else 0
+    ids = torch.zeros((batch, length), dtype=torch.int64)
+    mask = torch.ones((batch, past + length), dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": ids, "past": past}
 
 
-def _module_inputs(program: Program) -> dict[str, Tensor]:
-    """Tensors of the dtypes and shapes that the graph says its inputs have; a size that is free is 2.
+def _module_inputs(program: Program, free: int) -> dict[str, Tensor]:
+    """Tensors of the dtypes and shapes that the graph says its inputs have; a size that is free is ``free``.
 
     Raises:
         ArtifactError: an input has none, or is huge.
@@ -613,7 +623,7 @@ def _module_inputs(program: Program) -> dict[str, Tensor]:
         if found is None:
             raise ArtifactError(f"the graph does not say the dtype and shape of its input '{node.target}'")
         dtype, sizes = found
-        shape = [2 if isinstance(size, str) else size for size in sizes]
+        shape = [free if isinstance(size, str) else size for size in sizes]
         if math.prod(shape) > MAX_COMPUTED // 16:
             raise ArtifactError(f"the graph's input '{node.target}' has {math.prod(shape)} elements, which is too many")
         inputs[str(node.target)] = torch.empty(shape, dtype=dtype)

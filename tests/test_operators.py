@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.targets import Target
@@ -523,6 +524,7 @@ def test_sizes_are_computed_as_in_python(tmp_path):
     for function in sorted(ON_SIZES, key=str):
         operands = (size,) if function is operator.neg else (size, 3)
         value = graph.call_function(operator.add, (graph.call_function(function, operands), 100))
+        value = graph.call_function(torch.sym_max, (value, 0))  # a size, whatever m is
         results.append(graph.call_function(aten.new_ones.default, (x, [value])))
     results.append(graph.call_function(aten.new_ones.default, (x, [graph.call_function(aten.sym_numel.default, (x,))])))
     graph.output(results)
@@ -565,3 +567,58 @@ def test_a_size_that_no_shape_of_a_kernel_tells_reaches_it(tmp_path):
         given = [i.draw(sizes, torch.Generator().manual_seed(0)) for _, i in inputs]
         for actual, expected in zip(run(*given), module(*given), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+PLACES = Input((6,), INTEGERS, 0, 3)
+
+UNSURE = [
+    case(aten.expand.default, Input(("m", "n")), [5, 3]),
+    case(aten.expand_as.default, X, Input((5, 4))),
+    case(aten.copy.default, X, Input((5, 4))),
+    case(aten.add.Tensor, X, Input((5, 4))),
+    case(aten.matmul.default, Input((2, "n")), Input((3, 2))),
+    case(aten.mm.default, Input(("m", "n")), Input((3, 2))),
+    case(aten.bmm.default, Input(("m", 2, 3)), Input((5, 3, 4))),
+    case(aten.linear.default, Input(("m", "n")), Input((5, 3))),
+    case(aten.layer_norm.default, Input(("m", "n")), [3]),
+    case(aten.rms_norm.default, Input(("m", "n")), [3]),
+    case(aten.view.default, X, [10, 2]),
+    case(aten.reshape.default, X, [5, -1]),
+    case(aten.view_as.default, X, Input((5, 2, 2))),
+    case(aten.cat.default, [X, Input((5, 4))], 1),
+    case(aten.stack.default, [X, Input((5, 4))]),
+    case(aten.narrow.default, X, 0, 1, 2),
+    case(aten.new_zeros.default, X, [Size(0, -3)]),
+    case(aten.repeat.default, X, [Size(0, -3), 1]),
+    case(aten.constant_pad_nd.default, X, [0, 0, 0, -3]),
+    case(aten.gather.default, X, 1, Input((5, 2), INTEGERS, 0, 3)),
+    case(aten.gather.default, Input(("m", "n")), 0, Input((2, 3), INTEGERS, 0, 1)),
+    case(aten.scatter.value, X, 1, Input((5, 2), INTEGERS, 0, 3), 1.5),
+    case(aten.scatter.src, X, 1, Input(("m", 3), INTEGERS, 0, 3), Input((5, 3))),
+    case(aten.scatter_add.default, X, 1, Input(("m", 6), INTEGERS, 0, 3), Input((5, 6))),
+    case(aten.index_add.default, X, 1, PLACES, Input((5, 6))),
+    case(aten.index_add.default, X, 1, Input(("n",), INTEGERS, 0, 3), Input(("m", 3))),
+    case(aten.index_copy.default, CUBE, 1, ONCE, Input(("m", 3, 3))),
+    case(aten.index_put.default, X, [None, PLACES], Input((5, 6))),
+    case(aten.index.Tensor, X, [Input(("n",), INTEGERS, 0, 0), Input((3,), INTEGERS, 0, 3)]),
+]
+"""Calls that torch makes for :data:`SIZES`, and not for every other size."""
+
+
+@pytest.mark.parametrize("number", range(len(UNSURE)))
+def test_sizes_that_do_not_surely_agree_are_refused(number):
+    """torch looks when it runs, and raises; a program would read what is not the tensor's."""
+    graph = Graph([UNSURE[number]])
+    specs = [TensorSpec(name, i.shape, str(i.dtype).removeprefix("torch.")) for name, i in graph.inputs]
+    with pytest.raises(UntranslatableError, match=r"cannot be (told|solved)"):
+        translate_graph(Program(graph.module, "module"), KERNELS, specs)
+
+
+def test_a_place_of_what_may_be_empty_is_refused():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    others = graph.call_function(aten.slice.Tensor, (x, 0, 1, 1 << 40))
+    graph.output(graph.call_function(aten.select.int, (others, 0, 0)))
+    program = Program(fx.GraphModule(torch.nn.Module(), graph), "module")
+    with pytest.raises(UntranslatableError, match="cannot be told"):
+        translate_graph(program, KERNELS, [TensorSpec("x", ("m", 4), "float32")])

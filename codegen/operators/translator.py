@@ -66,7 +66,13 @@ class Translator(Protocol):
         ...
 
     def emit(self, expression: Any) -> Value:
-        """The value of an expression."""
+        """The value of an expression.
+
+        Operators of two operands require that their sizes surely agree; others rely on it (see :func:`ensure`).
+
+        Raises:
+            UntranslatableError: its operands do not fit each other, or not surely.
+        """
         ...
 
     def compute(self, shape: Sequence[Size], element: Callable[..., Any], *values: Any) -> Value:
@@ -105,11 +111,19 @@ class Translator(Protocol):
         ...
 
     def reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
-        """A value in another shape."""
+        """A value in another shape.
+
+        Raises:
+            UntranslatableError: it has not surely as many elements.
+        """
         ...
 
     def call(self, kernel: Any, arguments: Sequence[Value], *outputs: Any, by_rows: bool = False) -> Any:
-        """Calls a kernel; ``outputs`` are shapes and dtypes of what it writes. Gives one value or a list."""
+        """Calls a kernel; ``outputs`` are shapes and dtypes of what it writes. Gives one value or a list.
+
+        Raises:
+            UntranslatableError: the sizes are not surely those that the kernel reads and writes.
+        """
         ...
 
     def call_by_expert(
@@ -150,6 +164,30 @@ Translation = Callable[[Translator, Arguments], Any]
 def refusal(arguments: Arguments, why: str) -> UntranslatableError:
     """The error of a call that no program can hold."""
     return UntranslatableError(why, arguments.node)
+
+
+def ensure(t: Translator, what: str, *conditions: Any) -> None:
+    """Requires that comparisons of sizes hold in every call: torch looks when it runs, which a program cannot.
+
+    Raises:
+        UntranslatableError: one does not surely hold; naming ``what`` cannot be told.
+    """
+    if not all(t.surely(condition) for condition in conditions):
+        raise UntranslatableError(f"it cannot be told that {what}")
+
+
+def broadcast(t: Translator, x: Value, sizes: Sequence[Size]) -> Value:
+    """A value of these sizes: dimensions that it lacks in front are new ones, and one element is as many as needed.
+
+    Raises:
+        UntranslatableError: another dimension is not surely of its size.
+    """
+    old = t.shape(x)
+    what = f"a tensor of {old} repeats to one of {list(sizes)}"
+    ensure(t, what, len(old) <= len(sizes))
+    for size, own in zip(sizes, [1] * (len(sizes) - len(old)) + old, strict=True):
+        ensure(t, what, size >= 0 if isinstance(own, int) and own == 1 else size == own)
+    return t.emit(t.op.broadcast_to(x, list(sizes)))
 
 
 def flat(t: Translator, x: Value) -> tuple[Value, list[Size], Size]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UntranslatableError
 from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
-from .queries import surely_true
+from .queries import same_sizes, surely_true
 
 Dimension = Any
 """A dimension: an int, or an integer expression over symbols."""
@@ -91,6 +92,7 @@ class ProgramBuilder:
         self.weights, self.state, self.fixed = weights, state, fixed or Layout.of(())
         self.block = relax.BlockBuilder()
         self._kernels: dict[str, Any] = {}
+        self._functions: dict[Any, PrimFunc] = {}
 
     def kernel(self, name: str, make: Callable[[], PrimFunc], by_rows: bool = False) -> Any:
         """The kernel of that name, generated where it is not there yet.
@@ -103,8 +105,15 @@ class ProgramBuilder:
         if name not in self._kernels:
             attributes = {"op_pattern": OPAQUE, KERNEL: True, "global_symbol": name}
             attributes |= {BY_ROWS: True} if by_rows else {}
-            self._kernels[name] = self.block.add_func(make().with_attr(attributes), name)
+            function = make()
+            self._kernels[name] = self.block.add_func(function.with_attr(attributes), name)
+            self._functions[self._kernels[name]] = function
         return self._kernels[name]
+
+    def parameter_shapes(self, kernel: Any) -> list[list[Dimension]]:
+        """The shapes of the tensors that a kernel takes; a symbol in several of them stands for one size."""
+        parameters: Any = self._functions[kernel].params
+        return [[int(d) if isinstance(d, tirx.IntImm) else d for d in buffer.shape] for buffer in parameters]
 
     def finish(self) -> Any:
         """The finished module of functions and kernels."""
@@ -180,15 +189,13 @@ class FunctionBuilder:
         return relax.op.memory.view(block, shape, tvm.DataType(spec.dtype), relax.prim_value(offset))
 
     def surely(self, condition: Any) -> bool:
-        """Whether a comparison of sizes holds in every call, which has at least one new token, and all of them in
-        :data:`TOTAL`."""
+        """Whether a comparison of sizes holds in every call, of whose inputs none is empty, and whose new tokens are
+        all in :data:`TOTAL`."""
+        symbols = {name: symbol for name, symbol in self._symbols.items() if not isinstance(symbol, int)}
+        known = {symbol: symbolic_dimension(f"others_{name}") + 1 for name, symbol in symbols.items()}
         length, total = self._symbols.get(LENGTH), self._symbols.get(TOTAL)
-        if total is None or length is None:
-            return surely_true(condition)
-        known = {}
-        if not isinstance(length, int):
-            known[length] = length = symbolic_dimension("others") + 1
-        known[total] = symbolic_dimension("past") + length
+        if total is not None and length is not None:
+            known[total] = symbolic_dimension("past") + (length if isinstance(length, int) else known[length])
         return surely_true(condition, known)
 
     def emit(self, expression: Any) -> Value:
@@ -222,12 +229,25 @@ class FunctionBuilder:
         return self.compute(expression, x)
 
     def call(self, kernel: Any, arguments: Sequence[Value], *outputs: tuple[Sequence[Dimension], str]) -> Any:
-        """Calls a kernel on tensors; ``outputs`` are the shapes and dtypes of what it writes. Returns one or a list."""
+        """Calls a kernel on tensors; ``outputs`` are the shapes and dtypes of what it writes. Returns one or a list.
+
+        Raises:
+            UntranslatableError: the tensors' sizes are not surely those that the kernel reads and writes.
+        """
+        self._check_sizes(kernel, [*map(shape, arguments), *(list(sizes) for sizes, _ in outputs)])
         types = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
         result = self.emit(relax.call_tir(kernel, list(arguments), types if len(types) > 1 else types[0]))
         if len(types) == 1:
             return result
         return [self.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def _check_sizes(self, kernel: Any, shapes: Sequence[Sequence[Dimension]]) -> None:
+        sizes: dict[Any, Dimension] = {}
+        for expected, given in zip(self.program.parameter_shapes(kernel), shapes, strict=True):
+            sizes |= {s: own for s, own in zip(expected, given, strict=False) if s not in sizes}
+            wanted = [size if isinstance(size, int) else sizes[size] for size in expected]
+            if not same_sizes(wanted, given):
+                raise UntranslatableError(f"it cannot be told that a tensor of {given} is of {expected}, as a kernel's")
 
     def finish(self, result: Value | Sequence[Value]) -> None:
         """Ends the function with its result, or several."""

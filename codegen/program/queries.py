@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,9 @@ from ..tvm_api import relax, s_tir, tirx, tvm, tvm_ffi
 
 MOST_SIZE = 1 << 40
 """More than any size is."""
+
+MOST_PRODUCTS = 64
+"""Sizes of more products than this are not compared as sums of them."""
 
 
 def is_call(value: Any, name: str) -> bool:
@@ -43,7 +48,41 @@ def surely_equal(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     analyzer: Any = tvm.sym.Analyzer()
-    return bool(analyzer.can_prove_equal(a, b))
+    return _same_sum(a, b) or bool(analyzer.can_prove_equal(a, b))
+
+
+def _same_sum(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same sum of products, which TVM finds only where factors come in the same order."""
+    parts: list[Any] = []
+    sums = [_sum_of_products(size, parts) for size in (a, b)]
+    return None not in sums and sums[0] == sums[1]
+
+
+def _sum_of_products(size: Any, parts: list[Any]) -> Counter[tuple[int, ...]] | None:
+    """How often every product is in a size, by places of its factors in ``parts``, which grows by what is no sum and no
+    product; None where there are more than :data:`MOST_PRODUCTS`."""
+    if isinstance(size, (int, tirx.IntImm)):
+        return _without_zeros({(): int(size)})
+    if not isinstance(size, (tirx.Add, tirx.Sub, tirx.Mul)):
+        place = next((i for i, part in enumerate(parts) if tvm_ffi.structural_equal(part, size)), len(parts))
+        parts += [size] if place == len(parts) else []
+        return Counter({(place,): 1})
+    left, right = (_sum_of_products(side, parts) for side in (size.a, size.b))
+    if left is None or right is None:
+        return None
+    found: Counter[tuple[int, ...]] = Counter()
+    if isinstance(size, tirx.Mul):
+        for (p, m), (q, n) in itertools.product(left.items(), right.items()):
+            found[tuple(sorted(p + q))] += m * n
+    else:
+        sign = -1 if isinstance(size, tirx.Sub) else 1
+        for product in {**left, **right}:
+            found[product] = left[product] + sign * right[product]
+    return _without_zeros(found) if len(found) <= MOST_PRODUCTS else None
+
+
+def _without_zeros(products: Mapping[tuple[int, ...], int]) -> Counter[tuple[int, ...]]:
+    return Counter({product: times for product, times in products.items() if times})
 
 
 def surely_true(condition: Any, known: Mapping[Any, Any] | None = None) -> bool:
@@ -53,6 +92,10 @@ def surely_true(condition: Any, known: Mapping[Any, Any] | None = None) -> bool:
         condition: the comparison.
         known: symbols of which more is known: expressions over others.
     """
+    if hasattr(condition, "asobject"):  # what Python's == gives
+        condition = condition.asobject()
+    if isinstance(condition, tirx.EQ) and _same_sum(condition.a, condition.b):
+        return True
     analyzer: Any = tvm.sym.Analyzer()
     known = known or {}
     symbols = [s for value in (condition, *known.values()) for s in tirx.analysis.undefined_vars(value)]
@@ -66,6 +109,11 @@ def surely_true(condition: Any, known: Mapping[Any, Any] | None = None) -> bool:
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are surely equal."""
     return len(a) == len(b) and all(map(surely_equal, a, b))
+
+
+def same_elements(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether tensors of two shapes surely have equally many elements."""
+    return surely_equal(math.prod(a), math.prod(b))
 
 
 def index_sizes(function: Any) -> dict[tuple[str, ...], int]:

@@ -37,7 +37,7 @@ from lbllm_compile.codegen.program.builder import (
 )
 from lbllm_compile.codegen.program.experts import by_expert
 from lbllm_compile.codegen.program.fuse import with_residual
-from lbllm_compile.codegen.program.queries import same_sizes
+from lbllm_compile.codegen.program.queries import same_elements, same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT
 from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
@@ -385,7 +385,10 @@ class _Translator:
         return self.call(stacked, [*rows, *matrices, ends], output)
 
     def emit(self, expression: Any) -> Value:
-        return _known(self.function.emit(expression))
+        try:
+            return _known(self.function.emit(expression))
+        except ValueError as error:  # TVM's for operands that do not fit each other
+            raise UntranslatableError(f"its operands do not fit each other ({first_line(error)})") from error
 
     def compute(self, shape: Sequence[Any], element: Callable[..., Any], *values: Any) -> Value:
         def expression(*given: Any) -> Any:
@@ -406,8 +409,11 @@ class _Translator:
     def reshape(self, x: Value, sizes: Sequence[Any]) -> Value:
         """A value in another shape. Of several in a row only the last is left, and none where the shape is the same."""
         source = self.sources.get(x, x)
-        if same_sizes(builder.shape(source), sizes):
+        shape = builder.shape(source)
+        if same_sizes(shape, sizes):
             return source
+        if not same_elements(shape, sizes):
+            raise UntranslatableError(f"it cannot be told that a tensor of {shape} can be one of {list(sizes)}")
         result = self.emit(relax.op.reshape(source, sizes))
         self.sources[result] = source
         return result

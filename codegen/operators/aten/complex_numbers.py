@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Complex, Translation, Translator, Value, refusal
+from ..translator import Complex, Translation, Translator, Value, ensure, refusal
 from .promotion import dtype_number, dtype_of
 
 _aten = torch.ops.aten
@@ -38,7 +38,8 @@ def _imaginary(value: Any) -> Any:
 
 
 def _view_as_complex(t: Translator, a: Arguments) -> Complex:
-    *shape, _ = t.shape(a.self)
+    *shape, parts = t.shape(a.self)
+    ensure(t, "a complex number has two parts", parts == 2)
     if t.dtype(a.self) not in ("float32", "float64"):
         raise refusal(a, "complex numbers of this precision have no translation")
 

@@ -10,7 +10,7 @@ import torch
 
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Size, Translation, Translator, Value, refusal
+from ..translator import Size, Translation, Translator, Value, broadcast, refusal
 from .promotion import name_of, tensor
 from .shapes import greater
 
@@ -22,7 +22,9 @@ def _dtype_of(a: Arguments, otherwise: str) -> str:
 
 
 def filled(t: Translator, sizes: Sequence[Size], value: Any, dtype: str) -> Value:
-    return t.emit(t.op.broadcast_to(t.variable(tensor(t, value, dtype)), list(sizes)))
+    """A tensor of these sizes, of one number."""
+    number = t.variable(tensor(t, value, dtype))
+    return broadcast(t, t.reshape(number, []) if t.shape(number) else number, sizes)
 
 
 def _default_dtype(value: Any) -> str:
@@ -70,15 +72,17 @@ def _scalar_tensor(t: Translator, a: Arguments) -> Value:
 def _arange(t: Translator, a: Arguments) -> Value:
     start, end = (a.start if "start" in a else 0), a.end
     step = a.step if "step" in a else 1
+    if not isinstance(step, (int, float)):
+        raise refusal(a, "a range in dynamic steps has no translation")
     floats = any(isinstance(v, float) for v in (start, end, step))
     dtype = _dtype_of(a, name_of(torch.get_default_dtype()) if floats else "int64")
     if floats:
         if not all(isinstance(v, (int, float)) for v in (start, end, step)):
             raise refusal(a, "a range of floats to a dynamic end has no translation")
         size: Any = math.ceil((end - start) / step)
-    elif isinstance(step, int) and step == 1:
+    elif step == 1:
         size = greater(t, end - start, 0)
-    elif isinstance(step, int) and step > 0:
+    elif step > 0:
         size = greater(t, (end - start + step - 1) // step, 0)
     else:
         size = greater(t, (start - end - step - 1) // -step, 0)

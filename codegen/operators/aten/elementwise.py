@@ -15,7 +15,7 @@ import torch
 from ...errors import UntranslatableError
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Translation, Translator, Value, refusal
+from ..translator import Translation, Translator, Value, broadcast, refusal
 from .complex_numbers import by_parts, multiplied
 from .promotion import ARITHMETIC, BOOL, FLOAT, cast, dtype_of, name_of, promoted, tensor
 
@@ -95,7 +95,7 @@ def _safe(t: Translator, x: Value, divisor: Value, divide: Formula, at_minus_one
 def _by_scalars(t: Translator, formula: Callable[[Any, Any], Any], x: Any, y: Any) -> Value:
     """What has no operator of its own: a formula of the scalars of two tensors, which are brought to one shape."""
     shape = t.shape(t.emit(t.op.add(x, y)))
-    same = [t.emit(t.op.broadcast_to(t.variable(v), shape)) for v in (x, y)]
+    same = [broadcast(t, t.variable(v), shape) for v in (x, y)]
     return t.compute(shape, lambda p, q: lambda *i: formula(p[i], q[i]), *same)
 
 
@@ -169,7 +169,7 @@ def _power(t: Translator, a: Arguments) -> Value:
         for _ in range(int(exponent) - 1):
             power = t.emit(_multiply(t, power, x))
         if exponent == 0:
-            power = t.emit(t.op.broadcast_to(t.variable(power), t.shape(x)))
+            power = broadcast(t, t.variable(power), t.shape(x))
         return cast(t, power, result)
     (x, y), result = promoted(t, a, ARITHMETIC, (a.self, exponent))
     if not _is_float(t, x):
@@ -314,7 +314,7 @@ def _cast_like(t: Translator, a: Arguments) -> Value:
 def _copy(t: Translator, a: Arguments) -> Value:
     """The source as a tensor of the target's shape and type."""
     source = cast(t, a.src, t.dtype(a.self))
-    return t.emit(t.op.broadcast_to(source, t.shape(a.self)))
+    return broadcast(t, source, t.shape(a.self))
 
 
 _relu = _unary(lambda t, x: t.op.nn.relu(x) if _is_float(t, x) else _greater_of(t, x, number(t, 0, x)))

@@ -6,7 +6,7 @@ ids and positions, which a user decides, are checked before the program is calle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from ..arguments import Arguments
 from ..checks import require
 from ..registry import Operator, Verification, register
-from ..translator import Size, Translation, Translator, Value, refusal
+from ..translator import Size, Translation, Translator, Value, broadcast, ensure, refusal
 from .creation import filled
 from .promotion import cast, dtype_number
 from .shapes import axis_of, count
@@ -32,9 +32,21 @@ def inside(t: Translator, index: Any, size: Size, wraps: bool = False) -> Any:
     return t.tir.max(t.tir.min(index, size - 1), t.tir.const(0, "int64"))
 
 
+def _ensure_filled(t: Translator, *sizes: Size) -> None:
+    """There is a place in every dimension that is looked into."""
+    ensure(t, "a dimension that an index is for is not empty", *(size >= 1 for size in sizes))
+
+
+def _ensure_within(t: Translator, index: Sequence[Size], sizes: Sequence[Size], axis: int | None = None) -> None:
+    """An index of elements is nowhere longer than what it is for, save along the dimension that it tells."""
+    within = [p <= q for k, (p, q) in enumerate(zip(index, sizes, strict=False)) if k != axis]
+    ensure(t, f"an index of {list(index)} is within a tensor of {list(sizes)}", len(index) == len(sizes), *within)
+
+
 def _rows(t: Translator, table: Value, indices: Value, axis: int, wraps: bool = False) -> Value:
     """Slices of a table along an axis; the dimensions of the indices take that axis' place."""
     sizes, places = t.shape(table), t.shape(indices)
+    _ensure_filled(t, sizes[axis])
     behind = axis + len(places)
     shape = [*sizes[:axis], *places, *sizes[axis + 1 :]]
 
@@ -58,6 +70,8 @@ def _index_select(t: Translator, a: Arguments) -> Value:
 
 def _gather(t: Translator, a: Arguments) -> Value:
     x, index, axis = a.self, a.index, axis_of(t, a.self, a.dim)
+    _ensure_within(t, t.shape(index), t.shape(x), axis)
+    _ensure_filled(t, *t.shape(x)[axis : axis + 1])
 
     def element(v: Any, which: Any) -> Any:
         return lambda *i: v[(*i[:axis], inside(t, which[i], v.shape[axis]), *i[axis + 1 :])]
@@ -90,6 +104,7 @@ class _Indices:
         if any(i is not None and t.dtype(i) in ("bool", "uint8") for i in given):
             raise refusal(a, "as many elements as a mask says have no translation")
         axes = [k for k, i in enumerate(given) if i is not None]
+        _ensure_filled(t, *(sizes[k] for k in axes))
         if len(axes) == 1:
             tensors, places = [given[axes[0]]], t.shape(given[axes[0]])
         else:
@@ -97,7 +112,7 @@ class _Indices:
             for k in axes[1:]:
                 total = t.emit(t.op.add(total, cast(t, given[k], "int64")))
             places = t.shape(total)
-            tensors = [t.emit(t.op.broadcast_to(given[k], places)) for k in axes]
+            tensors = [broadcast(t, given[k], places) for k in axes]
         first = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
         rest = [sizes[k] for k in range(len(sizes)) if k not in axes]
         return cls(axes, tensors, places, first, [*rest[:first], *places, *rest[first:]])
@@ -146,7 +161,7 @@ def _index_put(t: Translator, a: Arguments) -> Value:
         return flat
 
     places = t.compute(indices.places, place, *table, *indices.tensors)
-    values = t.emit(t.op.broadcast_to(cast(t, a.values, t.dtype(x)), indices.shape))
+    values = broadcast(t, cast(t, a.values, t.dtype(x)), indices.shape)
     placed = range(first, first + len(indices.places))
     values = _permuted(t, values, [*placed, *(k for k in range(len(indices.shape)) if k not in placed)])
     rows = t.reshape(values, [count(indices.places), count(rest)])
@@ -169,8 +184,13 @@ def _index_rows(adds: bool) -> Translation:
         axis, rank = axis_of(t, x, a.dim), max(len(t.shape(x)), 1)
         order = [axis, *(k for k in range(rank) if k != axis)]
         sizes = [t.shape(x)[k] for k in order]
-        rows = t.reshape(_permuted(t, source, order), [count(t.shape(index)), count(sizes[1:])])
-        places = t.reshape(cast(t, index, "int64"), [count(t.shape(index))])
+        many = count(t.shape(index))
+        given = [t.shape(source)[k] for k in order] if len(t.shape(source)) == len(t.shape(x)) else []
+        fits = [p == q for p, q in zip(given, [many, *sizes[1:]], strict=False)]
+        ensure(t, "a tensor has a slice for every index", len(t.shape(index)) <= 1, len(given) == len(sizes), *fits)
+        _ensure_filled(t, sizes[0])
+        rows = t.reshape(_permuted(t, source, order), [many, count(sizes[1:])])
+        places = t.reshape(cast(t, index, "int64"), [many])
         written = _written(t, t.reshape(_permuted(t, x, order), [sizes[0], count(sizes[1:])]), places, rows, adds)
         return _permuted(t, t.reshape(written, sizes), [order.index(k) for k in range(rank)])
 
@@ -183,6 +203,8 @@ def _scatter(adds: bool) -> Translation:
     def translate(t: Translator, a: Arguments) -> Value:
         x, index, axis = a.self, a.index, axis_of(t, a.self, a.dim)
         sizes, shape, kind = t.shape(x), t.shape(a.index), t.dtype(x)
+        _ensure_within(t, shape, sizes, axis)
+        _ensure_filled(t, *sizes[axis : axis + 1])
 
         def place(*given: Any) -> Any:
             sides, which = given[: len(sizes)], given[len(sizes)]
@@ -196,6 +218,7 @@ def _scatter(adds: bool) -> Translation:
             return flat
 
         if "src" in a:
+            _ensure_within(t, shape, t.shape(a.src))
             # Of the source as many elements are taken as there are indices.
             source = t.compute(shape, lambda v: lambda *i: v[i], cast(t, a.src, kind))
         else:

@@ -7,7 +7,7 @@ import torch
 from ..arguments import Arguments
 from ..checks import require
 from ..registry import Operator, register
-from ..translator import Translator, Value, flat, refusal
+from ..translator import Size, Translator, Value, ensure, flat, refusal
 from .creation import filled
 from .promotion import dtype_of
 
@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 def _layer_norm(t: Translator, a: Arguments) -> Value:
     x, shape = a.input, list(a.normalized_shape)
-
+    _ensure_last(t, x, shape, a.weight, a.bias)
     weight = filled(t, shape, 1.0, t.dtype(x)) if a.weight is None else a.weight
     bias = filled(t, shape, 0.0, t.dtype(x)) if a.bias is None else a.bias
     return t.emit(t.op.nn.layer_norm(x, weight, bias, list(range(-len(shape), 0)), a.eps))
@@ -25,6 +25,7 @@ def _layer_norm(t: Translator, a: Arguments) -> Value:
 def _rms_norm(t: Translator, a: Arguments) -> Value:
     x, op = a.input, t.op
     kind = t.dtype(x)
+    _ensure_last(t, x, list(a.normalized_shape), a.weight)
     if len(a.normalized_shape) != 1 or kind != "float32":
         raise refusal(a, "an RMS norm over several dimensions has no translation")
     eps = torch.finfo(dtype_of(kind)).eps if a.eps is None else a.eps
@@ -33,10 +34,21 @@ def _rms_norm(t: Translator, a: Arguments) -> Value:
     return normed if a.weight is None else t.emit(op.multiply(normed, a.weight))
 
 
+def _ensure_last(t: Translator, x: Value, shape: list[Size], *factors: Value | None) -> None:
+    """The dimensions that are normalized, and what has elements for them, are of the shape that the call names."""
+    for sizes in (t.shape(x)[-len(shape) :], *(t.shape(f) for f in factors if f is not None)):
+        fits = [p == q for p, q in zip(sizes, shape, strict=False)]
+        ensure(t, f"what is normalized is of {shape}", len(sizes) == len(shape), *fits)
+
+
 def _product(t: Translator, a: Arguments) -> Value:
     x, y = a.self, a.mat2 if "mat2" in a else a.other
     if dtype_of(t.dtype(x)) != dtype_of(t.dtype(y)):
         raise refusal(a, "a product of different types has no translation")
+    left, right = t.shape(x), t.shape(y)
+    ensure(t, "the inner sizes of a product agree", left[-1] == right[-2 if len(right) > 1 else 0])
+    if a.node.target is _aten.bmm.default:
+        ensure(t, "products are of as many matrices", left[0] == right[0])
     return t.emit(t.op.matmul(x, y))
 
 
@@ -45,6 +57,8 @@ def _linear(t: Translator, a: Arguments) -> Value:
     if t.dtype(x) != "float32" or t.dtype(weight) != "float32" or len(t.shape(weight)) != 2:
         raise refusal(a, "a linear of this kind has no translation")
     rows, columns = t.shape(weight)
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        raise refusal(a, "a linear by a matrix of dynamic size has no translation")
     matrix, leading, count = flat(t, x)
     kernel = t.kernels.dense(rows, columns, t.length == 1)
     result = t.call(kernel, [matrix, weight], ([count, rows], "float32"))

@@ -151,7 +151,7 @@ def _ordered(t: Translator, x: Value, axis: int, first: Any, descending: bool) -
 def _top(t: Translator, a: Arguments) -> list[Value]:
     x = a.self
     axis = axis_of(t, x, a.dim)
-    if not t.shape(x) or not t.surely(t.shape(x)[axis] >= a.k):
+    if not t.shape(x) or not (t.surely(t.shape(x)[axis] >= a.k) and t.surely(a.k >= 0)):
         raise refusal(a, "a selection of more elements than there surely are has no translation")
     return _ordered(t, x, axis, a.k, a.largest)
 

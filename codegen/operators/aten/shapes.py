@@ -13,7 +13,7 @@ import torch
 from ...errors import UntranslatableError
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Size, Translation, Translator, Value, refusal
+from ..translator import Size, Translation, Translator, Value, broadcast, ensure, refusal
 from .complex_numbers import by_parts, of_real
 from .promotion import ARITHMETIC, cast, promoted, tensor
 
@@ -51,6 +51,8 @@ def _on_sizes(formula: Callable[..., Any]) -> Translation:
         operands = [getattr(a, name) for name in ("value", "a", "b") if name in a]
         if any(t.is_tensor(v) for v in operands):
             raise refusal(a, "Python's arithmetic on tensors has no translation")
+        if formula in (operator.floordiv, operator.mod):
+            ensure(t, "a divisor is not zero", operands[1] > 0)
         return formula(*operands)
 
     return translate
@@ -182,21 +184,21 @@ def _unsqueeze(t: Translator, a: Arguments) -> Value:
 def _expand(t: Translator, a: Arguments) -> Value:
     sizes = a.size
     old = [1] * (len(sizes) - len(t.shape(a.self))) + t.shape(a.self)
-    kept = [o if isinstance(s, int) and s == -1 else s for o, s in zip(old, sizes, strict=True)]
-    return t.emit(t.op.broadcast_to(a.self, kept))
+    return broadcast(t, a.self, [o if isinstance(s, int) and s == -1 else s for o, s in zip(old, sizes, strict=True)])
 
 
 def _expand_like(t: Translator, a: Arguments) -> Value:
-    return t.emit(t.op.broadcast_to(a.self, t.shape(a.other)))
+    return broadcast(t, a.self, t.shape(a.other))
 
 
 def _repeat(t: Translator, a: Arguments) -> Value:
     x, repeats = a.self, a.repeats
     sizes = [1] * (len(repeats) - len(t.shape(x))) + t.shape(x)
     shape = [s if isinstance(r, int) and r == 1 else s * r for s, r in zip(sizes, repeats, strict=True)]
+    ensure(t, "a tensor is repeated no negative number of times", *(r >= 0 for r in repeats))
     source = t.reshape(x, sizes)
     if all(isinstance(s, int) and s == 1 for s in sizes):
-        return t.emit(t.op.broadcast_to(source, shape))
+        return broadcast(t, source, shape)
 
     return t.compute(
         shape,
@@ -213,7 +215,7 @@ def _repeat_interleave(t: Translator, a: Arguments) -> Value:
     if not isinstance(repeats, int) or repeats == 0:
         raise refusal(a, "as many repetitions as a tensor or a size says have no translation")
     wide = t.emit(t.op.expand_dims(x, axis + 1))
-    wide = t.emit(t.op.broadcast_to(wide, [*sizes[: axis + 1], repeats, *sizes[axis + 1 :]]))
+    wide = broadcast(t, wide, [*sizes[: axis + 1], repeats, *sizes[axis + 1 :]])
     return t.reshape(wide, [*sizes[:axis], sizes[axis] * repeats, *sizes[axis + 1 :]])
 
 
@@ -253,8 +255,10 @@ def _slice(t: Translator, a: Arguments) -> Value:
 
 def _narrow(t: Translator, a: Arguments) -> Value:
     x, axis = a.self, axis_of(t, a.self, a.dim)
-    start = within(t, a.start, t.shape(x)[axis])
-    return cut(t, x, axis, start, lesser(t, start + a.length, t.shape(x)[axis]))
+    size = t.shape(x)[axis]
+    start = within(t, a.start, size)
+    ensure(t, "a part of a dimension lies within it", a.length >= 0, start + a.length <= size)
+    return cut(t, x, axis, start, start + a.length)
 
 
 def _select(t: Translator, a: Arguments) -> Value:
@@ -264,6 +268,7 @@ def _select(t: Translator, a: Arguments) -> Value:
         inside = t.surely(sizes[axis] > index) if index >= 0 else t.surely(sizes[axis] >= -index)
         if not inside and isinstance(sizes[axis], int):
             raise refusal(a, f"the place {index} is outside a dimension of {sizes[axis]}")
+    ensure(t, "a dimension of which a place is taken is not empty", sizes[axis] >= 1)
     last = sizes[axis] - 1
     place = lesser(t, within(t, index, sizes[axis]), last)
     shape = [*sizes[:axis], *sizes[axis + 1 :]]
@@ -281,7 +286,7 @@ def _parts(t: Translator, x: Value, sizes: Sequence[int], axis: int) -> list[Val
 
 def _split_sizes(t: Translator, a: Arguments) -> list[Value]:
     whole = _known_size(t, a)
-    if not all(isinstance(s, int) for s in a.split_sizes) or sum(a.split_sizes) != whole:
+    if not all(isinstance(s, int) and s >= 0 for s in a.split_sizes) or sum(a.split_sizes) != whole:
         raise refusal(a, f"parts of {a.split_sizes} are no split of {whole}")
     return _parts(t, a.self, a.split_sizes, axis_of(t, a.self, a.dim))
 
@@ -325,14 +330,21 @@ def _cat(t: Translator, a: Arguments) -> Value:
     tensors = [v for v in _joinable(t, a) if t.shape(v) != [0]]
     if not tensors:
         raise refusal(a, "a concatenation of nothing has no translation")
-    return tensors[0] if len(tensors) == 1 else t.emit(t.op.concat(tensors, a.dim))
+    return _joined(t, tensors, axis_of(t, tensors[0], a.dim))
+
+
+def _joined(t: Translator, tensors: list[Value], axis: int) -> Value:
+    first, *others = (t.shape(v) for v in tensors)
+    for other in others:
+        fits = [p == q for k, (p, q) in enumerate(zip(first, other, strict=False)) if k != axis]
+        ensure(t, "tensors that are joined agree in their other dimensions", len(first) == len(other), *fits)
+    return tensors[0] if len(tensors) == 1 else t.emit(t.op.concat(tensors, axis))
 
 
 def _stack(t: Translator, a: Arguments) -> Value:
     tensors = _joinable(t, a)
     axis = a.dim % (len(t.shape(tensors[0])) + 1)
-    wide = [t.emit(t.op.expand_dims(v, axis)) for v in tensors]
-    return wide[0] if len(wide) == 1 else t.emit(t.op.concat(wide, axis))
+    return _joined(t, [t.emit(t.op.expand_dims(v, axis)) for v in tensors], axis)
 
 
 def _flip(t: Translator, a: Arguments) -> Value:
@@ -376,6 +388,7 @@ def _pad(t: Translator, a: Arguments) -> Value:
         before, behind = pad[2 * k : 2 * k + 2]
         front[-1 - k] = before
         wide[-1 - k] = sizes[-1 - k] + before + behind
+        ensure(t, "no more is cut off than there is", wide[-1 - k] >= 0)
     fill = t.variable(tensor(t, a.value, t.dtype(x)))
 
     def element(v: Any, filling: Any, *offsets: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from lbllm_compile.codegen.backend import backend_named, backend_of, register_ba
 from lbllm_compile.codegen.errors import TargetError
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, known_targets, parse_targets
-from plain_backend import PlainBackend, PlainKernels, PlainLinear
+from plain_backend import PlainBackend, PlainKernels, PlainKind, PlainLinear
 from reference_kernels import ReferenceKernels
 from test_runtime import VOCABULARY, language_model
 
@@ -52,16 +53,38 @@ def test_an_unknown_kind_is_one_clear_error():
         Target.parse("abacus")
 
 
-def test_an_installed_package_registers_its_backend(registries, monkeypatch):
-    class Point:
-        def load(self):
-            return lambda: register_backend(PlainBackend())
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_installed_package_registers_its_backend(registries, monkeypatch, listed):
+    class TwoKind(PlainKind):
+        def parse(self, detail):
+            target = super().parse("")[0]
+            return [dataclasses.replace(target, name=f"plain:{d}") for d in detail or "ab"]
 
-    def entry_points(group, name):
+        def known(self):
+            return ["plain", "plain:a", "plain:b"]
+
+    class Two(PlainBackend):
+        """A backend whose kind stands for two targets."""
+
+        kind = TwoKind()
+
+    class Point:
+        name = "plain"
+
+        def load(self):
+            return lambda: register_backend(Two())
+
+    def entry_points(group, name="plain"):
         return [Point()] if (group, name) == ("lbllm_compile.backends", "plain") else []
 
     monkeypatch.setattr(targets, "entry_points", entry_points)
-    assert Target.parse("plain").kind == "plain" and isinstance(backend_named("plain"), PlainBackend)
+    monkeypatch.setattr(targets, "_KINDS", dict(targets._KINDS))
+    if listed:
+        assert {"plain", "plain:a", "plain:b"} <= {*known_targets()}
+    for _ in range(2):
+        assert [t.name for t in parse_targets("plain")] == ["plain:a", "plain:b"]
+    assert [t.name for t in parse_targets("cpu:generic,plain:b,a,plain")] == ["cpu:generic", "plain:b", "plain:a"]
+    assert Target.parse("plain").kind == "plain" and isinstance(backend_named("plain"), Two)
     with pytest.raises(TargetError, match="unknown target 'plane'; did you mean 'plain'"):
         Target.parse("plane")
 

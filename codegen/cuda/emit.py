@@ -101,7 +101,7 @@ def emit_cuda(
 
     Args:
         linears, quantizers: what is needed; duplicates are fine.
-        archs: architectures, see :func:`..targets.cuda.parse_architectures`.
+        archs: of :data:`..targets.cuda.ARCHITECTURES`.
         cache_dir: the user's cache folder by default.
         progress: told about each step.
 

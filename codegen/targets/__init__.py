@@ -69,14 +69,7 @@ class Target:
         Raises:
             TargetError: unknown target, with the nearest known one.
         """
-        name, _, detail = text.strip().partition(":")
-        try:
-            return _kind(name).parse(detail)[0]
-        except LookupError:
-            near = difflib.get_close_matches(text.strip(), known_targets(), 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            known = ", ".join(known_targets())
-            raise TargetError(f"unknown target {text.strip()!r}; {hint}known targets: {known}") from None
+        return _parse(text.strip())[0]
 
 
 class TargetKind(Protocol):
@@ -136,8 +129,7 @@ class CudaKind:
 
     def parse(self, detail: str) -> list[Target]:
         found = [detail] if detail else cuda.DEFAULT_ARCHITECTURES
-        if not set(found) <= set(cuda.ARCHITECTURES):
-            raise LookupError(detail)
+        cuda.check_architectures(found)
         return [Target(self.name, f"{self.name}:{arch}", self.name, arch) for arch in found]
 
     def known(self) -> list[str]:
@@ -167,28 +159,57 @@ def _kind(name: str) -> TargetKind:
     return _KINDS[name]
 
 
+def _kinds() -> list[TargetKind]:
+    """The kinds that are built in or registered, then those of installed packages."""
+    points = sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    return [_kind(name) for name in dict.fromkeys([*_KINDS, *points])]
+
+
 def parse_targets(text: str) -> tuple[Target, ...]:
     """Parses a comma-separated list of targets, duplicates removed.
 
-    A plain ``cuda`` stands for the usual architectures, and ``cuda:sm_80,sm_90`` names two.
+    A plain ``cuda`` stands for the usual architectures. What names no kind belongs to the one in front of it, so
+    ``cuda:sm_80,sm_90`` names two.
 
     Raises:
         TargetError: an unknown or missing target.
     """
     targets: list[Target] = []
+    kind = ""
     for part in (p.strip() for p in text.split(",")):
-        if part.startswith(("cuda", "sm_")):
-            targets += [Target.parse(f"cuda:{arch}") for arch in cuda.parse_architectures(part)]
-        elif part in _KINDS:
-            targets += _KINDS[part].parse("")
+        if part and ":" not in part and kind and not _is_kind(part):
+            targets += _parse(f"{kind}:{part}")
         else:
-            targets.append(Target.parse(part))
+            targets += _parse(part)
+            kind = part.partition(":")[0]
     return tuple(dict.fromkeys(targets))
+
+
+def _is_kind(name: str) -> bool:
+    return name in _KINDS or bool(entry_points(group=ENTRY_POINT_GROUP, name=name))
+
+
+def _parse(text: str) -> Sequence[Target]:
+    """What one text means, the best first.
+
+    Raises:
+        TargetError: unknown target, with the nearest known one.
+    """
+    name, colon, detail = text.partition(":")
+    try:
+        if colon and not detail:
+            raise LookupError(text)
+        return _kind(name).parse(detail)
+    except LookupError:
+        known = known_targets()
+        near = difflib.get_close_matches(text, known, 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TargetError(f"unknown target {text!r}; {hint}known targets: {', '.join(known)}") from None
 
 
 def known_targets() -> list[str]:
     """Every text :meth:`Target.parse` accepts."""
-    return [text for kind in _KINDS.values() for text in kind.known()]
+    return [text for kind in _kinds() for text in kind.known()]
 
 
 def runnable_targets() -> list[str]:

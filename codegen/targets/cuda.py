@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from ..errors import TargetError
 
@@ -13,20 +14,14 @@ DEFAULT_ARCHITECTURES = ("sm_80", "sm_90")
 """What a plain ``cuda`` means."""
 
 
-def parse_architectures(text: str) -> tuple[str, ...]:
-    """Architectures of a target text: ``cuda``, ``cuda:sm_80``, ``cuda:sm_80,sm_90``, ``cuda:sm_80,cuda:sm_90``.
+def check_architectures(names: Sequence[str]) -> None:
+    """Refuses architectures that these kernels cannot be compiled for.
 
     Raises:
         TargetError: naming what is unknown and what was probably meant.
     """
-    found: list[str] = []
-    for part in (p.strip() for p in text.split(",")):
-        kind, _, arch = part.partition(":") if part.startswith("cuda") else ("cuda", ":", part)
-        if kind != "cuda" or (":" in part and not arch):
-            raise TargetError(f"target {part!r} is not understood; write cuda or, for example, cuda:sm_90")
-        if arch and arch not in ARCHITECTURES:
-            near = difflib.get_close_matches(arch, ARCHITECTURES, n=1, cutoff=0.4)
+    for name in names:
+        if name not in ARCHITECTURES:
+            near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.4)
             hint = f"did you mean cuda:{near[0]}?" if near else f"known are {', '.join(ARCHITECTURES)}"
-            raise TargetError(f"unknown CUDA architecture {arch!r}; {hint}")
-        found += [arch] if arch else DEFAULT_ARCHITECTURES
-    return tuple(dict.fromkeys(found))
+            raise TargetError(f"unknown CUDA architecture {name!r}; {hint}")

@@ -75,6 +75,14 @@ _GPT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _ENCODER: dict[str, Any] = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"} | {"is_decoder": True}
+_DECODER: dict[str, Any] = {
+    "vocab_size": 101,
+    "d_model": 72,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 6,
+    "decoder_ffn_dim": 104,
+    "max_position_embeddings": 128,
+}
 _HEAD: dict[str, Any] = {"head_dim": 12}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -309,17 +317,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlm-roberta xl": Architecture("XLMRobertaXLForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
     "xmod": Architecture("XmodForCausalLM", {**_ENCODER, "max_position_embeddings": 130, "default_language": "en_XX"}),
     "big bird": Architecture("BigBirdForCausalLM", {**_ENCODER, "attention_type": "original_full"}),
-    "bart decoder": Architecture(
-        "BartForCausalLM",
-        {
-            "vocab_size": 101,
-            "d_model": 72,
-            "decoder_layers": 2,
-            "decoder_attention_heads": 6,
-            "decoder_ffn_dim": 104,
-            "max_position_embeddings": 128,
-        },
-    ),
+    "bart decoder": Architecture("BartForCausalLM", _DECODER),
+    "mbart decoder": Architecture("MBartForCausalLM", _DECODER),
+    "mvp decoder": Architecture("MvpForCausalLM", _DECODER),
+    "plbart decoder": Architecture("PLBartForCausalLM", _DECODER),
+    "pegasus decoder": Architecture("PegasusForCausalLM", _DECODER),
+    "bigbird pegasus decoder": Architecture("BigBirdPegasusForCausalLM", _DECODER),
+    "blenderbot decoder": Architecture("BlenderbotForCausalLM", _DECODER),
+    "blenderbot small decoder": Architecture("BlenderbotSmallForCausalLM", _DECODER),
+    "marian decoder": Architecture("MarianForCausalLM", {**_DECODER, "pad_token_id": 0, "eos_token_id": 2}),
+    "trocr decoder": Architecture("TrOCRForCausalLM", _DECODER),
+    "rocbert": Architecture("RoCBertForCausalLM", {**_ENCODER, "enable_pronunciation": False, "enable_shape": False}),
     "xlm-roberta": Architecture("XLMRobertaForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
     # mixtures of experts
     "mixtral": _like_llama("Mixtral", sliding_window=8, **_LOCAL),

@@ -148,8 +148,9 @@ def lowered(model: Any, name: str, group: int) -> Program:
     import torch
     from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.activate import insert_quantizers
-    from lbllm_compile.passes.annotate import LINEAR, decoder_linears
+    from lbllm_compile.passes.annotate import decoder_linears
     from lbllm_compile.passes.base import PassContext
+    from lbllm_compile.passes.ir.annotations import LINEAR
     from lbllm_compile.passes.ir.program import get_attribute
     from lbllm_compile.passes.ptq import FIELDS, rewrite
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.passes.annotate import linears
+from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.report import summary, terminal

@@ -21,8 +21,8 @@ from torch import Tensor, fx
 from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators import Arguments, first_argument
-from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.ir import dump, graph_json
+from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import activation_knees
 from lbllm_compile.passes.registry import suggestion

@@ -34,10 +34,10 @@ from lbllm_compile.job import check_named, check_print_after, device_of, given
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
 from lbllm_compile.passes.activate import quantizer_scheme
-from lbllm_compile.passes.annotate import LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.calibrate import sensitivity, spool
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
+from lbllm_compile.passes.ir.annotations import LinearInfo
 from lbllm_compile.passes.ir.program import CPU, get_attribute
 from lbllm_compile.passes.ir.scheme import Scheme, parse
 from lbllm_compile.records import ORIGINAL_BYTES

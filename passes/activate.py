@@ -49,7 +49,7 @@ from torch import Tensor, fx
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
-from .annotate import LINEAR, decoder_linears, shared_scheme
+from .annotate import decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
 from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
@@ -58,6 +58,7 @@ from .calibrate.layers import Layers, Stage
 from .calibrate.precision import Precision
 from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .calibrate.training import Group, step_scale, train_epochs
+from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call, operands_of

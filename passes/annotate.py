@@ -31,7 +31,7 @@ import fnmatch
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx as nx
@@ -41,51 +41,19 @@ from torch import fx
 from ..codegen import operators as operators
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir import scheme as schemes
+from .ir.annotations import LINEAR, LinearInfo, linears
 from .ir.attention import ATTENTIONS
-from .ir.program import Program
+from .ir.program import LAYER, Program
 from .ir.rewrite import operands_of
 from .ir.scheme import Entry, Scheme, SchemeError
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
 
-LINEAR = "lbllm_linear"
-"""Key of a linear's :class:`LinearInfo` in ``node.meta``."""
-
-LAYER = "lbllm_layer"
-"""Key of a node's decoder-layer index (or None) in ``node.meta``."""
-
 LINEAR_TARGETS = (aten.linear.default, lbllm.grouped_linear.default)
 """The two forms of a linear after ``canonicalize``."""
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
-
-
-@dataclass(frozen=True)
-class LinearInfo:
-    """One linear and what becomes of it.
-
-    Attributes:
-        path: module path, e.g. ``model.layers.3.mlp.up_proj``.
-        weight: target of the weight's ``get_attr``, e.g. ``model.layers.3.mlp.up_proj.weight``.
-        layer: decoder layer, or None outside the layers.
-        role: ``"decoder"`` (W(1+1)), ``"head"`` (int8 per row) or ``"dense"`` (stays float).
-        experts: matrices in a stacked weight; 0 for an ordinary one.
-        reason: why it has this role, for people.
-        scheme: how it is quantized, as far as ``annotate`` was told; complete once ``lower`` has run.
-    """
-
-    path: str
-    weight: str
-    layer: int | None
-    role: str
-    experts: int
-    reason: str
-    scheme: Scheme = field(default_factory=Scheme)
-
-    @property
-    def matrices(self) -> int:
-        return max(self.experts, 1)
 
 
 @dataclass(frozen=True)
@@ -127,11 +95,6 @@ class Annotate(Pass):
         for behind in decoder_linears(result.graph).values():
             shared_scheme(behind)
         return PassResult(result, rows=_rows(result), summary=_summary(result))
-
-
-def linears(program: Program) -> list[tuple[fx.Node, LinearInfo]]:
-    """Every annotated linear of a program, in graph order."""
-    return [(n, n.meta[LINEAR]) for n in program.graph.nodes if LINEAR in n.meta]
 
 
 def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

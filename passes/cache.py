@@ -66,7 +66,7 @@ from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import check_replaced, describe, relative_error
 from .ir.attention import ATTENTIONS, MASKED, AttentionCall
 from .ir.convolution import cache_convolutions
-from .ir.program import STATE, Program, StateSpec, get_attribute, set_attribute
+from .ir.program import LAYER, STATE, Program, StateSpec, get_attribute, set_attribute
 from .ir.rewrite import (
     REPEAT,
     Node,
@@ -176,7 +176,7 @@ class Cache(Pass):
                 ones = ones or _ones_like(graph, key_mask, past)
                 key_mask = ones
             bits = self._replace(program, index, node, shapes, mask, key_mask, past)
-            row = {"attention": index, "layer": node.meta.get("lbllm_layer"), "window": mask.window, "bits": bits}
+            row = {"attention": index, "layer": node.meta.get(LAYER), "window": mask.window, "bits": bits}
             rows.append(row | ({"chunk": mask.chunk} if mask.chunk else {}) | ({"alibi": True} if mask.alibi else {}))
         _say_latent(calls(graph, _lbllm.cached_attention.default), shapes, context)
         tokens = context.probe["input_ids"].shape[1]

@@ -38,9 +38,9 @@ from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import DEFAULT_GROUP
-from .annotate import LINEAR, linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
+from .ir.annotations import LINEAR, linears
 from .ir.program import Program, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import Node, calls, is_node, make_attribute, make_call, operands_of, same_storage
 

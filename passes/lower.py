@@ -47,9 +47,10 @@ from ..codegen.format import QuantizedWeight
 from ..codegen.operators import Arguments
 from ..codegen.operators.arguments import parameters
 from ..codegen.operators.lbllm.linears import WEIGHT
-from .annotate import LINEAR, completed, linears
+from .annotate import completed
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
+from .ir.annotations import LINEAR, linears
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
 from .ir.rewrite import (
     Node,

@@ -46,10 +46,11 @@ from torch import fx
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments
 from ..codegen.operators.lbllm.linears import WEIGHT
-from .annotate import LINEAR, completed
+from .annotate import completed
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .contracts import check_replaced
-from .ir.program import Program, get_attribute
+from .ir.annotations import LINEAR
+from .ir.program import LAYER, Program, get_attribute
 from .ir.rewrite import Node, bias_of, calls, is_call, make_attribute, make_call, operands_of, relax_views
 
 _aten = torch.ops.aten
@@ -70,7 +71,7 @@ class Merge(Pass):
         rows = []
         replaced: dict[str, Node] = {}
         for linears in _mergeable(program.graph):
-            rows.append({"layer": linears[0].meta.get("lbllm_layer"), "merged": [_label(n) for n in linears]})
+            rows.append({"layer": linears[0].meta.get(LAYER), "merged": [_label(n) for n in linears]})
             replaced |= _merge(program, linears)
         program.graph.eliminate_dead_code()
         program.graph.lint()

@@ -26,8 +26,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..codegen import operators as operators
-from .annotate import LINEAR, decoder_linears, linears
+from .annotate import decoder_linears
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
+from .ir.annotations import LINEAR, linears
 from .ir.program import STAT, Program
 from .ir.rewrite import make_call
 

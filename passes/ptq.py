@@ -42,12 +42,13 @@ from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
-from .annotate import LINEAR, decoder_linears
+from .annotate import decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
 from .calibrate.precision import Precision
 from .calibrate.spool import mapped, release, trim
+from .ir.annotations import LINEAR
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import make_attribute, make_call, operands_of
 from .ir.scheme import Scheme

@@ -13,7 +13,7 @@ TURNS = 12
 """The slow test takes every so many architectures, others every day."""
 
 
-@pytest.mark.parametrize("name", ["phi 3, long rope", "llama, dynamic rope", "lfm 2"])
+@pytest.mark.parametrize("name", ["phi 3, long rope", "llama, dynamic rope", "lfm 2", "roformer", "openai gpt"])
 def test_what_once_was_refused_is_right(name: str) -> None:
     finding = examine(name, native=False)
     assert finding.verdict == "right", finding.line

@@ -25,8 +25,7 @@ from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.passes import canonicalize, pipeline
 from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.ir.dump import LAYER_KEY
-from lbllm_compile.passes.ir.program import Program, set_attribute
+from lbllm_compile.passes.ir.program import LAYER, Program, set_attribute
 from rich.console import Console
 from torch import fx
 from typer.testing import CliRunner, Result
@@ -533,17 +532,17 @@ def layered(count: int, negate: int | None = None) -> Program:
     program_graph = fx.Graph()
     value = program_graph.placeholder("x")
     value = program_graph.call_function(torch.ops.aten.abs.default, (value,))
-    value.meta[LAYER_KEY] = None
+    value.meta[LAYER] = None
     for layer in range(count):
         path = f"layers.{layer}.weight"
         set_attribute(root, path, torch.eye(2))
         weight = program_graph.get_attr(path)
         for operator, operands in ((torch.ops.aten.mm.default, (weight,)), (torch.ops.aten.relu.default, ())):
             value = program_graph.call_function(operator, (value, *operands))
-            value.meta[LAYER_KEY] = layer
+            value.meta[LAYER] = layer
         if layer == negate:
             value = program_graph.call_function(torch.ops.aten.neg.default, (value,))
-            value.meta[LAYER_KEY] = layer
+            value.meta[LAYER] = layer
     program_graph.output(value)
     return Program(fx.GraphModule(root, program_graph), kind="module")
 

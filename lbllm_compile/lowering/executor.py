@@ -22,8 +22,8 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT, WEIGHT
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
-from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.contracts import describe
+from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program, copy_module, get_attribute
 from lbllm_compile.passes.ir.rewrite import (
     Node,

@@ -25,9 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from ..annotate import LAYER
 from ..base import batches_of
-from ..ir.program import CPU, Program, copy_module, discard_attributes, get_attribute, set_attribute
+from ..ir.program import CPU, LAYER, Program, copy_module, discard_attributes, get_attribute, set_attribute
 from ..ir.rewrite import become_reshape
 from .precision import Precision, matrix_products, restored
 from .spool import Record, Records, release

@@ -27,7 +27,7 @@ from ...codegen.latent import decide, gradients, level_gradients, matrix, pick, 
 from ...codegen.levels import FREE, LevelRule
 from ...codegen.operators import Arguments
 from ...codegen.operators.lbllm.linears import WEIGHT
-from ..annotate import LINEAR
+from ..ir.annotations import LINEAR
 from ..ir.program import discard_attributes, get_attribute
 from ..ir.rewrite import activation_knees
 from .layers import Stage, Values

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..annotate import LINEAR, LinearInfo
-from .program import IN_FEATURES, STAT, STATE, Program, StateSpec, get_attribute
+from .annotations import LINEAR, LinearInfo
+from .program import IN_FEATURES, LAYER, STAT, STATE, Program, StateSpec, get_attribute
 
 _DTYPES = {
     torch.float32: "f32",
@@ -43,9 +43,6 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.bool: "b8",
 }
-
-LAYER_KEY = "lbllm_layer"
-"""Node meta key with the decoder-layer index (set by the pass ``annotate``)."""
 
 
 _LIBRARY = re.compile(r"(^|/)torch/|/transformers/(?!models/)")
@@ -162,7 +159,7 @@ def _notes(node: fx.Node) -> str:
         notes["path"] = info.path
         if info.weight != f"{info.path}.weight":
             notes["weight"] = info.weight
-        if info.layer != node.meta.get(LAYER_KEY):
+        if info.layer != node.meta.get(LAYER):
             notes["layer"] = info.layer
         notes["role"] = info.role
         if info.experts:
@@ -209,7 +206,7 @@ def sections(program: Program) -> list[Section]:
     for node in program.graph.nodes:
         if node.op == "get_attr":
             continue
-        layer = node.meta.get(LAYER_KEY)
+        layer = node.meta.get(LAYER)
         if layer != current and lines:
             result.append(Section(current, tuple(lines)))
             lines = []

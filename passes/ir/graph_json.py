@@ -28,9 +28,9 @@ from ...codegen import operators as operators
 from ...codegen.errors import LbllmError, first_line
 from ...codegen.operators import stored
 from ...codegen.operators.arguments import parameters
-from ..annotate import LAYER, LINEAR, LinearInfo
 from . import dump
-from .program import FIXED, IN_FEATURES, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
+from .annotations import LINEAR, LinearInfo
+from .program import FIXED, IN_FEATURES, LAYER, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 from .scheme import Scheme, told
 

@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from ...codegen import operators as operators
 from ...codegen.errors import LbllmError
 from ...codegen.operators import stored
-from ..annotate import LAYER, LINEAR, LinearInfo
 from . import dump
 from . import scheme as schemes
+from .annotations import LINEAR, LinearInfo
 from .graph_json import check_arguments
-from .program import IN_FEATURES, STAT, STATE, Program, StateSpec, get_attribute, set_attribute
+from .program import IN_FEATURES, LAYER, STAT, STATE, Program, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 from .scheme import Scheme
 

@@ -19,6 +19,9 @@ STATE = "lbllm_state"
 """Key in a placeholder's meta that marks it as KV state: see :class:`StateSpec`."""
 
 
+LAYER = "lbllm_layer"
+"""Key of a node's decoder-layer index (or None) in ``node.meta``, which the pass ``annotate`` sets."""
+
 IN_FEATURES = "lbllm_in_features"
 """Meta key with ``K`` on every integer operator: the packed planes alone tell it only up to eight."""
 

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from ...codegen import operators
 from ...codegen.operators import Arguments, first_argument
-from .program import get_attribute
+from .program import LAYER, get_attribute
 
 Node: TypeAlias = Any
 """An ``fx.Node``. torch types its arguments as a union of twenty types, which knowing the operator does not narrow."""
 
-PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "lbllm_layer")
+PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", LAYER)
 """Meta keys that a node made for another one inherits: where in the user's model it belongs."""
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from test_driver import MODEL, ROOT, SMALL
 
-POINTS = 20
-"""Kills of the long test."""
+KILLS = 10
+"""Kills of each long test, at random points in time."""
 
-SEED = 20
-"""Of the points in time."""
+SEEDS = range(10)
+"""Of the points in time; each is a test of its own."""
 
 PRESET = SMALL.model_copy(update={"distill_epochs": 2, "activate_steps": 6, "finetune_steps": 10, "tune_trials": 1})
 
@@ -121,21 +121,22 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_kills_at_random_points_change_nothing(tmp_path):
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kills_at_random_points_change_nothing(seed, tmp_path):
     model = tmp_path / "small.py"
     model.write_text(MODEL)
     expected, seconds = whole(model, tmp_path / "whole")
-    chance = random.Random(SEED)
+    chance = random.Random(seed)
     kills = compiles = 0
-    while kills < POINTS:
+    while kills < KILLS:
         folder = tmp_path / str(compiles)
         folder.mkdir()
         out = folder / "out"
         before: dict[str, int] = {}
         while True:
             child = start(model, out)
-            if kills < POINTS:
+            if kills < KILLS:
                 try:
                     child.wait(timeout=chance.uniform(0, seconds))
                 except subprocess.TimeoutExpired:

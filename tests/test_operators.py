@@ -535,6 +535,28 @@ def test_sizes_are_computed_as_in_python(tmp_path):
         assert [r.shape for r in run(given)] == [r.shape for r in module(given)]
 
 
+def test_nan_and_extremes_are_torchs(tmp_path):
+    x, whole = Input(("m",)), Input(("m",), torch.int8)
+    unary = ("isnan", "isinf", "isfinite", "relu", "erf", "exp", "tanh", "sigmoid")
+    calls = [case(getattr(aten, name).default, x) for name in unary]
+    calls += [case(aten.clamp.default, x, -1, 1), case(aten.maximum.default, x, SCALAR)]
+    calls += [case(aten.minimum.default, SCALAR, x), case(aten.nan_to_num.default, x, 5.0, 6.0, 7.0)]
+    calls += [case(target, whole, 7) for target in (aten.remainder.Scalar, aten.fmod.Scalar)]
+    calls += [case(target, whole, -128) for target in (aten.remainder.Scalar, aten.fmod.Scalar)]
+    graph = Graph(calls)
+    run = run_natively(graph.module, graph.inputs, tmp_path)
+    floats = torch.tensor([1, math.nan, -3, math.inf, -math.inf, math.nan, 0.0])
+    numbers = torch.tensor([-128, -127, -1, 0, 1, 100, 127], dtype=torch.int8)
+    given = [numbers if i.dtype == torch.int8 else floats if i.shape else torch.tensor(0.5) for _, i in graph.inputs]
+    for called, ours, theirs in zip(calls, run(*given), graph.module(*given), strict=True):
+        bound = TOLERANCE if ours.dtype.is_floating_point else 0.0
+        if called.target is aten.exp.default:
+            ours, theirs = ours[floats.isnan()], theirs[floats.isnan()]
+        torch.testing.assert_close(
+            ours, theirs, rtol=bound, atol=bound, equal_nan=True, msg=lambda m, c=called: f"{c.target}: {m}"
+        )
+
+
 def test_an_index_outside_reads_the_nearest_row(tmp_path):
     """torch raises; a program that cannot must not read what is not the table's."""
     graph = Graph([case(aten.embedding.default, Input((9, 4)), Input(("m",), INTEGERS, 0, 8))])

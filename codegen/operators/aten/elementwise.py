@@ -86,10 +86,13 @@ def _multiply(t: Translator, x: Value, y: Value) -> Any:
 def _safe(t: Translator, x: Value, divisor: Value, divide: Formula, at_minus_one: Formula) -> Any:
     """A division of integers that no divisor stops: it is not made by zero, and by minus one only in other words."""
     x, divisor = t.variable(x), t.variable(divisor)
-    zero, one, minus = (number(t, value, x) for value in (0, 1, -1))
-    odd = t.op.less_equal(t.op.maximum(divisor, t.op.negative(divisor)), one)
-    usual = divide(x, _choose(t, odd, one, divisor))
-    return _choose(t, t.op.equal(divisor, minus), at_minus_one(x), _choose(t, t.op.equal(divisor, zero), zero, usual))
+    zero, one = (number(t, value, x) for value in (0, 1))
+    none = odd = t.op.equal(divisor, zero)
+    minus = t.op.equal(divisor, number(t, -1, x)) if dtype_of(t.dtype(x)).is_signed else None
+    if minus is not None:
+        odd = t.op.logical_or(none, minus)
+    usual = _choose(t, none, zero, divide(x, _choose(t, odd, one, divisor)))
+    return usual if minus is None else _choose(t, minus, at_minus_one(x), usual)
 
 
 def _by_scalars(t: Translator, formula: Callable[[Any, Any], Any], x: Any, y: Any) -> Value:
@@ -240,12 +243,12 @@ def _sign(t: Translator, x: Value) -> Any:
 
 def _greater_of(t: Translator, x: Value, y: Value) -> Any:
     """The greater one; NaN where either is."""
-    return _choose(t, t.op.logical_or(t.op.greater(x, y), t.op.not_equal(x, x)), x, y)
+    return _choose(t, t.op.logical_or(t.op.greater(x, y), _is_nan(t, x)), x, y)
 
 
 def _less_of(t: Translator, x: Value, y: Value) -> Any:
     """The smaller one; NaN where either is."""
-    return _choose(t, t.op.logical_or(t.op.less(x, y), t.op.not_equal(x, x)), x, y)
+    return _choose(t, t.op.logical_or(t.op.less(x, y), _is_nan(t, x)), x, y)
 
 
 def _clamp(t: Translator, a: Arguments) -> Value:
@@ -275,7 +278,8 @@ def _logical(name: str, *names: str) -> Translation:
 
 
 def _is_nan(t: Translator, x: Value) -> Any:
-    return t.op.not_equal(x, x)
+    """Whether elements are NaN. TVM takes ``x != x`` for false, and gives false for NaN beside any number, too."""
+    return t.op.isnan(t.variable(x)) if _is_float(t, x) else t.op.not_equal(x, x)
 
 
 def _is_infinite(t: Translator, x: Value) -> Any:
@@ -317,7 +321,16 @@ def _copy(t: Translator, a: Arguments) -> Value:
     return broadcast(t, source, t.shape(a.self))
 
 
-_relu = _unary(lambda t, x: t.op.nn.relu(x) if _is_float(t, x) else _greater_of(t, x, number(t, 0, x)))
+def _relu(t: Translator, x: Value) -> Any:
+    """What is not below zero: so NaN stays."""
+    zero = number(t, 0, x)
+    return _choose(t, t.op.less(x, zero), zero, x)
+
+
+def _keeping_nan(name: str) -> Formula:
+    """An operator whose fast form takes NaN for a number."""
+    return lambda t, x: _choose(t, _is_nan(t, x), x, getattr(t.op, name)(x))
+
 
 _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.add.Tensor: _add,
@@ -326,7 +339,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.sub.Scalar: lambda t, a: _scaled(t, a, "subtract"),
     _aten.neg.default: _unary("negative"),
     _aten.reciprocal.default: _unary(_reciprocal, FLOAT),
-    _aten.relu.default: _relu,
+    _aten.relu.default: _unary(_relu),
     _aten.sigmoid.default: _unary(_sigmoid, FLOAT),
     _aten.silu.default: _unary(_silu),
     _aten.gelu.default: _gelu,
@@ -362,7 +375,9 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.copy.default: _copy,
 }
 
-for _name in ("rsqrt", "sqrt", "cos", "sin", "tan", "exp", "tanh", "log", "erf"):
+for _name in ("exp", "tanh", "erf"):
+    _TRANSLATIONS[getattr(_aten, _name).default] = _unary(_keeping_nan(_name), FLOAT)
+for _name in ("rsqrt", "sqrt", "cos", "sin", "tan", "log"):
     _TRANSLATIONS[getattr(_aten, _name).default] = _unary(_name, FLOAT)
 for _name in ("floor", "ceil", "round", "trunc"):
     _TRANSLATIONS[getattr(_aten, _name).default] = _unary(_whole(_name))

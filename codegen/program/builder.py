@@ -92,7 +92,7 @@ class ProgramBuilder:
         self.weights, self.state, self.fixed = weights, state, fixed or Layout.of(())
         self.block = relax.BlockBuilder()
         self._kernels: dict[str, Any] = {}
-        self._functions: dict[Any, PrimFunc] = {}
+        self._functions: dict[Any, Any] = {}
 
     def kernel(self, name: str, make: Callable[[], PrimFunc], by_rows: bool = False) -> Any:
         """The kernel of that name, generated where it is not there yet.
@@ -105,14 +105,14 @@ class ProgramBuilder:
         if name not in self._kernels:
             attributes = {"op_pattern": OPAQUE, KERNEL: True, "global_symbol": name}
             attributes |= {BY_ROWS: True} if by_rows else {}
-            function = make()
+            function: Any = make()
             self._kernels[name] = self.block.add_func(function.with_attr(attributes), name)
             self._functions[self._kernels[name]] = function
         return self._kernels[name]
 
     def parameter_shapes(self, kernel: Any) -> list[list[Dimension]]:
         """The shapes of the tensors that a kernel takes; a symbol in several of them stands for one size."""
-        parameters: Any = self._functions[kernel].params
+        parameters = self._functions[kernel].params
         return [[int(d) if isinstance(d, tirx.IntImm) else d for d in buffer.shape] for buffer in parameters]
 
     def finish(self) -> Any:

@@ -78,7 +78,8 @@ def by_expert(function: Any, matrices: Sequence[Sequence[int]], rows: int) -> Pr
         _zeros(result, ends[last]),
         _loop(expert, experts, tirx.SeqStmt(mine)),
     ]
-    return PrimFunc([*parameters, offsets, result], tirx.SeqStmt(steps)).with_attr(dict(function.attrs))
+    stacked: Any = PrimFunc([*parameters, offsets, result], tirx.SeqStmt(steps))
+    return stacked.with_attr(dict(function.attrs))
 
 
 def _buffer(parameter: Any, shape: Sequence[Any]) -> Any:

@@ -96,8 +96,9 @@ def _source(index: Node) -> tuple[str | None, int]:
         elif is_call(index, _aten.add.Tensor) and isinstance(a.other, int):
             shift += a.other * a.alpha
             index = a.self
-        elif is_call(index, _aten.add.Tensor) and a.alpha == 1 and _is_past(a.other) and _first(a.self) is not None:
-            return _SLOTS, shift + _first(a.self)
+        elif is_call(index, _aten.add.Tensor) and a.alpha == 1 and _is_past(a.other):
+            first = _first(a.self)
+            return (None, 0) if first is None else (_SLOTS, shift + first)
         else:
             return None, 0
     return (str(index.target), shift) if is_node(index) else (None, 0)

@@ -412,7 +412,10 @@ _TRANSLATIONS[_aten.floor_divide.default] = _FORMULAS["floor_divide"]
 for _name in ("and", "or", "xor"):
     _TRANSLATIONS[getattr(_aten, f"logical_{_name}").default] = _logical(_name, "self", "other")
 
-_ON_COMPLEX = {_aten.mul.Tensor: multiplied, _aten.neg.default: by_parts(_TRANSLATIONS[_aten.neg.default])}
+_ON_COMPLEX: dict[Any, Translation] = {
+    _aten.mul.Tensor: multiplied,
+    _aten.neg.default: by_parts(_TRANSLATIONS[_aten.neg.default]),
+}
 
 for _target, _translation in _TRANSLATIONS.items():
     register(Operator(_target, _translation, on_complex=_ON_COMPLEX.get(_target)))

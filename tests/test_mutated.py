@@ -248,12 +248,20 @@ def test_scales_of_another_activation_are_refused(base, tmp_path):
 
 
 def test_what_only_fits_one_length_is_one_sentence(base, tmp_path):
-    def three_tokens(nodes):
-        given = nodes[-1]["args"][0]
-        nodes[-1]["args"] = [put(nodes, "aten.expand.default", [given, [2, 3, mutations.VOCABULARY]], nodes[-1])]
+    size = [2, 3, mutations.VOCABULARY]
 
-    directory = crafted(base, tmp_path / "crafted", "llama", three_tokens)
-    model = CompiledModel(artifact.load(directory).program, ReferenceKernels())
+    def three_tokens(nodes):
+        nodes[-1]["args"] = [put(nodes, "aten.expand.default", [nodes[-1]["args"][0], size], nodes[-1])]
+
+    with pytest.raises(ArtifactError, match=r"the graph does not run at .*expanded size"):
+        artifact.load(crafted(base, tmp_path / "crafted", "llama", three_tokens))
+
+    program = artifact.load(base / "llama").program
+    output = program.graph.output_node()
+    with program.graph.inserting_before(output):
+        output.args = (program.graph.call_function(torch.ops.aten.expand.default, (output.args[0], size)),)
+    program.module.recompile()
+    model = CompiledModel(program, ReferenceKernels())
     assert model.logits(torch.zeros((2, 3), dtype=torch.int64)).shape == (2, 3, mutations.VOCABULARY)
     with pytest.raises(KernelError, match=r"does not run on these inputs: .*expanded size"):
         model.logits(torch.zeros((2, 5), dtype=torch.int64))

@@ -528,6 +528,26 @@ def flip(file: Path):
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def test_kernels_that_are_given_are_used(stored, tmp_path):
+    """Also where a program of others is stored."""
+    copied = tmp_path / "out"
+    shutil.copytree(stored[0], copied)
+    others = ReferenceKernels()
+    model = load(copied, kernels=others)
+    assert model.native is None and model.kernels is others
+    found = load(copied)
+    assert found.native is not None
+    place, kernels = found.native.directory, found.kernels
+    library = (place / native.LIBRARY).stat().st_ino
+    assert load(copied, kernels=kernels).native.directory == place
+    assert (place / native.LIBRARY).stat().st_ino == library
+    (record, *rest) = kernels.records()
+    kernels._records = [{**record, "searched": "elsewhere"}, *rest]
+    again = load(copied, kernels=kernels).native
+    assert again.directory == place and again.description.schedules != found.native.description.schedules
+    assert (place / native.LIBRARY).stat().st_ino != library
+
+
 @pytest.mark.parametrize("change", [append, flip])
 @pytest.mark.parametrize("name", ["graph.json", "tokenizer.json", "model.safetensors"])
 def test_an_altered_artifact_has_no_stored_program(stored, tmp_path, name, change):
@@ -819,7 +839,7 @@ def test_the_block_of_weights_is_what_its_layout_says():
 def test_positions_that_the_graph_counts_go_on_behind_past_tokens(tmp_path):
     program = language_model(positions="counted")
     found = build(program, tmp_path)
-    assert found is not None and found.description.merged
+    assert found is not None and found.description.workspaces
     for batch in (1, 3):
         ids = np.random.default_rng(batch).integers(0, TOY_VOCABULARY, (batch, 12))
         whole = language_model().run(frontend.language_model_inputs(torch.from_numpy(ids)))

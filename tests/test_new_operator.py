@@ -11,7 +11,7 @@ import torch
 from graphs import context, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lbllm_compile.codegen import operators
+from lbllm_compile.codegen import installed, operators
 from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.operators import Arguments, Operator, define, registry
@@ -37,6 +37,7 @@ from lbllm_compile import artifact
 from lbllm_compile.artifact import ArtifactError
 from lbllm_compile.lowering.build import build_native
 from lbllm_compile.lowering.executor import Executor, requirements
+from lbllm_compile.runtime import native
 
 
 def _soft_clip(x: Tensor, bound: float = 1.0) -> Tensor:
@@ -134,7 +135,7 @@ def test_a_stored_graph_calls_it():
 
 def test_a_package_that_defines_it_is_imported_when_a_stored_graph_calls_it(monkeypatch):
     text, state = graph_json.dumps(clipped().module), dict(clipped().parameters())
-    point = EntryPoint("soft_clip", "my_package.operators", registry.ENTRY_POINT_GROUP)
+    point = EntryPoint("soft_clip", "my_package.operators", installed.OPERATORS)
     points = [point]
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.setattr(
@@ -150,6 +151,21 @@ def test_a_package_that_defines_it_is_imported_when_a_stored_graph_calls_it(monk
     del registry._registered[SOFT_CLIP.target]
     with pytest.raises(GraphFormatError, match=r"'lbllm\.soft_clip\.default', which is outside"):
         graph_json.loads(text, state)
+
+
+def test_a_stored_program_is_of_the_operators_that_are_installed(monkeypatch, tmp_path):
+    module = tmp_path / "outside_operators.py"
+    module.write_text("TWICE = 2")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = native.machine_facts("cpu")
+    points = [EntryPoint("soft_clip", "outside_operators", installed.OPERATORS)]
+    monkeypatch.setattr(installed, "entry_points", lambda group: points)
+    first = native.machine_facts("cpu")
+    module.write_text("TWICE = 2.0")
+    second = native.machine_facts("cpu")
+    assert before != first != second
+    points[0] = EntryPoint("soft_clip", "not_there.operators", installed.OPERATORS)
+    assert native.machine_facts("cpu") not in (before, first, second)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from ..errors import LbllmError
+from ..installed import OPERATORS
 from .arguments import Arguments
 from .translator import Translation
 
 NAMESPACE = "lbllm"
 """The namespace of operators that :func:`define` makes."""
-
-ENTRY_POINT_GROUP = "lbllm_compile.operators"
-"""Where installed packages name the modules that define operators, by the operators' names."""
 
 Verification = Callable[[Arguments], None]
 """Raises :class:`OperatorError` where arguments are not what an operator takes.
@@ -114,7 +112,7 @@ def named(name: str) -> Operator | None:
     known = {operator.name: operator for operator in operators()}
     if name not in known:
         short = name.removeprefix(f"{NAMESPACE}.").partition(".")[0]
-        for point in entry_points(group=ENTRY_POINT_GROUP, name=short):
+        for point in entry_points(group=OPERATORS, name=short):
             try:
                 point.load()
             except Exception as error:

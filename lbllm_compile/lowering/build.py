@@ -43,6 +43,7 @@ from lbllm_compile.runtime.native import (
     machine_facts,
     programs_directory,
     remove,
+    schedules_key,
     seal,
     stored_at,
 )
@@ -280,6 +281,7 @@ def _describe(
 ) -> Description:
     return Description(
         target=kernels.target.name,
+        schedules=schedules_key(kernels.records()),
         inputs=tuple(spec.name for spec in translation.inputs),
         weights=_members(translation.layout),
         state=_members(translation.state),

@@ -11,7 +11,7 @@ from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.lowering.executor import Kernels, requirements
 from lbllm_compile.runtime.model import CompiledModel
-from lbllm_compile.runtime.native import NativeProgram, find
+from lbllm_compile.runtime.native import NativeProgram, find, forget, schedules_key
 
 
 def load(
@@ -23,8 +23,9 @@ def load(
 
     Args:
         directory: what a compile wrote.
-        target: what to run on; ``cpu`` picks the best kernels of this machine.
-        kernels: kernels to use instead of building them (they must cover the program's).
+        target: what to run on, unless kernels say it; ``cpu`` picks the best kernels of this machine.
+        kernels: kernels to use instead of building them (they must cover the program's). A program that was stored with
+            other schedules is replaced; kernels that are not a backend's run without one.
         progress: told about each kernel.
 
     Raises:
@@ -43,20 +44,32 @@ def prepared(
     progress: Progress | None = None,
 ) -> CompiledModel:
     """A model that runs, from an artifact that has been read and checked; otherwise as :func:`load`."""
-    native = find(loaded.directory, target, progress)
-    kernels = kernels or build_kernels(loaded, target, progress)
-    if native is None:
+    if kernels is not None:
+        native = _stored_with(kernels, loaded, progress) if isinstance(kernels, backend.Kernels) else None
+    else:
+        native = find(loaded.directory, target, progress)
+        kernels = build_kernels(loaded, target, progress)
+    if native is None and isinstance(kernels, backend.Kernels):
         native = _prepare(loaded, kernels, progress)
     return CompiledModel(loaded.program, kernels, native)
 
 
-def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None) -> NativeProgram | None:
-    """Builds and stores the native program of an artifact; None where the graph or the kernels do not allow one."""
+def _stored_with(
+    kernels: backend.Kernels, loaded: artifact.Artifact, progress: Progress | None
+) -> NativeProgram | None:
+    """The stored program of an artifact; None, and none is stored any more, where it has other kernels than these."""
+    native = find(loaded.directory, kernels.target.name, progress)
+    if native is None or native.description.schedules == schedules_key(kernels.records()):
+        return native
+    forget(loaded.directory, kernels.target.name)
+    return None
+
+
+def _prepare(loaded: artifact.Artifact, kernels: backend.Kernels, progress: Progress | None) -> NativeProgram | None:
+    """Builds and stores the native program of an artifact; None where the graph does not allow one."""
     # TVM takes seconds to import
     from lbllm_compile.lowering.build import build_native, keep_native, workshop
 
-    if not isinstance(kernels, backend.Kernels):
-        return None
     with workshop() as folder:
         native = build_native(loaded.program, kernels, folder, progress)
         if native is not None:

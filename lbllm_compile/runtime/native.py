@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lbllm_compile import codegen
+from lbllm_compile.codegen import installed
 from lbllm_compile.codegen.backend import Array, backend_of
 from lbllm_compile.codegen.cache import cache_directory, known_sha256, remember_sha256, sha256, sync
 from lbllm_compile.codegen.errors import KernelError
@@ -49,7 +50,7 @@ PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
 
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Counts changes of what a stored program is; part of its key."""
 
 
@@ -72,14 +73,23 @@ def stored_at(digest: str, target: str) -> Path:
 def machine_facts(target: str) -> tuple[str | int, ...]:
     """What a program for a target depends on besides the model.
 
-    What its backend names, and the code that generates kernels and calls them.
+    What its backend names, the code that generates kernels and calls them, and operators of installed packages.
     """
     generators = hashlib.sha256()
     folders = Path(codegen.__file__).parent, Path(__file__).parent.parent / "lowering"
     for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
         generators.update(file.read_bytes())
     facts = backend_of(Target.parse(target)).facts(Target.parse(target))
-    return target, *facts, __version__, FORMAT_VERSION, generators.hexdigest()
+    return target, *facts, *installed.facts(installed.OPERATORS), __version__, FORMAT_VERSION, generators.hexdigest()
+
+
+def schedules_key(records: Sequence[Mapping[str, Any]]) -> str:
+    """One text for the schedules of a set of kernels.
+
+    Args:
+        records: of all its kernels, JSON-able.
+    """
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
 def find(directory: Path, target: str = "cpu", progress: Progress | None = None) -> NativeProgram | None:
@@ -251,6 +261,7 @@ class Description:
 
     Attributes:
         target: what it runs on.
+        schedules: of its kernels, as :func:`schedules_key` gives them.
         inputs: arguments of its functions before the blocks: some of ``input_ids``, ``attention_mask``,
             ``position_ids``.
         weights, state, fixed: tensors of the blocks: weights, KV state and state of fixed size.
@@ -265,6 +276,7 @@ class Description:
     """
 
     target: str
+    schedules: str
     inputs: tuple[str, ...]
     weights: tuple[Member, ...]
     state: tuple[Member, ...]

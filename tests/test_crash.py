@@ -121,7 +121,7 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1790)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kills_at_random_points_change_nothing(seed, tmp_path):
     model = tmp_path / "small.py"

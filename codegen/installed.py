@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+
+from .cache import sha256
 
 OPERATORS = "lbllm_compile.operators"
 """Group of entry points that name the modules which define operators, by the operators' names."""
@@ -31,4 +32,4 @@ def _file_hash(module: str) -> str:
     except ImportError:  # who needs the module says so
         return ""
     file = Path(spec.origin) if spec is not None and spec.origin else None
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else ""
+    return sha256(file) if file is not None and file.is_file() else ""

@@ -2,8 +2,8 @@
 
 This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.runtime.native`). The
 kernels in it were proven one by one before. The program that decodes a token in few launches, in which kernels are
-joined with what is before and behind them, is held against them here: where it does not give, to the bit, what they
-give when they are called one after the other, it is not used.
+joined with what is before and behind them, is held against them: where it does not give, to the bit, what they give
+when they are called one after the other, it is not used. The whole is held against the executor (:mod:`.compare`).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class CompileOptions:
         pipeline: pipeline text instead of the recipe's.
         group, act_bits, kv_bits: override the recipe's.
         scheme: entries of :mod:`lbllm_compile.passes.ir.scheme`, for single linears; later ones win.
-        keep_dense: linears that stay float, whatever the scheme says.
+        keep_dense: linears that stay float, whatever the scheme says; ``*`` leaves the whole model as it is.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
         out: the directory to write; ``<model name>-lbllm`` by default.
         calibration: calibration text; the model's own samples by default.
@@ -77,7 +77,9 @@ class CompileOptions:
         Flag("input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]", FORMAT),
     ] = None
     act_bits: Annotated[int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT)] = None
-    kv_bits: Annotated[int | None, Flag("bits of the key/value cache: 4, 8 or 16 [default: 4]", FORMAT)] = None
+    kv_bits: Annotated[
+        int | None, Flag("bits of the key/value cache: 4, 8 or 16 [default: 4; 16 with --keep-dense '*']", FORMAT)
+    ] = None
     scheme: Annotated[
         tuple[str, ...],
         Flag("other settings for some linears, e.g. '*.down_proj: group=32 act=8'; repeatable", FORMAT, metavar="TEXT"),

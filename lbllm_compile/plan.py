@@ -206,7 +206,7 @@ def make_plan(options: CompileOptions) -> Plan:
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
     embedding = _embedding_weights(model)
-    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, embedding)
+    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, embedding, _keeps_head(model, found))
     tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
     text = _sampling_bytes(model, preset, options)
     size, work = footprint_of(model, found, passes, preset, artifact, text)
@@ -432,9 +432,16 @@ def _embedding_weights(model: frontend.UserModel) -> int:
     return 0 if tied else embedding.weight.numel()
 
 
-def _rest_bytes(passes: Sequence[Pass], rest: int, embedding: int) -> int:
+def _keeps_head(model: frontend.UserModel, found: Sequence[_Linear]) -> bool:
+    """Whether the output head stays float; the token embedding then does so too."""
+    if model.kind != "causal-lm" or model.module.get_output_embeddings() is None:  # type: ignore[operator]
+        return False
+    return all(linear.info.role != "head" for linear in found)
+
+
+def _rest_bytes(passes: Sequence[Pass], rest: int, embedding: int, keeps_head: bool) -> int:
     """Bytes of what is no linear: the embedding as the pass ``head`` stores it, norms and biases in float32."""
-    per_weight = 1 if _option(passes, "head", "bits", None) == 8 else 4
+    per_weight = 1 if _option(passes, "head", "bits", None) == 8 and not keeps_head else 4
     return embedding * per_weight + 4 * max(0, rest - embedding)
 
 

@@ -208,7 +208,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     recipe = RECIPES[choices.recipe]
     group = _one_of("group", choices.group, recipe.group, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
-    kv_bits = _one_of("kv-bits", choices.kv_bits, 4, KV_BITS)
+    kv_bits = _one_of("kv-bits", choices.kv_bits, 16 if "*" in choices.keep_dense else 4, KV_BITS)
     if recipe.ranges == "knees" and act_bits != 4:
         raise OptionError(
             f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have knees; use 4 or"

@@ -337,7 +337,7 @@ def _describe(program: Program, node: fx.Node) -> LinearInfo:
         role, reason = "dense", "routes tokens to experts"
     elif layer is not None:
         role, reason = "decoder", f"in decoder layer {layer}" if program.kind == "causal-lm" else f"in layer {layer}"
-    elif _feeds_output(node):
+    elif computes_output(node):
         role, reason = "head", "computes the output"
     else:
         role, reason = "dense", "outside the decoder layers"
@@ -356,8 +356,8 @@ def _routes(node: fx.Node) -> bool:
     )
 
 
-def _feeds_output(node: fx.Node) -> bool:
-    """Whether the output reaches the graph's by way of no other linear and no layer."""
+def computes_output(node: fx.Node) -> bool:
+    """Whether a linear's output reaches the graph's by way of no other linear and no layer."""
     return any(user.op == "output" for user in _downstream(node, outside_layers=True))
 
 
@@ -366,7 +366,7 @@ def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node
     pending, seen = [*node.users], set()
     while pending:
         user = pending.pop()
-        if user in seen or (outside_layers and user.meta[LAYER] is not None):
+        if user in seen or (outside_layers and user.meta.get(LAYER) is not None):
             continue
         seen.add(user)
         yield user

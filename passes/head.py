@@ -2,8 +2,8 @@
 
 They are not W(1+1): in a small model they hold most of the bytes, and both are sensitive. One int8 matrix with an fp32
 scale a row costs 8 bits a weight and almost nothing in quality; the head's input is quantized to 8 bits per group, so
-that it runs on an integer kernel. A tied pair stays one tensor: where ``annotate`` kept the head float, so is the
-embedding. ``bits=16`` leaves both in the model's own dtype.
+that it runs on an integer kernel. Where ``annotate`` kept the head float, the embedding stays float with it, tied or
+not. ``bits=16`` leaves both in the model's own dtype.
 
 Given::
 
@@ -38,6 +38,7 @@ from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.sizes import DEFAULT_GROUP
+from .annotate import computes_output
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.annotations import LINEAR, linears
@@ -71,7 +72,7 @@ class Head(Pass):
         if self.bits == 16:
             return PassResult(program, summary={"bits": 16, "matrices": 0})
         program = program.copy()
-        sites = [*_token_embeddings(program), *_head_linears(program)]
+        sites = [*([] if _keeps_head(program) else _token_embeddings(program)), *_head_linears(program)]
         sites = [(node, weight) for node, weight in sites if not _kept_float(program, weight)]
         names = _canonical_names(program, [weight for _, weight in sites])
         unpacked: dict[str, Node] = {}
@@ -125,6 +126,11 @@ def _head_linears(program: Program) -> list[tuple[Node, Node]]:
             raise PassError(f"the head {describe(node)} is quantized already; run 'head' once")
         found.append((node, weight))
     return found
+
+
+def _keeps_head(program: Program) -> bool:
+    """Whether ``annotate`` kept a linear float that computes the output."""
+    return any(info.role == "dense" and info.layer is None and computes_output(node) for node, info in linears(program))
 
 
 def _kept_float(program: Program, weight: Node) -> bool:

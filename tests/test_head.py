@@ -115,6 +115,27 @@ def test_a_matrix_with_other_uses_is_refused():
         Head().apply(program({"embed.weight": normal(7, 40)}, forward, head="embed"), context())
 
 
+def test_a_kept_head_keeps_its_embedding():
+    """Float in, float out: neither of an untied pair becomes int8 rows."""
+    kept = UNTIED.replace('role="head"', 'role="dense"')
+    rewrites(Head(), kept, kept, kind="causal-lm")
+
+
+def test_a_kept_linear_that_is_no_head_keeps_nothing_else():
+    text = """
+        %ids = input input_ids
+        %embed: f32[7, 40] = weight embed.weight
+        %token = aten.embedding(%embed, %ids)
+        %p: f32[40, 40] = weight projection.weight
+        %x = aten.linear(%token, %p) {path="projection", role="dense"}
+        %w: f32[7, 40] = weight head.weight
+        %y = aten.linear(%x, %w) {path="head", role="head"}
+        return %y
+    """
+    after = Head().apply(parse(text), context()).program
+    assert {p for p, _ in after.parameters() if p.endswith("rows")} == {"embed.weight.rows", "head.weight.rows"}
+
+
 def test_twice_is_refused():
     once = Head().apply(parse(UNTIED), context()).program
     with pytest.raises(PassError, match="quantized already"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from lbllm_compile.passes import pipeline
@@ -16,11 +18,24 @@ from test_zoo import inputs
 from torch import Tensor
 from zoo import ZOO, captured
 
-from lbllm_compile import recipe
+import lbllm_compile
+from lbllm_compile import driver, recipe
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.runtime import CompiledModel
 
 TOLERANCE = 2e-3
 """Relative error that keys and values in half precision, the only thing that is rounded, may come to."""
+
+TINY = recipe.Preset(
+    sequences=4,
+    sequence_length=32,
+    validation_sequences=2,
+    distill_epochs=1,
+    activate_steps=1,
+    finetune_steps=1,
+    tune_trials=1,
+    tune_seconds=5,
+)
 
 
 class Notes:
@@ -56,6 +71,38 @@ def difference(model: str, program: Program, given: dict[str, Tensor]) -> float:
     with torch.no_grad():
         expected = captured(model)[0](**given, use_cache=False).logits[seen]
     return float((compiled(**given)[seen] - expected).norm() / expected.norm())
+
+
+def test_patterns_that_keep_all_say_so_for_the_cache() -> None:
+    def bits(**given: object) -> int:
+        passes = recipe.passes(recipe.Choices(**given), "cpu")  # type: ignore[arg-type]
+        return next(item.kv for item in passes if item.name == "activate")  # type: ignore[attr-defined]
+
+    assert bits() == bits(keep_dense=("model.*",)) == 4
+    assert bits(keep_dense=("*",)) == bits(keep_dense=("lm_head", "*")) == 16
+    assert bits(keep_dense=("*",), kv_bits=8) == 8
+
+
+@pytest.mark.parametrize(
+    "model", ["llama", *(pytest.param(m, marks=pytest.mark.slow) for m in ("llama-tied", "mixtral"))]
+)
+def test_keep_dense_as_typed_leaves_a_model_unchanged(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option alone, through a whole compile: the artifact gives what the original model gives."""
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(recipe.PRESETS, "quick", TINY)
+    module = captured(model)[0]
+    compiled = driver.compile(CompileOptions(module, keep_dense="*", preset="quick", out=tmp_path / "out"))
+    loaded = lbllm_compile.load(compiled.out)
+    assert loaded.native is not None
+    item = inputs(3, 33)
+    seen = item["attention_mask"].bool()
+    with torch.no_grad():
+        expected = module(**item, use_cache=False).logits[seen]
+    for runs in (loaded, CompiledModel(loaded.program, loaded.kernels)):
+        found = runs.logits(item["input_ids"], item["attention_mask"])[seen]
+        assert float((found - expected).norm() / expected.norm()) < TOLERANCE
 
 
 @pytest.mark.parametrize("preset", recipe.PRESETS)

@@ -20,6 +20,9 @@ ALIGNMENT = 64
 CAPACITY_MULTIPLE = 16
 """Capacities of KV caches are multiples of this: attention kernels read blocks of keys whole."""
 
+BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
+"""Names of sizes that inputs choose: sequences, new tokens, past and new tokens, slots of the KV state."""
+
 MAX_SEED = 2**32 - 1
 """Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""
 

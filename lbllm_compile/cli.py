@@ -412,14 +412,29 @@ def inspect_command(
         str | None, typer.Option("--pass", metavar="PASS", help="the graph after this pass, with what it changed")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="one decoder layer alone")] = None,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="P Q", help="what changed from the graph after P to that after Q")
+    ] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="only nodes whose line has this")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORM", help="the graph as txt (whole), json (node-link) or dot (Graphviz)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show an artifact's graph, folded per decoder layer, and its linears."""
+    """Show what an artifact is and how it was made on a page; or its graph, as it runs or after a pass."""
+    if form is not None and (diff is not None or grep is not None or as_json):
+        raise UsageError("--format writes one graph; give it without --diff, --grep and --json")
+    if diff is not None and pass_name is not None:
+        raise UsageError("--pass and --diff contradict each other; give one of them")
     with _terminal(as_json) as ui:
         from lbllm_compile import inspect as inspection
 
-        parts, document = inspection.look(directory, pass_name, layer)
-        ui.show(*parts)
+        if form is not None:
+            ui.stdout.write(inspection.written(directory, form, pass_name, layer))
+            return
+        parts, document = inspection.look(directory, pass_name, layer, diff=diff, grep=grep)
+        ui.show(*parts, paged=True)
         ui.emit(document)
 
 
@@ -551,15 +566,16 @@ class Terminal:
     json: bool
     stdout: Any
 
-    def show(self, *parts: RenderableType) -> None:
-        """The verb's result, for people."""
+    def show(self, *parts: RenderableType, paged: bool = False) -> None:
+        """The verb's result, for people; ``paged`` through a pager where it is longer than the terminal."""
         if self.json:
             return
-        from lbllm_compile.report.terminal import make_console
+        from lbllm_compile.report.terminal import make_console, pager
 
         out = make_console(file=self.stdout)
-        for part in parts:
-            out.print(part)
+        with pager(out) if paged else contextlib.nullcontext():
+            for part in parts:
+                out.print(part, crop=False)
 
     def emit(self, document: Mapping[str, Any]) -> None:
         """The verb's result, for programs."""

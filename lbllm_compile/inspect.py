@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators import Arguments, first_argument
 from lbllm_compile.passes.ir import dump, graph_json
 from lbllm_compile.passes.ir.annotations import LINEAR
-from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.program import Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import activation_knees
 from lbllm_compile.passes.registry import suggestion
-from lbllm_compile.report import graph, summary, terminal
+from lbllm_compile.report import graph, network, overview, summary, terminal
+
+FORMATS = ("txt", "json", "dot")
+"""What a graph can be written as: the text of :mod:`.passes.ir.dump`, networkx' node-link JSON, Graphviz."""
 
 _FILE = re.compile(r"passes/(\d{3})_([a-z0-9-]+)\.json")
-_DIMENSION = re.compile(r"[\w*+]+(?=\]$)")
+_DIMENSION = re.compile(r"[\w*+-]+(?=\]$)")
 
 
 class InspectError(LbllmError):
@@ -80,67 +83,157 @@ def read_graph(directory: Path, file: str) -> Program:
     """
     content = artifact.read_file(directory, file)
     try:
-        return Program(graph_json.loads(content, _NoWeights()), name=Path(file).stem)
+        module = graph_json.loads(content, _NoWeights())
     except graph_json.GraphFormatError as error:
         raise InspectError(f"'{directory / file}' is damaged: {error}") from error
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and (known := dump.read_shape(node.meta.get("shape", ""))):
+            dtype, sizes = known
+            value = torch.empty([size for size in sizes if isinstance(size, int)], dtype=dtype, device="meta")
+            set_attribute(module, str(node.target), value)
+    return Program(module, name=Path(file).stem)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A graph of an artifact, and the one that changes are marked against.
+
+    Attributes:
+        title: what it is.
+        passes: the passes whose work it shows.
+    """
+
+    title: str
+    after: Program
+    before: Program | None
+    passes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, directory: Path, name: str | None = None, diff: tuple[str, str] | None = None) -> Shown:
+        """The graph after a pass, against the one before it; with ``diff`` that after the second of two passes,
+        against that after the first; with neither the graph that runs.
+
+        Raises:
+            ArtifactError: no artifact, or a damaged one.
+            InspectError: no such pass.
+        """
+        passes = stored_passes(directory)
+        names = tuple(p.name for p in passes)
+        if diff is not None:
+            first, last = (_position(directory, names, item) for item in diff)
+            before, after = (read_graph(directory, passes[i].file) for i in (first, last))
+            return cls(f"From {names[first]} to {names[last]}", after, before, names[first + 1 : last + 1])
+        if name is None:
+            return cls("The graph that runs", read_graph(directory, "graph.json"), None, names)
+        position = _position(directory, names, name)
+        before = read_graph(directory, passes[position - 1].file) if position else None
+        return cls(f"After {names[position]}", read_graph(directory, passes[position].file), before, (names[position],))
+
+
+def _position(directory: Path, names: Sequence[str], name: str) -> int:
+    """Where a pass stands among those of an artifact, by its name or its number from 1."""
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and 1 <= int(name) <= len(names):
+        return int(name) - 1
+    raise InspectError(
+        f"'{directory}' has no graph of a pass '{name}'{suggestion(name, names)}; it has {', '.join(names)}"
+    )
 
 
 def look(
-    directory: Path, name: str | None = None, layer: int | None = None
+    directory: Path,
+    name: str | None = None,
+    layer: int | None = None,
+    *,
+    diff: tuple[str, str] | None = None,
+    grep: str | None = None,
 ) -> tuple[list[RenderableType], dict[str, Any]]:
-    """What ``lbllm-compile inspect`` shows: a graph, its linears, and what the passes (or the one named) measured.
+    """What ``lbllm-compile inspect`` shows: a page on the artifact; or, once anything is asked for, a graph, its
+    linears, and what the passes it shows measured.
 
     Args:
         directory: an artifact.
         name: show the graph after this pass, changes marked; None shows the graph that runs.
         layer: show this decoder layer alone.
+        diff: show what changed from the graph after the first of these passes to that after the second.
+        grep: show the nodes alone whose line this regular expression finds.
 
     Returns:
         The view for people, and the same as a JSON-able document.
 
     Raises:
         ArtifactError: no artifact, or a damaged one.
-        InspectError: no such pass, no such layer.
+        InspectError: no such pass, no such layer, or no regular expression.
     """
-    passes = stored_passes(directory)
-    measured = [item for item in artifact.measured_passes(directory) if name in (None, item.name)]
-    before: Program | None = None
-    if name is None:
-        after, title = read_graph(directory, "graph.json"), "The graph that runs"
+    pattern = _pattern(grep)
+    shown = Shown.of(directory, name, diff)
+    measured = [item for item in artifact.measured_passes(directory) if item.name in shown.passes]
+    blocks = _blocks(directory, shown, layer)
+    rows = [row for row in linear_rows(shown.after) if layer is None or row["layer"] == layer]
+    report = artifact.read_report(directory)
+    asked = any(value is not None for value in (name, layer, diff, pattern))
+    if not asked:
+        named = dataclasses.replace(shown.after, name=directory.resolve().name)
+        parts = overview.page(named, rows, measured, report)
     else:
-        position = next((i for i, p in enumerate(passes) if p.name == name), None)
-        if position is None:
-            known = [p.name for p in passes]
-            raise InspectError(
-                f"'{directory}' has no graph of a pass '{name}'{suggestion(name, known)}; it has {', '.join(known)}"
-            )
-        after, title = read_graph(directory, passes[position].file), f"After {name}"
-        before = read_graph(directory, passes[position - 1].file) if position else None
-    try:
-        view = graph.view(after, before, title=f"{title}: {graph.summary(after, before)}", layer=layer)
-    except ValueError as error:
-        raise InspectError(f"{error} in '{directory}'") from error
-    rows = [row for row in linear_rows(after) if layer is None or row["layer"] == layer]
+        title = f"{shown.title}: {graph.summary(shown.after, shown.before)}"
+        blocks = graph.changes(blocks) if diff is not None else blocks
+        blocks = graph.matching(blocks, pattern) if pattern else blocks
+        parts = [graph.render(blocks, title, whole=pattern is None and diff is None)]
+    if asked and pattern is None and diff is None:
+        for table in [terminal.rows_table("Linears", rows), *summary.layer_tables(measured, layer)]:
+            parts += [Text(), table]
     document = {
         "directory": str(directory),
-        "passes": [p.name for p in passes],
+        "passes": [p.name for p in stored_passes(directory)],
         "pass": name,
-        "nodes": len(after.graph.nodes),
+        "diff": diff,
+        "nodes": len(shown.after.graph.nodes),
         "linears": rows,
         "measured": [dataclasses.asdict(item) for item in measured],
         "graph": [
-            {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]}
-            for b in graph.blocks(after, before, layer=layer)
+            {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]} for b in blocks
         ],
     }
-    parts: list[RenderableType] = [view, Text(), terminal.rows_table("Linears", rows)]
-    report = artifact.read_report(directory)
-    if report is None or name is not None or layer is not None:
-        for table in summary.layer_tables(measured, layer):
-            parts += [Text(), table]
-        return parts, document
-    parts += [Text(), *summary.compile_report(report, times=True)]
-    return parts, {**document, "report": report.to_json()}
+    return parts, document if asked or report is None else {**document, "report": report.to_json()}
+
+
+def written(directory: Path, form: str, name: str | None = None, layer: int | None = None) -> str:
+    """A graph of an artifact as text for other programs.
+
+    Args:
+        directory: an artifact.
+        form: one of :data:`FORMATS`.
+        name: the graph after this pass; None is the graph that runs.
+        layer: this decoder layer alone.
+
+    Raises:
+        ArtifactError: no artifact, or a damaged one.
+        InspectError: no such form, pass or layer.
+    """
+    if form not in FORMATS:
+        raise InspectError(f"--format cannot be '{form}'{suggestion(form, FORMATS)}; choose {', '.join(FORMATS)}")
+    shown = Shown.of(directory, name)
+    _blocks(directory, shown, layer)
+    if form == "txt":
+        return dump.render(shown.after, f"{shown.title.lower()}, of {directory.name}", layer=layer)
+    nodes = network.graph_of(shown.after, layer)
+    return network.to_json(nodes) if form == "json" else network.to_dot(nodes)
+
+
+def _blocks(directory: Path, shown: Shown, layer: int | None) -> list[graph.Block]:
+    try:
+        return graph.blocks(shown.after, shown.before, layer=layer)
+    except ValueError as error:
+        raise InspectError(f"{error} in '{directory}'") from error
+
+
+def _pattern(text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise InspectError(f"--grep cannot be '{text}': it is no regular expression ({error})") from error
 
 
 def linear_rows(program: Program) -> list[dict[str, Any]]:

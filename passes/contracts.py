@@ -18,7 +18,7 @@ from ..codegen.operators.arguments import changed
 from ..codegen.operators.checks import check_types, require
 from ..codegen.operators.registry import OperatorError
 from .base import Pass, PassError
-from .ir import compare, dump, exact
+from .ir import compare, dump, exact, sizes
 from .ir.program import IN_FEATURES, Program
 from .ir.rewrite import computed
 
@@ -42,7 +42,7 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
     """Lints and recompiles the graph, then propagates fake tensors of the probe's shapes through it.
 
     Every operator verifies its arguments on the way. Every node's ``meta["shape"]`` is refreshed with its dtype and
-    probe shape, e.g. ``f32[2, 16, 576]``.
+    shape, sizes that inputs choose by name (:mod:`.ir.sizes`), e.g. ``f32[batch, length, 576]``.
 
     Raises:
         ContractError: naming the pass and the node.
@@ -63,8 +63,23 @@ def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> N
         raise ContractError(
             f"after the pass '{item.name}' {what}", dump.excerpt(program, node) if node is not None else ""
         ) from error
+    names = sizes.choose(program, probe)
+    others = _shapes_elsewhere(program, names)
     for node, text in shapes.items():
-        node.meta["shape"] = text
+        node.meta["shape"] = names.text(text, others[node]) if names and node in others else text
+
+
+def _shapes_elsewhere(program: Program, names: sizes.Names | None) -> Mapping[fx.Node, str]:
+    """Dtypes and shapes for the inputs of other sizes, nothing for a graph that takes the probe's sizes alone.
+
+    Such a graph holds as far as a pass is asked; where it is to be stored it is refused.
+    """
+    if names is None:
+        return {}
+    try:
+        return Propagation(program.module).shapes(program, names.inputs)
+    except Exception:
+        return {}
 
 
 class Propagation(fx.Interpreter):

@@ -250,17 +250,17 @@ def test_attention_gets_a_state_and_the_mask_goes_away():
         return %out
     """
     expected = """
-        %ids: i64[2, 9] = input input_ids
-        %mask: i64[2, 9] = input attention_mask
+        %ids: i64[batch, length] = input input_ids
+        %mask: i64[batch, total] = input attention_mask
         %places = input position_ids
         %past = input past
-        %key_codes: u8[2, 2, 9, 3] = state kv_0_key_codes {
+        %key_codes: u8[batch, 2, capacity, 3] = state kv_0_key_codes {
             kind="per_token", heads=2, tail=(3,), dtype=torch.uint8}
-        %key_params: f16[2, 2, 9, 2] = state kv_0_key_params {
+        %key_params: f16[batch, 2, capacity, 2] = state kv_0_key_params {
             kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
-        %value_codes: u8[2, 2, 9, 3] = state kv_0_value_codes {
+        %value_codes: u8[batch, 2, capacity, 3] = state kv_0_value_codes {
             kind="per_token", heads=2, tail=(3,), dtype=torch.uint8}
-        %value_params: f16[2, 2, 9, 2] = state kv_0_value_params {
+        %value_params: f16[batch, 2, capacity, 2] = state kv_0_value_params {
             kind="per_token", heads=2, tail=(2,), dtype=torch.float16}
         %batch = aten.sym_size.int(%ids, 0)
         %length = aten.sym_size.int(%ids, 1)
@@ -275,10 +275,10 @@ def test_attention_gets_a_state_and_the_mask_goes_away():
         %k_row = aten.linear(%x, %kv_weight)
         %k_heads = aten.view(%k_row, [%batch, %length, 2, 6])
         %k = aten.transpose.int(%k_heads, 1, 2)
-        %y: f32[2, 4, 9, 6] = lbllm.cached_attention(
+        %y: f32[batch, 4, length, 6] = lbllm.cached_attention(
             %q, %k, %k, %key_codes, %key_params, %value_codes, %value_params, %mask, %past, 0.5, 0, 4)
         %rows = aten.transpose.int(%y, 1, 2)
-        %out: f32[2, 9, 24] = aten.reshape(%rows, [%batch, %length, 24])
+        %out: f32[batch, length, 24] = aten.reshape(%rows, [%batch, %length, 24])
         return %out
     """
     weights = {"embed": normal(11, 24), "q": 0.2 * normal(24, 24, seed=2), "kv": 0.2 * normal(12, 24, seed=3)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UntranslatableError
+from ..sizes import BATCH, CAPACITY, LENGTH, TOTAL
 from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
 from .queries import same_sizes, surely_true
 
@@ -24,9 +25,6 @@ Dimension = Any
 
 Value = Any
 """A Relax variable holding a tensor."""
-
-BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
-"""Symbols: sequences, new tokens, past and new tokens, slots of the KV state."""
 
 WEIGHTS, STATE, FIXED_STATE = "weights", "state", "fixed_state"
 """The blocks of bytes; a program without state of fixed size has two."""

@@ -24,21 +24,11 @@ from lbllm_compile.codegen.errors import UntranslatableError, first_line
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Complex, Translation, flat
 from lbllm_compile.codegen.program import builder
-from lbllm_compile.codegen.program.builder import (
-    BATCH,
-    CAPACITY,
-    LENGTH,
-    TOTAL,
-    FunctionBuilder,
-    Layout,
-    ProgramBuilder,
-    TensorSpec,
-    Value,
-)
+from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec, Value
 from lbllm_compile.codegen.program.experts import by_expert
 from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.program.queries import same_elements, same_sizes
-from lbllm_compile.codegen.sizes import ALIGNMENT
+from lbllm_compile.codegen.sizes import ALIGNMENT, BATCH, CAPACITY, LENGTH, TOTAL
 from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.decompose import decompose, may_decompose

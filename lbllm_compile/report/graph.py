@@ -1,35 +1,49 @@
 """A graph on a terminal: folded per decoder layer, what a pass changed marked against the graph before it.
 
-    %embedding: f32[2, 16, 576] = aten.embedding(%weight, %input_ids)
+    %embedding: f32[batch, length, 576] = aten.embedding(%weight, %input_ids)
     decoder layer 0
-      + %quantize_activation = lbllm.quantize_activation(%mul_2, ...)
       - %fake_quantize = lbllm.fake_quantize(%mul_2, ...)
+      + %quantize_activation = lbllm.quantize_activation(%mul_2, ...)
     decoder layers 1-29: as decoder layer 0
 
 ``+`` is a node that is new or reads other operands than before, ``-`` one that is gone. Decoder layers that are alike
-up to node names and the layer number are shown once.
+up to node names and the layer number are shown once, and of one that is nearly so what differs.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.program import Program
 
+NEARLY = 0.75
+"""Share of its nodes that a decoder layer has in common with another whose differences are shown."""
+
+CONTEXT = 1
+"""Unchanged nodes that are shown on either side of changed ones where only these are wanted."""
+
 _NODE = re.compile(r"%([A-Za-z_][\w.]*)")
 _LAYER = re.compile(r"(?<=[A-Za-z])\.\d+\b")
 _SHAPE = re.compile(r"^(%[\w.]+): [^=]*? = ")
+_STYLES = {"+": "green", "-": "red", " ": "", "…": "dim"}
+_PARTS = {r"%[A-Za-z_]\w*": "cyan", r"(?<= = )[\w.]+": "bold", r"  # [^\"]*$": "dim"}
+"""Styles of names, operators and module paths in nodes that are as before."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One shown node. ``sign`` is ``+`` (new or changed), ``-`` (gone) or a space (as before)."""
+    """One shown node. ``sign`` is ``+`` (new or changed), ``-`` (gone) or a space (as before).
+
+    With the sign ``…`` the text says what is left out.
+    """
 
     sign: str
     text: str
@@ -47,33 +61,65 @@ class Block:
 
     @property
     def changed(self) -> int:
-        return sum(m.sign != " " for m in self.marks)
+        return sum(m.sign in "+-" for m in self.marks)
 
 
 def blocks(after: Program, before: Program | None = None, *, layer: int | None = None) -> list[Block]:
-    """The graph cut into blocks, like decoder layers folded into the first of them; or ``layer`` alone."""
-    old = _lines(before) if before is not None else None
-    gone = _removed(before, after) if before is not None else {}
+    """The graph cut into blocks, like decoder layers folded into the first of them; or ``layer`` alone.
+
+    With ``before``, a node that is gone stands where it stood.
+
+    Raises:
+        ValueError: there is no decoder layer of that number.
+    """
     first: dict[str, int] = {}
     result: list[Block] = []
-    shown: set[int | None] = set()
-    for section in dump.sections(after):
-        if layer is not None and section.layer != layer:
+    for number, marks in _stretches(_marked(after, before)):
+        if layer is not None and number != layer:
             continue
-        marks = [Mark(_sign(line, old), line.text) for line in section.lines]
-        if section.layer not in shown:
-            shown.add(section.layer)
-            marks += [Mark("-", text) for text in gone.get(section.layer, ())]
-        block = Block(() if section.layer is None else (section.layer,), tuple(marks))
+        block = Block(() if number is None else (number,), tuple(marks))
         key = _canonical(block)
-        if section.layer is not None and key in first:
+        if number is not None and key in first:
             index = first[key]
-            result[index] = Block((*result[index].layers, section.layer), result[index].marks)
+            result[index] = Block((*result[index].layers, number), result[index].marks)
             continue
-        if section.layer is not None:
+        if number is not None:
             first[key] = len(result)
         result.append(block)
+    if layer is not None and not result:
+        raise ValueError(f"there is no decoder layer {layer}")
     return result
+
+
+def changes(found: Sequence[Block]) -> list[Block]:
+    """The blocks in which something changed, unchanged nodes left out but for those next to changed ones."""
+    return [Block(b.layers, tuple(_around(b.marks))) for b in found if b.changed]
+
+
+def matching(found: Sequence[Block], pattern: re.Pattern[str]) -> list[Block]:
+    """The blocks that have nodes whose text matches, and these nodes alone."""
+    picked = [Block(b.layers, tuple(m for m in b.marks if pattern.search(m.text))) for b in found]
+    return [b for b in picked if b.marks]
+
+
+def render(found: Sequence[Block], title: str = "", *, whole: bool = True) -> RenderableType:
+    """Blocks as a renderable.
+
+    Args:
+        found: as :func:`blocks`, :func:`changes` or :func:`matching` give them.
+        title: printed first.
+        whole: the blocks have all their nodes, so that of those that are nearly alike the differences say enough.
+    """
+    parts: list[RenderableType] = [Text(title, style="bold")] if title else []
+    parts += [] if found else [Text("nothing to show")]
+    shown: list[Block] = []
+    for block in found:
+        like = next((b for b in shown if whole and b.layers and block.layers and _nearly(b, block)), None)
+        parts.append(_heading(block, like))
+        indent = "  " if block.layers else ""
+        parts += [_Line(mark, indent) for mark in (_differences(like, block) if like else block.marks)]
+        shown.append(block)
+    return Group(*parts)
 
 
 def view(after: Program, before: Program | None = None, *, title: str = "", layer: int | None = None) -> RenderableType:
@@ -87,14 +133,7 @@ def view(after: Program, before: Program | None = None, *, title: str = "", laye
     Raises:
         ValueError: there is no decoder layer of that number.
     """
-    parts: list[Text] = [Text(title, style="bold")] if title else []
-    found = blocks(after, before, layer=layer)
-    if not found:
-        raise ValueError(f"there is no decoder layer {layer}")
-    for block in found:
-        parts.append(_heading(block))
-        parts += [_styled(mark, indent="  " if block.layers else "") for mark in block.marks]
-    return Group(*parts)
+    return render(blocks(after, before, layer=layer), title)
 
 
 def summary(after: Program, before: Program | None) -> str:
@@ -102,29 +141,56 @@ def summary(after: Program, before: Program | None) -> str:
     count = len(after.graph.nodes)
     if before is None:
         return f"{count} nodes"
-    old = _lines(before)
-    new = sum(_sign(line, old) == "+" for section in dump.sections(after) for line in section.lines)
-    gone = sum(len(lines) for lines in _removed(before, after).values())
-    return f"{count} nodes, {new} new or changed, {gone} gone"
+    old = {line.node: _shapeless(line.text) for line in _lines(before)}
+    new = {line.node: _shapeless(line.text) for line in _lines(after)}
+    changed = sum(old.get(node) != text for node, text in new.items())
+    return f"{count} nodes, {changed} new or changed, {len(old.keys() - new.keys())} gone"
 
 
-def _lines(program: Program) -> dict[str, str]:
-    """Text of every node without its shape, by node name."""
-    return {line.node: _shapeless(line.text) for section in dump.sections(program) for line in section.lines}
+def ranges(numbers: Sequence[int]) -> str:
+    """``1-4, 7`` for 1, 2, 3, 4, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def _sign(line: dump.Line, old: Mapping[str, str] | None) -> str:
-    return " " if old is None or old.get(line.node) == _shapeless(line.text) else "+"
+def _lines(program: Program) -> list[dump.Line]:
+    return [line for section in dump.sections(program) for line in section.lines]
 
 
-def _removed(before: Program, after: Program) -> dict[int | None, list[str]]:
-    """Lines of ``before`` whose node name ``after`` lacks, by decoder layer."""
-    names = {node.name for node in after.graph.nodes}
-    result: dict[int | None, list[str]] = {}
-    for section in dump.sections(before):
-        lost = [line.text for line in section.lines if line.node not in names]
-        if lost:
-            result.setdefault(section.layer, []).extend(lost)
+def _marked(after: Program, before: Program | None) -> Iterator[tuple[int | None, Mark]]:
+    """Every node of both graphs in order, with its decoder layer."""
+    new = [(section.layer, line.text) for section in dump.sections(after) for line in section.lines]
+    if before is None:
+        yield from ((layer, Mark(" ", text)) for layer, text in new)
+        return
+    old = [(section.layer, line.text) for section in dump.sections(before) for line in section.lines]
+    texts = ([_shapeless(text) for _, text in nodes] for nodes in (old, new))
+    matcher = difflib.SequenceMatcher(None, *texts, autojunk=False)
+    for kind, old_from, old_to, new_from, new_to in matcher.get_opcodes():
+        if kind != "equal":
+            yield from ((layer, Mark("-", text)) for layer, text in old[old_from:old_to])
+        sign = " " if kind == "equal" else "+"
+        yield from ((layer, Mark(sign, text)) for layer, text in new[new_from:new_to])
+
+
+def _stretches(marked: Iterator[tuple[int | None, Mark]]) -> list[tuple[int | None, list[Mark]]]:
+    """The marks cut where the decoder layer changes, each decoder layer in one piece."""
+    result: list[tuple[int | None, list[Mark]]] = []
+    of_layer: dict[int, list[Mark]] = {}
+    for layer, mark in marked:
+        if layer is not None and layer in of_layer:
+            of_layer[layer].append(mark)
+        elif layer is None and result and result[-1][0] is None:
+            result[-1][1].append(mark)
+        else:
+            result.append((layer, [mark]))
+            if layer is not None:
+                of_layer[layer] = result[-1][1]
     return result
 
 
@@ -142,26 +208,77 @@ def _canonical(block: Block) -> str:
     return "\n".join(m.sign + _LAYER.sub(".*", _NODE.sub(renumber, m.text)) for m in block.marks)
 
 
-def _heading(block: Block) -> Text:
+def _nameless(block: Block) -> list[str]:
+    """The nodes of a block without their names and numbers in module paths."""
+    return [m.sign + _LAYER.sub(".*", _NODE.sub("%", m.text)) for m in block.marks]
+
+
+def _nearly(first: Block, other: Block) -> bool:
+    return difflib.SequenceMatcher(None, _nameless(first), _nameless(other), autojunk=False).ratio() >= NEARLY
+
+
+def _differences(first: Block, other: Block) -> list[Mark]:
+    """What ``other`` has in place of nodes of ``first``, and how many nodes are as there."""
+    marks: list[Mark] = []
+    matcher = difflib.SequenceMatcher(None, _nameless(first), _nameless(other), autojunk=False)
+    for kind, _, _, start, end in matcher.get_opcodes():
+        if kind == "equal":
+            marks.append(_left_out(end - start, f"as in decoder layer {first.layers[0]}"))
+        else:
+            marks += other.marks[start:end]
+    return marks
+
+
+def _around(marks: Sequence[Mark]) -> Iterator[Mark]:
+    """Changed nodes and those beside them."""
+    near = {
+        i for at, mark in enumerate(marks) if mark.sign != " " for i in range(at - CONTEXT, at + CONTEXT + 1)
+    } & set(range(len(marks)))
+    left = 0
+    for i, mark in enumerate(marks):
+        if i not in near:
+            left += 1
+            continue
+        if left:
+            yield _left_out(left, "as before")
+        left = 0
+        yield mark
+    if left:
+        yield _left_out(left, "as before")
+
+
+def _left_out(count: int, how: str) -> Mark:
+    return Mark("…", f"{count} node{'' if count == 1 else 's'} {how}")
+
+
+def _heading(block: Block, like: Block | None) -> Text:
     if not block.layers:
-        return Text("outside the decoder layers", style="bold cyan")
-    text = Text(f"decoder layer {block.layers[0]}", style="bold cyan")
+        return Text("outside the decoder layers", style="bold magenta")
+    text = Text(f"decoder layer {block.layers[0]}", style="bold magenta")
     if block.layers[1:]:
-        text.append(f"  ({_ranges(block.layers[1:])} alike)", style="cyan")
+        text.append(f"  ({ranges(block.layers[1:])} alike)", style="magenta")
+    if like is not None:
+        text.append(f"  as decoder layer {like.layers[0]}, but:", style="magenta")
     return text
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """``1-4, 7`` for 1, 2, 3, 4, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+@dataclass(frozen=True)
+class _Line:
+    """A node as a line, which a terminal folds where it is too long; elsewhere it stays one line."""
 
+    mark: Mark
+    indent: str
 
-def _styled(mark: Mark, indent: str) -> Text:
-    style = {"+": "green", "-": "red", " ": ""}[mark.sign]
-    return Text(f"{indent}{mark.sign} {mark.text}", style=style, no_wrap=True, overflow="ellipsis")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = f"{self.indent}{self.mark.sign} {self.mark.text}"
+        lines = [line]
+        if console.is_terminal:
+            lines = textwrap.wrap(
+                line, options.max_width, subsequent_indent=f"{self.indent}      ", break_on_hyphens=False
+            )
+        for part in lines:
+            text = Text(part, style=_STYLES[self.mark.sign], no_wrap=True, overflow="ignore")
+            if self.mark.sign == " ":
+                for pattern, style in _PARTS.items():
+                    text.highlight_regex(pattern, style)
+            yield text

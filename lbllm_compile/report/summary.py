@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
-from lbllm_compile.records import CompileReport, MeasuredPass
+from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
 from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
     for table in layer_tables(report.records):
         parts += [Text(), table]
     if report.verdicts:
-        rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in report.verdicts]
-        parts += [Text(), terminal.table("What training achieved", ["", "", ""], rows)]
+        parts += [Text(), verdict_table(report.verdicts)]
     if times:
         phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
         phases.append(["in all", terminal.duration(sum(report.seconds.values()))])
@@ -33,6 +32,12 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
     if report.resumed:
         parts += [Text(), Text(f"Taken over from an interrupted compile: {report.resumed} finished pieces of work.")]
     return [*parts, Text(), sheet(report.sheet)]
+
+
+def verdict_table(verdicts: Iterable[Verdict]) -> Table:
+    """Whether the stages that trained did their part."""
+    rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in verdicts]
+    return terminal.table("What training achieved", ["", "", ""], rows)
 
 
 def layer_tables(passes: Iterable[PassRecord | MeasuredPass], layer: int | None = None) -> list[Table]:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -198,6 +203,23 @@ def make_console(*, stderr: bool = False, file: IO[str] | None = None) -> Consol
     """A console that is as wide as the terminal, or wide enough for every table where there is none."""
     console = Console(stderr=stderr, file=file)
     return console if console.is_terminal else Console(stderr=stderr, file=file, width=PLAIN_WIDTH)
+
+
+@contextlib.contextmanager
+def pager(console: Console) -> Iterator[None]:
+    """What is printed meanwhile goes through the user's pager, ``less`` by default, on a terminal that has it.
+
+    Where it fits on the terminal, ``less`` leaves it there and ends.
+    """
+    program = shlex.split(os.environ.get("PAGER") or "less")
+    if not console.is_terminal or not sys.stdin.isatty() or shutil.which(program[0]) is None:
+        yield
+        return
+    with console.capture() as captured:
+        yield
+    environment = {"LESS": "FRX", **os.environ}
+    # The reader may leave before the end; the pager then breaks the pipe, and that is no error.
+    subprocess.run(program, input=captured.get().encode(errors="replace"), env=environment, check=False)
 
 
 def make_progress(console: Console) -> PlainProgress | BarProgress:

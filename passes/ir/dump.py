@@ -72,7 +72,12 @@ class Section:
 
 def shape_text(value: Tensor) -> str:
     """Dtype and shape, e.g. ``f32[2, 16, 576]``."""
-    return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(d) for d in value.shape)}]"
+    return sizes_text(value.dtype, value.shape)
+
+
+def sizes_text(dtype: torch.dtype, sizes: Sequence[Any]) -> str:
+    """A dtype and sizes, numbers or names, e.g. ``f32[batch, length, 576]``."""
+    return f"{_DTYPES.get(dtype, str(dtype))}[{', '.join(str(size) for size in sizes)}]"
 
 
 _SHAPE = re.compile(r"([\w.]+)\[((?:\w+(?:, \w+)*)?)\]")
@@ -220,10 +225,16 @@ def sections(program: Program) -> list[Section]:
     return result
 
 
-def render(program: Program, header: str = "") -> str:
-    """The whole graph as plain text, ``header`` first as a comment; :func:`.parse.parse` reads it."""
+def render(program: Program, header: str = "", *, layer: int | None = None) -> str:
+    """The whole graph as plain text, ``header`` first as a comment; :func:`.parse.parse` reads it.
+
+    Args:
+        layer: the nodes of this decoder layer alone, which is no whole graph any more.
+    """
     parts = [f"# {header}"] if header else []
     for section in sections(program):
+        if layer is not None and section.layer != layer:
+            continue
         parts.append(f"\n{section.title}:")
         parts.extend(line.whole for line in section.lines)
     return "\n".join(parts) + "\n"

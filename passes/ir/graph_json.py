@@ -28,6 +28,7 @@ from ...codegen import operators as operators
 from ...codegen.errors import LbllmError, first_line
 from ...codegen.operators import stored
 from ...codegen.operators.arguments import parameters
+from ...codegen.sizes import BATCH, LENGTH
 from . import dump
 from .annotations import LINEAR, LinearInfo
 from .program import FIXED, IN_FEATURES, LAYER, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
@@ -157,12 +158,13 @@ def check_storable(graph: fx.Graph) -> None:
 
 
 def _symbols(graph: fx.Graph) -> dict[str, str]:
-    """Names of symbolic sizes: ``B`` and ``S`` for the two dimensions of ``input_ids``."""
+    """Names of symbolic sizes: batch and length for the two dimensions of ``input_ids``."""
     ids = next((n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"), None)
     value = ids.meta.get("val") if ids is not None else None
     if not isinstance(value, Tensor) or value.dim() != 2:
         return {}
-    return {str(d): name for d, name in zip(value.shape, ("B", "S"), strict=True) if isinstance(d, torch.SymInt)}
+    names = (BATCH, LENGTH)
+    return {str(d): name for d, name in zip(value.shape, names, strict=True) if isinstance(d, torch.SymInt)}
 
 
 def _encode_node(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
@@ -233,9 +235,9 @@ def _encode_meta(node: Node, symbols: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _shape_text(node: Node, symbols: Mapping[str, str]) -> str:
-    """Dtype and shape with symbolic sizes where capture knew them, else as last propagated."""
+    """Dtype and shape as last propagated; before that as capture knew them."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
+    if "shape" in node.meta or not isinstance(value, Tensor):
         return node.meta.get("shape", "")
     return re.sub(r"\bs\d+\b", lambda m: symbols.get(m.group(), m.group()), dump.shape_text(value))
 

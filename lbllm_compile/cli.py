@@ -34,12 +34,9 @@ from lbllm_compile.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from lbllm_compile.codegen.progress import Progress
     from lbllm_compile.passes.ir.program import Program
     from lbllm_compile.passes.pipeline import PassRecord
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
-    from lbllm_compile.runtime.generate import Sampling
-    from lbllm_compile.runtime.language import LanguageModel
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -219,6 +216,13 @@ SequenceLength = Annotated[
     int | None, typer.Option(help=_plainly("tokens in a chunk [default: 512, or what the model's context holds]"))
 ]
 Chunks = Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")]
+RunTarget = Annotated[str, typer.Option("--target", "-t", help="what to run on; cpu is the best of this machine")]
+Threads = Annotated[int | None, typer.Option(help=_plainly("threads of the kernels [default: one a CPU]"))]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="end an answer in front of this; repeatable")]
+MaxTokens = Annotated[int, typer.Option(help="at most so many tokens")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more is more varied")]
+TopK = Annotated[int, typer.Option(help="choose among the k likeliest tokens; 0: all")]
+TopP = Annotated[float, typer.Option(help="choose among the likeliest tokens of this total probability")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
@@ -292,12 +296,15 @@ def preflight(options: CompileOptions, as_json: Json = False) -> None:
 def run(
     directory: ArtifactDir,
     prompt: Annotated[list[str], typer.Option(help="text to answer or continue; - reads it from standard input")],
-    max_tokens: Annotated[int, typer.Option(help="at most so many tokens")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more is more varied")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="choose among the k likeliest tokens; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(help="choose among the likeliest tokens of this total probability")] = 1.0,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
     raw: Annotated[bool, typer.Option("--raw", help="continue the text; no chat template")] = False,
     seed: Seed = 0,
+    target: RunTarget = "cpu",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Generate text from an artifact, streaming it as it comes."""
@@ -305,17 +312,28 @@ def run(
 
     with _terminal(as_json) as ui:
         from lbllm_compile.runtime import Sampling
+        from lbllm_compile.runtime.generate import check_stop_strings
+        from lbllm_compile.runtime.language import check_prompts, context_length, encode, has_chat_template
+        from lbllm_compile.runtime.opening import open_model
 
         if len(prompt) > 1:
             raise UsageError(f"{len(prompt)} prompts were given; run answers one --prompt at a time")
         # What is out of range is refused before anything is read, a prompt that does not fit before kernels are built.
         options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = Sampling(**options, seed=seed)
+        stop_text = check_stop_strings([_as_text(text) for text in stop or ()])
+        _use_threads(threads)
         text = _read_prompt() if prompt[0] == "-" else _as_text(prompt[0])
-        model, ids = _generator(directory, text, raw, sampling, ui.progress)
+        ids: list[int] = []
+
+        def check(tokenizer: Any, config: Mapping[str, Any]) -> None:
+            ids[:] = encode(tokenizer, text, chat=not raw and has_chat_template(tokenizer))
+            check_prompts([ids], sampling, context_length(config))
+
+        model = open_model(directory, target=target, progress=ui.progress, check=check)
         start = time.perf_counter()
         pieces: list[str] = []
-        for piece in model.stream(ids, **options, seed=seed):
+        for piece in model.stream(ids, stop_text=stop_text, **options, seed=seed):
             pieces.append(piece)
             if not ui.json:
                 ui.stdout.write(piece)
@@ -327,32 +345,51 @@ def run(
         ui.emit({"prompt": text, "text": answer, "prompt_tokens": len(ids), "seconds": seconds})
 
 
-def _generator(
-    directory: Path, prompt: str, raw: bool, sampling: Sampling, progress: Progress
-) -> tuple[LanguageModel, list[int]]:
-    """A model to generate text with, and the prompt's token ids.
+@app.command()
+def chat(
+    directory: ArtifactDir,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="the system prompt")] = "",
+    max_tokens: Annotated[
+        int | None, typer.Option(help=_plainly("of an answer at most [default: 512, or half of the context]"))
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    target: RunTarget = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Talk with an artifact; /help lists what can be typed. Piped standard input is answered line by line."""
+    with _terminal(False) as ui:
+        from lbllm_compile import chat as chatting
+        from lbllm_compile.runtime import GenerationError, Sampling
+        from lbllm_compile.runtime.generate import check_stop_strings
+        from lbllm_compile.runtime.language import context_length, has_chat_template
+        from lbllm_compile.runtime.opening import open_model
 
-    The model is the program stored for an artifact, which needs no torch, or else the artifact. The prompt is checked
-    before kernels are built.
-    """
-    from lbllm_compile.runtime.language import check_prompts, context_length, encode
-    from lbllm_compile.runtime.native import NativeModel, find
-    from lbllm_compile.runtime.text import TextTokenizer
+        sampling = Sampling(chatting.MOST_TOKENS if max_tokens is None else max_tokens, temperature, top_k, top_p, seed)
+        stop_text = check_stop_strings([_as_text(text) for text in stop or ()])
+        _use_threads(threads)
 
-    def chats(tokenizer: Any) -> bool:
-        return not raw and bool(getattr(tokenizer, "chat_template", None))
+        def check(tokenizer: Any, config: Mapping[str, Any]) -> None:
+            limit = context_length(config)
+            if tokenizer is None:
+                raise GenerationError("the model has no tokenizer; use it from Python, with token ids")
+            if system and not has_chat_template(tokenizer):
+                raise GenerationError("the model has no chat template, so it can have no --system prompt; leave it out")
+            if limit is not None and max_tokens is not None and max_tokens >= limit:
+                raise GenerationError(
+                    f"{max_tokens} tokens an answer leave no room for a message, because the model's context holds"
+                    f" {limit}; ask for fewer with --max-tokens"
+                )
 
-    program = find(directory, progress=progress)
-    if program is not None and program.description.plain_tokenizer:
-        model = NativeModel(program, TextTokenizer(directory))
-        return model, model.encode(prompt, chat=chats(model.tokenizer))
-    from lbllm_compile import artifact
-    from lbllm_compile.runtime.loader import prepared
-
-    loaded = artifact.load(directory)
-    ids = encode(loaded.program.tokenizer, prompt, chat=chats(loaded.program.tokenizer))
-    check_prompts([ids], sampling, context_length(loaded.program.config))
-    return prepared(loaded, progress=progress), ids
+        model = open_model(directory, target=target, progress=ui.progress, check=check)
+        if max_tokens is None and model.context_length is not None:
+            most = min(sampling.max_new_tokens, max(1, model.context_length // 2))
+            sampling = dataclasses.replace(sampling, max_new_tokens=most)
+        conversation = chatting.Conversation(model, sampling, _as_text(system), stop_text)
+        chatting.talk(conversation, chatting.messages(ui.stdout, ui.progress.note), ui.stdout, ui.progress.note)
 
 
 @app.command("eval")
@@ -612,6 +649,14 @@ def _as_text(argument: str) -> str:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def _use_threads(count: int | None) -> None:
+    """Sets how many threads the kernels' pool has; it starts with the first kernel."""
+    if count is not None and count < 1:
+        raise UsageError(f"{count} threads cannot compute; ask for at least 1")
+    if count is not None:
+        os.environ["TVM_NUM_THREADS"] = str(count)
 
 
 def _read_prompt() -> str:

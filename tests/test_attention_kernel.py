@@ -116,6 +116,37 @@ def test_attention_agrees_on_extreme_scores(spec, size):
     agrees(spec, function, 2, 19, 3, generator, size)
 
 
+@pytest.mark.parametrize("spec", [*PLAIN, *FORMS], ids=identity)
+@pytest.mark.parametrize("length", [1, 5])
+def test_padding_on_the_left_changes_no_bit(spec, length):
+    """A sequence alone, and the same one behind padding of any number of slots, beside a sequence without."""
+    generator = torch.Generator().manual_seed(length)
+    kernel = attention.cached_attention(spec, 16, attention.tile_rows(spec, None), False)
+    function = compile_functions({"kernel": kernel}, HOST.llvm)["kernel"]
+    past = 20
+    shapes = [(spec.heads, spec.key_width), (spec.kv_heads, spec.key_width), (spec.kv_heads, spec.value_width)]
+    new = [torch.randn(1, heads, length, width, generator=generator) for heads, width in shapes]
+    stored = attention_state(spec, 1, past, past, generator)
+    own = [torch.rand(spec.heads, generator=generator)] * 2 if spec.per_head else []
+
+    def run(hidden: int) -> Tensor:
+        slots = hidden + past
+        capacity = -(-(slots + length) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        state = attention_state(spec, 2, slots, capacity, generator)
+        mask = torch.ones(2, slots + length, dtype=torch.int64)
+        mask[0, :hidden] = 0
+        for whole, part in zip(state, stored, strict=True):
+            whole[0, :, hidden:slots] = part[0]
+        given = state if spec.bits < 16 else [state[0], state[0], state[2], state[2]]
+        out = torch.full((2, spec.heads, length, spec.value_width), float("nan"))
+        function(*(x.repeat(2, 1, 1, 1) for x in new), *given, mask, *own, out)
+        return out[0]
+
+    alone = run(0)
+    for hidden in (1, 15, 16, 37):
+        assert torch.equal(run(hidden), alone)
+
+
 def test_the_hyperbolic_tangent_is_close_everywhere():
     lanes, count = 16, 4096
 

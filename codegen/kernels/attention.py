@@ -226,18 +226,18 @@ class _Kernel:
 
     def soften(
         self, scores: Any, limits: Any, lane_buffer: Any, totals: Any, zeros: Any, value_factors: Any,
-        row: Any, slot: Any, stride: Any, blocks: Any, places: Any, sink: Any, slope: Any,
+        row: Any, slot: Any, stride: Any, front: Any, blocks: Any, places: Any, sink: Any, slope: Any,
     ) -> None:  # fmt: skip
         """One row's scores to softmax numerators times value scales; their sum, and that of the zero points' share.
 
-        ``slot`` is the query's own; ``limits`` are upper bounds of scores; ``value_factors`` the scales of the values
-        and, ``stride`` behind them, their zero points; ``places`` those of all slots; ``sink`` and ``slope`` the
-        head's. What the attention has not, is None.
+        ``slot`` is the query's own; ``front`` the first that is no padding; ``limits`` are upper bounds of scores;
+        ``value_factors`` the scales of the values and, ``stride`` behind them, their zero points; ``places`` those of
+        all slots; ``sink`` and ``slope`` the head's. What the attention has not, is None.
         """
         lanes, window = self.lanes, self.spec.window
         scaled = self.spec.bits < 16
         T.buffer_store(lane_buffer, self.all(T.float32(HIDDEN)), [self.at(0)])
-        with T.serial(blocks) as i:
+        with T.serial(front // lanes, blocks) as i:
             where = self.at(row * stride + i * lanes)
             slots = T.Bind(T.ramp(i * lanes, 1, lanes))
             score = self.biased(self.capped(scores[where]), places, i, slot, slope)
@@ -263,7 +263,7 @@ class _Kernel:
             rest = T.Bind(lane_buffer[0])
         T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(0)])
         T.buffer_store(lane_buffer, self.all(T.float32(0)), [self.at(lanes)])
-        with T.serial(blocks) as i:
+        with T.serial(front // lanes, blocks) as i:
             where = self.at(row * stride + i * lanes)
             score = T.Bind(scores[where])
             power = exponential(score - self.all(best), lanes)
@@ -282,7 +282,8 @@ class _Kernel:
                 T.buffer_store(scores, share, [where])
         T.buffer_store(totals, rest, [row])
         T.buffer_store(zeros, T.float32(0), [row])
-        with T.serial(lanes) as lane:
+        with T.serial(lanes) as i:
+            lane = T.Bind((front + i) % lanes)
             T.buffer_store(totals, totals[row] + lane_buffer[lane], [row])
             T.buffer_store(zeros, zeros[row] + lane_buffer[lanes + lane], [row])
 
@@ -336,11 +337,11 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
                 y = (y - factors[k.at(lanes)] * k.all(query_sums[r])) * factors[k.at(0)]
             T.buffer_store(scores, y, [k.at(r * stride + first)])
 
-    def weigh(value_codes, scores, stride, sums, first, count, b, h) -> None:
+    def weigh(value_codes, scores, stride, sums, first, begin, count, b, h) -> None:
         row = T.alloc_buffer((k.value_vectors * lanes,), code_type, scope="local")
         for i in range(k.value_rows * k.out_vectors):
             T.buffer_store(sums, k.all(T.float32(0)), [k.at(i * lanes)])
-        with T.serial(count) as key:
+        with T.serial(begin, count) as key:
             k.add_value(value_codes, row, scores, sums, first, stride, b, h, key)
 
     def store(out, sums, totals, zeros, b, h, row, local) -> None:
@@ -348,6 +349,12 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         with T.serial(value_width) as d:
             y = sums[local % k.value_rows * (k.out_vectors * lanes) + k.channel(d)] - zeros[local]
             T.buffer_store(out, y * inverse, [b, h * repeat + row % repeat, row // repeat, d])
+
+    def find_front(key_mask, front, b, count) -> None:
+        """The first slot that is no padding; the last one where all are."""
+        T.buffer_store(front, T.int32(0), [0])
+        with T.While(T.And(front[0] < count - 1, key_mask[b, front[0]] == T.int64(0))):
+            T.buffer_store(front, front[0] + 1, [0])
 
     def place(key_mask, places, b, count, blocks) -> None:
         """Where every slot stands in its sequence, see :func:`~..reference.attention_places`."""
@@ -393,6 +400,9 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         scores = T.alloc_buffer((tile * stride,), "float32")
         limits = T.alloc_buffer((stride,), "float32")
         value_factors = T.alloc_buffer((2 * stride,), "float32")
+        first_shown = T.alloc_buffer((1,), "int32", scope="local")
+        find_front(key_mask, first_shown, b, count)
+        front = T.Bind(first_shown[0])
         load_queries(query, queries, query_sums, b, h, first, last_row)
         with T.serial(blocks * lanes) as j:
             shown = key_mask[b, T.min(j, count - 1)] != T.int64(0)
@@ -401,10 +411,10 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         if places is not None:
             place(key_mask, places, b, count, blocks)
         if scaled:
-            with T.serial(blocks) as block_index:
+            with T.serial(front // lanes, blocks) as block_index:
                 for i, factor in enumerate(k.pairs(value_params, b, h, block_index * lanes)):
                     T.buffer_store(value_factors, factor, [k.at(i * stride + block_index * lanes)])
-        with T.serial(blocks) as i:
+        with T.serial(front // lanes, blocks) as i:
             score(
                 key_codes, key_params, block, factors, queries, query_sums, sums, scores, stride, b, h, i * lanes
             )  # fmt: skip
@@ -414,10 +424,11 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
             sink = T.Bind(sinks[head]) if spec.sinks else None
             slope = T.Bind(slopes[head]) if spec.slopes else None
             k.soften(
-                scores, limits, lane_buffer, totals, zeros, value_factors, r, slot, stride, blocks, places, sink, slope
+                scores, limits, lane_buffer, totals, zeros, value_factors,
+                r, slot, stride, front, blocks, places, sink, slope,
             )  # fmt: skip
         with T.serial(tile // k.value_rows) as part:
-            weigh(value_codes, scores, stride, value_sums, part * k.value_rows, count, b, h)
+            weigh(value_codes, scores, stride, value_sums, part * k.value_rows, front, count, b, h)
             with T.serial(T.min(k.value_rows, T.max(last_row + 1 - first - part * k.value_rows, 0))) as r:
                 local = T.Bind(part * k.value_rows + r)
                 store(out, value_sums, totals, zeros, b, h, first + local, local)

@@ -141,3 +141,53 @@ class TextStream:
         """What was held back."""
         before = self._decode(self._ids[self._start : self._shown])
         return self._decode(self._ids[self._start :])[len(before) :]
+
+
+def check_stop_strings(stop: Sequence[str]) -> Sequence[str]:
+    """The stop strings as they are.
+
+    Raises:
+        GenerationError: one is empty.
+    """
+    if not all(stop):
+        raise GenerationError("a stop string is empty; give at least one character")
+    return stop
+
+
+class AnswerText:
+    """Text of an answer, token by token, up to the first of some stop strings.
+
+    Text that may be the beginning of a stop string is held back until it is clear whether it is one.
+
+    Attributes:
+        stopped: whether a stop string came; it and what follows is not part of the text.
+
+    Raises:
+        GenerationError: a stop string is empty.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+        check_stop_strings(stop)
+        self.stopped = False
+        self._stream, self._stop, self._held = TextStream(decode), tuple(stop), ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token."""
+        return self._certain(self._stream.push(token))
+
+    def end(self) -> str:
+        """What was held back, where the answer ends without a stop string."""
+        text = self._certain(self._stream.end())
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _certain(self, piece: str) -> str:
+        self._held += piece
+        found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            text, self._held, self.stopped = self._held[: min(found)], "", True
+            return text
+        beginnings = [n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        certain = len(self._held) - max(beginnings, default=0)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lbllm_compile.codegen.errors import first_line
-from lbllm_compile.runtime.generate import GenerationError, Sampling, TextStream, left_pad, tokens
+from lbllm_compile.runtime.generate import AnswerText, GenerationError, Sampling, left_pad, tokens
 
 
 class Steps(Protocol):
@@ -22,6 +22,10 @@ class Steps(Protocol):
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
+        ...
+
+    def rewind(self, tokens: int) -> bool:
+        """Forgets all but the first ``tokens`` of a single sequence without padding; False where it cannot."""
         ...
 
 
@@ -78,24 +82,48 @@ class InputBounds:
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     """Token ids of a prompt; see :meth:`LanguageModel.encode`."""
-    if tokenizer is None:
-        raise GenerationError("the model has no tokenizer; pass token ids instead of text")
-    if lone := next((c for c in prompt if "\ud800" <= c <= "\udfff"), None):
-        raise GenerationError(
-            f"the prompt is not valid text: it has half of a surrogate pair (U+{ord(lone):04X}); give it in UTF-8"
-        )
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    if not getattr(tokenizer, "chat_template", None):
+    if chat:
+        return encode_turns(tokenizer, [{"role": "user", "content": prompt}])
+    _check_text(tokenizer, prompt)
+    return tokenizer(prompt)["input_ids"]
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, up to where the next answer begins.
+
+    Args:
+        tokenizer: as :attr:`LanguageModel.tokenizer`.
+        turns: each with its ``role`` and ``content``.
+
+    Raises:
+        GenerationError: there is no tokenizer or no chat template, the template refuses the turns, or one of them is
+            not valid text.
+    """
+    for turn in turns:
+        _check_text(tokenizer, turn["content"])
+    if not has_chat_template(tokenizer):
         raise GenerationError("the tokenizer has no chat template; pass the prompt as plain text")
-    turn = [{"role": "user", "content": prompt}]
     try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's, and may fail in any way
         raise GenerationError(
             f"the model's chat template refuses the prompt ({first_line(error)}); give it as plain text (--raw)"
         ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether conversations can be put in the form that the model was trained on."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _check_text(tokenizer: Any, text: str) -> None:
+    if tokenizer is None:
+        raise GenerationError("the model has no tokenizer; pass token ids instead of text")
+    if lone := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+        raise GenerationError(
+            f"the prompt is not valid text: it has half of a surrogate pair (U+{ord(lone):04X}); give it in UTF-8"
+        )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int | None) -> None:
@@ -172,14 +200,19 @@ class LanguageModel(ABC):
         session.start(mask)
         return tokens(session.step, ids, sampling, self.stop_tokens() if stop is None else stop)
 
-    def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **options: Any) -> Iterator[str]:
-        """Text of the answer, piece by piece. ``options`` are :class:`~.generate.Sampling`'s fields and ``stop``."""
+    def stream(
+        self, prompt: str | Sequence[int], *, chat: bool = False, stop_text: Sequence[str] = (), **options: Any
+    ) -> Iterator[str]:
+        """Text of the answer, piece by piece, up to the first of ``stop_text``. ``options`` are
+        :class:`~.generate.Sampling`'s fields and ``stop``."""
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else prompt
         stop = options.pop("stop", None)
-        text = TextStream(self.decode)
+        text = AnswerText(self.decode, stop_text)
         for step in self.generate_ids([ids], Sampling(**options), stop):
             if step[0] is not None and (piece := text.push(step[0])):
                 yield piece
+            if text.stopped:
+                return
         if rest := text.end():
             yield rest
 

@@ -138,6 +138,18 @@ class Session:
         with one_torch_thread() if small else nullcontext():
             return self._executor.last_logits(*self._feed(given))[:, -1].numpy()
 
+    def rewind(self, tokens: int) -> bool:
+        """Forgets all but the first ``tokens`` of a single sequence without padding.
+
+        Returns:
+            False, with nothing changed, where the model keeps a state that cannot go back.
+        """
+        if tokens < self.state.past and self.state.has_fixed:
+            return False
+        self.state.past = tokens
+        self._lengths[:], self._mask[:, tokens:] = tokens, 0
+        return True
+
     def logits(self, ids: Tensor) -> Tensor:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
         return self._executor(*self._feed(ids))

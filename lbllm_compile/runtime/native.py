@@ -50,6 +50,9 @@ PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""
 
 
+PAGE = 4096
+"""Bytes of memory that the system gives at once."""
+
 FORMAT_VERSION = 4
 """Counts changes of what a stored program is; part of its key."""
 
@@ -387,12 +390,17 @@ class State:
             self._arrays.append([_view(memory, m, m.offset * count, sizes) for m in members])
             self.blocks.append(machine.tensor(memory.reshape(*dimensions, size)))
         self.arrays = list(itertools.chain(*self._arrays))
+        self._parts: dict[tuple[int | None, int | None], list[Any]] = {}
         self.tuples = self.part(slice(None))
         self._workspaces: dict[str, Any] = {}
 
     def part(self, sequences: slice) -> list[Any]:
-        """:attr:`tuples` of some sequences."""
-        return [self._program.machine.tuple([a[sequences] for a in arrays]) for arrays in self._arrays]
+        """:attr:`tuples` of some sequences, which follow one another."""
+        key = sequences.start, sequences.stop
+        if key not in self._parts:
+            parts = [[array[sequences] for array in arrays] for arrays in self._arrays]
+            self._parts[key] = [self._program.machine.tuple(arrays) for arrays in parts]
+        return self._parts[key]
 
     def workspace(self, name: str) -> Any:
         """The working memory of a function."""
@@ -400,6 +408,26 @@ class State:
             machine = self._program.machine
             self._workspaces[name] = machine.tensor(machine.zeros(self._program.description.workspaces[name]))
         return self._workspaces[name]
+
+    def take(self, sequence: int, first: int, source: State, taken: int, start: int, count: int) -> None:
+        """Copies ``count`` slots of a sequence, and what it keeps of fixed size, from a state of the same program.
+
+        Args:
+            sequence, first: what is written, from that slot on.
+            source: may be this state; the slots may overlap.
+            taken, start: the sequence to copy, from that slot on.
+            count: slots; of none, what is of fixed size is copied all the same.
+        """
+        for new, old in zip(self._arrays[0], source._arrays[0], strict=True):
+            new[sequence, :, first : first + count] = old[taken, :, start : start + count]
+        for new, old in zip(itertools.chain(*self._arrays[1:]), itertools.chain(*source._arrays[1:]), strict=True):
+            new[sequence] = old[taken]
+
+    def memory(self, tokens: int) -> int:
+        """Bytes that a single sequence of so many tokens touches, in whole pages."""
+        rows = (a[0].reshape(a.shape[1], -1) for a in self._arrays[0])
+        pages = sum(len(r) * -(-r.nbytes // len(r) * tokens // self.capacity // PAGE) for r in rows)
+        return pages * PAGE + sum(a.nbytes for a in itertools.chain(*self._arrays[1:]))
 
     def grown(self, tokens: int, past: int) -> State:
         """A state with room for ``tokens``, at least twice as much as before, that holds the first ``past`` slots and
@@ -442,6 +470,28 @@ class NativeSession:
             return self._feed(ids, last=True)[-1][:, -1]
         description = self._program.description
         return self._feed_one(ids, self._fastest) if description.merged else self.step_by_kernel(ids)
+
+    def rewind(self, tokens: int) -> bool:
+        """Forgets all but the first ``tokens`` of a single sequence without padding.
+
+        Returns:
+            False, with nothing changed, where the model keeps a state that cannot go back.
+        """
+        if tokens < self.past and self._program.description.fixed:
+            return False
+        self.past = tokens
+        self._lengths[:], self._mask[:, tokens:] = tokens, 0
+        return True
+
+    def take(self, source: State, sequence: int, start: int, count: int) -> None:
+        """Goes on from a sequence of a state: its next ``count`` tokens, from slot ``start`` on, come behind those that
+        this session, of a single sequence without padding, holds."""
+        end = self.past + count
+        self._make_room(end)
+        self.state.take(0, self.past, source, sequence, start, count)
+        self._mask[:, self.past : end] = 1
+        self._lengths += count
+        self.past = end
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
         """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""

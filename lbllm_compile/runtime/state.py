@@ -35,6 +35,11 @@ class KVState:
         return self._capacity
 
     @property
+    def has_fixed(self) -> bool:
+        """Whether some of it is of fixed size and holds no token by itself."""
+        return any(spec.kind != PER_TOKEN for spec in self._specs)
+
+    @property
     def bytes(self) -> int:
         """Memory of all state tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors)

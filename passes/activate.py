@@ -156,7 +156,7 @@ class Activate(Pass):
             pair,
             chains,
             context,
-            lambda lifted, layer, index: self._train(lifted, layer, chains, context.generator(STREAM + index)),
+            lambda lifted, layer, index: self._train(lifted, layer, chains, context, index),
         )
         training, validation = behind_prologue
         chains = dataclasses.replace(chains, student=training, student_validation=validation)
@@ -183,7 +183,7 @@ class Activate(Pass):
             )
 
     def _train(
-        self, lifted: Lifted, teacher: Stage, chains: Chains, generator: torch.Generator
+        self, lifted: Lifted, teacher: Stage, chains: Chains, context: PassContext, index: int
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Trains one layer; returns its packed levels, its clip factors, its knees and figures."""
         start = time.perf_counter()
@@ -211,7 +211,16 @@ class Activate(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
+        outcome = train_epochs(
+            groups,
+            loss,
+            validate,
+            context.generator(STREAM + index),
+            len(chains.student),
+            self.epochs,
+            self.precision,
+            lambda steps: context.progress.task(f"layer {index}", steps),
+        )
         tensors: dict[str, Tensor] = {path: clip_factors(logit) for path, logit in logits.items()}
         trained = outcome.step and self.lr_knees > 0
         tensors.update({path: knee_shares(knees[path]) if trained else shares for path, shares in placed.items()})

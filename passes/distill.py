@@ -93,7 +93,7 @@ class Distill(Pass):
             pair,
             chains,
             context,
-            lambda lifted, teacher, index: self._train(lifted, teacher, chains, context.generator(STREAM + index)),
+            lambda lifted, teacher, index: self._train(lifted, teacher, chains, context, index),
         )
         summary = {
             "layers": len(rows),
@@ -103,7 +103,7 @@ class Distill(Pass):
         return PassResult(with_tensors(program, stored), rows, summary)
 
     def _train(
-        self, lifted: Lifted, teacher: Stage, chains: Chains, generator: torch.Generator
+        self, lifted: Lifted, teacher: Stage, chains: Chains, context: PassContext, index: int
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Trains one layer; returns its packed weights and figures."""
         start = time.perf_counter()
@@ -130,7 +130,16 @@ class Distill(Pass):
         def validate() -> float:
             return chains.validation_error(lifted, parameters())
 
-        outcome = train_epochs(groups, loss, validate, generator, len(chains.student), self.epochs, self.precision)
+        outcome = train_epochs(
+            groups,
+            loss,
+            validate,
+            context.generator(STREAM + index),
+            len(chains.student),
+            self.epochs,
+            self.precision,
+            lambda steps: context.progress.task(f"layer {index}", steps),
+        )
         tensors: dict[str, Tensor] = {}
         signs, bitmaps, count = 0, 0, 0
         for path, latent in latents.items():

@@ -473,6 +473,8 @@ def test_plain_progress_is_silent_for_short_work_and_speaks_for_long(monkeypatch
     lines = stream.getvalue().splitlines()
     assert len(lines) >= 2
     assert lines[0].startswith("distill: 1/4 (25 %), 0.1 s so far, about ")
+    if Path("/proc/self/statm").exists():
+        assert re.search(r"; error 0\.5; \d+\.\d [MG]B of memory$", lines[0])
     assert lines[-1].startswith("distill: 4/4 in ")
     assert lines[-1].endswith("; error 0.5")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -212,3 +213,27 @@ def test_preconditions_are_named(data):
         apply(quantized(), "distill", dataclasses.replace(data, validation=()))
     with pytest.raises(PassError, match="ptq"):
         apply(annotated(), "distill", data)
+
+
+def test_a_layer_in_training_tells_its_error_against_the_first() -> None:
+    told: list[str] = []
+
+    class Bar:
+        def advance(self, note: str = "") -> None:
+            told.append(note)
+
+    weight, target = torch.zeros(1), torch.ones(1)
+    groups = [training.Group((weight,), 0.5)]
+    outcome = training.train_epochs(
+        groups,
+        lambda index: ((weight - target) ** 2).sum(),
+        lambda: float((weight.detach() - target).abs()),
+        torch.Generator().manual_seed(0),
+        batches=2,
+        epochs=2,
+        precision="float32",
+        begin=lambda steps: contextlib.nullcontext(Bar()),
+    )
+    assert told[0] == "error 1.0000, 1.0000 at first"
+    assert len(told) == 4 and told[-1].endswith(", 1.0000 at first") and outcome.before == 1.0
+    assert float(told[-1].split()[1].rstrip(",")) < 1

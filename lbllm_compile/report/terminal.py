@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -130,7 +131,7 @@ class PlainProgress:
         while not stop.wait(wait):
             wait = LINE_INTERVAL
             if self._tasks[-1] is state:
-                self.note(state.line())
+                self.note("; ".join(filter(None, (state.line(), memory()))))
 
 
 class _TimeLeft(ProgressColumn):
@@ -141,6 +142,15 @@ class _TimeLeft(ProgressColumn):
         left = state.remaining()
         text = f"{duration(state.elapsed)} so far" if left is None else f"about {duration(left)} left"
         return Text(text, style="progress.remaining", no_wrap=True)
+
+
+class _Memory(ProgressColumn):
+    """What the process holds resident, beside the outermost bar."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Bar) -> Text:
+        return Text(memory() if task.fields["outermost"] else "", style="dim", no_wrap=True)
 
 
 class _BarTask:
@@ -174,6 +184,7 @@ class BarProgress:
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 _TimeLeft(),
+                _Memory(),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self._console,
                 transient=True,
@@ -181,7 +192,7 @@ class BarProgress:
             self._bars.start()
         bars = self._bars
         assert bars is not None
-        bar = bars.add_task(title, total=total, note="", state=state)
+        bar = bars.add_task(title, total=total, note="", state=state, outermost=outermost)
         try:
             yield _BarTask(state, bars, bar)
         except BaseException:
@@ -225,6 +236,15 @@ def pager(console: Console) -> Iterator[None]:
 def make_progress(console: Console) -> PlainProgress | BarProgress:
     """Bars on a terminal, plain lines elsewhere."""
     return BarProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def memory() -> str:
+    """What this process holds resident, e.g. ``1.2 GB of memory``; empty where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return ""
+    return f"{size(pages * os.sysconf('SC_PAGE_SIZE'))} of memory"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...codegen.errors import FormatError
+from ...codegen.progress import Task
 from ..base import Checkpoints, PassError
 from .layers import Values
 from .precision import Precision, matrix_products
@@ -186,10 +188,29 @@ def train_epochs(
     batches: int,
     epochs: int,
     precision: Precision,
+    begin: Callable[[int], AbstractContextManager[Task]],
 ) -> Outcome:
-    """:func:`train` for so many passes over the batches, validating after each."""
+    """:func:`train` for so many passes over the batches, validating after each.
+
+    Args:
+        begin: begins a progress bar of so many steps, which is told the held-out error of the latest validation.
+    """
     steps = epochs * batches
-    return train(groups, loss, validate, generator, batches=batches, steps=steps, every=batches, precision=precision)
+    with torch.no_grad():
+        before = validate()
+    with begin(max(steps, 1)) as task:
+        return train(
+            groups,
+            loss,
+            validate,
+            generator,
+            batches=batches,
+            steps=steps,
+            every=batches,
+            precision=precision,
+            before=before,
+            report=lambda latest: task.advance(f"error {latest:.4f}, {before:.4f} at first"),
+        )
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -175,7 +175,7 @@ def look(
     asked = any(value is not None for value in (name, layer, diff, pattern))
     if not asked:
         named = dataclasses.replace(shown.after, name=directory.resolve().name)
-        parts = overview.page(named, rows, measured, report)
+        parts = overview.page(named, rows, shown.passes, measured, report)
     else:
         title = f"{shown.title}: {graph.summary(shown.after, shown.before)}"
         blocks = graph.changes(blocks) if diff is not None else blocks

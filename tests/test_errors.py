@@ -532,7 +532,7 @@ def test_a_good_artifact_can_be_looked_into(good: Path) -> None:
     assert {line["sign"] for block in document["graph"] for line in block["lines"]} == {"+", "-", " "}
     text = CliRunner().invoke(cli.app, ["inspect", str(good)])
     assert text.exit_code == 0, text.stderr
-    assert "decoder layer 0  (1 alike)" in text.stdout
+    assert "decoder layers 0-1 (2 alike)" in text.stdout and "1  canonicalize" in text.stdout
 
 
 # The machine

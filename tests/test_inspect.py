@@ -154,7 +154,7 @@ def test_stages_are_summed_up_by_their_worst_layer(compiled: Path) -> None:
     rows = [{"layer": i, "before": 0.4, "after": after} for i, after in enumerate((0.1, 0.3))]
     measured = [MeasuredPass("distill", "distill", "calibrating", rows, {})]
     program = inspect.read_graph(compiled, "graph.json")
-    text = shown(*overview.page(program, inspect.linear_rows(program), measured, None))
+    text = shown(*overview.page(program, inspect.linear_rows(program), [], measured, None))
     assert re.search(r"distill +of outputs +0\.4 +0\.2 +0\.3 +1\b", text)
 
 

@@ -64,6 +64,17 @@ def test_a_result_is_found_under_its_own_key_only(tmp_path):
         assert database.find(other) is None, other
 
 
+def test_a_result_keeps_the_candidates_of_its_search(tmp_path):
+    candidates = tuple({"schedule": {"rows": rows}, "microseconds": time} for rows, time in ((16, 12.5), (8, 13.0)))
+    result = Result({"rows": 16}, 12.5, 16, 16, candidates=candidates, discarded=("rows=4: it timed out",))
+    Database(tmp_path).add(KEY, result)
+    assert Database(tmp_path).find(KEY) == result
+    for wrong in ([{"schedule": {"rows": [1]}, "microseconds": 1.0}], [{"schedule": {}, "microseconds": 0}], [3], 5):
+        line = {**json.loads(result.line(KEY)), "candidates": wrong}
+        with pytest.raises(ValueError):
+            parse_line(json.dumps(line).encode())
+
+
 def test_every_field_of_a_key_and_spec_is_covered_above():
     changed = differing_keys()
     assert {f.name for f in dataclasses.fields(Key)} == {
@@ -485,6 +496,9 @@ def test_another_machines_result_is_the_first_guess(tmp_path):
     *_, choice = choose_one(tmp_path, measurer)
     assert measurer.requests[0].schedules[0] == portable(4)
     assert (choice.source, choice.schedule.rows, choice.result.default_microseconds) == ("search", 8, 18.0)
+    kept, times = choice.result.candidates, [item["microseconds"] for item in choice.result.candidates]
+    assert kept[0] == {"schedule": choice.result.schedule, "microseconds": choice.result.microseconds}
+    assert times == sorted(times) and 1 < len(kept) <= tuner.KEPT
 
 
 @pytest.mark.parametrize(("roofline", "stops"), [(9.5, True), (5.0, False), (30.0, False)])

@@ -1,9 +1,9 @@
 """Tuning results on disk: JSON lines that people can read, safe under concurrent writers.
 
 Every line is ``{"key": {...}, "schedule": {...}, "microseconds": ..., "trials": ..., "sought": ...}``, with
-``"default_microseconds"`` and ``"roofline_microseconds"`` where they are known. Writers append under a lock; of two
-lines with one key the later counts. A line that is no record (a crash cut it, a disk garbled it) is skipped with a
-warning.
+``"default_microseconds"``, ``"roofline_microseconds"``, ``"candidates"`` and ``"discarded"`` where they are known.
+Writers append under a lock; of two lines with one key the later counts. A line that is no record (a crash cut it, a
+disk garbled it) is skipped with a warning.
 
 ``seeds.jsonl`` beside this file holds results that ship with the package, in the same form. What the user's own file
 says comes first.
@@ -104,6 +104,8 @@ class Result:
             does not take this result.
         default_microseconds: time of the schedule that is used without a search, in the same measurement.
         roofline_microseconds: the least time that the machine's measured bandwidth and dot products allow.
+        candidates: the fastest ones, ``{"schedule", "microseconds"}`` each, this schedule among them.
+        discarded: what went wrong with candidates that gave no time.
     """
 
     schedule: dict[str, Any]
@@ -112,6 +114,8 @@ class Result:
     sought: int
     default_microseconds: float | None = None
     roofline_microseconds: float | None = None
+    candidates: tuple[Mapping[str, Any], ...] = ()
+    discarded: tuple[str, ...] = ()
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Result:
@@ -121,19 +125,21 @@ class Result:
             KeyError, TypeError, ValueError: a field is missing or no sensible value.
         """
         schedule, trials, sought = fields["schedule"], fields["trials"], fields["sought"]
-        if not isinstance(schedule, dict) or not all(isinstance(v, (int, str)) for v in schedule.values()):
-            raise TypeError("the schedule must be an object of plain values")
+        check_schedule(schedule)
         if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in (trials, sought)):
             raise ValueError("trials and sought must be positive whole numbers")
         default, roofline = (
             None if fields.get(name) is None else _positive(fields[name])
             for name in ("default_microseconds", "roofline_microseconds")
         )
-        return cls(dict(schedule), _positive(fields["microseconds"]), trials, sought, default, roofline)
+        candidates = tuple(_candidate(item) for item in fields.get("candidates", ()))
+        discarded = tuple(str(text) for text in fields.get("discarded", ()))
+        times = _positive(fields["microseconds"]), trials, sought, default, roofline
+        return cls(dict(schedule), *times, candidates, discarded)
 
     def line(self, key: Key) -> str:
         """The line that stores this result, without the line break."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, ())}
         return json.dumps({"key": dataclasses.asdict(key), **fields}, sort_keys=True)
 
     def beats(self, other: Result) -> bool:
@@ -339,6 +345,21 @@ def _shipped(file: Path) -> dict[Key, Result]:
     """The seeds; a package's data file is trusted to be whole."""
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return dict(parse_line(line) for line in lines if line.strip())
+
+
+def check_schedule(fields: Any) -> None:
+    """Checks that a schedule's JSON form is an object of plain values; whether a target has it is another question.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(fields, dict) or not all(isinstance(v, (int, str)) for v in fields.values()):
+        raise ValueError("the schedule must be an object of plain values")
+
+
+def _candidate(fields: Any) -> dict[str, Any]:
+    check_schedule(fields["schedule"])
+    return {"schedule": fields["schedule"], "microseconds": _positive(fields["microseconds"])}
 
 
 def _positive(value: Any) -> float:

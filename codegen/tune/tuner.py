@@ -28,6 +28,9 @@ TIMING_SECONDS = 0.02
 FINALISTS = 3
 """The search's best candidates that are timed once more, side by side, together with the default."""
 
+KEPT = 8
+"""The search's best candidates whose times a result keeps, and the most failures."""
+
 FINAL_SECONDS = 0.1
 """How long each of them is."""
 
@@ -281,4 +284,15 @@ class _Search:
         fields = dataclasses.asdict(self.best)
         # One that was cut short counts for what it measured: a later search with as many trials does not take it.
         sought = trials if found.complete else found.trials
-        return Result(fields, times[self.best], found.trials, sought, times.get(self._default), roofline)
+        fastest = sorted(times, key=times.__getitem__)[:KEPT]
+        candidates = tuple({"schedule": dataclasses.asdict(s), "microseconds": times[s]} for s in fastest)
+        return Result(
+            fields,
+            times[self.best],
+            found.trials,
+            sought,
+            times.get(self._default),
+            roofline,
+            candidates,
+            found.failures[:KEPT],
+        )

@@ -62,6 +62,7 @@ class Stretch:
 def page(
     program: Program,
     linears: Sequence[Mapping[str, Any]],
+    passes: Sequence[str],
     measured: Sequence[MeasuredPass],
     report: CompileReport | None,
 ) -> list[RenderableType]:
@@ -70,10 +71,11 @@ def page(
     Args:
         program: the graph that runs; weights are not needed.
         linears: its rows (:func:`lbllm_compile.inspect.linear_rows`).
-        measured: what its passes measured.
+        passes: the names of the passes that made it.
+        measured: what they measured.
         report: of the compile, where the artifact has one.
     """
-    parts: list[RenderableType] = [_heading(program, linears), Text(), _pipeline(measured, report)]
+    parts: list[RenderableType] = [_heading(program, linears), Text(), _pipeline(passes, measured, report)]
     if stages := _stages(measured):
         parts += [Text(), terminal.rows_table("What the stages measured", stages)]
     parts += [Text(), inputs(program), Text(), model(program, linears)]
@@ -90,10 +92,12 @@ def _heading(program: Program, linears: Sequence[Mapping[str, Any]]) -> Text:
     return Text.assemble((program.name, "bold"), f": {counts}")
 
 
-def _pipeline(measured: Sequence[MeasuredPass], report: CompileReport | None) -> Table:
+def _pipeline(passes: Sequence[str], measured: Sequence[MeasuredPass], report: CompileReport | None) -> Table:
+    """The passes, as far as the artifact tells of them."""
     if report is not None:
         return terminal.pass_table(report.records, times=True)
-    rows = [[index, item.text, item.contract] for index, item in enumerate(measured, 1)]
+    told = [(item.text, item.contract) for item in measured] or [(name, None) for name in passes]
+    rows = [[index, *item] for index, item in enumerate(told, 1)]
     return terminal.table("Passes", ["#", "pass", "contract"], rows)
 
 

@@ -53,6 +53,7 @@ from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT
 from lbllm_compile.codegen.operators.registry import OperatorError
+from lbllm_compile.codegen.tune.database import check_schedule, spec_from_fields
 from lbllm_compile.manifest import (
     FORMAT,
     MANIFEST,
@@ -509,7 +510,7 @@ def _read_json(path: Path) -> Any:
 
 
 _RECORD = {"spec": dict, "tokens": str, "target": str, "schedule": dict}
-"""What a tuning record must have; whether a schedule is one is for those to say who use it."""
+"""What a tuning record must have; whether a target has such a schedule is for those to say who use it."""
 
 
 def read_records(directory: Path) -> list[Mapping[str, Any]]:
@@ -520,10 +521,16 @@ def read_records(directory: Path) -> list[Mapping[str, Any]]:
     """
     path = directory / "tuning.json"
     records = _read_json(path)
-    if not isinstance(records, list) or not all(
-        isinstance(r, dict) and all(isinstance(r.get(name), kind) for name, kind in _RECORD.items()) for r in records
-    ):
-        raise ArtifactError(f"'{path}' does not hold tuning records; compile the model again")
+    try:
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError("not a list of objects")
+        for number, record in enumerate(records):
+            if wrong := [name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)]:
+                raise ValueError(f"record {number} has no {wrong[0]}")
+            spec_from_fields(record["spec"])
+            check_schedule(record["schedule"])
+    except (ValueError, LbllmError) as error:
+        raise ArtifactError(f"'{path}' does not hold tuning records ({error}); compile the model again") from error
     return records
 
 

@@ -234,7 +234,8 @@ def _layouts(options: TuneOptions, target: Target) -> dict[LinearSpec, str]:
     if options.directory is None or options.tokens is None:
         return {}
     records = artifact.read_records(options.directory)
-    return {LinearSpec(**r["spec"]): r["schedule"]["layout"] for r in records if r["target"] == target.name}
+    ours = [record for record in records if record["target"] == target.name and "layout" in record["schedule"]]
+    return {LinearSpec(**record["spec"]): record["schedule"]["layout"] for record in ours}
 
 
 def _buckets(names: str | None, space: SearchSpace) -> list[Bucket]:

@@ -1,9 +1,9 @@
 """Artifacts that were damaged or crafted, and what reading and running them must come to.
 
-:func:`mutate` changes one thing of an artifact, decided by a seed alone. Half of the time it leaves the manifest as it
-was, which then tells; the other half it makes the manifest fit again, as someone would who crafts an artifact, so that
-what reads the files behind it is on its own. :func:`check` reads and runs what came out, and says what is wrong with
-how that ended. To replay one mutation with its traceback::
+:func:`mutate` changes one thing of an artifact, decided by a seed alone. Sometimes it leaves the manifest as it was,
+which then tells; mostly it makes the manifest fit again, as someone would who crafts an artifact, so that what reads
+the files behind it is on its own. :func:`check` reads what came out and runs it in torch, and a part of it natively,
+and says what is wrong with how that ended. To replay one mutation with its traceback::
 
     python tests/mutations.py SEED
 """
@@ -11,11 +11,13 @@ how that ended. To replay one mutation with its traceback::
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -33,9 +35,13 @@ import tokenizers
 import torch
 import transformers
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.operators import stored
+from lbllm_compile.codegen.kernels import cpu
+from lbllm_compile.codegen.operators import operators, stored
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
+from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 from reference_kernels import ReferenceKernels
 from rtn import simulate
@@ -43,20 +49,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lbllm_compile import artifact, frontend, inspect
+from lbllm_compile.artifact import Artifact
 from lbllm_compile.frontend import UserModel
+from lbllm_compile.lowering import compare
+from lbllm_compile.lowering.build import build_native, workshop
+from lbllm_compile.lowering.executor import Kernels, requirements
 from lbllm_compile.records import CompileReport, MeasuredPass, PassRecord, Verdict
 from lbllm_compile.runtime import CompiledModel
+from lbllm_compile.runtime.language import LanguageModel
+from lbllm_compile.runtime.loader import build_kernels
 
 VOCABULARY, CONTEXT = 37, 64
 
 MEMORY = 2 << 30
 """Bytes that one artifact may take beyond what the process had before."""
 
-SECONDS = 120
+SECONDS = 300
 """Most that one artifact may take, on a machine that does other things as well."""
 
 UNDECIDING = ("lbllm.lock", "measured.json", "tuning.json", "report.json", "passes/", "kernels/", "config", "tokenizer")
 """Starts of names of files that say nothing of what the model computes."""
+
+NATIVELY = 5
+"""Of so many artifacts that are read and hold another program or other schedules than before, one runs natively, too;
+and every one in whose graph an operator got another number."""
 
 
 # Artifacts
@@ -141,17 +157,32 @@ def make(directory: Path) -> None:
                 program = simulate(program)
         program = dataclasses.replace(program, tokenizer=_tokenizer() if model.kind == "causal-lm" else None)
         measured = [MeasuredPass("lower", "lower", "exact", [{"layer": 0, "error": 0.5}], {"counts": 3})]
-        records = [{"spec": {"kind": "bit"}, "tokens": "1", "target": "cpu:avx2", "schedule": {"rows": 4}}]
         out = directory / name
         digest = artifact.save(
-            program, out, lock={"model": "0" * 64, "seed": "0"}, history=history, passes=measured, records=records,
-            sources={"linear": "# text"},
+            program, out, lock={"model": "0" * 64, "seed": "0"}, history=history, passes=measured,
+            records=_records(program), sources={"linear": "# text"},
         )  # fmt: skip
         passed = PassRecord(1, "lower", "lower", 0.5, 0.1, 10, 12, "exact", 0.0, [], {})
         verdicts = [Verdict("stage 1", True, "better")]
         artifact.write_report(
             digest, CompileReport(out, [passed], verdicts, {"size": {"bytes": 1}}, 0, {"all": 1.0}, 9)
         )
+
+
+def _records(program: Program) -> list[dict[str, Any]]:
+    """A tuning record for every linear of a program and every number of tokens, as if they had been searched here."""
+    target = Target.parse("cpu")
+    return [
+        {
+            "spec": dataclasses.asdict(spec),
+            "tokens": bucket.name,
+            "target": target.name,
+            "threads": thread_count(),
+            "schedule": dataclasses.asdict(cpu.implementations(spec, target)[0].schedules(bucket)[0]),
+        }
+        for spec in requirements(program).linears
+        for bucket in cpu.BUCKETS
+    ]
 
 
 def _ids(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -170,39 +201,96 @@ def inputs_of(program: Program) -> dict[str, Tensor]:
     return {"x": torch.randn((3, 259), generator=torch.Generator().manual_seed(1))}
 
 
-def answers(directory: Path, changed: str = "") -> list[Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What an artifact came to.
+
+    Attributes:
+        loaded: the artifact in memory.
+        outputs: of a module on its inputs; of a language model on a prompt, and where it has a state, of every step
+            after that.
+    """
+
+    loaded: Artifact
+    outputs: list[Tensor]
+
+
+def read(directory: Path, changed: str = "", before: Read | None = None) -> Read:
     """Reads an artifact and runs it as users do: a module on its inputs, a language model on a prompt and token by
-    token. Gives the outputs on kernels, those of the graph alone, which must be the same, and those of every step.
+    token.
 
     Args:
         directory: the artifact.
         changed: a file of it, which is looked at even if it is none that running takes.
+        before: what another one came to. Where this one holds the same program its outputs are the same, too.
 
     Raises:
         LbllmError: it cannot be read, or not be run.
+        AssertionError: on kernels it gives another output than the graph alone.
     """
     read_documents(directory, changed)
-    program = artifact.load(directory).program
+    loaded = artifact.load(directory)
+    program = loaded.program
+    if program.kind == "causal-lm":
+        Text(program).use()
+    if before is not None and same_program(program, before.loaded.program):
+        return Read(loaded, before.outputs)
     model = CompiledModel(program, ReferenceKernels())
     inputs = inputs_of(program)
     graph = program.copy()
     graph.graph.eliminate_dead_code()  # which may fail, and is not run
-    if program.kind != "causal-lm":
-        return [model(**inputs), graph.run(inputs)]
-    model.stop_tokens()
-    if model.tokenizer is not None:
-        model.decode(model.encode("w3 w1 w4"))
-        model.encode("w5", chat=True)
-    _ = model.context_length
+    outputs = [model(**inputs)] if program.kind != "causal-lm" else answers(model, inputs)
+    if not _same(outputs[0], graph.run(inputs)):
+        raise AssertionError("bound to kernels it gives another answer than its graph")
+    return Read(loaded, outputs)
+
+
+class Text(LanguageModel):
+    """What a program has for text, without what runs it."""
+
+    def __init__(self, program: Program):
+        self.config, self.tokenizer = program.config, program.tokenizer
+
+    def session(self, batch: int, capacity: int = 0) -> Any:
+        raise AssertionError("text has no session")
+
+    def use(self) -> None:
+        self.stop_tokens()
+        if self.tokenizer is not None:
+            self.decode(self.encode("w3 w1 w4"))
+            self.encode("w5", chat=True)
+        _ = self.context_length
+
+
+def answers(model: CompiledModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Logits of a language model for its inputs at once, and where it has a state, of the same and of more tokens step
+    by step."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    given = [model.logits(ids, mask), graph.run(inputs)]
-    if program.state_placeholders():
+    given = [model.logits(ids, mask)]
+    if model.program.state_placeholders():
         session = model.session(2)
         session.start(mask.numpy())
-        given.append(torch.from_numpy(np.array(session.step(ids.numpy()))))
-        for token in _ids(3, 2, seed=1):
-            given.append(torch.from_numpy(np.array(session.step(token[:, None].numpy()))))
+        for part in (ids, *(token[:, None] for token in _ids(3, 2, seed=1))):
+            given.append(torch.from_numpy(np.array(session.step(part.numpy()))))
     return given
+
+
+def same_program(a: Program, b: Program) -> bool:
+    """Whether two programs are of one kind, graph and weights, to the bit, so that they compute the same."""
+    weights, others = dict(a.parameters()), dict(b.parameters())
+    return (
+        a.kind == b.kind
+        and graph_json.dumps(a.module) == graph_json.dumps(b.module)
+        and all(_same_bits(tensor, others[path]) for path, tensor in weights.items())
+    )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def read_documents(directory: Path, changed: str) -> None:
@@ -306,20 +394,11 @@ def edit_json(document: Any, chance: random.Random) -> tuple[Any, str]:
 @functools.cache
 def _operators() -> list[str]:
     """Every name that a stored graph may call."""
-    names = [*stored._FUNCTIONS]
+    names = {operator.name for operator in operators()} | {*stored._FUNCTIONS}
     for packet in sorted(stored._ATEN):
         found = getattr(torch.ops.aten, packet, None)
-        overloads = [] if found is None else found.overloads()
-        names += [name for o in overloads if stored.resolve(name := f"aten.{packet}.{o}") is not None]
-    names += [f"lbllm.{name}.default" for name in _LBLLM]
-    return names
-
-
-_LBLLM = (
-    "observe", "unpack_weight", "unpack_rows", "fake_quantize", "fake_quantize_kv", "grouped_linear",
-    "quantize_activation", "bit_linear", "grouped_bit_linear", "int8_linear", "int8_embedding", "attention",
-    "cached_attention", "cached_conv",
-)  # fmt: skip
+        names |= {f"aten.{packet}.{overload}" for overload in ([] if found is None else found.overloads())}
+    return sorted(name for name in names if stored.resolve(name) is not None)
 
 
 def _arguments(node: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -619,46 +698,149 @@ def fit(directory: Path) -> None:
     path.write_text(json.dumps({"format": artifact.FORMAT, "version": artifact.VERSION, "files": files}))
 
 
+# Natively
+
+
+_PERTURB = -6
+"""The parameter of glibc's ``mallopt`` that sets a byte which memory is filled with when it is taken or given back."""
+
+_built: dict[Any, Kernels] = {}
+
+
+def kernels_of(loaded: Artifact) -> Kernels:
+    """The kernels of an artifact, each distinct set built once in a process."""
+    key = (requirements(loaded.program), json.dumps(loaded.records))
+    if key not in _built:
+        _built[key] = build_kernels(loaded)
+    return _built[key]
+
+
+def run_natively(found: Read) -> bool:
+    """Runs a language model's native program; False where it has none, and its graph runs in torch.
+
+    Raises:
+        LbllmError: it is refused.
+        AssertionError: it gives something else than its graph in torch, or what it gives depends on memory that nobody
+            has written.
+    """
+    program, kernels = found.loaded.program, kernels_of(found.loaded)
+    with workshop() as folder:
+        native = build_native(program, kernels, folder)
+        if native is None:
+            return False
+        model, inputs = CompiledModel(program, kernels, native), inputs_of(program)
+        _, bound = compare.distances(program, kernels, native)
+        runs = []
+        for byte in (0x55, 0xAA):
+            ctypes.CDLL(None).mallopt(_PERTURB, byte)
+            runs.append(answers(model, inputs))
+        ctypes.CDLL(None).mallopt(_PERTURB, 0)
+    if not all(map(_same_bits, *runs)):
+        raise AssertionError("natively it gives another answer every time")
+    seen = inputs["attention_mask"].bool()
+    for ours, theirs in zip(runs[0], found.outputs, strict=True):
+        distance = compare._distance(ours, theirs)
+        mean = float((distance[seen] if distance.shape == seen.shape else distance).mean())
+        if not mean <= bound:
+            raise AssertionError(f"natively it gives another answer: {mean:.2g} from its graph's, and not {bound:.2g}")
+    return True
+
+
+def is_to_run_natively(found: Read, before: Read, base: Path, seed: int) -> bool:
+    """Whether an artifact is one of those that run natively, too."""
+    if found.loaded.program.kind != "causal-lm":
+        return False
+    numbers = _numbers(base)
+    if any(numbers.get(call, given) != given for call, given in _numbers(found.loaded.directory).items()):
+        return True
+    same = same_program(found.loaded.program, before.loaded.program) and found.loaded.records == before.loaded.records
+    return not same and seed % NATIVELY == 0
+
+
+def _numbers(directory: Path) -> dict[tuple[str, str], list[Any]]:
+    """What every call of an artifact's graph gets that is no tensor, by its name and operator."""
+    nodes = json.loads((directory / "graph.json").read_bytes())["nodes"]
+    return {
+        (node["name"], node["target"]): [c[k] for c, k in _arguments(node) if isinstance(c[k], (int, float))]
+        for node in nodes
+        if node["op"] == "call_function"
+    }
+
+
 # Verdicts
 
 
-def expected_answers(base: Path) -> dict[str, list[Tensor]]:
-    """The answers of the artifacts as they were."""
-    return {name: answers(base / name) for name in MODELS}
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a mutated artifact.
+
+    Attributes:
+        verdict: ``"refused"``, ``"same"`` (it gives the answers from before), ``"other"`` or ``"wrong"``.
+        text: what was done, and the refusal or what is wrong.
+        natively: ``"run"``, ``"in torch"`` (its graph has no native program) or ``"refused"``; empty where it was not
+            tried.
+    """
+
+    verdict: str
+    text: str
+    natively: str = ""
+
+
+def expected(base: Path) -> dict[str, Read]:
+    """What the artifacts came to as they were."""
+    return {name: read(base / name) for name in MODELS}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def check(base: Path, expected: Mapping[str, list[Tensor]], directory: Path, seed: int) -> tuple[str, str]:
-    """Mutates, reads and runs; gives ``"refused"``, ``"same"`` or ``"other"`` and what was done.
+def _sentence(error: LbllmError) -> str:
+    """What an error tells a user.
+
+    Raises:
+        AssertionError: that is no sentence, or calls itself a bug.
+    """
+    sentence = str(error)
+    if not 20 < len(sentence) < 800 or "\n" in sentence:
+        raise AssertionError(f"this is no sentence: {sentence!r}") from error
+    if error.exit_code == 1:
+        raise AssertionError(f"this should not be a bug: {sentence}") from error
+    return f"{type(error).__name__}: {sentence}"
+
+
+def check(base: Path, before: Mapping[str, Read], directory: Path, seed: int) -> Outcome:
+    """Mutates, reads and runs.
 
     Only a crafted graph, weights or kind of program may give other answers than before, and then those that the graph
     itself has in the reference's arithmetic.
 
     Raises:
-        Exception: what reading or running raised that is no :class:`LbllmError`, or what is wrong with the result.
+        AssertionError: what reading or running raised that is no :class:`LbllmError`, or what is wrong with the result.
     """
     mutation = mutate(base, directory, seed)
     what = f"{mutation.model}, {mutation.text}, {'crafted' if mutation.crafted else 'damaged'}"
     try:
-        found = answers(directory, mutation.file)
-    except LbllmError as error:
-        sentence = str(error)
-        if not 20 < len(sentence) < 800 or "\n" in sentence:
-            raise AssertionError(f"{what}: this is no sentence: {sentence!r}") from error
-        return "refused", f"{what}: {type(error).__name__}: {sentence}"
+        return _checked(base / mutation.model, before[mutation.model], directory, mutation, what, seed)
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    if not _same(found[0], found[1]):
-        raise AssertionError(f"{what}: bound to kernels it gives another answer than its graph")
-    before = expected[mutation.model]
-    if len(found) == len(before) and all(map(_same, found, before)):
-        return "same", what
-    if not mutation.crafted or mutation.file.startswith(UNDECIDING):
-        raise AssertionError(f"{what}: the answer is another one")
-    return "other", what
+
+
+def _checked(base: Path, before: Read, directory: Path, mutation: Mutation, what: str, seed: int) -> Outcome:
+    try:
+        found = read(directory, mutation.file, before)
+    except LbllmError as error:
+        return Outcome("refused", f"{what}: {_sentence(error)}")
+    same = len(found.outputs) == len(before.outputs) and all(map(_same, found.outputs, before.outputs))
+    if not same and (not mutation.crafted or mutation.file.startswith(UNDECIDING)):
+        raise AssertionError("the answer is another one")
+    verdict = "same" if same else "other"
+    if not is_to_run_natively(found, before, base, seed):
+        return Outcome(verdict, what)
+    try:
+        return Outcome(verdict, what, "run" if run_natively(found) else "in torch")
+    except LbllmError as error:
+        return Outcome(verdict, f"{what}; natively {_sentence(error)}", "refused")
 
 
 def work(base: Path, first: int, last: int) -> None:
@@ -668,7 +850,7 @@ def work(base: Path, first: int, last: int) -> None:
     """
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    expected = expected_answers(base)
+    before = expected(base)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -678,11 +860,11 @@ def work(base: Path, first: int, last: int) -> None:
         signal.alarm(SECONDS)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                verdict, text = check(base, expected, Path(folder) / "mutated", seed)
+                outcome = check(base, before, Path(folder) / "mutated", seed)
             except BaseException as error:
-                verdict, text = "wrong", f"{error}\n{''.join(traceback.format_exception(error))}"
+                outcome = Outcome("wrong", f"{error}\n{''.join(traceback.format_exception(error))}")
         signal.alarm(0)
-        print(json.dumps({"seed": seed, "verdict": verdict, "text": text}), flush=True)
+        print(json.dumps({"seed": seed, **dataclasses.asdict(outcome)}), flush=True)
 
 
 if __name__ == "__main__":
@@ -690,6 +872,7 @@ if __name__ == "__main__":
         work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     else:
         with tempfile.TemporaryDirectory() as made:
+            os.environ["LBLLM_CACHE_DIR"] = str(Path(made) / "cache")
             make(Path(made))
             for seed in map(int, sys.argv[1:]):
                 work(Path(made), seed, seed + 1)

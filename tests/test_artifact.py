@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from graphs import context, normal, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.ir.program import set_attribute
 from lbllm_compile.passes.lower import Lower
@@ -39,7 +41,8 @@ def lowered(seed: int = 0):
     return item
 
 
-RECORDS = [{"spec": {"kind": "bit"}, "tokens": "1", "target": "cpu:avx2", "schedule": {"rows": 4}}]
+SPEC = dataclasses.asdict(LinearSpec("bit", out_features=8, in_features=32, group=32))
+RECORDS = [{"spec": SPEC, "tokens": "1", "target": "cpu:avx2", "schedule": {"rows": 4}}]
 LOCK = {"model": "0" * 64, "source": "/nowhere/model.py", "seed": "0"}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rtn
@@ -19,6 +20,7 @@ import torch
 import transformers
 import zoo
 from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.passes import PassContext, pipeline
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -423,6 +425,15 @@ def records(text: bytes) -> Callable[[Path], None]:
     return lambda directory: rewrite(directory, "tuning.json", lambda _: text)
 
 
+def tuning_record(**changes: Any) -> Callable[[Path], None]:
+    """A record of which the linear has other fields, or that has another linear or schedule."""
+    spec = dataclasses.asdict(LinearSpec("bit", out_features=8, in_features=32, group=32))
+    record = {"spec": spec, "tokens": "1", "target": "cpu:generic", "threads": 1, "schedule": {"rows": 4}}
+    whole = {name: value for name, value in changes.items() if name in record}
+    spec.update({name: value for name, value in changes.items() if name not in record})
+    return records(json.dumps([{**record, **whole}]).encode())
+
+
 def other_version(directory: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
@@ -440,6 +451,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "forged weights": (forged_weights, "not a safetensors file"),
     "tuning records of something else": (records(b'[{"a": 1}]'), "does not hold tuning records"),
     "tuning records that are numbers": (records(b"[3]"), "does not hold tuning records"),
+    "a tuning record of half a linear": (tuning_record(spec={"kind": "bit"}), "the fields of a LinearSpec are kind"),
+    "a tuning record of a linear that has a list": (tuning_record(bias=[]), "bias must be bool"),
+    "a tuning record of a schedule that has a list": (tuning_record(schedule={"rows": []}), "plain values"),
     "a norm of another shape": (lambda d: change_weight(d, "norm.weight", lambda t: t[:-1].clone()), "does not run at"),
     "a NaN norm": (lambda d: change_weight(d, "norm.weight", spoil(float("nan"))), "NaN or infinite"),
     "an infinite norm": (lambda d: change_weight(d, "norm.weight", spoil(-float("inf"))), "NaN or infinite"),

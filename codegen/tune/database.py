@@ -87,9 +87,7 @@ class Key:
             TypeError, ValueError, LbllmError: the fields are not a key's.
         """
         _check_types(cls, fields, {"spec": dict})
-        spec = fields["spec"]
-        _check_types(LinearSpec, spec, {"kind": str})
-        return cls(**{**fields, "spec": LinearSpec(**spec)})
+        return cls(**{**fields, "spec": spec_from_fields(fields["spec"])})
 
 
 @dataclass(frozen=True)
@@ -345,6 +343,16 @@ def _shipped(file: Path) -> dict[Key, Result]:
     """The seeds; a package's data file is trusted to be whole."""
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return dict(parse_line(line) for line in lines if line.strip())
+
+
+def spec_from_fields(fields: Any) -> LinearSpec:
+    """A linear from its JSON form.
+
+    Raises:
+        ValueError, LbllmError: it is none.
+    """
+    _check_types(LinearSpec, fields, {"kind": str})
+    return LinearSpec(**fields)
 
 
 def check_schedule(fields: Any) -> None:

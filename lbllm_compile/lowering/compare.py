@@ -77,6 +77,7 @@ def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -
 
     Raises:
         DisagreementError: the mean distance of one of these is above the bound.
+        KernelError: the executor's logits are not finite.
     """
     distance, bound = distances(program, kernels, native)
     if not distance <= bound:
@@ -88,7 +89,11 @@ def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -
 
 
 def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tuple[float, float]:
-    """The largest mean distance of the logits of one way to feed the probe from the executor's, and the bound."""
+    """The largest mean distance of the logits of one way to feed the probe from the executor's, and the bound.
+
+    Raises:
+        KernelError: the executor's are not finite, so that there is no distance.
+    """
     ids = _probe(native.description.bounds, 2)
     mask = np.ones_like(ids)
     mask[1, : min(PADDING, ids.shape[1] - 1)] = 0
@@ -106,6 +111,10 @@ def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tupl
     for begin, end in pairwise(ends):
         part, seen = ids[:, begin:end], torch.from_numpy(mask[:, begin:end]).bool()
         exact, *moved = reference.logits(torch.from_numpy(np.tile(part, (copies, 1)))).split(2)
+        if not bool(torch.isfinite(exact[seen]).all()):
+            raise KernelError(
+                "the model's logits of probe tokens are infinite or NaN: its weights are too large; compile it again"
+            )
         rounding += [_distance(logits, exact)[seen].max() for logits in moved]
         found.append(_distance(torch.from_numpy(one.step(part[:1])), exact[:1, -1]))
         found.append(_distance(torch.from_numpy(two.step(part)), exact[:, -1]))

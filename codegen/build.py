@@ -55,6 +55,11 @@ class TirKernel:
     name: str
     make: Callable[[], PrimFunc]
 
+    @classmethod
+    def made(cls, name: str, function: PrimFunc) -> TirKernel:
+        """One that is generated already."""
+        return cls(name, lambda: function)
+
 
 class LinearKernel:
     """The proven kernels of one :class:`LinearSpec`: one per token bucket, one weight layout for all.
@@ -69,19 +74,17 @@ class LinearKernel:
         self,
         spec: LinearSpec,
         implementation: Implementation,
-        schedules: Mapping[str, Schedule],
+        tir: Mapping[str, TirKernel],
         functions: list[tuple[int, Callable[..., None]]],
     ):
         self.spec = spec
         self._implementation = implementation
-        self._schedules = schedules
+        self._tir = tir
         self._functions = functions
 
     def tir(self, bucket: str) -> TirKernel:
         """A token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
-        number = list(self._schedules).index(bucket)
-        schedule = self._schedules[bucket]
-        return TirKernel(f"{_name(self.spec)}_{number}", lambda: self._implementation.function(schedule))
+        return self._tir[bucket]
 
     def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
         """The kernel's weight layout, bias included: :data:`PACKED`, ``uint8 [bytes]``, 64-byte aligned.
@@ -167,9 +170,15 @@ class LinearKernel:
 class QuantizeKernel:
     """The proven kernels of one :class:`QuantizeSpec`."""
 
-    def __init__(self, spec: QuantizeSpec, target: Target, serial: Callable[..., None], parallel: Callable[..., None]):
+    def __init__(
+        self,
+        spec: QuantizeSpec,
+        tir: Mapping[bool, TirKernel],
+        serial: Callable[..., None],
+        parallel: Callable[..., None],
+    ):
         self.spec = spec
-        self._target = target
+        self._tir = tir
         self._serial = serial
         self._parallel = parallel
 
@@ -206,9 +215,7 @@ class QuantizeKernel:
 
     def tir(self, parallel: bool) -> TirKernel:
         """The kernel ``(x, clip, [knees,] values, scale)``, for whole programs."""
-        from .kernels import cpu
-
-        return TirKernel(_quantizer_name(self.spec, parallel), lambda: cpu.quantizer(self.spec, self._target, parallel))
+        return self._tir[parallel]
 
     def _explain(self, x: Tensor, clip: Tensor, knees: tuple[Tensor, ...], error: Exception) -> KernelError:
         spec = self.spec
@@ -465,8 +472,8 @@ def _prove_linear(
             if failure := prove.linear_failure(function, packed, case, counts):
                 raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    by_name = {bucket.name: schedule for bucket, schedule in schedules.items()}
-    return LinearKernel(spec, implementation, by_name, [(bucket.highest, function) for bucket, function in callables])
+    made = {bucket.name: TirKernel.made(*item) for bucket, item in zip(schedules, functions.items(), strict=True)}
+    return LinearKernel(spec, implementation, made, [(bucket.highest, function) for bucket, function in callables])
 
 
 def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]) -> QuantizeKernel:
@@ -481,7 +488,8 @@ def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]
         if failure := prove.quantizer_failure(function, spec, [1, 7, prove.TOKENS]):
             raise prove.disproved(str(spec), failure)
     sources |= {name: function.script() for name, function in functions.items()}
-    return QuantizeKernel(spec, target, *callables)
+    made = {mode: TirKernel.made(*item) for mode, item in zip((False, True), functions.items(), strict=True)}
+    return QuantizeKernel(spec, made, *callables)
 
 
 def _fp32_bits(value: float) -> str:

@@ -8,22 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lbllm_compile.codegen import levels
-from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import FormatError
 from lbllm_compile.codegen.format import QuantizedWeight, quantize_levels
 from lbllm_compile.codegen.levels import FREE, LevelRuleError, LinearRule
-from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import linears
 from lbllm_compile.passes.calibrate.fit import factor, fit
 from lbllm_compile.passes.calibrate.simulate import LatentWeight, LevelWeight
 from lbllm_compile.passes.lower import check_weights, stored_weights
+from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from torch import Tensor
 from zoo import user_model
 
 from lbllm_compile import frontend
-from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
 
 SYMMETRIC = levels.register(LinearRule("symmetric", ((1, 0, -1), (1, -1, 0), (1, 1, 0), (1, 0, 1))))
@@ -168,8 +166,7 @@ def test_a_rule_from_outside_goes_through_all_stages():
     rules = {info.path: info.scheme.levels for _, info in linears(program) if info.role == "decoder"}
     assert {rule for path, rule in rules.items() if ".0.mlp." in path} == {"free"}
     assert {rule for path, rule in rules.items() if ".0.mlp." not in path} == {"symmetric"}
-    needed = requirements(program)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(program)
     ids, mask = (context.probe[name] for name in ("input_ids", "attention_mask"))
     logits = CompiledModel(program, kernels).logits(ids, mask)
     assert torch.equal(logits, CompiledModel(program, ReferenceKernels()).logits(ids, mask))

@@ -44,6 +44,7 @@ from lbllm_compile.codegen.threads import one_torch_thread
 from lbllm_compile.codegen.tvm_api import compile_functions
 from lbllm_compile.passes.ir.program import get_attribute, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
+from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from rtn import simulate
 from test_fuse import called
@@ -68,9 +69,7 @@ NO_KERNELS = KernelSet(Target.parse("cpu"), {}, {}, [], {}, 0)
 
 
 def build(program, folder, progress=None) -> NativeProgram | None:
-    needed = requirements(program)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    return prepare.build_native(program, kernels, folder, progress)
+    return prepare.build_native(program, kernels_of(program), folder, progress)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,9 +130,8 @@ def test_decoding_gives_the_eager_models_logits(name):
 def test_experts_give_natively_what_the_executor_gives():
     """A few tokens, prompts of a batch, and one token after the other; norms and gates round otherwise."""
     lowered = stages("mixtral")[1]
-    needed = requirements(lowered)
     assert len(calls(lowered.graph, torch.ops.lbllm.grouped_bit_linear.default)) == 4
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(lowered)
     executor = CompiledModel(lowered, kernels)
     for batch, length in ((1, 9), (3, 4), (3, 33)):
         ids = inputs(batch, length)["input_ids"]
@@ -197,8 +195,7 @@ def test_the_float_linear_agrees_with_torch(rows, columns):
 
 def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     lowered = stages("llama")[1]
-    needed = requirements(lowered)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(lowered)
     entries = [entry for entry in CpuBackend.entry_points if entry.name == "tokens"]
     module = translate.translate(lowered, kernels, entries).functions()
     module = fuse_rows(operators_to_loops(module, kernels.lanes))
@@ -284,6 +281,16 @@ def test_a_program_that_does_not_compute_its_graph_is_refused_with_figures(wrong
     monkeypatch.setattr(native.NativeSession, "_feed", other)
     with pytest.raises(KernelError, match=r"its logits differ from the graph's by [0-9.]+ .* explains [0-9.]+"):
         build(language_model(), tmp_path)
+    assert not (tmp_path / native.SEAL).exists()
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused_as_such(tmp_path):
+    program = language_model().copy()
+    (head,) = calls(program.graph, torch.ops.lbllm.int8_linear.default)
+    path = Arguments(head).w_scale.target
+    set_attribute(program.module, path, torch.full_like(get_attribute(program.module, path), 3e38))
+    with pytest.raises(KernelError, match="logits of probe tokens are infinite or NaN: its weights are too large"):
+        build(program, tmp_path)
     assert not (tmp_path / native.SEAL).exists()
 
 
@@ -401,8 +408,7 @@ def test_few_tokens_are_computed_by_the_kernels_for_few_tokens(batch, length, na
 
 def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
     lowered = stages("llama")[1]
-    needed = requirements(lowered)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    needed, kernels = requirements(lowered), kernels_of(lowered)
     entries = [entry for entry in CpuBackend.entry_points if entry.length is None]
     module = translate.translate(lowered, kernels, entries).functions()
     found = {}
@@ -854,8 +860,7 @@ def test_positions_beyond_their_table_are_refused_in_torch_and_natively(tmp_path
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
     program = language_model(positions=positions)
     native_program = build(program, tmp_path)
-    needed = requirements(program)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(program)
     ids = torch.ones((1, CONTEXT + 1), dtype=torch.int64)
     for model in (CompiledModel(program, kernels), CompiledModel(program, kernels, native_program)):
         assert model.logits(ids[:, :CONTEXT]).shape == (1, CONTEXT, TOY_VOCABULARY)

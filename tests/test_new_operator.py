@@ -12,13 +12,11 @@ from graphs import context, program, token_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import installed, operators
-from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.operators import Arguments, Operator, define, registry
 from lbllm_compile.codegen.operators.checks import require, require_tensor
 from lbllm_compile.codegen.operators.registry import OperatorError
 from lbllm_compile.codegen.operators.translator import Translator, Value
-from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.annotate import Annotate
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.contracts import ContractError, check_structure
@@ -27,6 +25,7 @@ from lbllm_compile.passes.ir.graph_json import GraphFormatError
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls, make_call
 from lbllm_compile.passes.lower import Lower
+from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from test_operators import Graph, Input, case, run_natively
 from test_runtime import VOCABULARY, language_model
@@ -187,8 +186,7 @@ def test_its_translation_gives_its_references_bits(alone, m, n, seed):
 def test_a_language_model_runs_it_in_the_executor_and_natively(tmp_path):
     artifact.save(clipped(), tmp_path / "out", lock={})
     program = artifact.load(tmp_path / "out").program
-    needed = requirements(program)
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(program)
     native = build_native(program, kernels, tmp_path)
     assert native is not None
     inputs = token_inputs(batch=3, length=7, vocabulary=VOCABULARY)

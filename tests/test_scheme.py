@@ -11,10 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.arguments import parameters
-from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import LINEAR, Annotate, linears
 from lbllm_compile.passes.base import PassError, PassResult
@@ -23,6 +21,7 @@ from lbllm_compile.passes.ir.program import Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.ir.scheme import CODEBOOKS, KEYS, Entry, Scheme, SchemeError, parse, render
 from lbllm_compile.passes.lower import stored_weights
+from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from stages import Memory, annotated, apply, batches, context
 from test_levels import SYMMETRIC, is_symmetric
@@ -326,7 +325,7 @@ def test_mixed_schemes_give_the_references_bits_and_run_natively(mixed, tmp_path
         (64, 8, False),
         (128, 8, True),
     }
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    kernels = kernels_of(mixed)
     item = batches(1, rows=1, length=11, seed=3)[0]
     ids, mask = item["input_ids"], item["attention_mask"]
     logits = CompiledModel(mixed, kernels).logits(ids, mask)

@@ -6,14 +6,13 @@ import functools
 
 import pytest
 import torch
-from lbllm_compile.codegen.build import KernelSet
-from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir import exact, graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from oracle import Oracle
+from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from rtn import simulate
 from torch import Tensor
@@ -21,7 +20,6 @@ from zoo import VOCABULARY, ZOO, captured
 
 from lbllm_compile.evaluate import Scores
 from lbllm_compile.frontend import language_model_inputs
-from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
 
 DECODE_STEPS = 8
@@ -119,9 +117,7 @@ def test_the_lowered_model_is_the_simulated_one(name):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.slow
 def test_kernels_give_the_references_logits(name):
-    needed = requirements(stages(name)[1])
-    kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    model = CompiledModel(stages(name)[1], kernels)
+    model = CompiledModel(stages(name)[1], kernels_of(stages(name)[1]))
     for batch, length in ((1, 1), (3, 33)):
         item = inputs(batch, length)
         logits = model.logits(item["input_ids"], item["attention_mask"])

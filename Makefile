@@ -22,7 +22,7 @@ demo: .venv/.installed
 	.venv/bin/lbllm-compile run demo-out --prompt "$(PROMPT)"
 
 test: .venv-test/.installed
-	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

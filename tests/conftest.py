@@ -20,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=share,
         help="run one of N parts of the tests marked slow: every N numbers I in a row, in any place, run them all",
     )
+    parser.addoption(
+        "--slow-always",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="with --slow-share: a file of which all tests marked slow are run, and in no part",
+    )
 
 
 def share(text: str) -> tuple[int, int]:
@@ -64,10 +71,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.getoption("--slow-share")
     if chosen:
         number, count = chosen
-        run = shares(slow, count)[number]
-        left = [item for item in slow if item not in run]
+        always = config.getoption("--slow-always")
+        left = [item for item in slow if _file(item) not in always]
+        run = shares(left, count)[number]
+        left = [item for item in left if item not in run]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+        # Long ones first: while the last one runs, other workers would have nothing to do.
+        rest = [item for item in items if item not in left]
+        items[:] = sorted(rest, key=lambda item: "slow" not in item.keywords)
     elif not config.getoption("--runslow"):
         for item in slow:
             item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))

@@ -66,18 +66,23 @@ def test_slow(number):
 """
 
 
-def test_a_share_runs_with_what_is_fast(tmp_path: Path) -> None:
+def test_a_share_runs_with_what_is_fast_and_behind_what_always_runs(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: slow\n    gpu: gpu\n")
     (tmp_path / "test_some.py").write_text(FILE)
+    (tmp_path / "test_whole.py").write_text(FILE.replace("test_", "test_whole_").replace("range(9)", "range(2)"))
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider"]
 
-    def passed(*options: str) -> set[str]:
+    def passed(*options: str) -> list[str]:
         done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        return {line.rpartition("::")[2] for line in done.stdout.splitlines() if line.startswith("PASSED")}
+        return [line.rpartition("::")[2] for line in done.stdout.splitlines() if line.startswith("PASSED")]
 
-    first, second = passed("--slow-share=6/2"), passed("-m", "slow", "--slow-share=1/2")
-    assert "test_fast" in first and "test_fast" not in second
-    assert first | second == {"test_fast", *(f"test_slow[{number}]" for number in range(9))}
-    assert not first & second and first != {"test_fast"} and second
+    always, fast = {"test_whole_slow[0]", "test_whole_slow[1]"}, {"test_fast", "test_whole_fast"}
+    parts = [passed(f"--slow-share={number}/2", "--slow-always=test_whole.py") for number in (6, 1)]
+    for part in parts:
+        assert always < {*part} and {*part[-2:]} == fast and len(part) == len({*part})
+    shared = [{*part} - always - fast for part in parts]
+    assert shared[0] | shared[1] == {f"test_slow[{number}]" for number in range(9)}
+    assert not shared[0] & shared[1] and all(shared)
+    assert {*passed("-m", "slow", "--slow-share=1/2", "--slow-always=test_whole.py")} == always | shared[1]

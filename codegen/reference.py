@@ -389,14 +389,42 @@ def cached_attention(
     Returns:
         float ``[B, H, S, Dv]``. A query that sees no key (a padding slot) gives zeros.
     """
-    s, end = query.shape[2], past + query.shape[2]
+    end = past + query.shape[2]
     for new, codes, params in ((key, key_codes, key_params), (value, value_codes, value_params)):
         new_codes, new_params = quantize_kv(new, bits)
         codes[:, :, past:end] = new_codes
         params[:, :, past:end] = new_params
     keys = dequantize_kv(key_codes[:, :, :end], key_params[:, :, :end], bits, key.shape[-1]).to(query.dtype)
     values = dequantize_kv(value_codes[:, :, :end], value_params[:, :, :end], bits, value.shape[-1]).to(query.dtype)
-    mask = attention_mask(key_mask, s, past, window, chunk, counted)
+    return visible_attention(query, keys, values, key_mask, past, scale, window, softcap, sinks, slopes, counted, chunk)
+
+
+def visible_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_mask: Tensor,
+    past: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    counted: bool = False,
+    chunk: int = 0,
+) -> Tensor:
+    """Attention of the queries at slots ``past .. past + S`` over the keys and values of all slots, as they are.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        keys, values: ``[B, Hkv, past + S, D]`` and ``[B, Hkv, past + S, Dv]``.
+        key_mask, past, scale, window, softcap, sinks, slopes, counted, chunk: as in :func:`cached_attention`.
+
+    Returns:
+        float ``[B, H, S, Dv]``. A query that sees no key (a padding slot) gives zeros.
+    """
+    end = past + query.shape[2]
+    mask = attention_mask(key_mask, query.shape[2], past, window, chunk, counted)
     if softcap or sinks is not None or slopes is not None:
         bias = torch.zeros_like(mask, dtype=query.dtype)
         if slopes is not None:
@@ -404,7 +432,7 @@ def cached_attention(
             distance = places[:, None, None, :] - places[:, None, past:end, None]
             bias = slopes[:, None, None].to(query.dtype) * distance
         return attention(query, keys, values, bias.masked_fill(~mask, -torch.inf), scale, softcap, sinks)
-    repeat = query.shape[1] // key.shape[1]
+    repeat = query.shape[1] // keys.shape[1]
     if repeat > 1:
         keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)

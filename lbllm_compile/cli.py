@@ -490,6 +490,31 @@ def passes(
         ui.emit({"passes": [e.to_json() for e in entries], "recipes": [dataclasses.asdict(r) for r in recipes]})
 
 
+@app.command("export")
+def export_command(
+    directory: ArtifactDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the folder or file to make")],
+    form: Annotated[str, typer.Option("--format", "-f", metavar="FORMAT", help="hf-dense or gguf")] = "hf-dense",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=_plainly("of plain weights: float32, bfloat16, float16 [default: 16 bits]")),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare artifact and written weights on")] = None,
+    seq_len: SequenceLength = None,
+    chunks: Chunks = 32,
+    as_json: Json = False,
+) -> None:
+    """Write an artifact's weights for other engines, which compute with float activations."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import export
+
+        report = export.export(
+            directory, form, out, dtype=dtype, text=text, seq_len=seq_len, chunks=chunks, progress=ui.progress
+        )
+        ui.show(*export.render(report))
+        ui.emit(report.to_json())
+
+
 tune_app = typer.Typer(
     cls=TuneGroup,
     rich_markup_mode="rich",

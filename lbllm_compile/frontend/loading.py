@@ -197,7 +197,7 @@ def _siblings(path: Path) -> Siblings:
 
 def _call_hook(path: Path, name: str, hook: Callable[[], Any]) -> Any:
     try:
-        with contextlib.redirect_stdout(sys.stderr), _quiet_transformers(), _siblings(path).importable():
+        with contextlib.redirect_stdout(sys.stderr), quiet_transformers(), _siblings(path).importable():
             return hook()
     except LbllmError:
         raise
@@ -266,7 +266,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
     tokenizer = None
     if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {reason_of(error, frame=False)}") from error
@@ -281,7 +281,7 @@ def _configure_generation(module: Any, source: str, what: str, local: bool) -> N
 
     options: dict[str, Any] = {"local_files_only": local}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             if cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options):
                 module.generation_config = GenerationConfig.from_pretrained(source, **options)
     except Exception as error:
@@ -296,7 +296,7 @@ def _weight_files(source: str, what: str, local: bool) -> list[Path]:
 
     options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
             index = None if whole else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
             shards = (get_checkpoint_shard_files(source, index, local_files_only=local)[0] if index else None) or []
@@ -310,11 +310,42 @@ def _skeleton(source: str, what: str, local: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with _quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error
+
+
+def skeleton_of(config: Mapping[str, Any], what: str) -> Any:
+    """A transformers language model of a configuration (:attr:`UserModel.config`), on the meta device.
+
+    Raises:
+        ModelError: the configuration is of no such model, or not of one that transformers itself has.
+    """
+    import transformers
+
+    kind, names = config.get("model_type"), config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ModelError(f"{what} is of no architecture that transformers has ({name or kind or 'it names none'})")
+    config_class: Any = model_class.config_class
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return model_class._from_config(config_class.from_dict(dict(config)), dtype=torch.float32)
+    except Exception as error:
+        reason = reason_of(error, frame=False)
+        raise ModelError(f"{what} has a configuration that {name} does not take: {reason}") from error
+
+
+def with_state(skeleton: Any, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """A language model in float32 from a skeleton on the meta device and its weights by path.
+
+    Raises:
+        ModelError: weights are missing or of another shape.
+    """
+    return _from_pretrained(type(skeleton), what, None, config=skeleton.config, state_dict=dict(state))
 
 
 def _state(files: Sequence[Path], what: str) -> dict[str, Tensor]:
@@ -379,7 +410,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     ):
         module = _from_pretrained(AutoModelForCausalLM, f"the GGUF file '{path}'", str(path.parent), **options)
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
         except Exception as error:
             raise ModelError(
@@ -391,7 +422,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
 def _from_pretrained(loader: Any, what: str, source: str | None, **options: Any) -> nn.Module:
     """``loader.from_pretrained`` in float32, refusing a checkpoint that lacks weights (they would be random)."""
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             module, info = loader.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -543,7 +574,7 @@ def bind_inputs(module: nn.Module, inputs: Any, hook: str = "example_inputs") ->
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers while it loads; its own settings come back afterwards."""
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbllm_compile.pretrained import hook
 from lbllm_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ __all__ = ["CompileOptions", "CompileReport", "CompiledModel", "__version__", "c
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "passes" / "base.py").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
+
+hook.install()
 
 _HOMES = {
     "CompileOptions": "options",

@@ -6,8 +6,10 @@
 ``graph.json``            the lowered graph (:mod:`lbllm_compile.passes.ir.graph_json`)
 ``passes/NNN_name.json``  the graph after every pass
 ``measured.json``         what the passes measured: errors per layer, flip rates of planes
-``model.safetensors``     weights in canonical form, under their original module paths (several shards if large)
-``config.json``           the model's configuration; tokenizer files lie beside it
+``model.safetensors``     weights in canonical form, under their original module paths (several shards if large, with
+                          ``model.safetensors.index.json``)
+``config.json``           the model's configuration, with ``lbllm`` as its quantization method; tokenizer files lie
+                          beside it
 ``lbllm.lock``            what made it: hashes of model and calibration, pipeline, versions, seed
 ``tuning.json``           schedules that the search found
 ``kernels/``              generated kernels, for reading only; never compiled or loaded from here
@@ -57,6 +59,7 @@ from lbllm_compile.codegen.tune.database import check_schedule, spec_from_fields
 from lbllm_compile.manifest import (
     FORMAT,
     MANIFEST,
+    QUANT_METHOD,
     TOKENIZER_PREFIXES,
     VERSION,
     ArtifactError,
@@ -73,6 +76,12 @@ from lbllm_compile.passes.lower import check_weights
 from lbllm_compile.plain import plain
 from lbllm_compile.records import CompileReport, MeasuredPass
 
+QUANTIZATION = "quantization_config"
+"""Key of a stored configuration under which transformers looks for how weights are quantized."""
+
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard a weight is in, where there are several."""
+
 MEASUREMENTS = "measured.json"
 REPORT, REPORT_FORMAT = "report.json", "lbllm-report"
 SHARD_BYTES = 2 << 30
@@ -88,6 +97,7 @@ right by chance, and neither has more tokens than any model takes."""
 _MAX_JSON = 64 << 20
 _OURS = re.compile(
     rf"(passes|kernels)/|({'|'.join(TOKENIZER_PREFIXES)})[^/]*$|model(-\d+-of-\d+)?\.safetensors$"
+    r"|model\.safetensors\.index\.json$"
     r"|(manifest|program|graph|measured|tuning)\.json$|lbllm\.lock$"
 )
 """Names that files of an artifact have."""
@@ -211,7 +221,7 @@ def save(
             _write(partial / "kernels" / _kernel_name(name, ".bin"), binary)
         if program.tokenizer is not None:
             program.tokenizer.save_pretrained(str(partial))
-        _write_json(partial / "config.json", dict(program.config))
+        _write_json(partial / "config.json", _stored_config(program))
         files = {name: _entry(partial / name) for name in sorted(_files(partial))}
         _write_json(partial / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
         sync(partial / MANIFEST)
@@ -248,6 +258,7 @@ def load(directory: str | Path) -> Artifact:
         "module",
     ):
         raise ArtifactError(f"'{directory}' does not describe a program; compile the model again")
+    config.pop(QUANTIZATION, None)
     state = _read_weights(directory, [f for f in files if f.endswith(".safetensors")])
     try:
         module = graph_json.loads((directory / "graph.json").read_bytes(), state)
@@ -382,6 +393,12 @@ def _remember(digest: str) -> None:
         (_own_artifacts() / digest).touch()
 
 
+def _stored_config(program: Program) -> dict[str, Any]:
+    """The model's configuration, which says of what transformers knows that its weights are not plain ones."""
+    config = dict(program.config)
+    return config | {QUANTIZATION: {"quant_method": QUANT_METHOD}} if "model_type" in config else config
+
+
 def _facts(program: Program) -> dict[str, Any]:
     return {k: v for k, v in program.metadata.items() if k not in ("kind", "name")}
 
@@ -487,11 +504,16 @@ def _write_weights(directory: Path, state: Mapping[str, Tensor]) -> None:
         # a copy of its own: safetensors refuses tensors that share memory
         shards[-1][path] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         size += nbytes
+    places: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, str(directory / name), metadata={"format": "pt"})
         # safetensors lets nobody else read its files, which may be what runs the model
         shutil.copymode(directory / MEASUREMENTS, directory / name)
+        places |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in state.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -22,6 +22,9 @@ VERSION = 1
 MANIFEST = "manifest.json"
 """The file of an artifact that lists all others."""
 
+QUANT_METHOD = "lbllm"
+"""What the configuration of an artifact names as its quantization method, for libraries that read those."""
+
 TOKENIZER_PREFIXES = (
     "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece", "config", "generation",
 )  # fmt: skip

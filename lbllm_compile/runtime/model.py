@@ -150,9 +150,9 @@ class Session:
         self._lengths[:], self._mask[:, tokens:] = tokens, 0
         return True
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: np.ndarray | Tensor) -> Tensor:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
-        return self._executor(*self._feed(ids))
+        return self._executor(*self._feed(torch.as_tensor(ids)))
 
     def _feed(self, ids: Tensor) -> list[Any]:
         """Arguments of the next call; the state counts the new tokens as stored."""

@@ -68,7 +68,7 @@ class NativeDecoder:
     """
 
     def __init__(self, source: Path, capacity: int):
-        from lbllm_compile.runtime import native
+        from lbllm_compile.native import program as native
 
         program = native.NativeProgram(source) if (source / native.LIBRARY).is_file() else native.find(source)
         if program is None:
@@ -164,7 +164,7 @@ def turn(decoder: Decoder, prompt: int, steps: int) -> dict[str, Any]:
 def _prepare_imports(kind: str) -> None:
     """Imports the packages of a decoder, so that loading it is loading the model and not Python."""
     if kind == "native":
-        from lbllm_compile.runtime import native as native
+        pass
     elif kind == "llama.cpp":
         import llama_cpp as llama_cpp
 

@@ -32,10 +32,10 @@ from lbllm_compile.codegen.cache import cache_directory, write_atomically
 from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
+from lbllm_compile.native.language import context_length
 from lbllm_compile.passes.base import batches_of
 from lbllm_compile.passes.calibrate import spool
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.runtime.language import context_length
 
 _SAMPLER = 2
 """Version of the sampling procedure, part of the cache key."""

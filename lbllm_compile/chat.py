@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from lbllm_compile.runtime.generate import AnswerText, GenerationError, Sampling, choose
-from lbllm_compile.runtime.language import LanguageModel, Steps, encode, encode_turns, has_chat_template
+from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, choose
+from lbllm_compile.native.language import LanguageModel, Steps, encode, encode_turns, has_chat_template
 
 READ_TOKENS = 256
 """Tokens of a prompt that are read at once: an interrupt is heard between two such parts."""

@@ -311,9 +311,9 @@ def run(
     import time
 
     with _terminal(as_json) as ui:
+        from lbllm_compile.native.generate import check_stop_strings
+        from lbllm_compile.native.language import check_prompts, context_length, encode, has_chat_template
         from lbllm_compile.runtime import Sampling
-        from lbllm_compile.runtime.generate import check_stop_strings
-        from lbllm_compile.runtime.language import check_prompts, context_length, encode, has_chat_template
         from lbllm_compile.runtime.opening import open_model
 
         if len(prompt) > 1:
@@ -363,9 +363,9 @@ def chat(
     """Talk with an artifact; /help lists what can be typed. Piped standard input is answered line by line."""
     with _terminal(False) as ui:
         from lbllm_compile import chat as chatting
+        from lbllm_compile.native.generate import check_stop_strings
+        from lbllm_compile.native.language import context_length, has_chat_template
         from lbllm_compile.runtime import GenerationError, Sampling
-        from lbllm_compile.runtime.generate import check_stop_strings
-        from lbllm_compile.runtime.language import context_length, has_chat_template
         from lbllm_compile.runtime.opening import open_model
 
         sampling = Sampling(chatting.MOST_TOKENS if max_tokens is None else max_tokens, temperature, top_k, top_p, seed)

@@ -24,11 +24,11 @@ from torch import Tensor
 from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.report import summary, terminal
-from lbllm_compile.runtime.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.runtime.loader import prepared
 
 Logits = Callable[[Tensor], Tensor]

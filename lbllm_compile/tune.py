@@ -22,8 +22,8 @@ from lbllm_compile.codegen.targets import Target, host, runnable_targets
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.codegen.tune.database import Database, Key, Merged, read_results
 from lbllm_compile.codegen.tune.measure import Limits, Measurer, RemoteDevice
+from lbllm_compile.native import program as native
 from lbllm_compile.report import terminal
-from lbllm_compile.runtime import native
 
 if TYPE_CHECKING:
     from lbllm_compile.codegen.tune.tuner import Choice

@@ -54,9 +54,9 @@ from lbllm_compile.frontend import UserModel
 from lbllm_compile.lowering import compare
 from lbllm_compile.lowering.build import build_native, workshop
 from lbllm_compile.lowering.executor import Kernels, requirements
+from lbllm_compile.native.language import LanguageModel
 from lbllm_compile.records import CompileReport, MeasuredPass, PassRecord, Verdict
 from lbllm_compile.runtime import CompiledModel
-from lbllm_compile.runtime.language import LanguageModel
 from lbllm_compile.runtime.loader import build_kernels
 
 VOCABULARY, CONTEXT = 37, 64

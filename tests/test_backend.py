@@ -21,7 +21,8 @@ from test_runtime import VOCABULARY, language_model
 from lbllm_compile import artifact
 from lbllm_compile.doctor import target_rows
 from lbllm_compile.kernels import build_kernels
-from lbllm_compile.runtime import CompiledModel, Sampling, load, native
+from lbllm_compile.native import program as native
+from lbllm_compile.runtime import CompiledModel, Sampling, load
 from lbllm_compile.tune import TuneOptions, tune
 
 ROOT = Path(__file__).parent.parent

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import talker
 
-from lbllm_compile.runtime import batch as batches
-from lbllm_compile.runtime import native
-from lbllm_compile.runtime.batch import Batch, can_batch, is_exact
-from lbllm_compile.runtime.native import NativeProgram, State
+from lbllm_compile.native import batch as batches
+from lbllm_compile.native import program as native
+from lbllm_compile.native.batch import Batch, can_batch, is_exact
+from lbllm_compile.native.program import NativeProgram, State
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lbllm_compile import frontend
 from lbllm_compile.frontend import LM_INPUTS, CaptureError, UserModel, language_model_inputs, tracing
-from lbllm_compile.runtime.language import COMPILED_CONTEXT
+from lbllm_compile.native.language import COMPILED_CONTEXT
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from lbllm_compile import chat, cli
+from lbllm_compile.native.generate import AnswerText
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
-from lbllm_compile.runtime.generate import AnswerText
 from lbllm_compile.runtime.opening import open_model
 
 ROOT = Path(__file__).resolve().parent.parent

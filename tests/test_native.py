@@ -57,8 +57,10 @@ from lbllm_compile import artifact, frontend
 from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
 from lbllm_compile.lowering.executor import requirements
-from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load, native, text
-from lbllm_compile.runtime.native import NativeModel, NativeProgram
+from lbllm_compile.native import program as native
+from lbllm_compile.native import text
+from lbllm_compile.native.program import NativeModel, NativeProgram
+from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load
 from lbllm_compile.tune import TuneOptions, tune
 
 ROOT = Path(__file__).parent.parent
@@ -737,8 +739,8 @@ def test_overlapping_blocks_of_one_torch_thread_leave_the_count_as_it_was():
 PROCESS = """
 import contextlib, os, sys, time
 from pathlib import Path
-from lbllm_compile.runtime.generate import Sampling
-from lbllm_compile.runtime.native import SEAL, NativeModel, find
+from lbllm_compile.native.generate import Sampling
+from lbllm_compile.native.program import SEAL, NativeModel, find
 
 out, seconds = Path(sys.argv[1]), float(sys.argv[2])
 first = None

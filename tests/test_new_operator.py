@@ -36,7 +36,7 @@ from lbllm_compile import artifact
 from lbllm_compile.artifact import ArtifactError
 from lbllm_compile.lowering.build import build_native
 from lbllm_compile.lowering.executor import Executor, requirements
-from lbllm_compile.runtime import native
+from lbllm_compile.native import program as native
 
 
 def _soft_clip(x: Tensor, bound: float = 1.0) -> Tensor:

@@ -23,15 +23,15 @@ from rtn import simulate
 from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 
 from lbllm_compile import artifact, runtime
+from lbllm_compile.lowering import session as torch_session
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor, requirements
+from lbllm_compile.lowering.session import FEW_TOKENS
+from lbllm_compile.lowering.state import MIN_CAPACITY
+from lbllm_compile.native.generate import TextStream, choose, left_pad
+from lbllm_compile.native.language import InputBounds
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling
-from lbllm_compile.runtime import model as torch_model
-from lbllm_compile.runtime.generate import TextStream, choose, left_pad
-from lbllm_compile.runtime.language import InputBounds
 from lbllm_compile.runtime.loader import build_kernels
-from lbllm_compile.runtime.model import FEW_TOKENS
-from lbllm_compile.runtime.state import MIN_CAPACITY
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
 VOCABULARY, CHANNELS, CONTEXT = 29, 36, 96
@@ -265,7 +265,7 @@ def test_small_steps_take_one_torch_thread_and_give_it_back(monkeypatch):
             assert torch.get_num_threads() == 2
         assert seen == [(FEW_TOKENS + 1, 2), (1, 1), (1, 1)]
         seen.clear()
-        monkeypatch.setattr(torch_model, "SHORT_CONTEXT", FEW_TOKENS + 2)
+        monkeypatch.setattr(torch_session, "SHORT_CONTEXT", FEW_TOKENS + 2)
         list(model().generate_ids(prompt, Sampling(max_new_tokens=3), ()))
     finally:
         torch.set_num_threads(before)

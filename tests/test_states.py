@@ -22,7 +22,7 @@ from lbllm_compile.passes.ir.program import FIXED, STATE, Program, StateSpec
 from lbllm_compile.passes.ir.rewrite import calls
 from test_cache import attention, cached, decode
 
-from lbllm_compile.runtime.state import KVState
+from lbllm_compile.lowering.state import KVState
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
 CHANNELS, TAPS = 24, 3

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from lbllm_compile import CompileOptions, calibration, evaluate, frontend
 from lbllm_compile import compile as compile_model
-from lbllm_compile.runtime import GenerationError, Sampling, text
-from lbllm_compile.runtime.generate import choose
-from lbllm_compile.runtime.language import LanguageModel, encode
+from lbllm_compile.native import text
+from lbllm_compile.native.generate import choose
+from lbllm_compile.native.language import LanguageModel, encode
+from lbllm_compile.runtime import GenerationError, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lbllm_compile.export.form import Form, round_weights, rounded
 from lbllm_compile.export.original import ExportError, Original
+from lbllm_compile.native.language import context_length
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.runtime.language import context_length
 
 BLOCK = 32
 """Weights of a ``Q8_0`` block, which share one float16 scale."""

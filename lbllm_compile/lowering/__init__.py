@@ -1,1 +1,1 @@
-"""From a lowered graph to what runs: bound to kernels in torch, or translated into a program that needs no torch."""
+"""From a lowered graph to what runs: in torch on proven kernels, or as a stored program that needs no torch."""

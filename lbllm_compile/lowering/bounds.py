@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.native.language import InputBounds
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call, is_constant, is_node
-from lbllm_compile.runtime.language import InputBounds
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm

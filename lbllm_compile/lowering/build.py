@@ -1,6 +1,6 @@
 """Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
 
-This happens once for an artifact and a target; what is stored then runs without torch (:mod:`.runtime.native`). The
+This happens once for an artifact and a target; what is stored then runs without torch (:mod:`..native.program`). The
 kernels in it were proven one by one before. The program that decodes a token in few launches, in which kernels are
 joined with what is before and behind them, is held against them: where it does not give, to the bit, what they give
 when they are called one after the other, it is not used. The whole is held against the executor (:mod:`.compare`).
@@ -26,10 +26,8 @@ from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.lowering.compare import check_agreement, merging_is_exact
 from lbllm_compile.lowering.translate import Translated, translate
-from lbllm_compile.passes.ir import graph_json
-from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.runtime import text
-from lbllm_compile.runtime.native import (
+from lbllm_compile.native import text
+from lbllm_compile.native.program import (
     DESCRIPTION,
     LIBRARY,
     SEAL,
@@ -47,6 +45,8 @@ from lbllm_compile.runtime.native import (
     seal,
     stored_at,
 )
+from lbllm_compile.passes.ir import graph_json
+from lbllm_compile.passes.ir.program import Program
 
 PAGE = 2 << 20
 """Bytes of a large page on most systems."""
@@ -173,7 +173,7 @@ def _store(description: Description, folder: Path) -> None:
 
 
 def keep_native(native: NativeProgram, digest: str, target: str) -> None:
-    """Moves a program that was built in a workshop to where :func:`.native.find` looks for it.
+    """Moves a program that was built in a workshop to where :func:`..native.program.find` looks for it.
 
     Args:
         native: from :func:`build_native`.

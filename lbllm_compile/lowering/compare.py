@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.lowering.bounds import lookups
-from lbllm_compile.lowering.executor import Executor, Kernels
+from lbllm_compile.lowering.executor import Executor
+from lbllm_compile.lowering.session import Session
+from lbllm_compile.native.language import InputBounds
+from lbllm_compile.native.program import NativeProgram
 from lbllm_compile.passes.ir.program import Program, copy_module
-from lbllm_compile.runtime.language import InputBounds
-from lbllm_compile.runtime.model import Session
-from lbllm_compile.runtime.native import NativeProgram
 
 PARTS = (19, 4, 1, 1, 1)
 """Tokens of the probe as they are fed: a prompt, a few at once, and single ones; each kind has a form of its own."""

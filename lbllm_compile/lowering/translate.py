@@ -41,6 +41,7 @@ from lbllm_compile.lowering.executor import (
     quantize_spec,
     quantizer_of,
 )
+from lbllm_compile.native.language import InputBounds
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.program import PER_TOKEN, STATE, Program
 from lbllm_compile.passes.ir.rewrite import (
@@ -50,7 +51,6 @@ from lbllm_compile.passes.ir.rewrite import (
     is_constant,
     is_node,
 )
-from lbllm_compile.runtime.language import InputBounds
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm

@@ -10,8 +10,8 @@ from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.lowering.executor import Kernels, requirements
+from lbllm_compile.native.program import NativeProgram, find, forget, schedules_key
 from lbllm_compile.runtime.model import CompiledModel
-from lbllm_compile.runtime.native import NativeProgram, find, forget, schedules_key
 
 
 def load(

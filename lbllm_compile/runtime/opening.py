@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_compile.codegen.progress import Progress
-from lbllm_compile.runtime.language import LanguageModel
-from lbllm_compile.runtime.native import NativeModel, find
-from lbllm_compile.runtime.text import TextTokenizer
+from lbllm_compile.native.language import LanguageModel
+from lbllm_compile.native.program import NativeModel, find
+from lbllm_compile.native.text import TextTokenizer
 
 
 def open_model(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lbllm_compile.runtime.native import NativeProgram, NativeSession, State
+from lbllm_compile.native.program import NativeProgram, NativeSession, State
 
 SLACK, HEADROOM = 256, 64
 """Slots beyond the end of the sequences in a fresh state, and at least behind a move: so many steps come before

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lbllm_compile.codegen.errors import first_line
-from lbllm_compile.runtime.generate import AnswerText, GenerationError, Sampling, left_pad, tokens
+from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, left_pad, tokens
 
 
 class Steps(Protocol):

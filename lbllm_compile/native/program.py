@@ -30,8 +30,8 @@ from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MOST_ELEMENTS
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
-from lbllm_compile.runtime.generate import GenerationError
-from lbllm_compile.runtime.language import InputBounds, LanguageModel
+from lbllm_compile.native.generate import GenerationError
+from lbllm_compile.native.language import InputBounds, LanguageModel
 from lbllm_compile.version import __version__
 
 LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"

@@ -146,13 +146,14 @@ def round_to_nearest(weight: Tensor, group: int) -> QuantizedWeight:
 def lowered(model: Any, name: str, group: int) -> Program:
     """The program that a compile would give, with weights rounded to nearest instead of calibrated."""
     import torch
+    from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
     from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.activate import insert_quantizers
     from lbllm_compile.passes.annotate import decoder_linears
     from lbllm_compile.passes.base import PassContext
     from lbllm_compile.passes.ir.annotations import LINEAR
     from lbllm_compile.passes.ir.program import get_attribute
-    from lbllm_compile.passes.ptq import FIELDS, rewrite
+    from lbllm_compile.passes.ptq import rewrite
 
     from lbllm_compile import frontend
 
@@ -169,7 +170,7 @@ def lowered(model: Any, name: str, group: int) -> Program:
     for linears in decoder_linears(program.graph).values():
         for path in (linear.meta[LINEAR].weight for linear in linears):
             weight = round_to_nearest(get_attribute(program.module, path), group)
-            stored |= {f"{path}.{part}": getattr(weight, part) for part in FIELDS}
+            stored |= {f"{path}.{part}": getattr(weight, part) for part in WEIGHT}
     program = insert_quantizers(rewrite(program, stored, group), BITS, group, BITS)
     return apply(program, "head,merge,lower,cache,cleanup")
 

@@ -1,5 +1,7 @@
 """The errors a user can cause or must hear about: one sentence each, with the way out."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -40,3 +42,9 @@ class UntranslatableError(KernelError):
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""

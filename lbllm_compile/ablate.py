@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lbllm_compile import evaluate, recipe
 from lbllm_compile.checkpoint import check_work_dir
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, suggestion
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.job import Places, read_job
 from lbllm_compile.options import CompileOptions
@@ -31,7 +31,6 @@ from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.distill import Distill
 from lbllm_compile.passes.finetune import Finetune
 from lbllm_compile.passes.ptq import Ptq
-from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.report import terminal
 from lbllm_compile.variants import Measured, Study
 

@@ -34,7 +34,7 @@ from lbllm_compile.codegen.progress import NoProgress, Progress, Task
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.native.language import context_length
 from lbllm_compile.passes.base import batches_of
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program
 
 _SAMPLER = 2

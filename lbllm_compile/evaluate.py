@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir.annotations import linears
@@ -310,7 +311,7 @@ def bits_per_weight(program: Program) -> dict[str, float | None]:
     decoder_bits = sum(w.stored_bits for w in matrices)
     kept = {info.weight for _, info in linears(program) if info.role == "dense" and info.layer is not None}
     other_weights = other_bits = 0
-    planes = {f"{path}.{part}" for path in stored_weights(program) for part in ("sign", "bitmap", "levels", "scale")}
+    planes = {f"{path}.{part}" for path in stored_weights(program) for part in WEIGHT}
     for path, tensor in program.parameters():
         if path in planes:
             continue

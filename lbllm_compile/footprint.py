@@ -1,7 +1,7 @@
 """How much memory each phase of a compile holds at most, and how much it keeps in files meanwhile.
 
 Weights are mapped from a file, activations are read from one, and both are dropped from memory after use
-(:mod:`.passes.calibrate.spool`). So most phases hold what belongs to one decoder layer, whatever the number of
+(:mod:`.passes.ir.spool`). So most phases hold what belongs to one decoder layer, whatever the number of
 layers. Those that hold the whole model say so by their size: writing the calibration text, training all layers
 together, timing the original model, and reading a model that is not a directory of safetensors.
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lbllm_compile.passes.calibrate.sensitivity import TOKENS
-from lbllm_compile.passes.calibrate.spool import RESIDENT
+from lbllm_compile.passes.ir.spool import RESIDENT
 from lbllm_compile.passes.ptq import HESSIAN_BYTES
 
 LIBRARIES = 700 << 20

@@ -19,13 +19,12 @@ from rich.text import Text
 from torch import Tensor, fx
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, suggestion
 from lbllm_compile.codegen.operators import Arguments, first_argument
 from lbllm_compile.passes.ir import dump, graph_json
 from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import activation_knees
-from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.report import graph, network, overview, summary, terminal
 
 FORMATS = ("txt", "json", "dot")

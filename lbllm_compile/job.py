@@ -17,7 +17,7 @@ from lbllm_compile import artifact, calibration, frontend, recipe
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import check_work_dir
 from lbllm_compile.codegen.backend import backend_of
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, suggestion
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.dumps import check_dump_dir
@@ -26,7 +26,6 @@ from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.registry import suggestion
 from lbllm_compile.version import __version__
 
 _LONG_CHANGE = 200

@@ -35,8 +35,9 @@ from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
 from lbllm_compile.passes.activate import quantizer_scheme
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.calibrate import sensitivity, spool
+from lbllm_compile.passes.calibrate import sensitivity
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
+from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.annotations import LinearInfo
 from lbllm_compile.passes.ir.program import CPU, get_attribute
 from lbllm_compile.passes.ir.scheme import Scheme, parse

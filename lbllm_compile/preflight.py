@@ -21,9 +21,9 @@ from lbllm_compile.lowering.build import build_native, workshop
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.calibrate.spool import reclaim
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import CPU, Program
+from lbllm_compile.passes.ir.spool import reclaim
 from lbllm_compile.passes.ir.truncate import first_layer_only
 
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lbllm_compile.codegen.errors import suggestion
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
 from lbllm_compile.options import OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
-from lbllm_compile.passes.registry import suggestion
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from torch import Tensor, fx
 
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments, set_argument
+from ..codegen.operators.lbllm.linears import WEIGHT
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
@@ -64,7 +65,6 @@ from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call, operands_of
 from .ir.scheme import Scheme
 from .observe import nothing_to_quantize
-from .ptq import FIELDS
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -226,7 +226,7 @@ class Activate(Pass):
         tensors.update({path: knee_shares(knees[path]) if trained else shares for path, shares in placed.items()})
         for path, weight in levels.items():
             folded = weight.fold() if outcome.step and self.lr_levels > 0 else packed[path]
-            tensors.update({f"{path}.{name}": getattr(folded, name) for name in FIELDS})
+            tensors.update({f"{path}.{name}": getattr(folded, name) for name in WEIGHT})
         metrics = {
             "start": outcome.before,
             "after": outcome.after,

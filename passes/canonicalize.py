@@ -41,12 +41,12 @@ from ..codegen import operators as operators
 from ..codegen.operators import Arguments
 from ..codegen.operators.arguments import parameters
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
-from .calibrate.spool import spooled
 from .cleanup import clean
 from .contracts import describe
 from .ir.attention import AttentionError, join_attention
 from .ir.program import Program, copy_module, get_attribute, set_attribute
 from .ir.rewrite import ancestors, calls, is_node, make_attribute, swaps_last
+from .ir.spool import spooled
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm

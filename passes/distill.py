@@ -36,16 +36,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..codegen.operators.lbllm.linears import WEIGHT
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate, Share
 from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
 from .calibrate.layers import Stage
 from .calibrate.precision import Precision
 from .calibrate.simulate import LatentWeight, Lifted
-from .calibrate.spool import release
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute
+from .ir.spool import release
 from .observe import nothing_to_quantize
-from .ptq import FIELDS
 
 STREAM = 1 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
@@ -144,7 +144,7 @@ class Distill(Pass):
         signs, bitmaps, count = 0, 0, 0
         for path, latent in latents.items():
             weight = latent.fold() if outcome.step else packed[path]
-            tensors.update({f"{path}.{name}": getattr(weight, name) for name in FIELDS})
+            tensors.update({f"{path}.{name}": getattr(weight, name) for name in WEIGHT})
             old, new = packed[path].codes(), weight.codes()
             signs += int(((old >= 2) != (new >= 2)).sum())
             bitmaps += int((((old == 1) | (old == 2)) != ((new == 1) | (new == 2))).sum())

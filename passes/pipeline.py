@@ -21,11 +21,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..codegen.errors import LbllmError
+from ..codegen.errors import LbllmError, suggestion
 from . import contracts, registry
 from .base import Pass, PassCheckpoints, PassContext
-from .calibrate.spool import apart, reclaim
 from .ir.program import Program
+from .ir.spool import apart, reclaim
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9-]*)\s*")
 _KEY = re.compile(r"\s*([a-zA-Z_][a-zA-Z0-9_-]*)\s*=\s*")
@@ -113,7 +113,7 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:
-            hint = registry.suggestion(key, known) or (f"; it has {', '.join(known)}" if known else "; it has none")
+            hint = suggestion(key, known) or (f"; it has {', '.join(known)}" if known else "; it has none")
             raise PipelineError(f"the pass '{name}' has no option '{key}'{hint}")
         if typing.get_origin(hints[key]) is tuple and isinstance(value, str):
             value = tuple(value.split("|")) if value else ()

@@ -41,21 +41,28 @@ from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
 from ..codegen.operators import Arguments, set_argument
+from ..codegen.operators.lbllm.linears import WEIGHT
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
-from .calibrate.layers import Activations, Stage, Values, calibration_batches, segments, set_weight, split
+from .calibrate.layers import (
+    Activations,
+    Stage,
+    Values,
+    calibration_batches,
+    segments,
+    set_weight,
+    split,
+    stored_weight,
+)
 from .calibrate.precision import Precision
-from .calibrate.spool import mapped, release, trim
 from .ir.annotations import LINEAR
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import make_attribute, make_call, operands_of
 from .ir.scheme import Scheme
+from .ir.spool import mapped, release, trim
 from .observe import STAT, nothing_to_quantize
-
-FIELDS = ("sign", "bitmap", "levels", "scale")
-"""Tensors of a quantized weight, in the order ``lbllm.unpack_weight`` takes them."""
 
 BATCH = 8
 """Sequences run at a time."""
@@ -204,7 +211,7 @@ class Ptq(Pass):
                     _group(scheme),
                     level_rules.get(scheme.levels).quantize,
                 )
-                tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in FIELDS})
+                tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in WEIGHT})
                 norm = sum(float(p.norm.double().sum()) for p in parts)
                 error = sum(float(p.error.double().sum()) for p in parts)
                 row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape), "scheme": str(scheme)}
@@ -432,12 +439,6 @@ def _in_features(module: torch.nn.Module, path: str) -> int:
     return get_attribute(module, path).shape[-1]
 
 
-def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_features: int) -> QuantizedWeight:
-    """The quantized weight kept under ``<path>.sign`` and so on."""
-    sign, bitmap, levels, scale = (tensors[f"{path}.{name}"] for name in FIELDS)
-    return QuantizedWeight(sign, bitmap, levels, scale, in_features, group)
-
-
 def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Program:
     """Replaces observed float weights by ``lbllm.unpack_weight`` of the stored planes and levels.
 
@@ -460,7 +461,7 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
                     raise PassError(f"the weight '{path}' is also used by '{others[0].name}'; exclude it by keep_dense")
                 in_features = get_attribute(module, path).shape[-1]
                 with graph.inserting_before(weight):
-                    parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in FIELDS)
+                    parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in WEIGHT)
                     arguments = (*parts, in_features, weight_scheme(linear, group).group)
                     unpacked[path] = make_call(graph, _lbllm.unpack_weight.default, arguments, linear)
             linear.replace_input_with(x, Arguments(observer).x)
@@ -469,7 +470,7 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
     for path in unpacked:
         for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == path]:
             graph.erase_node(node)
-        for name in FIELDS:
+        for name in WEIGHT:
             set_attribute(module, f"{path}.{name}", stored[f"{path}.{name}"])
     prune_attributes(module)
     module.recompile()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 
-from ..codegen.errors import LbllmError
+from ..codegen.errors import LbllmError, suggestion
 from .base import Pass
 
 ENTRY_POINT_GROUP = "lbllm_compile.passes"
@@ -64,9 +62,3 @@ def get(name: str) -> type[Pass]:
     if not (isinstance(found, type) and issubclass(found, Pass)) or found.name != name:
         raise PassNameError(f"the entry point '{name}' ({points[name].value}) is not a Pass named '{name}'")
     return found
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""

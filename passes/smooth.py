@@ -49,11 +49,11 @@ from .annotate import decoder_linears
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
 from .calibrate.layers import Activations, Values, calibration_batches, segments, split
 from .calibrate.precision import Precision
-from .calibrate.spool import spooled
 from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
+from .ir.spool import spooled
 from .observe import nothing_to_quantize
 
 BATCH = 8

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from lbllm_compile.codegen import format as w11
 from lbllm_compile.codegen import operators as operators
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
 from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls, is_call, make_attribute, make_call
-from lbllm_compile.passes.ptq import FIELDS
 from torch import Tensor
 
 _lbllm, _aten = torch.ops.lbllm, torch.ops.aten
@@ -33,7 +33,7 @@ def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
 def planes(path: str, weight: Tensor, group: int) -> dict[str, Tensor]:
     """The tensors of a quantized weight by their paths, as ``ptq`` stores them under the weight's own."""
     quantized = quantize(weight, group)
-    return {f"{path}.{field}": getattr(quantized, field) for field in FIELDS}
+    return {f"{path}.{field}": getattr(quantized, field) for field in WEIGHT}
 
 
 def simulate(
@@ -51,7 +51,7 @@ def simulate(
         weight = quantize(get_attribute(module, path), group)
         with graph.inserting_before(node):
             fields = []
-            for field in FIELDS:
+            for field in WEIGHT:
                 fields.append(make_attribute(graph, f"{path}.{field}", node))
                 set_attribute(module, f"{path}.{field}", getattr(weight, field))
             unpacked = make_call(graph, _lbllm.unpack_weight.default, (*fields, weight.in_features, group), node)

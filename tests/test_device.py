@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.calibrate.layers import Activations, split
-from lbllm_compile.passes.ptq import FIELDS
 from other_device import OnOtherDevice, other_device
 from stages import Memory, annotated, apply, batches, context, quantized, same_tensors
 
@@ -115,7 +115,7 @@ def test_stages_that_train_come_as_far(process, kind, device):
     for key, value in expected.items():
         assert summary[key] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), key
     assert found.keys() == weights.keys()
-    planes = [path for path in weights if path.endswith(FIELDS[:2])]
+    planes = [path for path in weights if path.endswith(WEIGHT[:2])]
     assert planes
     same = [(found[path] == weights[path]).float().mean() for path in planes]
     assert min(same) > 0.98

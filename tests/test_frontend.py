@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import set_attribute
 from safetensors.torch import load_file, save_file
 from torch import nn

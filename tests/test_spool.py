@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 from torch import Tensor, nn
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -113,7 +113,7 @@ def test_the_place_of_a_forgotten_record_is_used_again() -> None:
 def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     program = """
         import os, signal, torch
-        from lbllm_compile.passes.calibrate import spool
+        from lbllm_compile.passes.ir import spool
         weights = spool.mapped([("w", torch.ones(1000))])
         records = spool.Records()
         record = records.put(torch.ones(1000))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.frontend.messages import ModelError, a_word, reason_of
 from lbllm_compile.frontend.siblings import Siblings
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 
 HUB = "hf:"
 """What a hub id starts with. A plain ``ORG/NAME`` is a path: a mistyped one must not become a download."""

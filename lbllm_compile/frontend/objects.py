@@ -21,7 +21,7 @@ from lbllm_compile.frontend.loading import (
     refuse_quantized_module,
 )
 from lbllm_compile.frontend.messages import ModelError, a_word, reason_of
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lbllm_compile.frontend import rotary
 from lbllm_compile.frontend.loading import UserModel
 from lbllm_compile.frontend.messages import CaptureError, a_word, capture_reason, fixes_size, reason_of
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program, set_attribute
 
 LM_INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...codegen.operators.lbllm.linears import WEIGHT
 from ..base import PassContext, PassError
 from ..ir.program import Program, get_attribute
 from ..ir.rewrite import calls
-from ..ptq import FIELDS
+from ..ir.spool import release
 from .chains import Chains, parameters_of, weight_of
 from .layers import Activations, Layers, Values, finish
 from .precision import Precision, restored
@@ -34,7 +35,6 @@ from .simulate import (
     knee_shares,
     lift,
 )
-from .spool import release
 from .training import Group, Outcome, train
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -297,7 +297,7 @@ class Together:
             stored.update({path: knee_shares(logit) for path, logit in knees.items()})
         if outcome.step and self.lr_levels > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
-            stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in FIELDS})
+            stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in WEIGHT})
         return {path: tensor.cpu() for path, tensor in stored.items()}, outcome
 
 

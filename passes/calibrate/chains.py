@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...codegen.format import QuantizedWeight
+from ...codegen.operators.lbllm.linears import WEIGHT
 from ..base import PassContext, PassError
 from ..ir.program import CPU, Program, get_attribute, set_attribute
-from ..ptq import FIELDS, stored_weight
-from .layers import Activations, Layers, Stage, Values, calibration_batches, split
+from ..ir.spool import mapped, trim
+from .layers import Activations, Layers, Stage, Values, calibration_batches, split, stored_weight
 from .precision import Precision
 from .sensitivity import channel_weights
 from .simulate import Lifted, lift
-from .spool import mapped, trim
 from .training import reconstruction, targets_of
 
 
@@ -190,7 +190,7 @@ def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
 def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """A layer's weight: from ``tensors`` where they have it, else as the program stores it."""
     weight = lifted.stored(path)
-    if f"{path}.{FIELDS[0]}" not in tensors:
+    if f"{path}.{WEIGHT[0]}" not in tensors:
         return weight
     return stored_weight(tensors, path, weight.group, weight.in_features)
 

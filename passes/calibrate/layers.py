@@ -25,11 +25,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from ...codegen.format import QuantizedWeight
+from ...codegen.operators.lbllm.linears import WEIGHT
 from ..base import batches_of
 from ..ir.program import CPU, LAYER, Program, copy_module, discard_attributes, get_attribute, set_attribute
 from ..ir.rewrite import become_reshape
+from ..ir.spool import Record, Records, release
 from .precision import Precision, matrix_products, restored
-from .spool import Record, Records, release
 
 Values = dict[str, Any]
 """Values of one batch by node name: tensors, and ints for symbolic sizes."""
@@ -243,6 +245,12 @@ def segments(stage: Stage, after: Iterable[fx.Node]) -> list[Stage]:
     for node in _computed(stage.module.graph):
         stage_of[node] = max((stage_of[n] + (n in cuts) for n in node.all_input_nodes if n in stage_of), default=0)
     return partition(stage.module, stage_of, max(stage_of.values(), default=0) + 1, stage.live, stage.device)
+
+
+def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_features: int) -> QuantizedWeight:
+    """The quantized weight kept under ``<path>.sign`` and so on."""
+    parts = (tensors[f"{path}.{name}"] for name in WEIGHT)
+    return QuantizedWeight(*parts, in_features, group)
 
 
 def set_weight(stage: Stage, path: str, value: Tensor) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..base import PassContext, PassError
 from ..ir.program import CPU, Program
+from ..ir.spool import release
 from .layers import Activations, Layers, Stage, Values, calibration_batches, finish
 from .precision import Precision, matrix_products, restored
 from .simulate import lift
-from .spool import release
 from .training import squares, targets_of
 
 STREAM = 4 << 20

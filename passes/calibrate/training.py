@@ -16,9 +16,9 @@ from torch import Tensor
 from ...codegen.errors import FormatError
 from ...codegen.progress import Task
 from ..base import Checkpoints, PassError
+from ..ir.spool import mapped, release
 from .layers import Values
 from .precision import Precision, matrix_products
-from .spool import mapped, release
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""

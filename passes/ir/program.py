@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..calibrate.spool import Gauge, release
+from .spool import Gauge, release
 
 CPU = torch.device("cpu")
 """Where programs are."""

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from ...codegen import levels as level_rules
-from ...codegen.errors import LbllmError
+from ...codegen.errors import LbllmError, suggestion
 from ...codegen.operators import Arguments
 from ...codegen.sizes import ACTIVATION_BITS, GROUPS
-from ..registry import suggestion
 from .rewrite import Node, is_call, operands_of
 
 _lbllm = torch.ops.lbllm

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from lbllm_compile.codegen import prove
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import quantize_rows
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.prove import LinearCase
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target

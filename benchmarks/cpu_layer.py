@@ -80,7 +80,7 @@ class LayerProgram:
 
     def __init__(self, shape: Shape, layers: int, trials: int):
         from lbllm_compile.codegen import prove
-        from lbllm_compile.codegen.build import PACKED, KernelSet
+        from lbllm_compile.codegen.cpu.build import PACKED, KernelSet
         from lbllm_compile.codegen.program.builder import Layout, TensorSpec
         from lbllm_compile.codegen.sizes import ALIGNMENT
         from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -221,7 +221,7 @@ def call_microseconds() -> dict[str, float]:
 
     import torch
     from lbllm_compile.codegen import prove
-    from lbllm_compile.codegen.build import PACKED, KernelSet
+    from lbllm_compile.codegen.cpu.build import PACKED, KernelSet
     from lbllm_compile.codegen.spec import LinearSpec
     from lbllm_compile.codegen.targets import Target
     from lbllm_compile.codegen.tvm_api import prepared

@@ -199,7 +199,7 @@ def make(wish: Wish, directory: Path) -> Subject:
 
 
 def _make_here(wish: Wish, directory: Path) -> Subject:
-    from lbllm_compile.codegen.build import KernelSet
+    from lbllm_compile.codegen.cpu.build import KernelSet
     from lbllm_compile.codegen.targets import Target
 
     from lbllm_compile import runtime

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lbllm_compile.codegen.backend import bucket_named
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.tune.measure import Measurer, Outcome, Request
@@ -115,7 +116,7 @@ def main() -> int:
         target = Target.parse(args.target)
         rows, columns = (int(n) for n in args.shape.split("x"))
         spec = LinearSpec("bit", rows, columns, args.group, args.act_bits)
-        bucket = cpu.bucket_named(args.tokens)
+        bucket = bucket_named(args.tokens, cpu.BUCKETS)
         space = [schedule for one in cpu.implementations(spec, target) for schedule in one.schedules(bucket)]
         times = stored_times(args, spec, target, space)
     except (LbllmError, ValueError) as error:

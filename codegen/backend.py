@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .errors import TargetError
+from .errors import KernelError, TargetError
 from .progress import Progress
 from .spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from .targets import Target, TargetKind, register_kind
@@ -71,7 +71,8 @@ class EntryPoint:
     joined: bool = True
 
 
-class ProgramKernel(Protocol):
+@dataclass(frozen=True)
+class TirKernel:
     """A kernel that programs call.
 
     Attributes:
@@ -79,11 +80,13 @@ class ProgramKernel(Protocol):
         make: generates it as TIR, which takes a good part of a second.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    make: Callable[[], Any]
 
-    @property
-    def make(self) -> Callable[[], Any]: ...
+    @classmethod
+    def made(cls, name: str, function: Any) -> TirKernel:
+        """One that is generated already."""
+        return cls(name, lambda: function)
 
 
 class LinearKernel(Protocol):
@@ -101,7 +104,7 @@ class LinearKernel(Protocol):
         """``[M, K]`` values with scales ``[M, G]`` or ``[M, 1]`` times the packed weight: float32 ``[M, N]``."""
         ...
 
-    def tir(self, bucket: str) -> ProgramKernel:
+    def tir(self, bucket: str) -> TirKernel:
         """A token bucket's kernel ``(values, x_scale, *packed, out)``."""
         ...
 
@@ -113,7 +116,7 @@ class QuantizeKernel(Protocol):
         """Values and scales of ``[M, K]``."""
         ...
 
-    def tir(self, parallel: bool) -> ProgramKernel:
+    def tir(self, parallel: bool) -> TirKernel:
         """The kernel ``(x, clip, [knees,] values, scale)``; ``parallel``: shares its rows out by itself."""
         ...
 
@@ -138,7 +141,7 @@ class Kernels(Protocol):
         """The kernels of a quantizer that :meth:`Backend.build` was asked for."""
         ...
 
-    def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> ProgramKernel:
+    def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
         """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
 
         Args:
@@ -148,19 +151,19 @@ class Kernels(Protocol):
         """
         ...
 
-    def embedding(self, spec: EmbeddingSpec) -> ProgramKernel:
+    def embedding(self, spec: EmbeddingSpec) -> TirKernel:
         """``(rows, scale, ids, out)``."""
         ...
 
-    def convolution(self, spec: ConvolutionSpec, parallel: bool) -> ProgramKernel:
+    def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
         """``(x, weight, [bias,] state, out)``; ``parallel``: it shares its work out by itself."""
         ...
 
-    def dense(self, rows: int, columns: int, one_token: bool) -> ProgramKernel:
+    def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
         """A float linear ``(x [M, columns], weight [rows, columns], out [M, rows])``."""
         ...
 
-    def order(self, dtype: str, descending: bool, parallel: bool) -> ProgramKernel:
+    def order(self, dtype: str, descending: bool, parallel: bool) -> TirKernel:
         """``(x [A, N, B], places int64 [A, N, B])``: where the elements of ``x`` in order along ``N`` are.
 
         Args:
@@ -170,7 +173,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def scatter(self, dtype: str, adds: bool, parallel: bool) -> ProgramKernel:
+    def scatter(self, dtype: str, adds: bool, parallel: bool) -> TirKernel:
         """``(x [N, W], places int64 [P], rows [P, W], out [N, W])``: ``x`` with some rows replaced.
 
         Rows are written in order; places are within ``x``.
@@ -297,6 +300,18 @@ class SearchSpace(Protocol):
     def schedule_from(self, record: dict[str, Any]) -> Any:
         """A schedule, which is a dataclass, from its fields."""
         ...
+
+
+def bucket_named(name: str, buckets: Iterable[Bucket]) -> Bucket:
+    """The bucket of that name.
+
+    Raises:
+        KernelError: there is none.
+    """
+    known = {bucket.name: bucket for bucket in buckets}
+    if name not in known:
+        raise KernelError(f"no token range is named {name!r}; use one of {', '.join(known)}")
+    return known[name]
 
 
 class Backend(Protocol):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen.backend import Bucket, SearchSpace, backend_named, backend_of
+from lbllm_compile.codegen.backend import Bucket, SearchSpace, backend_named, backend_of, bucket_named
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError, LbllmError, TargetError
 from lbllm_compile.codegen.progress import NoProgress, Progress
@@ -239,12 +239,9 @@ def _layouts(options: TuneOptions, target: Target) -> dict[LinearSpec, str]:
 
 
 def _buckets(names: str | None, space: SearchSpace) -> list[Bucket]:
-    known = {bucket.name: bucket for bucket in space.buckets}
-    chosen = list(known) if names is None else [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name not in known:
-            raise KernelError(f"no token range is named {name!r}; use one of {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(chosen)]
+    if names is None:
+        return list(space.buckets)
+    return list(dict.fromkeys(bucket_named(name.strip(), space.buckets) for name in names.split(",")))
 
 
 def render(report: TuneReport) -> list[RenderableType]:

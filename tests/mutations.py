@@ -34,8 +34,8 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.operators import operators, stored
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import thread_count

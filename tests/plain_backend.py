@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from lbllm_compile.codegen import prove
-from lbllm_compile.codegen.backend import EntryPoint
-from lbllm_compile.codegen.build import KernelSet, TirKernel
+from lbllm_compile.codegen.backend import EntryPoint, TirKernel
 from lbllm_compile.codegen.cpu.backend import CpuBackend
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.ir.program import Program

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.kernels import attention
 from lbllm_compile.codegen.kernels.exponential import hyperbolic_tangent

@@ -13,8 +13,8 @@ from dataclasses import asdict
 import pytest
 import torch
 from lbllm_compile.codegen import prove
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.passes.activate import insert_quantizers

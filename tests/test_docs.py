@@ -59,8 +59,8 @@ def test_documents_name_files_that_exist() -> None:
 
 def test_the_documented_cpu_family_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fewer than 60 lines make a family whose kernels agree with the reference."""
-    from lbllm_compile.codegen.build import KernelSet
-    from lbllm_compile.codegen.kernels import cpu, x86
+    from lbllm_compile.codegen.cpu.build import KernelSet
+    from lbllm_compile.codegen.kernels import families, x86
     from lbllm_compile.codegen.spec import LinearSpec
     from lbllm_compile.codegen.targets import Target, host
     from lbllm_compile.codegen.targets import x86 as x86_targets
@@ -74,7 +74,7 @@ def test_the_documented_cpu_family_works(monkeypatch: pytest.MonkeyPatch, tmp_pa
     exec(compile(code, str(file), "exec"), names)
     instructions, architecture, flags = (row for row in rows.splitlines() if row)
     for table, row in (
-        (cpu.INSTRUCTION_SETS, instructions),
+        (families.INSTRUCTION_SETS, instructions),
         (x86_targets.ARCHITECTURES, architecture),
         (host.NEEDED_FLAGS, flags),
     ):

@@ -205,7 +205,7 @@ class TestWhatRuns:
         assert "TVM" in result.stdout and "\n" not in result.stdout.strip(), result.stderr
 
     def test_a_kernel_that_was_not_built_is_an_error(self, compiled):
-        from lbllm_compile.codegen.build import KernelSet
+        from lbllm_compile.codegen.cpu.build import KernelSet
         from lbllm_compile.codegen.targets import Target
 
         nothing = KernelSet.build([], [], Target.parse("cpu"), trials=0)

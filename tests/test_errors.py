@@ -19,7 +19,7 @@ import tokenizers
 import torch
 import transformers
 import zoo
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.passes import PassContext, pipeline
 from safetensors import SafetensorError

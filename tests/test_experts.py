@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen.backend import bucket_named
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.format import QuantizedWeight
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.kernels.order import order
 from lbllm_compile.codegen.kernels.scatter import scatter
@@ -86,7 +87,7 @@ def quantized(
     """A program of the kernel for five W(1+1) experts, and how the weights of one are packed for it."""
     spec = LinearSpec("bit", 33, columns, group, per_token=per_token)
     implementation = cpu.of_layout(cpu.implementations(spec, Target.parse(target)), layout)
-    kernel = implementation.function(implementation.schedules(cpu.bucket_named(bucket))[0])
+    kernel = implementation.function(implementation.schedules(bucket_named(bucket, cpu.BUCKETS))[0])
 
     def pack(weight: QuantizedWeight) -> Tensor:
         return _aligned(implementation.pack(weight, None))

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lbllm_compile.codegen import prove
+from lbllm_compile.codegen.backend import Bucket
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.cpu.emulator import AARCH64, HERE, ForeignLibrary, Machine
+from lbllm_compile.codegen.cpu.space import Implementation, Schedule
 from lbllm_compile.codegen.errors import KernelError, TargetError
-from lbllm_compile.codegen.kernels import cpu
-from lbllm_compile.codegen.kernels.cpu import Bucket, Implementation, Schedule
+from lbllm_compile.codegen.kernels.families import INSTRUCTION_SETS
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, arm, host, known_targets, x86
@@ -286,7 +288,7 @@ def test_the_best_family_is_found_in_cpuinfo(family, monkeypatch):
 @pytest.mark.parametrize("family", [*x86.ARCHITECTURES, *arm.ARCHITECTURES])
 def test_every_family_is_a_target_with_instructions_and_flags(family):
     assert f"cpu:{family}" in known_targets()
-    assert family in cpu.INSTRUCTION_SETS and family in host.NEEDED_FLAGS
+    assert family in INSTRUCTION_SETS and family in host.NEEDED_FLAGS
 
 
 @pytest.mark.parametrize("family", arm.ARCHITECTURES if platform.machine() in x86.MACHINES else x86.ARCHITECTURES)

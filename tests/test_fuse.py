@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lbllm_compile.codegen import prove, reference
-from lbllm_compile.codegen.kernels import cpu
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder, Layout, ProgramBuilder, TensorSpec
 from lbllm_compile.codegen.program.compile import build_loops, compile_program, operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows, with_residual

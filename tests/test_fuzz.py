@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import prove, reference
+from lbllm_compile.codegen.cpu import space as cpu
+from lbllm_compile.codegen.cpu.space import Implementation
 from lbllm_compile.codegen.format import GROUPS, QuantizedWeight, codes_to_planes
-from lbllm_compile.codegen.kernels import cpu
-from lbllm_compile.codegen.kernels.cpu import Implementation
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.codegen.tvm_api import compile_functions

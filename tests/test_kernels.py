@@ -9,10 +9,10 @@ import platform
 import pytest
 import torch
 from lbllm_compile.codegen import prove, reference, tvm_api
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu import space as cpu
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import quantize_rows
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, arm, host, parse_targets, runnable_targets, x86
@@ -68,7 +68,7 @@ def test_linears_are_exact_for_odd_shapes_and_token_counts(target, shapes, tmp_p
 @pytest.mark.parametrize("shape", [(150, 75, 32), (150, 20, 32)], ids=["with tails", "a single group"])
 def test_schedules_of_the_whole_space_are_exact(target, sampled, shape):
     """A search itself checks what it measures."""
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
     from lbllm_compile.codegen.tune.search import spread
     from lbllm_compile.codegen.tvm_api import compile_functions
 

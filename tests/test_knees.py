@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen import prove, reference
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.cuda.quantize import quantize_schedules
 from lbllm_compile.codegen.errors import FormatError, KernelError
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.spec import QuantizeSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.passes import pipeline

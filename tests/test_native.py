@@ -25,11 +25,11 @@ import torch
 import transformers
 from lbllm_compile.codegen import cache as cache_files
 from lbllm_compile.codegen import operators
-from lbllm_compile.codegen.build import KernelSet
 from lbllm_compile.codegen.cache import sha256
+from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.cpu.backend import CpuBackend
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
-from lbllm_compile.codegen.kernels import cpu
 from lbllm_compile.codegen.kernels.dense import dense
 from lbllm_compile.codegen.operators import Arguments, registry
 from lbllm_compile.codegen.operators.aten.shapes import infer

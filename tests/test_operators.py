@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen import operators
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program

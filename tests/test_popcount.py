@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.format import GROUPS, QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.spec import LinearSpec
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif("avx512-vpopcnt" not in host.families(), reason=
 
 def popcount_records(spec: LinearSpec) -> list[dict]:
     """Records as a search that preferred the popcount kernels leaves them."""
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     implementation = cpu.of_layout(cpu.implementations(spec, Target.parse(TARGET)), "popcount")
     return [
@@ -87,7 +87,7 @@ def test_every_window_of_activations_is_exact(rows, columns, group, extreme, tmp
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_planes_cost_two_bits_a_weight_and_a_zero_point_sum_a_group(group):
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     spec = LinearSpec("bit", 32, 4 * group, group)
     lut8, popcount = cpu.implementations(spec, Target.parse(TARGET))
@@ -172,6 +172,6 @@ def test_a_layout_decided_anew_is_followed_by_the_other_token_counts(monkeypatch
     ],
 )
 def test_popcounts_are_offered_for_four_bits_on_targets_that_have_them(spec, target):
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     assert len(cpu.implementations(spec, Target.parse(target))) == 1

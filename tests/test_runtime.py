@@ -11,7 +11,7 @@ import torch
 from graphs import context, normal, program, token_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.targets import Target

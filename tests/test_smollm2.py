@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lbllm_compile.codegen.build import KernelSet
+from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from lbllm_compile.codegen.backend import bucket_named
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import NoProgress
@@ -256,7 +257,7 @@ def test_results_of_other_machines_are_guesses_and_the_nearest_comes_first(tmp_p
 
 
 def test_the_shipped_results_are_whole_and_fit_their_spaces():
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     tokens: dict[object, set[str]] = {}
     for line in SEEDS.read_bytes().splitlines():
@@ -265,7 +266,7 @@ def test_the_shipped_results_are_whole_and_fit_their_spaces():
         assert key.version == cpu.SCHEDULE_VERSION
         schedule = cpu.schedule_from(result.schedule)
         implementation = cpu.of_layout(cpu.implementations(key.spec, Target.parse(key.target)), schedule.layout)
-        assert schedule in implementation.schedules(cpu.bucket_named(key.tokens))
+        assert schedule in implementation.schedules(bucket_named(key.tokens, cpu.BUCKETS))
     assert all(names == {bucket.name for bucket in cpu.BUCKETS} for names in tokens.values())
 
 
@@ -436,12 +437,12 @@ class FakeMeasurer:
 
 def choose_one(tmp_path, measurer, trials=16, **options):
     """The choice for one linear and one token, with a database in ``tmp_path``."""
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     target = Target.parse("cpu:generic")
     spec = LinearSpec("bit", 256, 128, 64)
     key = Key.here(spec, "1", target, 2, "0.27", 1)
-    item = tuner.Wanted(cpu.implementations(spec, target), cpu.bucket_named("1"), key)
+    item = tuner.Wanted(cpu.implementations(spec, target), cpu.BUCKETS[0], key)
     database = Database(tmp_path, tmp_path / "seeds")
     options = {"trials": trials, "budget_s": None, "progress": NoProgress(), **options}
     (choice,) = tuner.choose([item], target, database, measurer, **options)
@@ -540,7 +541,8 @@ def test_a_worker_that_does_not_start_is_an_error():
 
 def test_describing_work_does_not_import_tvm():
     code = (
-        "import sys; from lbllm_compile.codegen import build, operators, format, reference, prove, spec, targets;"
+        "import sys; from lbllm_compile.codegen import operators, format, reference, prove, spec, targets;"
+        " from lbllm_compile.codegen.cpu import build;"
         " from lbllm_compile.codegen.tune import database, measure, search; assert 'tvm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p)})

@@ -138,7 +138,7 @@ def test_a_search_says_how_it_goes() -> None:
 
 def store(cache: Path) -> None:
     """Puts a result into the database of a cache folder."""
-    from lbllm_compile.codegen.kernels import cpu
+    from lbllm_compile.codegen.cpu import space as cpu
 
     key = Key.here(
         LinearSpec("bit", 40, 64, 32), "1", Target.parse("cpu:generic"), thread_count(), VERSION, cpu.SCHEDULE_VERSION

@@ -53,7 +53,7 @@ class CpuBackend:
         progress: Progress | None = None,
         records: Sequence[Mapping[str, Any]] | None = None,
     ) -> Kernels:
-        from ..build import KernelSet  # TVM takes seconds to import
+        from .build import KernelSet  # TVM takes seconds to import
 
         return KernelSet.build(
             linears,
@@ -77,13 +77,13 @@ class CpuBackend:
         return Emitted()  # a CPU makes its kernels itself when it loads an artifact
 
     def space(self) -> SearchSpace:
-        from ..kernels.cpu import SPACE  # TVM takes seconds to import
+        from .space import SPACE  # TVM takes seconds to import
 
         return SPACE
 
     def compile(self, module: Any, target: Target) -> Compiled:
-        from ..kernels.cpu import lanes  # TVM takes seconds to import
         from ..program.compile import compile_program
+        from .space import lanes  # TVM takes seconds to import
 
         merged = [entry.name for entry in self.entry_points if entry.blocks]
         apart = [entry.name for entry in self.entry_points if not entry.joined]

@@ -8,8 +8,8 @@ fraction of them says how much of a candidate's time is the machine's and how mu
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.cpu import INSTRUCTION_SETS
 from ..kernels.dot import FIELDS, SLAB
+from ..kernels.families import INSTRUCTION_SETS
 from ..kernels.isa import InstructionSet
 from ..targets import Target
 from ..tvm_api import PrimFunc, T

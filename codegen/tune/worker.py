@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from .. import prove
+from ..backend import Bucket, backend_of, bucket_named
 from ..errors import KernelError, LbllmError
-from ..kernels import cpu
 from ..spec import LinearSpec
 from ..targets import Target
 from ..threads import thread_count
@@ -56,9 +56,15 @@ def _cases(spec: LinearSpec) -> list[prove.LinearCase]:
     return prove.linear_cases(spec)
 
 
+def _implementation(spec: LinearSpec, target: Target, layout: str) -> Any:
+    """What generates and packs for the kernels that read a layout."""
+    space = backend_of(target).space()
+    return space.of_layout(space.implementations(spec, target), layout)
+
+
 @functools.lru_cache(maxsize=2)
 def _packed(spec: LinearSpec, target: str, layout: str) -> list[torch.Tensor]:
-    implementation = cpu.of_layout(cpu.implementations(spec, Target.parse(target)), layout)
+    implementation = _implementation(spec, Target.parse(target), layout)
     return [implementation.pack(case.weight, case.bias) for case in _cases(spec)]
 
 
@@ -67,8 +73,8 @@ def _compiled(spec: LinearSpec, target: str, schedule: str) -> Any:
     """The library of a candidate, or the error that says why there is none."""
     parsed = Target.parse(target)
     try:
-        chosen = cpu.schedule_from(json.loads(schedule))
-        function = cpu.of_layout(cpu.implementations(spec, parsed), chosen.layout).function(chosen)
+        chosen = backend_of(parsed).space().schedule_from(json.loads(schedule))
+        function = _implementation(spec, parsed, chosen.layout).function(chosen)
         return compile_functions({SYMBOL: function}, parsed.llvm)
     except KernelError as error:
         return error
@@ -141,7 +147,7 @@ class Worker:
     def _measured_in(
         self, session: Session, request: Request, libraries: Sequence[Any]
     ) -> tuple[list[Outcome], Limits]:
-        bucket = cpu.bucket_named(request.bucket)
+        bucket = _bucket(request)
         counts = prove.token_counts(bucket.lowest, bucket.highest)[-CHECKED_COUNTS:]
         cases = _cases(request.spec)
         layouts = [schedule["layout"] for schedule in request.schedules]
@@ -182,7 +188,7 @@ class Worker:
         The machine is measured with every request, and its best counts: a bandwidth that other load held down must not
         end a search.
         """
-        spec, bucket = request.spec, cpu.bucket_named(request.bucket)
+        spec, bucket = request.spec, _bucket(request)
         self._bandwidth = max(self._bandwidth, measure_bandwidth(session, request.target))
         products = None
         if bucket.probe > 1:
@@ -194,6 +200,11 @@ class Worker:
         measured = Roofline(self._bandwidth, products)
         least = measured.microseconds(weights if cold else 0, spec.out_features * spec.in_features * bucket.probe)
         return Limits(least, weights, measured.bandwidth, measured.products)
+
+
+def _bucket(request: Request) -> Bucket:
+    """The token counts of a request."""
+    return bucket_named(request.bucket, backend_of(Target.parse(request.target)).space().buckets)
 
 
 def _arguments(session: Session, case: prove.LinearCase, copies: Sequence[Any], tokens: int) -> list[tuple[Any, ...]]:

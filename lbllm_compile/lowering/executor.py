@@ -81,7 +81,7 @@ class QuantizeKernel(Protocol):
 
 
 class Kernels(Protocol):
-    """Where an executor gets its kernels from; :class:`lbllm_compile.codegen.build.KernelSet` is one."""
+    """Where an executor gets its kernels from; :class:`lbllm_compile.codegen.cpu.build.KernelSet` is one."""
 
     def linear(self, spec: LinearSpec) -> LinearKernel: ...
 

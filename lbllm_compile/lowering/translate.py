@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lbllm_compile.codegen import operators
-from lbllm_compile.codegen.backend import EntryPoint, Kernels, ProgramKernel, backend_of
-from lbllm_compile.codegen.build import TirKernel
+from lbllm_compile.codegen.backend import EntryPoint, Kernels, TirKernel, backend_of
 from lbllm_compile.codegen.errors import UntranslatableError, first_line
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.translator import Complex, Translation, flat
@@ -352,7 +351,7 @@ class _Translator:
 
     def call(
         self,
-        kernel: ProgramKernel,
+        kernel: TirKernel,
         arguments: Sequence[Value],
         *outputs: tuple[Sequence[Any], str],
         by_rows: bool = False,
@@ -362,7 +361,7 @@ class _Translator:
 
     def call_by_expert(
         self,
-        kernel: ProgramKernel,
+        kernel: TirKernel,
         rows: Sequence[Value],
         matrices: Sequence[Value],
         offsets: Value,

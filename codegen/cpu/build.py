@@ -9,30 +9,30 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import prove
-from .cache import cache_directory
-from .errors import KernelError
-from .format import QuantizedWeight
-from .progress import NoProgress, Progress
-from .reference import value_dtype
-from .sizes import ALIGNMENT, MOST_ELEMENTS
-from .spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
-from .targets import Target
-from .threads import thread_count
-from .tune.database import Database, Key
-from .tune.measure import Measurer
-from .tune.tuner import Choice, Wanted, choose
+from .. import prove
+from ..backend import TirKernel
+from ..cache import cache_directory
+from ..errors import KernelError
+from ..format import QuantizedWeight
+from ..progress import NoProgress, Progress
+from ..reference import value_dtype
+from ..sizes import ALIGNMENT, MOST_ELEMENTS
+from ..spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from ..targets import Target
+from ..threads import thread_count
+from ..tune.database import Database, Key
+from ..tune.measure import Measurer
+from ..tune.tuner import Choice, Wanted, choose
 
 if TYPE_CHECKING:
-    from .kernels.cpu import Bucket, Implementation, Schedule
-    from .tvm_api import PrimFunc
+    from ..backend import Bucket
+    from .space import Implementation, Schedule
 
 __all__ = ["KernelSet", "LinearKernel", "LinearSpec", "QuantizeKernel", "QuantizeSpec", "Target"]
 
@@ -41,24 +41,6 @@ PACKED = "packed"
 
 PARALLEL_QUANTIZER_ELEMENTS = 1 << 16
 """Elements from which a quantizer's tokens are worth a parallel launch."""
-
-
-@dataclass(frozen=True)
-class TirKernel:
-    """A kernel as TIR.
-
-    Attributes:
-        name: its symbol; kernels of one name are the same.
-        make: generates it, which takes a good part of a second.
-    """
-
-    name: str
-    make: Callable[[], PrimFunc]
-
-    @classmethod
-    def made(cls, name: str, function: PrimFunc) -> TirKernel:
-        """One that is generated already."""
-        return cls(name, lambda: function)
 
 
 class LinearKernel:
@@ -289,11 +271,11 @@ class KernelSet:
             KernelError: TVM is missing, a kernel does not compile, or it disagrees with the reference.
             TargetError: this machine cannot run the target.
         """
-        from .kernels import cpu
+        from . import space
 
         target.check_runs_here()
         progress = progress or NoProgress()
-        implementations = {spec: cpu.implementations(spec, target) for spec in dict.fromkeys(linears)}
+        implementations = {spec: space.implementations(spec, target) for spec in dict.fromkeys(linears)}
         choices = _choose_schedules(
             implementations, target, cache_dir or cache_directory(), trials, budget_s, progress, records or []
         )
@@ -302,8 +284,8 @@ class KernelSet:
         with progress.task("prove kernels", len(implementations) + len(dict.fromkeys(quantizers))) as task:
             linear_kernels = {}
             for spec, candidates in implementations.items():
-                schedules = {bucket: chosen[spec, bucket.name] for bucket in cpu.BUCKETS}
-                implementation = cpu.of_layout(candidates, schedules[cpu.BUCKETS[0]].layout)
+                schedules = {bucket: chosen[spec, bucket.name] for bucket in space.BUCKETS}
+                implementation = space.of_layout(candidates, schedules[space.BUCKETS[0]].layout)
                 linear_kernels[spec] = _prove_linear(implementation, target, schedules, sources)
                 task.advance()
             quantize_kernels = {}
@@ -346,19 +328,19 @@ class KernelSet:
     @property
     def lanes(self) -> int:
         """fp32 lanes of the target's vectors."""
-        from .kernels import cpu
+        from . import space
 
-        return cpu.lanes(self.target)
+        return space.lanes(self.target)
 
     def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
-        """An attention kernel, see :func:`.kernels.attention.cached_attention`, for whole programs.
+        """An attention kernel, see :func:`..kernels.attention.cached_attention`, for whole programs.
 
         Args:
             spec: the attention.
             queries: tokens of a call where that is known.
             parallel: split it over the thread pool; few tokens are not worth a launch of their own.
         """
-        from .kernels import attention
+        from ..kernels import attention
 
         tile = attention.tile_rows(spec, queries)
         name = f"attention_{spec.heads}x{spec.kv_heads}x{spec.key_width}x{spec.value_width}_kv{spec.bits}"
@@ -374,36 +356,36 @@ class KernelSet:
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
         """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""
-        from .kernels.embedding import embedding
+        from ..kernels.embedding import embedding
 
         return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
 
     def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
-        """A convolution with a state, see :func:`.kernels.convolution.cached_conv`, for whole programs."""
-        from .kernels.convolution import cached_conv
+        """A convolution with a state, see :func:`..kernels.convolution.cached_conv`, for whole programs."""
+        from ..kernels.convolution import cached_conv
 
         name = f"cached_conv_{spec.channels}x{spec.taps}{'_bias' if spec.bias else ''}"
         name += "_parallel" if parallel else "_serial"
         return TirKernel(name, lambda: cached_conv(spec, parallel))
 
     def dense(self, rows: int, columns: int, one_token: bool) -> TirKernel:
-        """The kernel of a float linear, see :func:`.kernels.dense.dense`, for whole programs."""
-        from .kernels.dense import dense
+        """The kernel of a float linear, see :func:`..kernels.dense.dense`, for whole programs."""
+        from ..kernels.dense import dense
 
         name = f"dense_{rows}x{columns}_{'token' if one_token else 'tokens'}"
         return TirKernel(name, lambda: dense(rows, columns, self.lanes, one_token))
 
     def order(self, dtype: str, descending: bool, parallel: bool) -> TirKernel:
-        """The kernel of an order, see :func:`.kernels.order.order`, for whole programs."""
-        from .kernels.order import order
+        """The kernel of an order, see :func:`..kernels.order.order`, for whole programs."""
+        from ..kernels.order import order
 
         name = f"order_{dtype}_{'descending' if descending else 'ascending'}"
         name += "_parallel" if parallel else "_serial"
         return TirKernel(name, lambda: order(dtype, descending, parallel))
 
     def scatter(self, dtype: str, adds: bool, parallel: bool) -> TirKernel:
-        """The kernel that writes rows to places, see :func:`.kernels.scatter.scatter`, for whole programs."""
-        from .kernels.scatter import scatter
+        """The kernel that writes rows to places, see :func:`..kernels.scatter.scatter`, for whole programs."""
+        from ..kernels.scatter import scatter
 
         name = f"scatter_{dtype}{'_add' if adds else ''}_{'parallel' if parallel else 'serial'}"
         return TirKernel(name, lambda: scatter(dtype, adds, parallel))
@@ -427,17 +409,17 @@ def _choose_schedules(
     records: Sequence[Mapping[str, Any]],
 ) -> list[Choice]:
     """A valid schedule for every linear and token bucket, one layout for all buckets of a linear."""
-    from .kernels import cpu
-    from .tvm_api import VERSION
+    from ..tvm_api import VERSION
+    from . import space
 
     wanted = [
         Wanted(
             candidates,
             bucket,
-            Key.here(spec, bucket.name, target, thread_count(), VERSION, cpu.SCHEDULE_VERSION),
+            Key.here(spec, bucket.name, target, thread_count(), VERSION, space.SCHEDULE_VERSION),
         )
         for spec, candidates in implementations.items()
-        for bucket in cpu.BUCKETS
+        for bucket in space.BUCKETS
     ]
     with Measurer() as measurer:
         return choose(
@@ -456,7 +438,7 @@ def _prove_linear(
     implementation: Implementation, target: Target, schedules: Mapping[Bucket, Schedule], sources: dict[str, str]
 ) -> LinearKernel:
     """Compiles a linear's kernels and holds them against the reference."""
-    from .tvm_api import compile_functions
+    from ..tvm_api import compile_functions
 
     spec = implementation.spec
     functions = {}
@@ -478,10 +460,10 @@ def _prove_linear(
 
 def _prove_quantizer(spec: QuantizeSpec, target: Target, sources: dict[str, str]) -> QuantizeKernel:
     """Compiles a quantizer's kernels and holds them against the reference."""
-    from .kernels import cpu
-    from .tvm_api import compile_functions
+    from ..tvm_api import compile_functions
+    from . import space
 
-    functions = {_quantizer_name(spec, mode): cpu.quantizer(spec, target, mode) for mode in (False, True)}
+    functions = {_quantizer_name(spec, mode): space.quantizer(spec, target, mode) for mode in (False, True)}
     library = compile_functions(functions, target.llvm)
     callables = [library[name] for name in functions]
     for function in callables:

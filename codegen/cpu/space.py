@@ -13,19 +13,20 @@ from torch import Tensor
 
 from .. import backend
 from ..backend import Bucket
-from ..cpu.buckets import BUCKETS
 from ..errors import KernelError, TargetError
 from ..format import QuantizedWeight
+from ..kernels import dot, knees, popcount, quantize
+from ..kernels.dot import SLAB, Problem
+from ..kernels.families import INSTRUCTION_SETS
+from ..kernels.int8 import Int8Operand
+from ..kernels.isa import InstructionSet
+from ..kernels.lut8 import Lut8Operand
+from ..kernels.popcount import PlaneOperand
+from ..kernels.portable import PortableLinear
 from ..spec import LinearSpec, QuantizeSpec
 from ..targets import Target, generic
 from ..tvm_api import PrimFunc
-from . import arm, dot, knees, popcount, quantize, x86
-from .dot import SLAB, Problem
-from .int8 import Int8Operand
-from .isa import InstructionSet
-from .lut8 import Lut8Operand
-from .popcount import PlaneOperand
-from .portable import PortableLinear
+from .buckets import BUCKETS
 
 Weight = QuantizedWeight | tuple[Tensor, Tensor]
 """A W(1+1) matrix, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""
@@ -42,9 +43,6 @@ PARALLEL_PRODUCTS = 1 << 20
 PARALLEL_STAGE_CHUNK = 64
 """Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
 
-INSTRUCTION_SETS = {**x86.INSTRUCTION_SETS, **arm.INSTRUCTION_SETS}
-"""By family: the instructions for values of 4 or 8 bits."""
-
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
@@ -52,21 +50,9 @@ SCHEDULE_VERSION = 2
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
 
-def bucket_named(name: str) -> Bucket:
-    """The bucket of that name.
-
-    Raises:
-        KernelError: there is none.
-    """
-    for bucket in BUCKETS:
-        if bucket.name == name:
-            return bucket
-    raise KernelError(f"no token range is named {name!r}; use one of {', '.join(b.name for b in BUCKETS)}")
-
-
 @dataclass(frozen=True)
 class GemvSchedule:
-    """How a one-token kernel of dot products runs; the other fields are :func:`.dot.gemv`'s."""
+    """How a one-token kernel of dot products runs; the other fields are :func:`..kernels.dot.gemv`'s."""
 
     layout: str
     rows: int
@@ -77,7 +63,7 @@ class GemvSchedule:
 
 @dataclass(frozen=True)
 class PopcountSchedule:
-    """How a one-token kernel of popcounts runs; the other fields are :func:`.popcount.gemv`'s."""
+    """How a one-token kernel of popcounts runs; the other fields are :func:`..kernels.popcount.gemv`'s."""
 
     layout: str
     rows: int
@@ -87,7 +73,7 @@ class PopcountSchedule:
 
 @dataclass(frozen=True)
 class GemmSchedule:
-    """How a many-token kernel runs; the other fields are :func:`.dot.gemm`'s."""
+    """How a many-token kernel runs; the other fields are :func:`..kernels.dot.gemm`'s."""
 
     layout: str
     rows: int
@@ -98,7 +84,7 @@ class GemmSchedule:
 
 @dataclass(frozen=True)
 class PortableSchedule:
-    """How a portable kernel runs; the other fields are :meth:`.portable.PortableLinear.function`'s."""
+    """How a portable kernel runs; the other fields are :meth:`..kernels.portable.PortableLinear.function`'s."""
 
     layout: str
     rows: int
@@ -137,7 +123,7 @@ class VectorLinear:
 
     Attributes:
         spec: what is computed.
-        family: one of :data:`INSTRUCTION_SETS`.
+        family: one of :data:`..kernels.families.INSTRUCTION_SETS`.
         layout: ``"lut8"``, ``"popcount"`` or ``"int8"``.
     """
 

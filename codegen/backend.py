@@ -89,19 +89,43 @@ class TirKernel:
         return cls(name, lambda: function)
 
 
-class LinearKernel(Protocol):
+class EagerLinear(Protocol):
+    """The proven kernels of one :class:`LinearSpec`, called on tensors."""
+
+    def pack(self, weight: Any, bias: Tensor | None = None) -> Any:
+        """A weight (``QuantizedWeight``, or int8 rows and their scales) and its bias in the kernels' layout."""
+        ...
+
+    def __call__(self, values: Tensor, x_scale: Tensor, packed: Any) -> Tensor:
+        """``[M, K]`` values with scales ``[M, G]`` or ``[M, 1]`` times the packed weight: float32 ``[M, N]``."""
+        ...
+
+
+class EagerQuantizer(Protocol):
+    """The proven kernels of one :class:`QuantizeSpec`, called on tensors."""
+
+    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and scales of ``[M, K]``."""
+        ...
+
+
+class EagerKernels(Protocol):
+    """What a graph that runs operator by operator needs of :class:`Kernels`."""
+
+    def linear(self, spec: LinearSpec) -> EagerLinear:
+        """The kernels of a linear that :meth:`Backend.build` was asked for."""
+        ...
+
+    def quantizer(self, spec: QuantizeSpec) -> EagerQuantizer:
+        """The kernels of a quantizer that :meth:`Backend.build` was asked for."""
+        ...
+
+
+class LinearKernel(EagerLinear, Protocol):
     """The proven kernels of one :class:`LinearSpec`."""
 
     def pack(self, weight: Any, bias: Tensor | None = None) -> Mapping[str, Tensor]:
-        """A weight (``QuantizedWeight``, or int8 rows and their scales) and its bias in the kernels' layout.
-
-        Returns:
-            The tensors that the kernels read, in the order of their parameters.
-        """
-        ...
-
-    def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
-        """``[M, K]`` values with scales ``[M, G]`` or ``[M, 1]`` times the packed weight: float32 ``[M, N]``."""
+        """As :meth:`EagerLinear.pack`: the tensors that the kernels read, in the order of their parameters."""
         ...
 
     def tir(self, bucket: str) -> TirKernel:
@@ -109,12 +133,8 @@ class LinearKernel(Protocol):
         ...
 
 
-class QuantizeKernel(Protocol):
+class QuantizeKernel(EagerQuantizer, Protocol):
     """The proven kernels of one :class:`QuantizeSpec`."""
-
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and scales of ``[M, K]``."""
-        ...
 
     def tir(self, parallel: bool) -> TirKernel:
         """The kernel ``(x, clip, [knees,] values, scale)``; ``parallel``: shares its rows out by itself."""
@@ -122,7 +142,7 @@ class QuantizeKernel(Protocol):
 
 
 @runtime_checkable
-class Kernels(Protocol):
+class Kernels(EagerKernels, Protocol):
     """Proven kernels of a model on one target.
 
     Attributes:
@@ -133,13 +153,9 @@ class Kernels(Protocol):
     target: Target
     guessed: int
 
-    def linear(self, spec: LinearSpec) -> LinearKernel:
-        """The kernels of a linear that :meth:`Backend.build` was asked for."""
-        ...
+    def linear(self, spec: LinearSpec) -> LinearKernel: ...
 
-    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel:
-        """The kernels of a quantizer that :meth:`Backend.build` was asked for."""
-        ...
+    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel: ...
 
     def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
         """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.

@@ -23,6 +23,9 @@ CAPACITY_MULTIPLE = 16
 BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
 """Names of sizes that inputs choose: sequences, new tokens, past and new tokens, slots of the KV state."""
 
+MIN_CAPACITY = 64
+"""Tokens that a fresh KV cache has room for at least."""
+
 MAX_SEED = 2**32 - 1
 """Largest seed: behind it, the generators of :meth:`PassContext.generator` would run out of 64 bits."""
 

@@ -43,15 +43,13 @@ from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .ir import scheme as schemes
 from .ir.annotations import LINEAR, LinearInfo, linears
 from .ir.attention import ATTENTIONS
+from .ir.dump import module_path
 from .ir.program import LAYER, Program
-from .ir.rewrite import operands_of
+from .ir.rewrite import LINEARS, operands_of
 from .ir.scheme import Entry, Scheme, SchemeError
 
 aten = torch.ops.aten
 lbllm = torch.ops.lbllm
-
-LINEAR_TARGETS = (aten.linear.default, lbllm.grouped_linear.default)
-"""The two forms of a linear after ``canonicalize``."""
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
@@ -147,7 +145,7 @@ def layer_count(program: Program) -> int:
 
 def is_linear(node: fx.Node) -> bool:
     """Whether a node is a linear whose weight is a parameter."""
-    return node.op == "call_function" and node.target in LINEAR_TARGETS and operands_of(node)[1].op == "get_attr"
+    return node.op == "call_function" and node.target in LINEARS and operands_of(node)[1].op == "get_attr"
 
 
 # Layers
@@ -201,7 +199,7 @@ def _layers_by_path(program: Program, found: Sequence[fx.Node]) -> dict[fx.Node,
     members: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     covered: Counter[str] = Counter()
     for node in found:
-        own = module_path(node)
+        own = linear_path(node)
         for family, index, path, kind in _families(node):
             if path != own:  # a linear in a list of linears is no layer
                 members[family][index].add(kind)
@@ -317,14 +315,13 @@ def _place_weights(program: Program) -> None:
 # Roles
 
 
-def module_path(node: fx.Node) -> str:
+def linear_path(node: fx.Node) -> str:
     """The module a linear stands for: the one that called it, or the parameter where one module holds several."""
     weight = str(operands_of(node)[1].target)
-    stack = list(node.meta.get("nn_module_stack", {}).values())
     owner, _, leaf = weight.rpartition(".")
     if leaf not in ("weight", "weight_transposed"):
         return weight
-    called_by = stack[-1][0] if stack else ""
+    called_by = module_path(node)
     # Tied weights lie under one path, so the head's own path is only in its provenance.
     return owner if not called_by or owner.startswith(called_by) else called_by
 
@@ -342,7 +339,7 @@ def _describe(program: Program, node: fx.Node) -> LinearInfo:
     else:
         role, reason = "dense", "outside the decoder layers"
     scheme = Scheme(dense=role == "dense")
-    return LinearInfo(module_path(node), str(weight.target), layer, role, experts, reason, scheme)
+    return LinearInfo(linear_path(node), str(weight.target), layer, role, experts, reason, scheme)
 
 
 _CHOICES = (aten.topk.default, aten.argmax.default, aten.sort.default)
@@ -351,7 +348,7 @@ _CHOICES = (aten.topk.default, aten.argmax.default, aten.sort.default)
 def _routes(node: fx.Node) -> bool:
     """Whether the output decides, by a choice of the best few, what a later linear computes: an expert router."""
     return any(
-        user.target in _CHOICES and any(later.target in LINEAR_TARGETS for later in _downstream(user))
+        user.target in _CHOICES and any(later.target in LINEARS for later in _downstream(user))
         for user in _downstream(node)
     )
 
@@ -370,7 +367,7 @@ def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node
             continue
         seen.add(user)
         yield user
-        if user.target not in (*LINEAR_TARGETS, *ATTENTIONS):
+        if user.target not in (*LINEARS, *ATTENTIONS):
             pending.extend(user.users)
 
 

@@ -61,13 +61,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..codegen import operators as operators
 from ..codegen import reference
-from ..codegen.operators import Arguments, set_argument
+from ..codegen.operators import Arguments, first_argument, set_argument
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import check_replaced, describe, relative_error
 from .ir.attention import ATTENTIONS, MASKED, AttentionCall
 from .ir.convolution import cache_convolutions
 from .ir.program import LAYER, STATE, Program, StateSpec, get_attribute, set_attribute
 from .ir.rewrite import (
+    INTEGER_LINEARS,
+    LINEARS,
     REPEAT,
     Node,
     ancestors,
@@ -78,7 +80,6 @@ from .ir.rewrite import (
     is_node,
     make_attribute,
     make_call,
-    operands_of,
     relax_views,
     replace_call,
 )
@@ -262,7 +263,6 @@ def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: Pas
 
 _SHARES = (*REPEAT, _aten.transpose.int, _aten.permute.default, operator.getitem)
 _PARTS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default)
-_LINEARS = (_aten.linear.default, _lbllm.bit_linear.default, _lbllm.int8_linear.default)
 
 
 def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | None:
@@ -275,7 +275,7 @@ def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | Non
     sources = {_linear_behind(n) for n in (value, *(p for p in parts if p not in common))}
     if not common or len(sources) != 1 or None in sources:
         return None
-    return shapes[operands_of(sources.pop())[0]][-1] + sum(shapes[p][-1] for p in common)
+    return shapes[first_argument(sources.pop())][-1] + sum(shapes[p][-1] for p in common)
 
 
 def _has_one_head(node: Node, shapes: dict[Node, torch.Size]) -> bool:
@@ -289,7 +289,7 @@ def _linear_behind(node: Node) -> Node | None:
     """The linear of whose output a node is a part."""
     while is_call(node, *_SHARES, *_PARTS):
         node = Arguments(node).value if is_call(node, operator.getitem) else Arguments(node).self
-    return node if is_call(node, *_LINEARS) else None
+    return node if is_call(node, *LINEARS, *INTEGER_LINEARS) else None
 
 
 def _no_attention(graph: fx.Graph) -> PassError:

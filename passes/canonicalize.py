@@ -45,7 +45,7 @@ from .cleanup import clean
 from .contracts import describe
 from .ir.attention import AttentionError, join_attention
 from .ir.program import Program, copy_module, get_attribute, set_attribute
-from .ir.rewrite import ancestors, calls, is_node, make_attribute, swaps_last
+from .ir.rewrite import LINEARS, ancestors, calls, is_node, make_attribute, swaps_last
 from .ir.spool import spooled
 
 aten = torch.ops.aten
@@ -212,7 +212,7 @@ def _rewrite_products(module: fx.GraphModule) -> int:
         elif getattr(node.target, "_schema", None) is not None and node.target._schema.name in _GROUPED:
             _rewrite_grouped(module, node)
     module.recompile()
-    return sum(n.target in (aten.linear.default, lbllm.grouped_linear.default) for n in module.graph.nodes)
+    return sum(n.target in LINEARS for n in module.graph.nodes)
 
 
 def _rewrite_addmm(module: fx.GraphModule, node: fx.Node) -> None:

@@ -53,6 +53,7 @@ from .contracts import describe
 from .ir.annotations import LINEAR, linears
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
 from .ir.rewrite import (
+    LINEARS,
     Node,
     activation_knees,
     bias_of,
@@ -124,7 +125,7 @@ def _check_quantized(graph: fx.Graph) -> None:
     """Refuses observers and decoder linears that are not fully quantized."""
     for node in calls(graph, _lbllm.observe.default):
         raise PassError(f"the observer {describe(node)} is still in the graph; put 'ptq' between 'observe' and 'lower'")
-    for node in calls(graph, _aten.linear.default, _lbllm.grouped_linear.default):
+    for node in calls(graph, *LINEARS):
         x, weight = operands_of(node)
         quantized = is_call(weight, _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
         info = node.meta.get(LINEAR)
@@ -171,7 +172,7 @@ def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops
     Raises:
         PassError: the user is not a quantized linear, or the groups of input and weight disagree.
     """
-    is_linear = is_call(linear, _aten.linear.default, _lbllm.grouped_linear.default)
+    is_linear = is_call(linear, *LINEARS)
     if not is_linear or operands_of(linear)[0] is not quantizer:
         raise PassError(f"{describe(linear)} reads a quantized input but is not a quantized linear")
     weight = operands_of(linear)[1]

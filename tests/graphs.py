@@ -10,12 +10,12 @@ import pytest
 import torch
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.annotate import LAYER, LINEAR, LINEAR_TARGETS, LinearInfo
+from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext, PassResult
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.parse import parse
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import calls
+from lbllm_compile.passes.ir.rewrite import LINEARS, calls
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,7 +48,7 @@ def program(
 
     Root.forward = forward
     graph_module = fx.symbolic_trace(Root(weights))
-    for node in calls(graph_module.graph, *LINEAR_TARGETS):
+    for node in calls(graph_module.graph, *LINEARS):
         if node.args[1].op == "get_attr":
             path = node.args[1].target.removesuffix(".weight")
             role = "head" if path.startswith(head) else "decoder"

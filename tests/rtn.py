@@ -6,9 +6,9 @@ import torch
 from lbllm_compile.codegen import format as w11
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
-from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS
+from lbllm_compile.passes.annotate import LINEAR
 from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
-from lbllm_compile.passes.ir.rewrite import calls, is_call, make_attribute, make_call
+from lbllm_compile.passes.ir.rewrite import LINEARS, calls, is_call, make_attribute, make_call
 from torch import Tensor
 
 _lbllm, _aten = torch.ops.lbllm, torch.ops.aten
@@ -43,7 +43,7 @@ def simulate(
     program = program.copy()
     graph, module = program.graph, program.module
     quantizers = {}
-    for node in calls(graph, *LINEAR_TARGETS):
+    for node in calls(graph, *LINEARS):
         info = node.meta.get(LINEAR)
         if info is None or info.role != "decoder":
             continue

@@ -39,6 +39,7 @@ from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import one_torch_thread
 from lbllm_compile.codegen.tvm_api import compile_functions
@@ -346,7 +347,7 @@ def test_a_program_that_differs_from_its_kernels_is_not_used(broken, monkeypatch
 def test_the_state_grows_and_keeps_what_it_holds(monkeypatch):
     ids = np.random.default_rng(3).integers(1, TOY_VOCABULARY, (2, 90))
     small, roomy = toy().session(2), toy().session(2, 90)
-    assert small.state.capacity == native.MIN_CAPACITY
+    assert small.state.capacity == MIN_CAPACITY
     steps = [(small.step(ids[:, i : i + 8]), roomy.step(ids[:, i : i + 8])) for i in range(0, 88, 8)]
     assert all(np.array_equal(a, b) for a, b in steps)
     assert small.past == 88 <= small.state.capacity
@@ -438,7 +439,7 @@ def test_indices_of_kernels_stay_within_their_32_bits(monkeypatch):
 
     whole = run(toy())
     program, names = watched(toy(), monkeypatch)
-    sizes = {"length": 6, "total": 6, "capacity": native.MIN_CAPACITY}
+    sizes = {"length": 6, "total": 6, "capacity": MIN_CAPACITY}
     monkeypatch.setattr(native, "MOST_ELEMENTS", 2 * (native.MOST_ELEMENTS // logits.sequences(sizes)))
     assert all(np.array_equal(a, b) for a, b in zip(run(program), whole, strict=True))
     assert names.count("logits") == 3
@@ -450,7 +451,7 @@ def test_indices_of_kernels_stay_within_their_32_bits(monkeypatch):
 def test_a_state_of_more_elements_than_32_bits_count():
     """Memory that nothing is written to costs nothing, so it can really be so large."""
     ids = np.random.default_rng(6).integers(1, TOY_VOCABULARY, (3, 7))
-    widest = max(math.prod(array.shape[1:]) // native.MIN_CAPACITY for array in toy().session(1).state.arrays)
+    widest = max(math.prod(array.shape[1:]) // MIN_CAPACITY for array in toy().session(1).state.arrays)
     sessions = toy().session(3), toy().session(3, 2**31 // (2 * widest) + 1)
     assert max(array.size for array in sessions[1].state.arrays) > 2**31
     for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):

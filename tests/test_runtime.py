@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.lower import IN_FEATURES, Lower
@@ -27,7 +28,6 @@ from lbllm_compile.lowering import session as torch_session
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.lowering.session import FEW_TOKENS
-from lbllm_compile.lowering.state import MIN_CAPACITY
 from lbllm_compile.native.generate import TextStream, choose, left_pad
 from lbllm_compile.native.language import InputBounds
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling

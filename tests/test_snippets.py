@@ -13,13 +13,13 @@ import pytest
 import torch
 from graphs import normal, rewrites, token_inputs, with_values
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.annotate import LINEAR, LINEAR_TARGETS, LinearInfo
+from lbllm_compile.passes.annotate import LINEAR, LinearInfo
 from lbllm_compile.passes.base import Pass, PassContext, PassResult
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.convolution import cache_convolutions
 from lbllm_compile.passes.ir.parse import parse
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import calls, operands_of
+from lbllm_compile.passes.ir.rewrite import LINEARS, calls, operands_of
 from rtn import planes
 from torch import Tensor
 from transformers.integrations import moe as moe  # registers its operators
@@ -289,7 +289,7 @@ def results_of(lines: Sequence[str]) -> list[str]:
 
 def annotated(program: Program) -> Program:
     """The program, with what ``annotate`` would have noted on its linears."""
-    for node in calls(program.graph, *LINEAR_TARGETS):
+    for node in calls(program.graph, *LINEARS):
         weight = operands_of(node)[1]
         path = str(next(n for n in (weight, *weight.all_input_nodes) if n.op == "get_attr").target)
         path = path.partition(".weight")[0].replace("model.embed_tokens", "lm_head")

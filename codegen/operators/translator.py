@@ -42,7 +42,6 @@ class Translator(Protocol):
         te: tensor expressions (TVM's ``te``), for what is no operator: see :meth:`compute`.
         tir: scalar expressions (TVM's ``tirx``), of which tensor expressions and sizes are made.
         kernels: the proven kernels.
-        bucket: the token bucket whose kernels the function calls.
         length: tokens of a call, where that is known.
         blocks: the function runs in few launches.
     """
@@ -51,9 +50,6 @@ class Translator(Protocol):
     te: Any
     tir: Any
     kernels: Any
-
-    @property
-    def bucket(self) -> str: ...
 
     @property
     def length(self) -> int | None: ...
@@ -188,6 +184,11 @@ def broadcast(t: Translator, x: Value, sizes: Sequence[Size]) -> Value:
     for size, own in zip(sizes, [1] * (len(sizes) - len(old)) + old, strict=True):
         ensure(t, what, size >= 0 if isinstance(own, int) and own == 1 else size == own)
     return t.emit(t.op.broadcast_to(x, list(sizes)))
+
+
+def permuted(t: Translator, x: Value, axes: Sequence[int]) -> Value:
+    """A value with its dimensions in another order."""
+    return t.emit(t.op.permute_dims(x, list(axes))) if list(axes) != sorted(axes) else x
 
 
 def flat(t: Translator, x: Value) -> tuple[Value, list[Size], Size]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lbllm_compile.codegen.backend import EagerKernels
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.lowering.bounds import lookups
 from lbllm_compile.lowering.executor import Executor
@@ -68,7 +69,7 @@ def merging_is_exact(native: NativeProgram) -> bool:
     return True
 
 
-def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -> None:
+def check_agreement(program: Program, kernels: EagerKernels, native: NativeProgram) -> None:
     """Checks a native program against the graph it was translated from.
 
     Compared are the logits behind a prompt and behind the parts that follow it, of one sequence and of two at once, one
@@ -88,7 +89,7 @@ def check_agreement(program: Program, kernels: Kernels, native: NativeProgram) -
         )
 
 
-def distances(program: Program, kernels: Kernels, native: NativeProgram) -> tuple[float, float]:
+def distances(program: Program, kernels: EagerKernels, native: NativeProgram) -> tuple[float, float]:
     """The largest mean distance of the logits of one way to feed the probe from the executor's, and the bound.
 
     Raises:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lbllm_compile.codegen import operators as operators
+from lbllm_compile.codegen.backend import EagerKernels, EagerLinear, EagerQuantizer
 from lbllm_compile.codegen.errors import KernelError, first_line
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
@@ -26,6 +27,7 @@ from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program, copy_module, get_attribute
 from lbllm_compile.passes.ir.rewrite import (
+    INTEGER_LINEARS,
     Node,
     activation_knees,
     bias_of,
@@ -40,9 +42,6 @@ from lbllm_compile.passes.lower import IN_FEATURES
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
-
-LINEAR_TARGETS = (_lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default, _lbllm.int8_linear.default)
-"""Linears that run as kernels."""
 
 _POINTWISE = frozenset(
     (
@@ -66,28 +65,6 @@ _POINTWISE = frozenset(
 """Operations behind the output head through which a slice of the sequence may be moved forward."""
 
 
-class LinearKernel(Protocol):
-    """A proven kernel of one :class:`LinearSpec`."""
-
-    def pack(self, weight: Any, bias: Tensor | None) -> Any: ...
-
-    def __call__(self, values: Tensor, x_scale: Tensor, packed: Any) -> Tensor: ...
-
-
-class QuantizeKernel(Protocol):
-    """A proven kernel of one :class:`QuantizeSpec`."""
-
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class Kernels(Protocol):
-    """Where an executor gets its kernels from; :class:`lbllm_compile.codegen.cpu.build.KernelSet` is one."""
-
-    def linear(self, spec: LinearSpec) -> LinearKernel: ...
-
-    def quantizer(self, spec: QuantizeSpec) -> QuantizeKernel: ...
-
-
 @dataclass(frozen=True)
 class Requirements:
     """Every distinct kernel a program needs, in order of first use."""
@@ -107,7 +84,7 @@ def requirements(program: Program) -> Requirements:
     for node in calls_of_role(program.graph, "kernel"):
         if node.target is _lbllm.quantize_activation.default:
             quantizers[quantize_spec(node)] = None
-        elif node.target in LINEAR_TARGETS:
+        elif node.target in INTEGER_LINEARS:
             linears[linear_spec(program, node)] = None
         else:
             raise KernelError(f"{describe(node)} runs as a kernel only, and no kernel computes it")
@@ -164,7 +141,7 @@ def linear_spec(program: Program, node: Node) -> LinearSpec:
     )
 
 
-def packed(program: Program, node: Node, kernel: LinearKernel) -> Any:
+def packed(program: Program, node: Node, kernel: EagerLinear) -> Any:
     """The weights of a ``bit_linear`` or ``int8_linear`` in its kernel's layout."""
     arguments = Arguments(node, lambda value: constant(program.module, value))
     if node.target is _lbllm.int8_linear.default:
@@ -175,7 +152,7 @@ def packed(program: Program, node: Node, kernel: LinearKernel) -> Any:
     return kernel.pack(weight, arguments.bias)
 
 
-def packed_experts(program: Program, node: Node, kernel: LinearKernel) -> list[Any]:
+def packed_experts(program: Program, node: Node, kernel: EagerLinear) -> list[Any]:
     """The weights of a ``grouped_bit_linear`` in its kernel's layout, expert by expert."""
     arguments = Arguments(node, lambda value: constant(program.module, value))
     planes = arguments.pick(*WEIGHT)
@@ -191,7 +168,7 @@ class _Quantize:
 
     __name__ = "quantize"
 
-    def __init__(self, kernel: QuantizeKernel, in_features: int):
+    def __init__(self, kernel: EagerQuantizer, in_features: int):
         self._kernel, self._in_features = kernel, in_features
 
     def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +185,7 @@ class _Linear:
 
     __name__ = "linear"
 
-    def __init__(self, kernel: LinearKernel, packed: Any, spec: LinearSpec):
+    def __init__(self, kernel: EagerLinear, packed: Any, spec: LinearSpec):
         self._kernel, self._packed, self._spec = kernel, packed, spec
 
     def __call__(self, values: Tensor, x_scale: Tensor) -> Tensor:
@@ -223,7 +200,7 @@ class _GroupedLinear:
 
     __name__ = "grouped_linear"
 
-    def __init__(self, kernel: LinearKernel, packed: Sequence[Any], spec: LinearSpec):
+    def __init__(self, kernel: EagerLinear, packed: Sequence[Any], spec: LinearSpec):
         self._kernel, self._packed, self._spec = kernel, packed, spec
 
     def __call__(self, values: Tensor, x_scale: Tensor, offsets: Tensor) -> Tensor:
@@ -247,7 +224,7 @@ class Executor:
         KernelError: a node has no kernel, or the graph is not lowered.
     """
 
-    def __init__(self, program: Program, kernels: Kernels):
+    def __init__(self, program: Program, kernels: EagerKernels):
         simulated = calls_of_role(program.graph, "simulates")
         if simulated:
             raise KernelError(f"{describe(simulated[0])} is simulated quantization; only lowered graphs run ('lower')")
@@ -285,10 +262,10 @@ def _run(graph: _Lifted, inputs: Sequence[Any]) -> Tensor:
         raise KernelError(f"the graph does not run on these inputs: {first_line(error)[:300]}") from error
 
 
-def _bind(program: Program, kernels: Kernels) -> None:
+def _bind(program: Program, kernels: EagerKernels) -> None:
     """Replaces every kernel operator of the program's graph by a callable on packed weights, in place."""
     graph = program.graph
-    for node in calls(graph, *LINEAR_TARGETS):
+    for node in calls(graph, *INTEGER_LINEARS):
         spec = linear_spec(program, node)
         kernel = kernels.linear(spec)
         arguments = Arguments(node)
@@ -350,7 +327,7 @@ def last_token_graph(module: fx.GraphModule) -> fx.GraphModule | None:
         return None
     if is_call(node, _aten.linear.default):
         reader = node
-    elif isinstance(node.target, _Linear) or node.target in LINEAR_TARGETS:
+    elif isinstance(node.target, _Linear) or node.target in INTEGER_LINEARS:
         reader = _operand(_operand(node, "values"), "value")  # the quantizer
     else:
         return None

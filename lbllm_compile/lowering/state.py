@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.passes.ir.program import PER_TOKEN, STATE, Program, StateSpec
-
-MIN_CAPACITY = 64
-"""Tokens a fresh state has room for at least."""
 
 
 class KVState:

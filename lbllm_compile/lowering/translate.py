@@ -32,7 +32,6 @@ from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.decompose import decompose, may_decompose
 from lbllm_compile.lowering.executor import (
-    LINEAR_TARGETS,
     last_token_graph,
     linear_spec,
     packed,
@@ -44,6 +43,7 @@ from lbllm_compile.native.language import InputBounds
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.program import PER_TOKEN, STATE, Program
 from lbllm_compile.passes.ir.rewrite import (
+    INTEGER_LINEARS,
     Node,
     calls,
     constant,
@@ -176,7 +176,7 @@ class _Weights:
     packed: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in calls(self.program.graph, *LINEAR_TARGETS):
+        for node in calls(self.program.graph, *INTEGER_LINEARS):
             parts = {f"{node.name}.{name}": part for name, part in self._pack(node).items()}
             self.packed[node.name] = list(parts)
             self.tensors |= parts
@@ -204,7 +204,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _packs(node: Node) -> bool:
     """Whether a node's weights are in a kernel's packed ones: a linear, or what joins the weights of one."""
-    if node.target in LINEAR_TARGETS:
+    if node.target in INTEGER_LINEARS:
         return True
     return node.target is _aten.cat.default and is_constant(node) and all(_packs(user) for user in node.users)
 
@@ -259,7 +259,7 @@ class _Translator:
             if node.op == "output":
                 self.function.finish(self.value(node.args[0]))
             elif node.op == "call_function":
-                if (node.target in LINEAR_TARGETS or not _packs(node)) and not self.awaits_addition(node):
+                if (node.target in INTEGER_LINEARS or not _packs(node)) and not self.awaits_addition(node):
                     self.values[node] = self.translated(node)
             elif node.op == "placeholder":
                 self.values[node] = self.past() if node.target == "past" else self.function.value(node.target)
@@ -346,7 +346,7 @@ class _Translator:
 
     def awaits_addition(self, node: Node) -> bool:
         """Whether a node is a linear whose result is only added to something: it is translated with the addition."""
-        linear = node.target in LINEAR_TARGETS and node.target is not _lbllm.grouped_bit_linear.default
+        linear = node.target in INTEGER_LINEARS and node.target is not _lbllm.grouped_bit_linear.default
         return self.entry.joined and linear and [user.target for user in node.users] == [_aten.add.Tensor]
 
     def call(
@@ -408,10 +408,6 @@ class _Translator:
         return result
 
     @property
-    def bucket(self) -> str:
-        return self.entry.bucket
-
-    @property
     def length(self) -> int | None:
         return self.entry.length
 
@@ -456,7 +452,7 @@ class _Translator:
         count = builder.shape(values)[0]
         packed = [self.function.value(name) for name in self.weights.packed[node.name]]
         output = ([count, spec.out_features], "float32")
-        kernel, operands = self.kernels.linear(spec).tir(self.bucket), [values, scale, *packed]
+        kernel, operands = self.kernels.linear(spec).tir(self.entry.bucket), [values, scale, *packed]
         # A quantizer's result has two dimensions; here the graph's own come back.
         shape = [*self.leading[quantizer_of(node)], spec.out_features]
         if "offsets" in arguments:

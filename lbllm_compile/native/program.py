@@ -27,7 +27,7 @@ from lbllm_compile.codegen.backend import Array, backend_of
 from lbllm_compile.codegen.cache import cache_directory, known_sha256, remember_sha256, sha256, sync
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import Progress, warn
-from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MOST_ELEMENTS
+from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MIN_CAPACITY, MOST_ELEMENTS
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
 from lbllm_compile.native.generate import GenerationError
@@ -42,9 +42,6 @@ SEAL = "files.json"
 
 LOCK = "programs.lock"
 """Held, in the cache directory, by whoever opens or removes stored programs."""
-
-MIN_CAPACITY = 64
-"""Tokens a fresh state has room for at least."""
 
 PART_TOKENS = 1024
 """Longer prompts are fed in parts of so many tokens, which bounds the working memory."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen import backend
+from lbllm_compile.codegen.backend import EagerKernels, Kernels, backend_of
 from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
-from lbllm_compile.lowering.executor import Kernels, requirements
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.native.program import NativeProgram, find, forget, schedules_key
 from lbllm_compile.runtime.model import CompiledModel
 
 
 def load(
-    directory: str | Path, *, target: str = "cpu", kernels: Kernels | None = None, progress: Progress | None = None
+    directory: str | Path, *, target: str = "cpu", kernels: EagerKernels | None = None, progress: Progress | None = None
 ) -> CompiledModel:
     """Loads an artifact: checks it, builds and proves its kernels on this machine, prepares its native program.
 
@@ -40,23 +40,21 @@ def prepared(
     loaded: artifact.Artifact,
     *,
     target: str = "cpu",
-    kernels: Kernels | None = None,
+    kernels: EagerKernels | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """A model that runs, from an artifact that has been read and checked; otherwise as :func:`load`."""
     if kernels is not None:
-        native = _stored_with(kernels, loaded, progress) if isinstance(kernels, backend.Kernels) else None
+        native = _stored_with(kernels, loaded, progress) if isinstance(kernels, Kernels) else None
     else:
         native = find(loaded.directory, target, progress)
         kernels = build_kernels(loaded, target, progress)
-    if native is None and isinstance(kernels, backend.Kernels):
+    if native is None and isinstance(kernels, Kernels):
         native = _prepare(loaded, kernels, progress)
     return CompiledModel(loaded.program, kernels, native)
 
 
-def _stored_with(
-    kernels: backend.Kernels, loaded: artifact.Artifact, progress: Progress | None
-) -> NativeProgram | None:
+def _stored_with(kernels: Kernels, loaded: artifact.Artifact, progress: Progress | None) -> NativeProgram | None:
     """The stored program of an artifact; None, and none is stored any more, where it has other kernels than these."""
     native = find(loaded.directory, kernels.target.name, progress)
     if native is None or native.description.schedules == schedules_key(kernels.records()):
@@ -65,7 +63,7 @@ def _stored_with(
     return None
 
 
-def _prepare(loaded: artifact.Artifact, kernels: backend.Kernels, progress: Progress | None) -> NativeProgram | None:
+def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None) -> NativeProgram | None:
     """Builds and stores the native program of an artifact; None where the graph does not allow one."""
     # TVM takes seconds to import
     from lbllm_compile.lowering.build import build_native, keep_native, workshop
@@ -84,7 +82,7 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
         KernelError, TargetError: as :func:`load`.
     """
     needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
-    build = backend.backend_of(chosen).build
+    build = backend_of(chosen).build
     built = build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
     if built.guessed:
         warn(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lbllm_compile.codegen.backend import EagerKernels
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor
 from lbllm_compile.lowering.session import Session
@@ -31,7 +32,7 @@ class CompiledModel(LanguageModel):
         native: the program that the graph was translated into; without one the executor in torch runs the graph.
     """
 
-    def __init__(self, program: Program, kernels: Kernels, native: NativeProgram | None = None):
+    def __init__(self, program: Program, kernels: EagerKernels, native: NativeProgram | None = None):
         self.program = program
         self.kernels = kernels
         self.native = native

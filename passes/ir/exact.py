@@ -20,7 +20,7 @@ from ...codegen.format import QuantizedWeight
 from ...codegen.operators import Arguments
 from ...codegen.operators.lbllm.linears import WEIGHT
 from .program import Program, Runner
-from .rewrite import bias_of, computed, is_call, operands_of
+from .rewrite import LINEARS, bias_of, computed, is_call, operands_of
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -77,7 +77,7 @@ class _Exact(Runner):
 def _is_quantized_linear(node: fx.Node) -> bool:
     """Whether both operands of a linear are simulated integers."""
     return (
-        is_call(node, _aten.linear.default, _lbllm.grouped_linear.default)
+        is_call(node, *LINEARS)
         and is_call(operands_of(node)[0], _lbllm.fake_quantize.default)
         and is_call(operands_of(node)[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
     )

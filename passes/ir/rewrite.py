@@ -15,6 +15,16 @@ from .program import LAYER, get_attribute
 Node: TypeAlias = Any
 """An ``fx.Node``. torch types its arguments as a union of twenty types, which knowing the operator does not narrow."""
 
+LINEARS = (torch.ops.aten.linear.default, torch.ops.lbllm.grouped_linear.default)
+"""The two forms of a linear after ``canonicalize``: of one matrix, and of stacked experts."""
+
+INTEGER_LINEARS = (
+    torch.ops.lbllm.bit_linear.default,
+    torch.ops.lbllm.grouped_bit_linear.default,
+    torch.ops.lbllm.int8_linear.default,
+)
+"""What ``lower`` makes of linears; they run as kernels."""
+
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", LAYER)
 """Meta keys that a node made for another one inherits: where in the user's model it belongs."""
 

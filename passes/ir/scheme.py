@@ -20,7 +20,7 @@ from ...codegen import levels as level_rules
 from ...codegen.errors import LbllmError, suggestion
 from ...codegen.operators import Arguments
 from ...codegen.sizes import ACTIVATION_BITS, GROUPS
-from .rewrite import Node, is_call, operands_of
+from .rewrite import LINEARS, Node, is_call, operands_of
 
 _lbllm = torch.ops.lbllm
 
@@ -208,7 +208,7 @@ def told(linear: Node) -> dict[str, Any]:
         group, source = Arguments(linear).group, Arguments(linear).values
     elif is_call(linear, _lbllm.int8_linear.default):
         group, source = None, Arguments(linear).values
-    elif is_call(linear, torch.ops.aten.linear.default, _lbllm.grouped_linear.default):
+    elif is_call(linear, *LINEARS):
         source, weight = operands_of(linear)
         group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
         if group is None and not is_call(weight, _lbllm.unpack_rows.default):

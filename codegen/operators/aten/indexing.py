@@ -15,7 +15,7 @@ import torch
 from ..arguments import Arguments
 from ..checks import require
 from ..registry import Operator, Verification, register
-from ..translator import Size, Translation, Translator, Value, broadcast, ensure, refusal
+from ..translator import Size, Translation, Translator, Value, broadcast, ensure, permuted, refusal
 from .creation import filled
 from .promotion import cast, dtype_number
 from .shapes import axis_of, count
@@ -163,15 +163,11 @@ def _index_put(t: Translator, a: Arguments) -> Value:
     places = t.compute(indices.places, place, *table, *indices.tensors)
     values = broadcast(t, cast(t, a.values, t.dtype(x)), indices.shape)
     placed = range(first, first + len(indices.places))
-    values = _permuted(t, values, [*placed, *(k for k in range(len(indices.shape)) if k not in placed)])
+    values = permuted(t, values, [*placed, *(k for k in range(len(indices.shape)) if k not in placed)])
     rows = t.reshape(values, [count(indices.places), count(rest)])
-    flat_x = t.reshape(_permuted(t, x, order), [count(table), count(rest)])
+    flat_x = t.reshape(permuted(t, x, order), [count(table), count(rest)])
     written = _written(t, flat_x, t.reshape(places, [count(indices.places)]), rows, bool(a.accumulate))
-    return _permuted(t, t.reshape(written, [*table, *rest]), [order.index(k) for k in range(rank)])
-
-
-def _permuted(t: Translator, x: Value, order: list[int]) -> Value:
-    return x if order == sorted(order) else t.emit(t.op.permute_dims(x, order))
+    return permuted(t, t.reshape(written, [*table, *rest]), [order.index(k) for k in range(rank)])
 
 
 def _index_rows(adds: bool) -> Translation:
@@ -189,10 +185,10 @@ def _index_rows(adds: bool) -> Translation:
         fits = [p == q for p, q in zip(given, [many, *sizes[1:]], strict=False)]
         ensure(t, "a tensor has a slice for every index", len(t.shape(index)) <= 1, len(given) == len(sizes), *fits)
         _ensure_filled(t, sizes[0])
-        rows = t.reshape(_permuted(t, source, order), [many, count(sizes[1:])])
+        rows = t.reshape(permuted(t, source, order), [many, count(sizes[1:])])
         places = t.reshape(cast(t, index, "int64"), [many])
-        written = _written(t, t.reshape(_permuted(t, x, order), [sizes[0], count(sizes[1:])]), places, rows, adds)
-        return _permuted(t, t.reshape(written, sizes), [order.index(k) for k in range(rank)])
+        written = _written(t, t.reshape(permuted(t, x, order), [sizes[0], count(sizes[1:])]), places, rows, adds)
+        return permuted(t, t.reshape(written, sizes), [order.index(k) for k in range(rank)])
 
     return translate
 

@@ -13,7 +13,7 @@ import torch
 from ...errors import UntranslatableError
 from ..arguments import Arguments
 from ..registry import Operator, register
-from ..translator import Size, Translation, Translator, Value, broadcast, ensure, refusal
+from ..translator import Size, Translation, Translator, Value, broadcast, ensure, permuted, refusal
 from .complex_numbers import by_parts, of_real
 from .promotion import ARITHMETIC, cast, promoted, tensor
 
@@ -152,20 +152,16 @@ def _transpose(t: Translator, a: Arguments) -> Value:
     axes = list(range(len(t.shape(a.self))))
     if axes:
         axes[a.dim0], axes[a.dim1] = axes[a.dim1], axes[a.dim0]
-    return _permuted(t, a.self, axes)
+    return permuted(t, a.self, axes)
 
 
 def _swap_last(t: Translator, a: Arguments) -> Value:
     axes = list(range(len(t.shape(a.self))))
-    return _permuted(t, a.self, [*axes[:-2], *reversed(axes[-2:])])
+    return permuted(t, a.self, [*axes[:-2], *reversed(axes[-2:])])
 
 
 def _permute(t: Translator, a: Arguments) -> Value:
-    return _permuted(t, a.self, [axis_of(t, a.self, d) for d in a.dims])
-
-
-def _permuted(t: Translator, x: Value, axes: list[int]) -> Value:
-    return t.emit(t.op.permute_dims(x, axes)) if axes != sorted(axes) else x
+    return permuted(t, a.self, [axis_of(t, a.self, d) for d in a.dims])
 
 
 def _movedim(t: Translator, a: Arguments) -> Value:
@@ -174,7 +170,7 @@ def _movedim(t: Translator, a: Arguments) -> Value:
     source, destination = ([axis_of(t, x, d) for d in dims] for dims in listed)
     rest = iter(i for i in range(len(t.shape(x))) if i not in source)
     places = dict(zip(destination, source, strict=True))
-    return _permuted(t, x, [places[i] if i in places else next(rest) for i in range(len(t.shape(x)))])
+    return permuted(t, x, [places[i] if i in places else next(rest) for i in range(len(t.shape(x)))])
 
 
 def _unsqueeze(t: Translator, a: Arguments) -> Value:

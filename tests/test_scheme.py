@@ -51,7 +51,6 @@ ENTRIES = st.builds(
             "act": st.sampled_from((4, 8, 16)),
             "act-group": st.sampled_from((0, 32, 64)),
             "codebook": st.sampled_from(CODEBOOKS),
-            "outliers": st.just(0),
         },
     ).flatmap(lambda settings: st.permutations(list(settings.items())).map(tuple)),
 )
@@ -88,8 +87,6 @@ def test_entries_may_be_written_loosely():
         ("*: act-group=16", "act-group cannot be 16; choose 0, 32"),
         ("*: codebook=knee", "codebook cannot be knee; choose none, knees"),
         ("*: levels=strange", "there is no level rule 'strange'; known are free"),
-        ("*: outliers=8", "keeping outlier columns apart is not built yet"),
-        ("*: outliers=few", "outliers cannot be few"),
         ("*: group", "'group' in '\\*: group' is no setting"),
         ("*: group=", "is no setting"),
         ("*: group=32 group=64", "'group' is given twice"),
@@ -365,8 +362,8 @@ def stored_linear(program: Program, operator: Any) -> tuple[dict[str, Any], dict
         ({"group": 1 << 80}, "group is not an integer"),
         ({"levels": "nobody's"}, "there is no level rule \"?'?nobody's"),
         ({"levels": 3}, "levels is not a short text"),
-        ({"outliers": 2}, "not built yet"),
-        ({"outliers": None}, "outliers cannot be None"),
+        ({"outliers": 2}, "keeps outlier columns apart, which this build cannot"),
+        ({"outliers": None}, "keeps outlier columns apart, which this build cannot"),
         ({"levels": None}, "levels must be the name"),
         ({"dense": 1}, "dense is neither true nor false"),
         ({"width": 1}, "unknown field 'width'"),
@@ -401,6 +398,14 @@ def test_graphs_stored_without_schemes_are_read(mixed):
     del linear["scheme"]
     module = graph_json.decode(document, dict(mixed.parameters()))
     assert any(n.meta[LINEAR].scheme == Scheme() for n in module.graph.nodes if LINEAR in n.meta)
+
+
+def test_schemes_that_say_there_are_no_outliers_are_read(mixed):
+    document, linear = stored_linear(mixed, torch.ops.lbllm.bit_linear.default)
+    module = graph_json.decode(document, dict(mixed.parameters()))
+    linear["scheme"]["outliers"] = 0
+    older = graph_json.decode(document, dict(mixed.parameters()))
+    assert [n.meta.get(LINEAR) for n in older.graph.nodes] == [n.meta.get(LINEAR) for n in module.graph.nodes]
 
 
 def test_keys_name_all_fields_but_dense():

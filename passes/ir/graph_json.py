@@ -453,8 +453,11 @@ def _linear(value: Any, what: str) -> LinearInfo:
 
 def _scheme(value: Any, what: str) -> Scheme:
     """A scheme; what its document leaves out is open."""
-    fields = _object(value, f"{what}'s scheme", optional=tuple(f.name for f in dataclasses.fields(Scheme)))
-    for name in ("group", "act_bits", "act_group", "outliers"):
+    names = tuple(f.name for f in dataclasses.fields(Scheme))
+    fields = dict(_object(value, f"{what}'s scheme", optional=(*names, "outliers")))
+    if fields.pop("outliers", 0) != 0:  # a field that older documents have, always 0
+        raise GraphFormatError(f"{what} keeps outlier columns apart, which this build cannot")
+    for name in ("group", "act_bits", "act_group"):
         if fields.get(name) is not None:
             _integer(fields[name], f"{what}'s {name}", 0, MAX_DIMENSION)
     for name in ("levels", "codebook"):

@@ -33,7 +33,6 @@ KEYS = {
     "act": "act_bits",
     "act-group": "act_group",
     "codebook": "codebook",
-    "outliers": "outliers",
 }
 """Keys of the text, and the fields of :class:`Scheme` that they set."""
 
@@ -54,7 +53,6 @@ class Scheme:
         act_bits: of the input: 4, 8 or 16.
         act_group: channels per scale of the input: 0 for one scale per token, else the weights' group.
         codebook: ``knees`` for 4-bit inputs with knees, else ``none``.
-        outliers: input columns kept at 8 bits; none, so far.
         dense: the linear stays float.
 
     Raises:
@@ -66,7 +64,6 @@ class Scheme:
     act_bits: int | None = None
     act_group: int | None = None
     codebook: str | None = None
-    outliers: int = 0
     dense: bool = False
 
     def __post_init__(self) -> None:
@@ -108,11 +105,6 @@ def _check(key: str, value: Any) -> None:
         if not isinstance(value, str):
             raise SchemeError("levels must be the name of a level rule")
         level_rules.get(value)
-    elif key == "outliers":
-        if not isinstance(value, int) or value < 0:
-            raise SchemeError(f"outliers cannot be {value}; it is a number of columns")
-        if value:
-            raise SchemeError(f"outliers={value}: keeping outlier columns apart is not built yet; use outliers=0")
     else:
         choices = {"group": GROUPS, "act": ACTIVATION_BITS, "act-group": (0, *GROUPS), "codebook": CODEBOOKS}[key]
         if value is not None and (isinstance(value, bool) or value not in choices):

@@ -611,7 +611,7 @@ def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch
     """So is its library, where that is damaged too, and all of it is said."""
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
     place = load(stored[0]).native.directory
-    (library,) = native.programs_directory().glob("*.so")
+    (library,) = native.programs_directory().glob("*.library")
     flip(library)
     truncate(place / native.WEIGHTS)
     notes = Notes()
@@ -622,6 +622,28 @@ def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch
     assert sum("is damaged" in said for said in notes.said) == 2
     notes = Notes()
     assert native.find(stored[0], progress=notes) is not None and notes.said == []
+
+
+def test_a_library_that_two_store_at_once_is_one_of_theirs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    file, notes = native.programs_directory() / "key.library", Notes()
+    writers, rounds = 3, 40
+
+    def work(number):
+        if number < writers:
+            for _ in range(rounds):
+                prepare._keep_library(file, bytes([number, 10]) * 5000, {"sizes": number})
+            return None
+        place, found = tmp_path / "copy.so", []
+        while len(found) < rounds:
+            description = prepare._stored_library(file, place, notes)
+            if description is not None:
+                found.append((description["sizes"], place.read_bytes()))
+        return found
+
+    *_, found = in_threads(work, writers + 1)
+    assert all(content == bytes([number, 10]) * 5000 for number, content in found)
+    assert notes.said == []
 
 
 def test_what_stands_in_the_place_of_a_program_gives_way(stored, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -231,23 +231,17 @@ def _library(
     """
     facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    stored = programs_directory() / f"{key}.so"
+    stored = programs_directory() / f"{key}.library"
     backend = backend_of(kernels.target)
     description = _stored_library(stored, place, progress)
     if description is None:
         compiled = backend.compile(translation.functions(), kernels.target)
         compiled.export(place)
-        content = place.read_bytes()
         description = {
-            "sha256": hashlib.sha256(content).hexdigest(),
             "workspaces": dict(compiled.workspaces),
             "sizes": {name: list(tensors.items()) for name, tensors in compiled.index_sizes.items()},
         }
-        try:
-            write_atomically(stored, content)
-            write_atomically(stored.with_suffix(".json"), json.dumps(description).encode())
-        except OSError as error:
-            raise _unwritable(error) from error
+        _keep_library(stored, place.read_bytes(), description)
     functions = []
     for entry in backend.entry_points:
         tensors = tuple((tuple(symbols), count) for symbols, count in description["sizes"][entry.name])
@@ -255,11 +249,21 @@ def _library(
     return description["workspaces"], tuple(functions)
 
 
+def _keep_library(stored: Path, library: bytes, description: Mapping[str, Any]) -> None:
+    """Stores a library and what is said of it in one file: of two, another process might replace one alone."""
+    head = json.dumps({**description, "sha256": hashlib.sha256(library).hexdigest()})
+    try:
+        write_atomically(stored, head.encode() + b"\n" + library)
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
 def _stored_library(stored: Path, place: Path, progress: Progress) -> dict[str, Any] | None:
-    """Copies a library that was compiled before to ``place``; returns what is stored of it, None if it is not whole."""
+    """Copies a library that was compiled before to ``place``; returns its description, None if it is not whole."""
     try:
         with held_programs():
-            content, description = stored.read_bytes(), json.loads(stored.with_suffix(".json").read_bytes())
+            head, _, content = stored.read_bytes().partition(b"\n")
+        description = json.loads(head)
         whole = description["sha256"] == hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
         return None

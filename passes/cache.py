@@ -80,6 +80,7 @@ from .ir.rewrite import (
     is_node,
     make_attribute,
     make_call,
+    moves,
     relax_views,
     replace_call,
 )
@@ -261,10 +262,6 @@ def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: Pas
         )
 
 
-_SHARES = (*REPEAT, _aten.transpose.int, _aten.permute.default, operator.getitem)
-_PARTS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default)
-
-
 def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | None:
     """Numbers that a token's keys and values are made of, where a part of the keys is the same in all heads and one
     linear makes the rest and the values; None where they are made in another way."""
@@ -280,15 +277,15 @@ def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | Non
 
 def _has_one_head(node: Node, shapes: dict[Node, torch.Size]) -> bool:
     """Whether a part of keys ``[B, H, S, D]`` is one head's, repeated."""
-    while is_call(node, *REPEAT) and shapes[node][1] > 1:
+    while moves(node, *REPEAT) and shapes[node][1] > 1:
         node = Arguments(node).self
     return len(shapes[node]) == 4 and shapes[node][1] == 1
 
 
 def _linear_behind(node: Node) -> Node | None:
     """The linear of whose output a node is a part."""
-    while is_call(node, *_SHARES, *_PARTS):
-        node = Arguments(node).value if is_call(node, operator.getitem) else Arguments(node).self
+    while moves(node, *REPEAT, "permutes", "splits") or is_call(node, operator.getitem):
+        node = first_argument(node)
     return node if is_call(node, *LINEARS, *INTEGER_LINEARS) else None
 
 
@@ -369,7 +366,7 @@ def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], head
         PassError: what lies between is not a repeat of heads.
     """
     chain = [operand]
-    while is_call(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
+    while moves(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
         chain.append(Arguments(chain[-1]).self)
     # What lies further back may be only a part of the chain's shape operations, such as the choice of some heads.
     bases = [n for n in reversed(chain) if len(shapes[n]) == 4]

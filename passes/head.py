@@ -36,21 +36,14 @@ from torch import Tensor
 
 from ..codegen import operators as operators
 from ..codegen.format import quantize_rows
-from ..codegen.operators import Arguments, set_argument
+from ..codegen.operators import Arguments, first_argument, set_argument
 from ..codegen.sizes import DEFAULT_GROUP
 from .annotate import computes_output
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
 from .ir.annotations import LINEAR, linears
 from .ir.program import Program, get_attribute, prune_attributes, set_attribute
-from .ir.rewrite import Node, calls, is_node, make_attribute, make_call, operands_of, same_storage
-
-_LOOK_THROUGH = (
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.clone.default,
-)
+from .ir.rewrite import Node, calls, make_attribute, make_call, moves, operands_of, same_storage
 
 
 @dataclass(frozen=True)
@@ -107,8 +100,8 @@ def _token_embeddings(program: Program) -> list[tuple[Node, Node]]:
     found = []
     for node in calls(program.graph, torch.ops.aten.embedding.default):
         weight, ids = Arguments(node).pick("weight", "indices")
-        while is_node(ids) and ids.op == "call_function" and ids.target in _LOOK_THROUGH:
-            ids = Arguments(ids).self
+        while moves(ids, "aliases", "copies", "reshapes"):
+            ids = first_argument(ids)
         if ids.op == "placeholder" and ids.target == "input_ids" and weight.op == "get_attr":
             found.append((node, weight))
     return found

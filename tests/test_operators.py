@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import UntranslatableError
+from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.targets import Target
@@ -506,6 +508,37 @@ def test_every_translation_of_torchs_operators_has_a_case():
     theirs = {o.target for o in operators.operators() if o.translate is not None and not o.name.startswith("lbllm")}
     missing = theirs - {c.target for c in CASES} - ON_SIZES - IMPLIED
     assert not missing, f"no case calls {sorted(map(str, missing))}"
+
+
+def held(way: str, first: list[float], found: list[list[float]]) -> bool:
+    """Whether results have the elements of a first argument, all of which are different, as ``moves`` says."""
+    together = list(itertools.chain(*found))
+    if way == "splits":
+        return sorted(together) == first
+    if way == "permutes":
+        return len(found) == 1 and sorted(together) == first
+    if way == "repeats":
+        return len(found) == 1 and set(together) == set(first)
+    if way == "selects":
+        return len(found) == 1 and len(set(together)) == len(together) and set(together) <= set(first)
+    return found == [first]
+
+
+MOVING = [c for c in CASES if (known := operators.find(c.target)) is not None and known.moves]
+
+
+def test_operators_move_elements_as_they_say():
+    assert {operators.find(c.target).moves for c in MOVING} == set(typing.get_args(registry.Way))
+    for called in MOVING:
+        graph = Graph([called])
+        (_, first), *others = graph.inputs
+        if first.dtype in (BOOLS, torch.int8, torch.uint8):
+            continue
+        shape = first.draw(SIZES, torch.Generator()).shape
+        different = torch.arange(math.prod(shape), dtype=first.dtype).reshape(shape)
+        results = graph.module(different, *(i.draw(SIZES, torch.Generator()) for _, i in others))
+        found = [result.flatten().tolist() for result in results]
+        assert held(operators.find(called.target).moves, different.flatten().tolist(), found), called
 
 
 @pytest.mark.parametrize("number", range(math.ceil(len(CASES) / TOGETHER)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,14 @@ Verification = Callable[[Arguments], None]
 """Raises :class:`OperatorError` where arguments are not what an operator takes.
 
 Tensors may be fake ones, of which only shape and dtype are known.
+"""
+
+
+Way = Literal["aliases", "copies", "reshapes", "permutes", "repeats", "selects", "splits"]
+"""What an operator that computes nothing does with the elements of its first argument.
+
+It gives them as they are, in the same memory or in its own; in the same order under other sizes; in another order; each
+one or more times; some of them; or all of them as several tensors.
 """
 
 
@@ -41,6 +49,7 @@ class Operator:
         integer: it takes or gives quantized values; ``lower`` makes it.
         kernel: in a compiled model it only ever runs as a proven kernel, never as its slow reference.
         updates: names of the arguments that are state, which it changes in place.
+        moves: the way in which it moves the elements of its first argument; None where it gives anything else.
     """
 
     target: Callable[..., Any]
@@ -51,6 +60,7 @@ class Operator:
     kernel: bool = False
     updates: tuple[str, ...] = ()
     on_complex: Translation | None = None
+    moves: Way | None = None
 
     @property
     def name(self) -> str:

@@ -12,28 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators import Arguments, first_argument
+from lbllm_compile.codegen.operators.registry import Way
 from lbllm_compile.native.language import InputBounds
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call, is_constant, is_node
+from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call, is_constant, is_node, moves
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
 
-_SAME = (
-    _aten.to.dtype,
-    _aten._to_copy.default,
-    _aten.view.default,
-    _aten.reshape.default,
-    _aten.unsqueeze.default,
-    _aten.squeeze.dim,
-    _aten.expand.default,
-    _aten.slice.Tensor,
-    _aten.clone.default,
-    _aten.alias.default,
-    _aten.contiguous.default,
-)
-"""Operators through which a value goes unchanged."""
+_CONVERSIONS = (_aten.to.dtype, _aten._to_copy.default)
+_MOVES: tuple[Way, ...] = ("aliases", "copies", "reshapes", "permutes", "repeats", "selects")
 
 _SLOTS = "past"
 """The source of positions that count slots from the past ones on."""
@@ -91,8 +80,8 @@ def _source(index: Node) -> tuple[str | None, int]:
         if index.op != "call_function":
             return None, 0
         a = Arguments(index)
-        if is_call(index, *_SAME):
-            index = a.self
+        if is_call(index, *_CONVERSIONS) or moves(index, *_MOVES):
+            index = first_argument(index)
         elif is_call(index, _aten.add.Tensor) and isinstance(a.other, int):
             shift += a.other * a.alpha
             index = a.self

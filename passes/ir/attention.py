@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, fx
 
 from ...codegen import operators as operators
-from ...codegen.operators import Arguments
+from ...codegen.operators import Arguments, first_argument
 from .program import Program, Runner, get_attribute
-from .rewrite import Node, calls, is_call, is_node, make_call, relax_views, swaps_last
+from .rewrite import Node, calls, is_call, is_node, make_call, moves, relax_views, swaps_last
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -55,27 +55,7 @@ TOLERANCE = 1e-4
 
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
 _SOFTMAXES = (_aten.softmax.int, _aten._softmax.default)
-_COPIES = (
-    _aten.contiguous.default,
-    _aten.clone.default,
-    _aten.alias.default,
-    _aten.detach.default,
-    _aten.to.dtype,
-    _aten._to_copy.default,
-    _aten.type_as.default,
-)
-_SHAPES = (
-    _aten.view.default,
-    _aten.reshape.default,
-    _aten._unsafe_view.default,
-    _aten.expand.default,
-    _aten.flatten.using_ints,
-    _aten.unflatten.int,
-    _aten.unsqueeze.default,
-    _aten.squeeze.dim,
-)
-_SPREADS = (*_SHAPES, *_COPIES)
-"""Operations between a weight and its expansion over a batch."""
+_CONVERSIONS = (_aten.to.dtype, _aten._to_copy.default, _aten.type_as.default)
 
 
 class AttentionError(ValueError):
@@ -226,18 +206,23 @@ def _sizes(value: Tensor) -> list[str]:
     return [str(size) for size in value.shape]
 
 
+def _spreads(node: Any) -> bool:
+    """Whether a node does what stands between a weight and its expansion over a batch."""
+    return is_call(node, *_CONVERSIONS) or moves(node, "aliases", "copies", "reshapes", "repeats")
+
+
 def _through(node: Node) -> Node | None:
     """What a node copies, or folds the leading dimensions of; None where it does something else."""
-    if not is_call(node, *_COPIES, *_SHAPES):
+    if not _spreads(node):
         return None
-    source = Arguments(node).self
+    source = first_argument(node)
     before, after = _value(source), _value(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None
-    if is_call(node, *_COPIES):
+    if not moves(node, "reshapes", "repeats"):
         return source
     old, new = _sizes(before), _sizes(after)
-    same = old == new if is_call(node, _aten.expand.default) else min(len(old), len(new)) > 2 and old[-2:] == new[-2:]
+    same = old == new if moves(node, "repeats") else min(len(old), len(new)) > 2 and old[-2:] == new[-2:]
     return source if same else None
 
 
@@ -250,8 +235,8 @@ def _with_heads(node: Node | None) -> Node | None:
 
 def _is_part_of_weight(node: Any) -> bool:
     """Whether a node is a weight, or a slice of one."""
-    while is_call(node, _aten.slice.Tensor, *_SPREADS):
-        node = Arguments(node).self
+    while _spreads(node) or moves(node, "selects"):
+        node = first_argument(node)
     return is_node(node) and node.op == "get_attr"
 
 
@@ -414,8 +399,8 @@ class _Finder:
 
     def _number(self, value: Any) -> float | None:
         """A number, given as such or as a weight with one element."""
-        while is_node(value) and is_call(value, *_SPREADS, _aten.lift_fresh_copy.default):
-            value = Arguments(value).self
+        while _spreads(value):
+            value = first_argument(value)
         if is_node(value) and value.op == "get_attr":
             tensor = get_attribute(self.module, value.target)
             return float(tensor) if isinstance(tensor, Tensor) and tensor.numel() == 1 else None
@@ -427,8 +412,8 @@ class _Finder:
 
     def _per_head(self, node: Node, heads: int) -> Node | None:
         """The weight ``[H]`` that a node spreads over batch and queries."""
-        while is_call(node, *_SPREADS):
-            node = Arguments(node).self
+        while _spreads(node):
+            node = first_argument(node)
         value = _value(node)
         fits = node.op == "get_attr" and value is not None and _sizes(value) == [str(heads)]
         return node if fits else None

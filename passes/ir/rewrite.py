@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ...codegen import operators
 from ...codegen.operators import Arguments, first_argument
+from ...codegen.operators.registry import Way
 from .program import LAYER, get_attribute
 
 Node: TypeAlias = Any
@@ -58,6 +59,12 @@ def is_stored(value: Any) -> bool:
 def is_call(value: Any, *targets: Callable[..., Any]) -> bool:
     """Whether ``value`` is a node that calls one of ``targets``."""
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets
+
+
+def moves(value: Any, *ways: Way) -> bool:
+    """Whether ``value`` is a node that only moves the elements of its first argument, in one of ``ways``."""
+    known = operators.find(value.target) if is_node(value) and value.op == "call_function" else None
+    return known is not None and known.moves in ways
 
 
 def operands_of(linear: Node) -> tuple[Node, Node]:
@@ -112,16 +119,6 @@ def replace_call(node: Node, target: Callable[..., Any], args: tuple[Any, ...]) 
     return new
 
 
-_KEEP_LAYOUT = (
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.unsqueeze.default,
-)
-
-
 def become_reshape(view: Node) -> None:
     """Makes a view a reshape, which copies where it must; it calls its arguments otherwise."""
     view.args, view.kwargs = tuple(Arguments(view).pick("self", "size")), {}
@@ -133,7 +130,7 @@ def relax_views(node: Node) -> None:
     for user in list(node.users):
         if is_call(user, torch.ops.aten.view.default):
             become_reshape(user)
-        if is_call(user, *_KEEP_LAYOUT):
+        if moves(user, "aliases", "reshapes", "permutes", "repeats", "selects"):
             relax_views(user)
 
 
@@ -200,19 +197,8 @@ def same_storage(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-REPEAT = (
-    torch.ops.aten.expand.default,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.repeat_interleave.self_int,
-)
-"""Operations that a grouped-query repeat of keys or values is made of."""
+REPEAT: tuple[Way, ...] = ("aliases", "copies", "reshapes", "repeats", "selects")
+"""How the operators move elements that a grouped-query repeat of keys or values is made of."""
 
 
 def before_repeat(user: Node, source: Node) -> tuple[Node, Node]:
@@ -223,7 +209,7 @@ def before_repeat(user: Node, source: Node) -> tuple[Node, Node]:
     """
     found = user, source
     current, expanded = source, False
-    while is_call(current, *REPEAT):
+    while moves(current, *REPEAT):
         parent = Arguments(current).self
         expanded = expanded or is_call(current, torch.ops.aten.expand.default)
         opened = is_call(current, torch.ops.aten.unsqueeze.default) and expanded

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import UntranslatableError
 from ..arguments import Arguments
-from ..registry import Operator, register
+from ..registry import Operator, Way, register
 from ..translator import Size, Translation, Translator, Value, broadcast, ensure, permuted, refusal
 from .complex_numbers import by_parts, of_real
 from .promotion import ARITHMETIC, cast, promoted, tensor
@@ -466,10 +466,45 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.lift_fresh_copy.default: _same,
 }
 
+_WAYS: dict[Way, tuple[Callable[..., Any], ...]] = {
+    "aliases": (_aten.alias.default, _aten.detach.default),
+    "copies": (_aten.contiguous.default, _aten.clone.default, _aten.lift_fresh_copy.default),
+    "reshapes": (
+        _aten.view.default,
+        _aten.reshape.default,
+        _aten._unsafe_view.default,
+        _aten.view_as.default,
+        _aten.flatten.using_ints,
+        _aten.unflatten.int,
+        _aten.squeeze.default,
+        _aten.squeeze.dim,
+        _aten.squeeze.dims,
+        _aten.unsqueeze.default,
+    ),
+    "permutes": (
+        _aten.transpose.int,
+        _aten.t.default,
+        _aten.permute.default,
+        _aten.movedim.int,
+        _aten.movedim.intlist,
+        _aten.flip.default,
+        _aten.roll.default,
+    ),
+    "repeats": (
+        _aten.expand.default,
+        _aten.broadcast_to.default,
+        _aten.expand_as.default,
+        _aten.repeat.default,
+        _aten.repeat_interleave.self_int,
+    ),
+    "selects": (_aten.slice.Tensor, _aten.narrow.default, _aten.select.int),
+    "splits": (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default, _aten.unbind.int),
+}
+_MOVES = {target: way for way, targets in _WAYS.items() for target in targets}
+
 _SIZES = {_aten.sym_size.int, _aten.sym_numel.default}
 
-_OTHERS = {_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default, _aten.unbind.int}
-_OTHERS |= {_aten.cat.default, _aten.stack.default, _aten.constant_pad_nd.default}
+_OTHERS = {*_WAYS["splits"], _aten.cat.default, _aten.stack.default, _aten.constant_pad_nd.default}
 """Operators that give several tensors, take several, or a number to put there."""
 
 
@@ -481,4 +516,5 @@ def _on_complex(target: Callable[..., Any], translation: Translation) -> Transla
 
 
 for _target, _translation in _TRANSLATIONS.items():
-    register(Operator(_target, _translation, on_complex=_on_complex(_target, _translation)))
+    _moves = _MOVES.get(_target)
+    register(Operator(_target, _translation, on_complex=_on_complex(_target, _translation), moves=_moves))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,21 +27,29 @@ class Contract:
 
     ``exact``: bit-equal. ``bounded``: relative error (Frobenius norm of the difference over that of the output before)
     at most ``bound``. ``calibrating``: changes the model on purpose; the change is reported, not judged.
+
+    A ``bounded`` pass may promise more of what it replaces: a relative error of at most ``each`` between a node and
+    what takes its place, on the same inputs. It holds its result to that by :func:`.contracts.check_replaced`.
     """
 
     kind: str
     bound: float = 0.0
+    each: float = math.inf
 
     def __str__(self) -> str:
-        return f"bounded({self.bound:g})" if self.kind == "bounded" else self.kind
+        if self.kind != "bounded":
+            return self.kind
+        return (
+            f"bounded({self.bound:g}, each {self.each:g})" if math.isfinite(self.each) else f"bounded({self.bound:g})"
+        )
 
 
 EXACT = Contract("exact")
 CALIBRATING = Contract("calibrating")
 
 
-def bounded(bound: float) -> Contract:
-    return Contract("bounded", bound)
+def bounded(bound: float, each: float = math.inf) -> Contract:
+    return Contract("bounded", bound, each)
 
 
 class Checkpoints(Protocol):

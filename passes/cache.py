@@ -115,11 +115,8 @@ _SPREAD = 0.5
 """The same where low-bit activations spread a rounding through the model."""
 
 
-_ATTENTION_BOUND = 1e-4
-"""Largest relative error between an attention over simulated keys and values and the cached one."""
-
 _KV_ROUNDING = {16: 5e-3, 8: 5e-2, 4: 0.5}
-"""The same where nothing simulates the bits that keys and values are rounded to."""
+"""Largest relative error of an attention where nothing simulates the bits that keys and values are rounded to."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Cache(Pass):
     """
 
     name: ClassVar[str] = "cache"
-    contract: ClassVar[Contract] = bounded(0.5)
+    contract: ClassVar[Contract] = bounded(0.5, each=1e-4)
 
     bits: Literal[0, 4, 8, 16] = 0
 
@@ -189,7 +186,9 @@ class Cache(Pass):
         graph.lint()
         program.module.recompile()
         _prove_decoding(program, context.probe)
-        error = _check_attentions(plain, program, names, rows[0]["bits"], context.probe)
+        simulated = bool(calls(plain.graph, _lbllm.fake_quantize_kv.default))
+        bound = self.contract.each if simulated else _KV_ROUNDING[rows[0]["bits"]]
+        error = _check_attentions(plain, program, names, bound, context.probe)
         figures = {"attentions": len(rows), "convolutions": convolutions, "worst_attention_error": error}
         return PassResult(program, rows=rows, summary=figures)
 
@@ -237,11 +236,11 @@ class Cache(Pass):
         return bits
 
 
-def _check_attentions(plain: Program, program: Program, names: list[str], bits: int, probe: Mapping[str, Any]) -> float:
+def _check_attentions(
+    plain: Program, program: Program, names: list[str], bound: float, probe: Mapping[str, Any]
+) -> float:
     """Holds cached attentions against those of these names in the program before, at every query that is no padding."""
     replaced = dict(zip(names, calls(program.graph, _lbllm.cached_attention.default), strict=True))
-    simulated = bool(calls(plain.graph, _lbllm.fake_quantize_kv.default))
-    bound = _ATTENTION_BOUND if simulated else _KV_ROUNDING[bits]
     queries = probe["attention_mask"].bool()
     return check_replaced(plain, program, replaced, probe, bound, lambda value: value.transpose(1, 2)[queries])
 

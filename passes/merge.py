@@ -55,16 +55,13 @@ from .ir.rewrite import Node, bias_of, calls, is_call, make_attribute, make_call
 
 _aten = torch.ops.aten
 
-_LINEAR_BOUND = 1e-5
-"""Largest relative error between a linear and the rows that replace it: sums may be taken in another order."""
-
 
 @dataclass(frozen=True)
 class Merge(Pass):
     """Merges quantized linears that share their input."""
 
     name: ClassVar[str] = "merge"
-    contract: ClassVar[Contract] = bounded(0.5)
+    contract: ClassVar[Contract] = bounded(0.5, each=1e-5)  # sums may be taken in another order
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
         apart, program = program, program.copy()
@@ -76,7 +73,7 @@ class Merge(Pass):
         program.graph.eliminate_dead_code()
         program.graph.lint()
         program.module.recompile()
-        worst = check_replaced(apart, program, replaced, context.probe, _LINEAR_BOUND)
+        worst = check_replaced(apart, program, replaced, context.probe, self.contract.each)
         merged = sum(len(r["merged"]) for r in rows)
         return PassResult(program, rows, {"linears": merged, "into": len(rows), "worst_linear_error": worst})
 

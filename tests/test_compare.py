@@ -47,6 +47,37 @@ def test_rounded_keys_and_values_are_within_their_bits(bits: int) -> None:
     assert 0 < figures["worst_attention_error"] < {4: 0.5, 8: 0.02, 16: 2e-3}[bits]
 
 
+def scaled(node: torch.fx.Node) -> torch.fx.Node:
+    """Puts a thousandth more in the place of a node."""
+    with node.graph.inserting_after(node):
+        more = node.graph.call_function(_aten.mul.Tensor, (node, 1.001))
+    node.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+    return more
+
+
+def test_what_the_bound_of_the_whole_lets_pass_is_found_in_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are off by a thousandth where they are merged, and an attention by its scale."""
+    rows, attention = merge._merge, cache.replace_call
+
+    def wrong_rows(program: Program, linears: list[torch.fx.Node]) -> dict[str, torch.fx.Node]:
+        return {name: scaled(part) for name, part in rows(program, linears).items()}
+
+    def wrong_scale(node: torch.fx.Node, target: object, arguments: tuple[object, ...]) -> torch.fx.Node:
+        return attention(node, target, tuple(1.001 * a if isinstance(a, float) else a for a in arguments))
+
+    context, program = PassContext(probe=inputs(2, 9)), simulated("llama")
+    for text, name, wrong in (("merge", "_merge", wrong_rows), ("cache", "replace_call", wrong_scale)):
+        module = {"merge": merge, "cache": cache}[text]
+        (item,) = pipeline.parse(text)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, wrong)
+            with pytest.raises(PassError, match=r"'\w+' \(aten\..* differs by [\d.e-]+ from what takes its place"):
+                item.apply(program, context)
+            patched.setattr(module, "check_replaced", lambda *_: 0.0)
+            _, (record,) = pipeline.run(program, [item], context)
+        assert 0 < record.error <= item.contract.bound
+
+
 def test_rows_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = merge._merge
 
@@ -61,20 +92,6 @@ def test_rows_in_another_order_are_found(monkeypatch: pytest.MonkeyPatch) -> Non
     # gate and up have the same shape, so that nothing but their values tells
     with pytest.raises(PassError, match=r"'linear.*' \(aten\.linear.*\) differs by .* from what takes its place"):
         applied(simulated("llama"), "merge")
-
-
-def test_another_scale_of_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = cache.replace_call
-
-    def wrong(node: torch.fx.Node, target: object, arguments: tuple[object, ...]) -> torch.fx.Node:
-        new = plain(node, target, arguments)
-        position = next(i for i, a in enumerate(new.args) if isinstance(a, float))
-        new.update_arg(position, 1.001 * new.args[position])
-        return new
-
-    monkeypatch.setattr(cache, "replace_call", wrong)
-    with pytest.raises(PassError, match=r"scaled_dot_product_attention.* differs by .* from what takes its place"):
-        applied(simulated("llama"), "cache")
 
 
 def test_what_is_compared_is_computed_from_the_values_before() -> None:

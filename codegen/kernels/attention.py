@@ -467,40 +467,6 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
                 length, past, stride, sinks, slopes,
             )  # fmt: skip
 
-    if spec.per_head:
-
-        @T.prim_func(s_tir=True)
-        def kernel_of_heads(
-            query_: T.handle,
-            key_: T.handle,
-            value_: T.handle,
-            key_codes_: T.handle,
-            key_params_: T.handle,
-            value_codes_: T.handle,
-            value_params_: T.handle,
-            key_mask_: T.handle,
-            sinks_: T.handle,
-            slopes_: T.handle,
-            out_: T.handle,
-        ):
-            T.func_attr({"tirx.noalias": True})
-            batch = T.int32()
-            length = T.int32()
-            total = T.int32()
-            capacity = T.int32()
-            query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out = buffers(
-                batch, length, total, capacity,
-                query_, key_, value_, key_codes_, key_params_, value_codes_, value_params_, key_mask_, out_,
-            )  # fmt: skip
-            sinks = T.match_buffer(sinks_, (spec.heads,), "float32", align=4)
-            slopes = T.match_buffer(slopes_, (spec.heads,), "float32", align=4)
-            steps(
-                batch, length, total,
-                query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out, sinks, slopes,
-            )  # fmt: skip
-
-        return kernel_of_heads
-
     @T.prim_func(s_tir=True)
     def kernel(
         query_: T.handle,
@@ -511,6 +477,8 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         value_codes_: T.handle,
         value_params_: T.handle,
         key_mask_: T.handle,
+        sinks_: T.handle,
+        slopes_: T.handle,
         out_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -522,9 +490,14 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
             batch, length, total, capacity,
             query_, key_, value_, key_codes_, key_params_, value_codes_, value_params_, key_mask_, out_,
         )  # fmt: skip
+        sinks = T.match_buffer(sinks_, (spec.heads,), "float32", align=4)
+        slopes = T.match_buffer(slopes_, (spec.heads,), "float32", align=4)
         steps(
             batch, length, total,
-            query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out,
+            query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out, sinks, slopes,
         )  # fmt: skip
 
-    return kernel
+    if spec.per_head:
+        return kernel
+    *inputs, _, _, out = kernel.params
+    return PrimFunc([*inputs, out], kernel.body).with_attr(dict(kernel.attrs))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 from graphs import context, normal, program, rewrites, token_inputs
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
-from lbllm_compile.passes.cache import Cache
+from lbllm_compile.passes.cache import Cache, _latent
 from lbllm_compile.passes.ir.program import STATE, Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
-from torch import Tensor
+from torch import Tensor, fx
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
 HEADS, KV_HEADS, WIDTH = 4, 2, 6
@@ -466,6 +468,18 @@ def test_a_cache_larger_than_what_it_is_made_of_is_said(shared):
     after = Cache().apply(before, given).program
     assert sorted({n.meta[STATE].tail[0] for n in after.state_placeholders()}) == [0, 5, 9]
     assert len(notes.notes) == shared and all("2.8 times as many numbers" in note for note in notes.notes)
+
+
+def test_latent_attention_is_known_behind_an_integer_linear():
+    graph = fx.Graph()
+    x, scale, rope, *planes = (graph.placeholder(name) for name in ("x", "x_scale", "rope", *WEIGHT))
+    up = graph.call_function(lbllm.bit_linear.default, (x, scale, *planes, None, 32))
+    both = graph.call_function(aten.split_with_sizes.default, (up, [5, 5], -1))
+    own, value = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
+    common = graph.call_function(aten.expand.default, (rope, [1, 2, 3, 4]))
+    key = graph.call_function(aten.cat.default, ([own, common], -1))
+    sizes = {x: (1, 3, 6), rope: (1, 1, 3, 4), common: (1, 2, 3, 4), own: (1, 2, 3, 5), value: (1, 2, 3, 5)}
+    assert _latent(key, value, {node: torch.Size(size) for node, size in sizes.items()}) == 6 + 4
 
 
 def test_bits_come_from_the_simulation():

@@ -1,1 +1,1 @@
-"""What CPUs have of their own: running the kernels of one that is not here."""
+"""What CPUs have of their own: which kernels, how they are made, proven and run, and running those of another CPU."""

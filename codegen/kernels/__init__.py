@@ -1,1 +1,1 @@
-"""Kernel families: each module holds one family's data layout, its packing and its generated code."""
+"""Kernel families of CPUs: each module holds one family's data layout, its packing and its generated code."""

@@ -1,1 +1,1 @@
-"""What the calibrating passes share: layers as sub-graphs, activations in files, fitting and training."""
+"""What the calibrating passes share: layers as sub-graphs, streamed activations, fitting and training."""

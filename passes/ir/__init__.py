@@ -1,1 +1,1 @@
-"""What passes work on: programs, how their graphs are walked, rewritten, written down and run exactly."""
+"""What passes work on: programs and where their tensors are, how graphs are walked, rewritten, written down and run."""

@@ -34,6 +34,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from lbllm_compile.codegen.backend import Kernels
 from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators import operators, stored
@@ -53,7 +54,7 @@ from lbllm_compile.artifact import Artifact
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.lowering import compare
 from lbllm_compile.lowering.build import build_native, workshop
-from lbllm_compile.lowering.executor import Kernels, requirements
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.native.language import LanguageModel
 from lbllm_compile.records import CompileReport, MeasuredPass, PassRecord, Verdict
 from lbllm_compile.runtime import CompiledModel

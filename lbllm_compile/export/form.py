@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lbllm_compile.export.original import ExportError, Original
-from lbllm_compile.passes.calibrate import spool
+from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,6 +9,8 @@ original model as transformers' ``generate`` does. Every decoder lives in a proc
 turn starts with a pause, in which the threads of the others stop spinning. The first round does not count. Kernels that
 are not tuned for this machine and a number of threads are before.
 
+*Few tokens*: prompts of 2, 8 and 16, for which the native program has a function, with and without it, in turns too.
+
 Memory and loading are those of fresh processes that load a model and decode once. Run it on an otherwise idle machine.
 """
 
@@ -33,7 +35,7 @@ from lbllm_compile.codegen.threads import in_words
 from rich.table import Table
 
 from . import harness, llama, subjects
-from .decoders import Child, Loading
+from .decoders import WITHOUT_FEW, Child, Loading
 
 OWN = "native"
 """Name of what is generated."""
@@ -60,6 +62,7 @@ class Settings:
         prompt: tokens before decoding.
         steps: tokens to decode in a round.
         prefill: tokens of the prompt whose speed is measured.
+        few: tokens of the prompts that are timed with and without the function for few tokens.
         rounds: that count.
         processes: fresh processes whose loading and memory are measured.
     """
@@ -67,11 +70,12 @@ class Settings:
     prompt: int = 32
     steps: int = 64
     prefill: int = 512
+    few: tuple[int, ...] = (2, 8, 16)
     rounds: int = 20
     processes: int = 5
 
 
-QUICK = Settings(steps=4, prefill=64, rounds=1, processes=1)
+QUICK = Settings(steps=4, prefill=64, few=(2,), rounds=1, processes=1)
 """A smoke test."""
 
 
@@ -106,6 +110,28 @@ def speeds(subject: subjects.Subject, settings: Settings, threads: int, quick: b
         result(name, bits, settings, steps[name], prompts[name], subject.gguf.get(name.removeprefix(LLAMA_CPP)))
         for name, (_, _, bits) in competing.items()
     ]
+
+
+def few_tokens(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+    """Milliseconds of prompts of a few tokens, medians, with and without the function for few tokens."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        kinds = (OWN, WITHOUT_FEW)
+        loadings = {kind: Loading(kind, subject.native, settings.prompt + max(settings.few), threads) for kind in kinds}
+        children = {kind: stack.enter_context(Child(loading)) for kind, loading in loadings.items()}
+        for index in range(settings.rounds + (not quick)):
+            for kind, child in children.items():
+                time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
+                for tokens in settings.few:
+                    child.ask({"prompt": tokens, "steps": 0})  # warms the threads, and what this length alone uses
+                    taken = child.ask({"prompt": tokens, "steps": 0})["prefill"]
+                    if quick or index:
+                        seconds.setdefault((kind, tokens), []).append(taken)
+    found = []
+    for tokens in settings.few:
+        few, many = (1e3 * statistics.median(seconds[kind, tokens]) for kind in kinds)
+        found.append({"tokens": tokens, "milliseconds": few, "without": many, "speedup": many / few})
+    return found
 
 
 def result(
@@ -219,6 +245,16 @@ def _print_speeds(run: Mapping[str, Any], settings: Settings) -> None:
     harness.CONSOLE.print(table)
 
 
+def _print_few(run: Mapping[str, Any]) -> None:
+    table = Table(title=f"{in_words(run['threads'])}: milliseconds of a prompt of few tokens", title_justify="left")
+    for column in ("tokens", "with their function", "without it", "times faster"):
+        table.add_column(column, justify="right")
+    for row in run["few"]:
+        cells = (f"{row['milliseconds']:.2f}", f"{row['without']:.2f}", f"{row['speedup']:.2f}")
+        table.add_row(str(row["tokens"]), *cells)
+    harness.CONSOLE.print(table)
+
+
 def _print_processes(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="fresh processes: MB resident, and milliseconds with files in the cache", title_justify="left")
     for column in ("", "before loading", "decoding", "peak", "load", "load and prompt"):
@@ -272,9 +308,11 @@ def main() -> None:
                 subject = subjects.make(_wish(options, kinds, threads), Path(folder))
                 document |= {"original": subject.original, "parameters": subject.parameters}
                 results = speeds(subject, settings, threads, options.quick)
-                run = {"threads": threads, "results": results, "ratios": ratios(results)}
+                few = few_tokens(subject, settings, threads, options.quick)
+                run = {"threads": threads, "results": results, "ratios": ratios(results), "few": few}
                 document["runs"].append(run)
                 _print_speeds(run, settings)
+                _print_few(run)
             document["processes"] = processes(subject, settings, threads, options.quick)
     except LbllmError as error:
         sys.exit(str(error))

@@ -8,11 +8,12 @@ torch that decodes: the memory of a process is the decoder's own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ from . import harness
 STATUS = Path("/proc/self/status")
 """Where Linux says how much memory a process uses."""
 
+WITHOUT_FEW = "native, without functions for few tokens"
+"""The native program, in which prompts of a few tokens run on the kernels for long ones."""
+
 MEMORY_FIELDS = {"VmRSS": "resident", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 
 
@@ -32,7 +36,7 @@ class Loading:
     """Which decoder to load.
 
     Attributes:
-        kind: ``"native"``, ``"llama.cpp"``, ``"torch fp32"`` or ``"torch bf16"``.
+        kind: ``"native"``, :data:`WITHOUT_FEW`, ``"llama.cpp"``, ``"torch fp32"`` or ``"torch bf16"``.
         source: native: an artifact, or the folder of a native program; llama.cpp: a GGUF file; torch: what
             :func:`benchmarks.subjects.original` takes.
         capacity: tokens to have room for.
@@ -65,14 +69,18 @@ class NativeDecoder:
     Args:
         source: an artifact that was prepared on this machine, or the folder of a program.
         capacity: tokens of the KV state.
+        few: call the functions that are for few tokens.
     """
 
-    def __init__(self, source: Path, capacity: int):
+    def __init__(self, source: Path, capacity: int, few: bool = True):
         from lbllm_compile.native import program as native
 
         program = native.NativeProgram(source) if (source / native.LIBRARY).is_file() else native.find(source)
         if program is None:
             raise LbllmError(f"the artifact '{source}' has no native program here")
+        if not few:
+            functions = tuple(f for f in program.description.functions if f.most is None)
+            program.description = dataclasses.replace(program.description, functions=functions)
         self._model = native.NativeModel(program, tokenizer=None)
         self._capacity = capacity
         self.vocabulary = program.description.bounds.vocabulary
@@ -118,8 +126,8 @@ def load(loading: Loading) -> Decoder:
     Raises:
         LbllmError: it cannot be loaded.
     """
-    if loading.kind == "native":
-        return NativeDecoder(Path(loading.source), loading.capacity)
+    if loading.kind in ("native", WITHOUT_FEW):
+        return NativeDecoder(Path(loading.source), loading.capacity, few=loading.kind != WITHOUT_FEW)
     if loading.kind == "llama.cpp":
         from .llama import Decoder as LlamaDecoder
 
@@ -163,8 +171,8 @@ def turn(decoder: Decoder, prompt: int, steps: int) -> dict[str, Any]:
 
 def _prepare_imports(kind: str) -> None:
     """Imports the packages of a decoder, so that loading it is loading the model and not Python."""
-    if kind == "native":
-        pass
+    if kind in ("native", WITHOUT_FEW):
+        from lbllm_compile.native import program as program
     elif kind == "llama.cpp":
         import llama_cpp as llama_cpp
 
@@ -205,7 +213,7 @@ class Child:
             text=True,
         )
         try:
-            self.loaded = self.ask(asdict(loading))
+            self.loaded = self.ask(dataclasses.asdict(loading))
         except LbllmError:
             self.__exit__()
             raise

@@ -148,6 +148,8 @@ def test_a_quick_run_compares_decoders(tmp_path):
     assert {"native", "torch fp32", "torch bf16"} <= {row["contender"] for row in run["results"]}
     assert run["ratios"]["decode"]["multiples"]["native"] == 1
     assert document["processes"][0]["load_seconds"] > 0
+    (few,) = run["few"]
+    assert few["tokens"] == 2 and few["speedup"] == pytest.approx(few["without"] / few["milliseconds"])
 
 
 @pytest.mark.parametrize("centered", [False, True])

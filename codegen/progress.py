@@ -53,16 +53,17 @@ _warned: set[str] = set()
 """Kinds of warnings that this process has given."""
 
 
-def warn(progress: Progress | None, kind: str, text: str) -> None:
+def warn(progress: Progress | None, kind: str | None, text: str) -> None:
     """Says what must not go unheard: to ``progress``, or where nobody listens as a warning, once for each kind.
 
     Args:
         progress: None or a plain :class:`NoProgress` where nobody listens.
-        kind: what the texts that say the same of different things have in common.
+        kind: what the texts that say the same of different things have in common; None for what is said every time.
         text: one sentence.
     """
     if progress is not None and type(progress) is not NoProgress:
         progress.note(text)
-    elif kind not in _warned:
-        _warned.add(kind)
+    elif kind is None or kind not in _warned:
+        if kind is not None:
+            _warned.add(kind)
         warnings.warn(text, LbllmWarning, stacklevel=3)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lbllm_compile import frontend
 from lbllm_compile.codegen.cache import cache_directory, write_atomically
 from lbllm_compile.codegen.errors import LbllmError, first_line
-from lbllm_compile.codegen.progress import NoProgress, Progress, Task
+from lbllm_compile.codegen.progress import NoProgress, Progress, Task, warn
 from lbllm_compile.frontend import UserModel, language_model_inputs
 from lbllm_compile.native.language import context_length
 from lbllm_compile.passes.base import batches_of
@@ -356,7 +356,7 @@ def _sequences_of_text(
     if available < wanted:
         held_out = max(1, available // 9)
         counts = (available - held_out, held_out)
-        progress.note(f"{origin} has only {available * length} tokens, all of which are used")
+        warn(progress, None, f"{origin} has only {available * length} tokens, all of which are used")
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     picked = torch.empty((sum(counts), length), dtype=torch.int64)
     for row, index in zip(picked, order.tolist(), strict=False):
@@ -502,7 +502,7 @@ def _read_chunk(file: Path | None, shape: tuple[int, int], progress: Progress) -
     try:
         ids = load_file(file)["input_ids"].long()
     except Exception as error:
-        progress.note(f"the cached calibration text {file} is damaged ({error}); it is sampled again")
+        warn(progress, None, f"the cached calibration text {file} is damaged ({error}); it is sampled again")
         return None
     return ids if ids.shape == shape else None
 
@@ -515,7 +515,11 @@ def _write_chunk(file: Path | None, ids: Tensor, progress: Progress) -> None:
     try:
         write_atomically(file, save({"input_ids": ids.int()}))
     except OSError as error:
-        progress.note(f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR")
+        warn(
+            progress,
+            "calibration not kept",
+            f"the calibration text is not kept for the next time ({error}); set LBLLM_CACHE_DIR",
+        )
 
 
 def _first_tokens(model: UserModel, sequences: range, generator: torch.Generator) -> Tensor:

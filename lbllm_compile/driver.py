@@ -65,7 +65,7 @@ def compile(
         if kept := sum(work.finished().values()):
             progress.note(f"an interrupted compile goes on: {kept} finished pieces of work are in '{job.work}'")
         elif replaced := job.replaced(facts, data):
-            warn(progress, "replaced", replaced)
+            warn(progress, None, replaced)
         program, records, history = _transform(job, data, work, progress, listener)
         clock.lap("passes")
         kernels = build_kernels(
@@ -96,7 +96,7 @@ def compile(
         clock.lap("speed and size sheet")
         report = CompileReport(job.out, records, verdicts(records), figures, work.reused, clock.seconds, peak_memory())
         if not artifact.write_report(digest, report):
-            progress.note(f"'{job.out}' holds a {artifact.REPORT} of yours, so the compile's own is not kept")
+            warn(progress, None, f"'{job.out}' holds a {artifact.REPORT} of yours, so the compile's own is not kept")
     work.remove()
     return report
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
-from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
@@ -271,7 +271,7 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
     if named is None:
         reason = _cannot_use(loaded, source)
         if reason:
-            progress.note(f"no comparison with the original model: {reason}; name it with --teacher")
+            warn(progress, None, f"no comparison with the original model: {reason}; name it with --teacher")
             return None
     model = frontend.load(str(source))
     if model.kind != "causal-lm":
@@ -279,10 +279,10 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
     program = frontend.capture(model, loaded.program.config.get(COMPILED_CONTEXT))
     same = frontend.program_hash(program) == loaded.lock.get("model")
     if not same and named is None:
-        progress.note(f"no comparison with the original model: '{source}' has changed; name it with --teacher")
+        warn(progress, None, f"no comparison with the original model: '{source}' has changed; name it with --teacher")
         return None
     if not same:
-        progress.note(f"'{source}' is not the very model that was compiled; comparing with it all the same")
+        warn(progress, None, f"'{source}' is not the very model that was compiled; comparing with it all the same")
     if model.config.get("vocab_size") != loaded.program.config.get("vocab_size"):
         raise EvaluationError(f"'{source}' has another vocabulary than the compiled model, so it cannot be its teacher")
     return lambda ids: model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

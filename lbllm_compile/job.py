@@ -18,7 +18,7 @@ from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import check_work_dir
 from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import LbllmError, suggestion
-from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.dumps import check_dump_dir
 from lbllm_compile.frontend import UserModel
@@ -187,7 +187,7 @@ def read_job(options: CompileOptions, progress: Progress | None = None, places: 
         program = frontend.capture(model, options.context)
         task.advance("captured")
     if "context" in program.metadata:
-        progress.note(program.metadata["context"])
+        warn(progress, None, program.metadata["context"])
     model = dataclasses.replace(model, config=program.config)
     return Job(options, model, choices, passes, targets, program, out, work)
 

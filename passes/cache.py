@@ -62,6 +62,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ..codegen import operators as operators
 from ..codegen import reference
 from ..codegen.operators import Arguments, first_argument, set_argument
+from ..codegen.progress import warn
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
 from .contracts import check_replaced, describe, relative_error
 from .ir.attention import ATTENTIONS, MASKED, AttentionCall
@@ -255,9 +256,11 @@ def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: Pas
             found.append((latent, sum(shapes[n][1] * shapes[n][-1] for n in (call.key, call.value))))
     if found:
         latent, kept = map(sum, zip(*found, strict=True))
-        context.progress.note(
+        warn(
+            context.progress,
+            "latent attention",
             f"{len(found)} attentions make keys and values of all heads from few numbers (latent attention); the cache"
-            f" keeps them of all heads, {kept / latent:.1f} times as many numbers"
+            f" keeps them of all heads, {kept / latent:.1f} times as many numbers",
         )
 
 

@@ -42,6 +42,7 @@ from ..codegen import operators as operators
 from ..codegen.format import QuantizedWeight
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.operators.lbllm.linears import WEIGHT
+from ..codegen.progress import warn
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
@@ -124,8 +125,10 @@ class Ptq(Pass):
         fallbacks = sum(row.get("fallback_experts", 0) for row in rows)
         summary = {"linears": len(rows), "mean_error": _mean_error(rows), "fallback_experts": fallbacks}
         if fallbacks:
-            context.progress.note(
-                f"{fallbacks} experts saw too few calibration tokens; they share the Hessian of their layer"
+            warn(
+                context.progress,
+                "few tokens",
+                f"{fallbacks} experts saw too few calibration tokens; they share the Hessian of their layer",
             )
         return PassResult(quantized, rows, summary)
 

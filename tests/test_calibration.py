@@ -306,7 +306,9 @@ class StubbedDataSets:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None, str]] = []
 
-    def load_dataset(self, name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+    def load_dataset(
+        self, name: str, config: str | None, *, split: str, streaming: bool
+    ) -> list[dict[str, str | None]]:
         assert streaming
         self.asked.append((name, config, split))
         if config is None:
@@ -315,7 +317,7 @@ class StubbedDataSets:
             )
         if split != "train":
             raise ValueError(f"Bad split: {split}. Available splits: ['train']")
-        return [{"text": f"{config} says much. " * 50}] * 40
+        return [{"text": None}, *[{"text": f"{config} says much. " * 50}] * 40, {"text": None}]
 
 
 @pytest.fixture
@@ -333,6 +335,7 @@ def test_a_data_set_has_a_configuration_and_a_split(
     assert data.source == "hf:org/set:a@train" and data_sets.asked == [("org/set", "a", "train")]
     other = calibration.collect(model, program, "hf:org/set:b", tokens=64, validation_tokens=32, length=32)
     assert other.sha256 != data.sha256 and data_sets.asked[1] == ("org/set", "b", "train")
+    assert {*calibration.read_texts("hf:org/set:a")} == {"a says much. " * 50}
 
 
 @pytest.mark.parametrize(

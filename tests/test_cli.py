@@ -72,7 +72,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     line = (
         "model.py --target cuda:sm_90 --out o --recipe lbllm --preset best --pipeline annotate --calibration c.txt"
         " --group 32 --act-bits 8 --kv-bits 16 --keep-dense a.* --keep-dense b --device cpu --work-dir w --seed 7"
-        " --dump-dir d --print-after ptq --time-passes --fresh --json"
+        " --dump-dir d --print-after ptq --time-passes --fresh --json --context 77"
     )
     invoke(*line.split(), "--scheme", "a.*: act=8", "--scheme", "b: group=32")
     assert seen == [
@@ -92,6 +92,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
             device="cpu",
             work_dir=Path("w"),
             seed=7,
+            context=77,
             dump_dir=Path("d"),
             print_after=("ptq",),
             time_passes=True,

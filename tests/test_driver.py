@@ -29,6 +29,8 @@ import lbllm_compile
 from lbllm_compile import artifact, calibration, driver, dumps, evaluate, frontend, inspect, plan, recipe
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
 from lbllm_compile.job import check_named, read_job
+from lbllm_compile.native import program as native
+from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.report import terminal
 from lbllm_compile.runtime.model import CompiledModel
@@ -97,15 +99,52 @@ def generators():
     return random.getstate(), (words.tolist(), *rest), torch.get_rng_state().tolist()
 
 
+def files(path):
+    """Every file that a name stands for, and its size."""
+    found = path.rglob("*") if path.is_dir() else [path]
+    return {file: file.stat().st_size for file in found if file.is_file()}
+
+
+class Disk:
+    """What goes to disk for good, in order: ``("synced", path, bytes)``, ``("renamed", {file: bytes}, from, to)`` and
+    ``("removed", work directory, 0)``."""
+
+    def __init__(self, patch):
+        self.events = []
+        fsync, remove = os.fsync, WorkDir.remove
+
+        def synced(handle):
+            fsync(handle)
+            self.events.append(("synced", Path(os.readlink(f"/proc/self/fd/{handle}")), os.fstat(handle).st_size))
+
+        def renames(rename):
+            def renamed(old, new, **places):
+                held = files(Path(old))
+                rename(old, new, **places)
+                self.events.append(("renamed", held, Path(old), Path(new)))
+
+            return renamed
+
+        def removed(work):
+            self.events.append(("removed", work.path, 0))
+            remove(work)
+
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "rename", renames(os.rename))
+        patch.setattr(os, "replace", renames(os.replace))
+        patch.setattr(WorkDir, "remove", removed)
+
+
 @pytest.fixture(scope="session")
 def compilation(tmp_path_factory, model_file, caches):
-    """A compile's report, and the state of the global generators before and after it."""
+    """A compile's report, the state of the global generators before and after it, and what it did to the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipe.PRESETS, "quick", SMALL)
         directory = tmp_path_factory.mktemp("compiled")
+        disk = Disk(patch)
         before = generators()
         report = driver.compile(options(model_file, directory / "out", dump_dir=directory / "dumps"))
-        return report, before, generators()
+        return report, before, generators(), disk
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +206,25 @@ def test_a_fresh_process_gives_the_recorded_tokens(compiled):
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "True", result.stderr
+
+
+def test_what_gets_its_name_is_on_disk_and_checkpoints_go_last(compilation):
+    """A crash of the machine at any point leaves names of whole files, and the work or what came of it."""
+    out, events = compilation[0].out, compilation[-1].events
+    renamed = {}
+    for place, (kind, *event) in enumerate(events):
+        if kind != "renamed":
+            continue
+        held, old, new = event
+        synced = {path: size for known, path, size in (e for e in events[:place] if e[0] == "synced")}
+        assert held == {file: synced.get(file) for file in held}, f"{new} may not be on disk"
+        renamed[new] = place, {file.relative_to(old).as_posix() for file in held}
+    put, inside = renamed[out]
+    assert {"model.safetensors", "graph.json", "manifest.json"} <= inside
+    programs = [names for new, (_, names) in renamed.items() if new.parent == native.programs_directory()]
+    assert any({native.WEIGHTS, native.LIBRARY, native.DESCRIPTION, native.SEAL} == names for names in programs)
+    gone = [event[:2] for event in events].index(("removed", out.with_name("out.lbllm-work")))
+    assert ("synced", out.parent) in [event[:2] for event in events[put:gone]]
 
 
 class TestWhatRuns:
@@ -289,7 +347,7 @@ def test_an_unfinished_compile_of_something_else_is_refused(model_file, tmp_path
 
 
 def test_no_global_generator_is_touched(compilation):
-    _, before, after = compilation
+    _, before, after, _ = compilation
     assert before == after
 
 
@@ -341,13 +399,54 @@ def test_a_compile_says_what_sets_it_apart_from_the_artifact_it_replaces(compile
     assert "holds an artifact that is damaged or of another version" in said(options(model_file, out))
 
 
+def test_a_second_compile_into_one_place_says_so_every_time(tmp_path, monkeypatch):
+    """To who listens as a note, to others as a warning: each time, not once a process."""
+    monkeypatch.setitem(recipe.PRESETS, "default", SMALL)
+
+    def compile_again(place, listener):
+        inputs = torch.ones(4, 5, 70)
+        text = 'canonicalize,annotate{keep_dense="*"},lower,cleanup'
+        given = CompileOptions(Averaged(), example_inputs=inputs, pipeline=text, out=tmp_path / place)
+        driver.compile(given, progress=listener)
+
+    def replaces(place):
+        return f"'{tmp_path / place}' holds an artifact that was compiled alike; this compile replaces it"
+
+    notes = Notes()
+    compile_again("a", notes)
+    assert not any("holds an artifact" in said for said in notes.said)
+    compile_again("a", notes)
+    assert sum(said.startswith(replaces("a")) for said in notes.said) == 1
+    with pytest.warns(progress.LbllmWarning) as caught:
+        for _ in range(2):
+            compile_again("a", None)
+    assert [str(item.message).startswith(replaces("a")) for item in caught] == [True] * 2
+
+
+def test_a_context_reaches_the_capture_and_what_it_means_is_said(tmp_path):
+    path = tmp_path / "dynamic.py"
+    rope = "rope_parameters={'rope_type': 'dynamic', 'factor': 4.0, 'rope_theta': 100.0}, num_hidden_layers=1,"
+    path.write_text(MODEL.replace("num_hidden_layers=3,", rope))
+    notes = Notes()
+    job = read_job(CompileOptions(path, context=200, out=tmp_path / "out"), notes)
+    assert job.program.config[COMPILED_CONTEXT] == job.model.config[COMPILED_CONTEXT] == 200
+    assert notes.said == [
+        "the dynamic rotary frequencies are those of a sequence of 200 tokens; shorter ones get them too, where the"
+        " original model would compute its own for every length"
+    ]
+    with pytest.warns(progress.LbllmWarning, match="frequencies are those of sequences of up to 128 tokens"):
+        assert read_job(CompileOptions(path, out=tmp_path / "out")).program.config[COMPILED_CONTEXT] == 128
+
+
 def test_who_does_not_listen_is_warned_once_of_each_kind(monkeypatch):
     monkeypatch.setattr(progress, "_warned", set())
     with pytest.warns(progress.LbllmWarning) as caught:
         for listener in (None, NoProgress()):
             progress.warn(listener, "slow", "this is slow")
             progress.warn(listener, "wrong", f"this is odd: {listener}")
-    assert [str(item.message) for item in caught] == ["this is slow", "this is odd: None"]
+            progress.warn(listener, None, "this counts every time")
+    every = "this counts every time"
+    assert [str(item.message) for item in caught] == ["this is slow", "this is odd: None", every, every]
     notes = Notes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -207,6 +207,27 @@ def test_experts_are_the_same_however_many_are_held(monkeypatch, tokens, togethe
     assert most == together
 
 
+@pytest.mark.parametrize("kind", ["hessian", "absmax"])
+def test_experts_are_pooled_in_blocks_no_larger_than_one_of_their_sums(monkeypatch, kind):
+    """Stacked whole, the sums of all experts would be there twice."""
+    shape = (64, 64) if kind == "hessian" else (64,)
+    sums = [None, *(torch.rand(shape, generator=_generator(i)) for i in range(12))]
+    statistic = ptq.Statistic("x", kind, [], "offsets", 13, sums, [0, *[5] * 12], range(13))
+    stack, most = torch.stack, []
+    monkeypatch.setattr(
+        torch, "stack", lambda tensors: most.append(4 * sum(t.numel() for t in tensors)) or stack(tensors)
+    )
+    pool = ptq.Pool(statistic)
+    for _ in range(2):  # two windows of experts
+        pool.add()
+    monkeypatch.undo()
+    one = sums[1].numel() * 4
+    assert 0 < max(most) <= one * (1 + 12 / 64)
+    together = torch.stack(sums[1:])
+    expected = torch.diag(together.amax(0).square()) if kind == "absmax" else ptq._symmetric(2 * together.sum(0)) / 60
+    torch.testing.assert_close(pool.hessian(), expected)
+
+
 def test_the_plan_counts_the_hessians_that_are_held():
     """256 experts of 7168 channels would take 53 GB of Hessians at once."""
 

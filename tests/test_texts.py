@@ -19,8 +19,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbllm_compile import CompileOptions, calibration, evaluate, frontend
-from lbllm_compile import compile as compile_model
+from lbllm_compile import calibration, evaluate, frontend
 from lbllm_compile.native import text
 from lbllm_compile.native.generate import choose
 from lbllm_compile.native.language import LanguageModel, encode
@@ -279,18 +278,36 @@ def test_logits_that_are_no_numbers_are_told(temperature: float, broken: float) 
 
 # The command
 
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+"""Variables of a process whose files and streams are ASCII where nothing else is said."""
+
+STRICT = """
+import warnings
+warnings.filterwarnings("error", category=EncodingWarning, module=r"lbllm_compile\\b")
+from lbllm_compile import cli
+cli.main()
+"""
+"""The command, in which a file of this package that is opened without an encoding is an error."""
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """An artifact whose words are not ASCII and whose chat template refuses every prompt."""
+    """An artifact whose words are not ASCII and whose chat template refuses every prompt.
+
+    Compiled where the locale's encoding is ASCII, and nothing may be read or written in it, to what a link points to.
+    """
     folder = tmp_path_factory.mktemp("texts")
     (folder / "model.py").write_text(MODEL, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LBLLM_CACHE_DIR", str(folder / "cache"))
-        pipeline = 'canonicalize,annotate{keep_dense="*"},lower,cache,cleanup'
-        options = CompileOptions(str(folder / "model.py"), out=folder / "out", pipeline=pipeline, preset="quick")
-        compile_model(options)
-    return folder / "out", {**os.environ, "LBLLM_CACHE_DIR": str(folder / "cache")}
+    (folder / "text.txt").write_text("\ufeff" + " ".join(f"ï{i * i % 40}" for i in range(30_000)), encoding="utf-8")
+    (folder / "elsewhere").mkdir()
+    (folder / "out").symlink_to("elsewhere")
+    environment = {**os.environ, "LBLLM_CACHE_DIR": str(folder / "cache")}
+    line = [sys.executable, "-c", STRICT, "model.py", "--out", "out", "--calibration", "text.txt", "--preset", "quick"]
+    line += ["--pipeline", 'canonicalize,annotate{keep_dense="*"},lower,cache,cleanup']
+    variables = {**ASCII, "PYTHONWARNDEFAULTENCODING": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    result = subprocess.run(line, cwd=folder, env=environment | variables, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    return folder / "out", environment
 
 
 def command(built: tuple[Path, dict[str, str]], arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -299,11 +316,17 @@ def command(built: tuple[Path, dict[str, str]], arguments: str, **variables: str
     return subprocess.run(["bash", "-c", line], cwd=ROOT, env=built[1] | variables, capture_output=True, check=False)
 
 
+def test_a_compile_in_an_ascii_locale_writes_utf8_to_where_a_link_points(built) -> None:
+    out = built[0]
+    assert out.is_symlink() and (out.parent / "elsewhere" / "graph.json").is_file()
+    assert list(json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])[3] == "ï3"
+    assert json.loads((out / "lbllm.lock").read_text(encoding="utf-8"))["calibration_source"] == "text.txt"
+
+
 def test_an_ascii_output_gets_escapes(built) -> None:
     """And files are UTF-8 whatever the locale says."""
-    variables = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     plain = command(built, "--raw --prompt 'ï3 ï4'", PYTHONIOENCODING="utf-8")
-    escaped = command(built, "--raw --prompt 'ï3 ï4'", **variables)
+    escaped = command(built, "--raw --prompt 'ï3 ï4'", **ASCII)
     assert plain.returncode == escaped.returncode == 0, escaped.stderr
     assert plain.stdout.decode().replace("ï", "\\xef") == escaped.stdout.decode("ascii")
     assert b"\\xef" in escaped.stdout

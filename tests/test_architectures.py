@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 
 import pytest
@@ -13,7 +14,10 @@ TURNS = 12
 """The slow test takes every so many architectures, others every day."""
 
 
-@pytest.mark.parametrize("name", ["phi 3, long rope", "llama, dynamic rope", "lfm 2", "roformer", "openai gpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["phi 3, long rope", "llama, dynamic rope", "lfm 2", "roformer", "openai gpt", "gemma 2", "gpt-oss"],
+)
 def test_what_once_was_refused_is_right(name: str) -> None:
     finding = examine(name, native=False)
     assert finding.verdict == "right", finding.line
@@ -30,6 +34,9 @@ def test_what_once_ran_in_torch_alone_runs_natively(name: str, tmp_path, monkeyp
 def test_recurrences_are_refused_in_one_sentence() -> None:
     finding = examine("mamba", native=False)
     assert finding.verdict == "refused" and "recurrent state" in finding.message and "\n" not in finding.message
+    where = re.search(r"\((aten\.\w+\.\w+) at \S*/modeling_mamba\.py:(\d+) `(.+)`\)", finding.message)
+    assert where is not None, finding.message
+    assert "ssm_state" in where[3] or "[:, :, i" in where[3]
 
 
 def test_other_logits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,19 +35,24 @@ def reason_of(error: BaseException, path: Path | None = None, frame: bool = True
 
 def user_frame(error: BaseException, path: Path | None = None) -> str:
     """``file.py:12`` of the innermost frame outside torch and this package, or an empty string."""
-    own = str(Path(__file__).resolve().parent.parent)
-    torch_root = str(Path(torch.__file__).resolve().parent)
     found = ""
     for frame in traceback.extract_tb(error.__traceback__):
         file = Path(frame.filename)
-        if path is not None and file.resolve() != path.resolve():
-            continue
-        if frame.filename.startswith(("<", own, torch_root)):
-            continue
-        found = f"{file.name if path is not None else short_path(str(file))}:{frame.lineno}"
-        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-        found += f" `{line}`" if line else ""
+        if (path is None or file.resolve() == path.resolve()) and is_users(frame.filename):
+            found = source_line(frame.filename, frame.lineno or 0, file.name if path is not None else None)
     return found
+
+
+def is_users(file: str) -> bool:
+    """Whether a file of Python is neither torch's nor this package's."""
+    own = str(Path(__file__).resolve().parent.parent)
+    return not file.startswith(("<", own, str(Path(torch.__file__).resolve().parent)))
+
+
+def source_line(file: str, number: int, name: str | None = None) -> str:
+    """``file.py:12`` and what stands there; ``name`` is what to call the file, by default a short path."""
+    line = linecache.getline(file, number).strip()
+    return f"{name or short_path(file)}:{number}" + (f" `{line}`" if line else "")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

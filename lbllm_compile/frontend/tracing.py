@@ -9,15 +9,25 @@ import io
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbllm_compile.frontend import rotary
 from lbllm_compile.frontend.loading import UserModel
-from lbllm_compile.frontend.messages import CaptureError, a_word, capture_reason, fixes_size, reason_of
+from lbllm_compile.frontend.messages import (
+    CaptureError,
+    a_word,
+    capture_reason,
+    fixes_size,
+    is_users,
+    reason_of,
+    source_line,
+)
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program, set_attribute
@@ -125,10 +135,11 @@ def _capture(
         exported = _export(model, module, inputs, shapes(None))
     except _FixedSizeError as error:
         if getattr(model.module, "_is_stateful", False):
+            where = _loop_over_tokens(module, inputs)
             raise CaptureError(
                 f"'{model.name}' cannot be captured: its layers carry a recurrent state from token to token (a state"
-                " space, linear attention or the like), in a loop that no graph of any length holds; only attention and"
-                " short convolutions are supported"
+                f" space, linear attention or the like), in a loop that no graph of any length holds{where}; only"
+                " attention and short convolutions are supported"
             ) from error
         # A forward that slices a table made for the longest sequence fits sequences up to that.
         longest = context_length(model.config)
@@ -145,6 +156,34 @@ def _capture(
     )
     _check(model, module, program, inputs)
     return program
+
+
+class _Calls(TorchDispatchMode):
+    """Counts calls of operators, by the operator and the user's line that makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None and not is_users(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            self.counts[str(func), frame.f_code.co_filename, frame.f_lineno] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _loop_over_tokens(module: nn.Module, inputs: Mapping[str, Tensor]) -> str:
+    """`` (operator at line)`` of what a language model calls once for every token; empty where nothing is."""
+    counts = []
+    for length in (inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] + 1):
+        with spool.streamed(module), _Calls() as calls:
+            module(**language_model_inputs(inputs["input_ids"].repeat(1, 2)[:, :length]))
+        counts.append(calls.counts)
+    few, many = counts
+    found = next((call for call, count in many.items() if count > few[call]), None)
+    return f" ({found[0]} at {source_line(*found[1:])})" if found else ""
 
 
 def _token_ids(shape: tuple[int, int], vocabulary: int) -> Tensor:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import test_operators
 import torch
+from lbllm_compile.codegen import backend, levels, targets
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators import registry as op_registry
+from lbllm_compile.codegen.operators.registry import OperatorError
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import Pass, PassContext, pipeline, registry
+from plain_backend import PlainBackend
 from test_cli import layered
+from test_operators import CASES, Graph, Input, case, check, run_natively
+from torch import fx
 
 from lbllm_compile import driver
 from lbllm_compile.options import CompileOptions
@@ -55,6 +67,64 @@ def test_documents_name_files_that_exist() -> None:
         text = document.read_text()
         for path in re.findall(r"`((?:lbllm_compile|passes|codegen|tests|examples|docs)/[\w/.-]*)`", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def blocks(document: str) -> list[str]:
+    """The Python in a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def assert_excerpt(block: str, file: str) -> None:
+    """Every line of a block, but where it says that something is left out, is in a file of this project."""
+    held = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    absent = [line for line in block.splitlines() if line.strip() not in ("", "...", *held)]
+    assert not absent, f"{file} has no longer {absent}"
+
+
+def test_the_documented_operator_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is checked, simulated and translated; under another name, because torch keeps operators for good."""
+    definition, translation, line = blocks("new-operator.md")
+    monkeypatch.setattr(op_registry, "_registered", dict(op_registry._registered))
+    names: dict[str, Any] = {}
+    exec(compile(definition.replace('"soft_clip(', '"documented_clip('), "new-operator.md", "exec"), names)
+    target = names["SOFT_CLIP"].target
+    graph = Graph([case(target, Input(("m", "n")), 1.7), case(target, Input((3,)))])
+    check(graph, run_natively(graph.module, graph.inputs, tmp_path), {"m": 4, "n": 7}, 0)
+    for bound, known in ((2.0, True), (0.0, False)):
+        calling = fx.Graph()
+        node = calling.call_function(target, (calling.placeholder("x"), bound))
+        given = Arguments(node, lambda value: torch.ones(2) if isinstance(value, fx.Node) else value)
+        with contextlib.nullcontext() if known else pytest.raises(OperatorError, match=r"cannot be bounded by 0\.0"):
+            op_registry.find(target).verify(given)
+    assert_excerpt(translation, "codegen/operators/aten/shapes.py")
+    (documented,) = eval(line, {"aten": torch.ops.aten, **vars(test_operators)})
+    assert documented in CASES
+
+
+def test_the_documented_backend_is_the_one_that_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, linear, registration = blocks("new-backend.md")
+    for block in (kind, linear):
+        assert_excerpt(block, "tests/plain_backend.py")
+    names: dict[str, Any] = {"dataclasses": dataclasses, "Target": Target}
+    exec(compile(kind, "new-backend.md", "exec"), names)
+    made = names["PlainKind"]()
+    assert [t.name for t in made.parse("")] == made.known() == ["plain"] and made.runs_here(made.parse("")[0])
+    monkeypatch.setattr(backend, "_BACKENDS", dict(backend._BACKENDS))
+    monkeypatch.setattr(targets, "_KINDS", dict(targets._KINDS))
+    exec(compile(registration, "new-backend.md", "exec"), {"PlainBackend": PlainBackend})
+    assert type(backend.backend_of(Target.parse("plain"))) is PlainBackend
+
+
+def test_the_documented_level_rule_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any four levels become two pairs about an offset."""
+    (code,) = blocks("new-level-rule.md")
+    monkeypatch.setattr(levels, "_REGISTERED", {"free": levels.FREE})
+    names: dict[str, Any] = {}
+    exec(compile(code, "new-level-rule.md", "exec"), names)
+    rule = levels.get("symmetric")
+    assert rule is names["SYMMETRIC"] and levels.names()[:2] == ["free", "symmetric"]
+    stored, _ = rule.quantize(torch.tensor([[-3.0, -1.0, 0.5, 2.0], [0.0, 0.1, 0.2, 5.0]]))
+    assert bool(rule.holds(stored).all()) and torch.equal(stored[:, 0] + stored[:, 3], stored[:, 1] + stored[:, 2])
 
 
 def test_the_documented_cpu_family_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

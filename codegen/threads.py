@@ -41,8 +41,8 @@ def one_torch_thread() -> Iterator[None]:
     The threads of two pools, torch's and the kernels', spin on the same cores while they wait, and every change from
     one pool to the other costs as much as a whole small operator. Worth it where torch's share is small. Torch keeps a
     count for each thread and one for threads that are new to it; after the last of overlapping blocks all are what
-    they were before the first. A thread that uses torch for the first time while another one is in this block, and is
-    never in one itself, keeps the count of one.
+    they were before the first. A thread that uses torch for the first time while another one is in this block has the
+    count of one until it leaves a block of its own, as every thread does that generates: slower, with the same tokens.
     """
     # Not at the top: `doctor` counts threads, and must do so with a torch that cannot be imported too.
     import torch

@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import ZOO, captured
 
 import lbllm_compile
-from lbllm_compile import driver, recipe
+from lbllm_compile import driver, plan, recipe
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.runtime import CompiledModel
 
@@ -103,6 +103,12 @@ def test_keep_dense_as_typed_leaves_a_model_unchanged(
     for runs in (loaded, CompiledModel(loaded.program, loaded.kernels)):
         found = runs.logits(item["input_ids"], item["attention_mask"])[seen]
         assert float((found - expected).norm() / expected.norm()) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+def test_the_plan_counts_all_that_is_kept_as_floats(model: str) -> None:
+    planned = plan.make_plan(CompileOptions(captured(model)[0], keep_dense="*"))
+    assert planned.artifact == 4 * planned.parameters
 
 
 @pytest.mark.parametrize("preset", recipe.PRESETS)

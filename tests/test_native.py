@@ -24,7 +24,7 @@ import tokenizers
 import torch
 import transformers
 from lbllm_compile.codegen import cache as cache_files
-from lbllm_compile.codegen import operators
+from lbllm_compile.codegen import operators, progress
 from lbllm_compile.codegen.cache import sha256
 from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.cpu.backend import CpuBackend
@@ -49,18 +49,22 @@ from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from rtn import simulate
 from test_fuse import called
+from test_keep_dense import TINY
 from test_runtime import CONTEXT, language_model
 from test_runtime import VOCABULARY as TOY_VOCABULARY
 from test_zoo import DECODE_STEPS, agree, apply, inputs, oracle, stages
 from zoo import ZOO, captured
 
-from lbllm_compile import artifact, frontend
+from benchmarks import decoders
+from lbllm_compile import artifact, driver, frontend, recipe
 from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
+from lbllm_compile.lowering.compare import DisagreementError
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.native import program as native
 from lbllm_compile.native import text
 from lbllm_compile.native.program import NativeModel, NativeProgram
+from lbllm_compile.options import CompileOptions
 from lbllm_compile.runtime import CompiledModel, GenerationError, Sampling, load
 from lbllm_compile.tune import TuneOptions, tune
 
@@ -261,6 +265,14 @@ def test_a_form_that_cannot_be_translated_runs_in_torch_and_says_so(by, tmp_path
     assert len(notes.said) == 1 and "this form of the operator has no translation" in notes.said[0]
 
 
+def test_who_does_not_listen_is_warned_that_a_model_runs_in_torch(tmp_path, monkeypatch):
+    attention = operators.find(torch.ops.lbllm.cached_attention.default)
+    monkeypatch.setitem(registry._registered, attention.target, dataclasses.replace(attention, translate=None))
+    monkeypatch.setattr(progress, "_warned", set())
+    with pytest.warns(progress.LbllmWarning, match="operator by operator in torch, which is slower"):
+        assert prepare.build_native(stages("llama")[1], NO_KERNELS, tmp_path) is None
+
+
 def test_a_program_that_tvm_rejects_runs_in_torch_and_says_so(tmp_path, monkeypatch):
     def reject(*_):
         raise RuntimeError("no code for this loop\nat some line")
@@ -295,6 +307,33 @@ def test_a_model_whose_logits_are_not_finite_is_refused_as_such(tmp_path):
     with pytest.raises(KernelError, match="logits of probe tokens are infinite or NaN: its weights are too large"):
         build(program, tmp_path)
     assert not (tmp_path / native.SEAL).exists()
+
+
+@pytest.fixture
+def sums_are_differences(monkeypatch):
+    """Natively, residuals are subtracted instead of added."""
+    add, sub = (operators.find(target) for target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor))
+    monkeypatch.setitem(registry._registered, add.target, dataclasses.replace(add, translate=sub.translate))
+
+
+def test_a_wrong_program_stops_a_load(sums_are_differences, tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    artifact.save(language_model(), tmp_path / "out", lock={})
+    with pytest.raises(DisagreementError, match="the native program does not compute the model"):
+        load(tmp_path / "out")
+    assert native.find(tmp_path / "out") is None
+    assert [path.name for path in native.programs_directory().iterdir() if path.is_dir()] == []
+
+
+def test_a_wrong_program_stops_a_compile(sums_are_differences, tmp_path, monkeypatch):
+    """And nothing is written."""
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(recipe.PRESETS, "quick", TINY)
+    text = 'canonicalize,annotate{keep_dense="*"},lower,cache,cleanup'
+    options = CompileOptions(captured("llama")[0], pipeline=text, preset="quick", out=tmp_path / "out")
+    with pytest.raises(DisagreementError, match="the native program does not compute the model"):
+        driver.compile(options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_reshape_is_solved_with_symbols():
@@ -334,10 +373,10 @@ def test_a_program_that_differs_from_its_kernels_is_not_used(broken, monkeypatch
         return logits
 
     monkeypatch.setattr(native.NativeSession, "_feed_one", other)
-    notes = Notes()
-    found = build(language_model(), tmp_path, notes)
+    monkeypatch.setattr(progress, "_warned", set())
+    with pytest.warns(progress.LbllmWarning, match="a launch for every kernel, which is slower"):
+        found = build(stages("llama")[1], tmp_path)
     assert found is not None and not found.description.merged
-    assert "a launch for every kernel" in notes.said[0]
     called.clear()
     found.session(1).step(np.array([[3]]))
     assert called == ["token_by_kernel"]
@@ -407,6 +446,14 @@ def test_few_tokens_are_computed_by_the_kernels_for_few_tokens(batch, length, na
         assert np.array_equal(ours, theirs)
     assert all(np.array_equal(a, b) for a, b in zip(*(s.state.arrays for s in sessions), strict=True))
     assert names == [name, "few_tokens" if 2 * batch <= 16 else "tokens"]
+
+
+def test_the_benchmark_can_do_without_the_function_for_few_tokens():
+    ids = np.array([3, 1, 4, 1])
+    few, many = (decoders.NativeDecoder(toy().directory, 64, few=few) for few in (True, False))
+    functions = [d._model.program.description.function(1, 4, last=True).name for d in (few, many)]
+    assert functions == ["few_tokens", "tokens"]
+    np.testing.assert_allclose(few.feed(ids), many.feed(ids), atol=0.05)
 
 
 def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
@@ -537,14 +584,18 @@ def flip(file: Path):
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_kernels_that_are_given_are_used(stored, tmp_path):
+def test_kernels_that_are_given_are_used(stored, tmp_path, monkeypatch):
     """Also where a program of others is stored."""
     copied = tmp_path / "out"
     shutil.copytree(stored[0], copied)
     others = ReferenceKernels()
     model = load(copied, kernels=others)
     assert model.native is None and model.kernels is others
-    found = load(copied)
+    monkeypatch.setattr(progress, "_warned", set())
+    with pytest.warns(
+        progress.LbllmWarning, match=r"not tuned for cpu.*\d+ of \d+ schedules are guesses, which may be"
+    ):
+        found = load(copied)
     assert found.native is not None
     place, kernels = found.native.directory, found.kernels
     library = (place / native.LIBRARY).stat().st_ino
@@ -734,6 +785,22 @@ def test_threads_generate_at_once(seconds):
     assert min(in_threads(work, 2)) > 1
 
 
+def test_threads_generate_at_once_in_torch(stored):
+    """As :func:`test_threads_generate_at_once`, on the executor: one that both share, with a session in each."""
+    model = CompiledModel(stored[1].program, stored[1].kernels)
+    prompts = [[[5, 3, 8]], [[9, 1, 1, 2], [7]]]
+    expected = [greedy(model, p, 6) for p in prompts]
+    given = inputs(2, 21)["input_ids"] % TOY_VOCABULARY
+    logits = model.logits(given)
+
+    def work(index):
+        return [(greedy(model, prompts[index], 6), model.logits(given)) for _ in range(8)]
+
+    for index, rounds in enumerate(in_threads(work, 2)):
+        for tokens, whole in rounds:
+            assert tokens == expected[index] and torch.equal(whole, logits)
+
+
 def test_overlapping_blocks_of_one_torch_thread_leave_the_count_as_it_was():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -759,36 +826,60 @@ def test_overlapping_blocks_of_one_torch_thread_leave_the_count_as_it_was():
     torch.set_num_threads(before)
 
 
+def test_a_thread_that_is_new_to_torch_generates_the_same_and_gets_its_count(stored):
+    """It begins while another is in the block, which has set the count that new threads take over."""
+    model = CompiledModel(stored[1].program, stored[1].kernels)
+    expected, before = greedy(model, [[5, 3, 8]], 6), torch.get_num_threads()
+    torch.set_num_threads(3)
+    with one_torch_thread():
+        ((first, tokens, last),) = in_threads(
+            lambda _: (torch.get_num_threads(), greedy(model, [[5, 3, 8]], 6), torch.get_num_threads()), 1
+        )
+    assert (first, tokens, last) == (1, expected, 3)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
 PROCESS = """
-import contextlib, os, sys, time
+import concurrent.futures, contextlib, os, sys, time
 from pathlib import Path
 from lbllm_compile.native.generate import Sampling
 from lbllm_compile.native.program import SEAL, NativeModel, find
 
 out, seconds = Path(sys.argv[1]), float(sys.argv[2])
-first = None
 end = time.monotonic() + seconds
-while first is None or time.monotonic() < end:
-    program = find(out)
-    if program is None:
-        from lbllm_compile.runtime import load
-        program = load(out).native
-    tokens = list(NativeModel(program, None).generate_ids([[5, 3, 8]], Sampling(max_new_tokens=12), ()))
-    assert first in (None, tokens), (first, tokens)
-    first = tokens
-    if seconds:
-        from lbllm_compile.lowering import build
-        for file in (*build.programs_directory().glob("[!.]*.*"), program.directory / SEAL):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(file, (0, 0))
-        build._forget_unused()
+
+def work(_):
+    first = None
+    while first is None or time.monotonic() < end:
+        program = find(out)
+        if program is None:
+            from lbllm_compile.runtime import load
+            program = load(out).native
+        tokens = list(NativeModel(program, None).generate_ids([[5, 3, 8]], Sampling(max_new_tokens=12), ()))
+        assert first in (None, tokens), (first, tokens)
+        first = tokens
+        if seconds:
+            from lbllm_compile.lowering import build
+            for file in (*build.programs_directory().glob("[!.]*.*"), program.directory / SEAL):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(file, (0, 0))
+            build._forget_unused()
+    return first
+
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, second = pool.map(work, range(2))
+assert first == second, (first, second)
 print(first)
 """
 
 
 @pytest.mark.parametrize("seconds", [0, pytest.param(120, marks=pytest.mark.slow)])
 def test_processes_use_programs_at_once(stored, tmp_path, seconds):
-    """Four that share a cache; in the long form nothing is stored at first, and each forgets all programs at times."""
+    """Four of two threads each that share a cache.
+
+    In the long form nothing is stored at first, and each forgets all programs at times.
+    """
     expected = str(greedy(stored[1], [[5, 3, 8]], 12)) + "\n"
     if not seconds:
         shutil.copytree(native.cache_directory(), tmp_path / "cache")
@@ -879,7 +970,9 @@ def test_positions_that_the_graph_counts_go_on_behind_past_tokens(tmp_path):
         agree(torch.from_numpy(np.stack(steps, 1)), whole[:, [4, *range(6, 12)]], torch.ones(batch, 7).bool())
 
 
-@pytest.mark.parametrize("positions", ["given", pytest.param("sliced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "positions", ["shifted", *(pytest.param(p, marks=pytest.mark.slow) for p in ("given", "sliced"))]
+)
 def test_positions_beyond_their_table_are_refused_in_torch_and_natively(tmp_path, monkeypatch, positions):
     """Kernels would read the last row instead, and answer with other logits."""
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))

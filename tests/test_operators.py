@@ -20,6 +20,7 @@ from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import UntranslatableError
 from lbllm_compile.codegen.operators import registry
+from lbllm_compile.codegen.operators.aten import indexing
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program
 from lbllm_compile.codegen.targets import Target
@@ -596,6 +597,68 @@ def test_an_index_outside_reads_the_nearest_row(tmp_path):
     run = run_natively(graph.module, graph.inputs, tmp_path)
     table, ids = torch.randn(9, 4), torch.tensor([-5, 9, 1 << 40, 3])
     assert torch.equal(run(table, ids)[0], table[[0, 8, 8, 3]])
+
+
+def test_sines_of_numbers_with_a_half_are_torchs(tmp_path):
+    """Positions times a number that is none of their type: of the type that torch gives them, not of the tensor's."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    results = []
+    for target, operand in (
+        (aten.mul.Tensor, 0.5),
+        (aten.add.Tensor, 0.5),
+        (aten.div.Tensor, 2),
+        (aten.div.Tensor, 0.5),
+    ):
+        value = graph.call_function(target, (x, operand))
+        results += [value, graph.call_function(aten.sin.default, (value,))]
+    graph.output(results)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    for dtype in (INTEGERS, torch.int32, torch.int8):
+        given = Input(("m",), dtype, 0, 100)
+        run = run_natively(module, [("x", given)], tmp_path / str(dtype))
+        numbers = given.draw({"m": 23}, torch.Generator().manual_seed(0))
+        for ours, theirs in zip(run(numbers), module(numbers), strict=True):
+            assert ours.dtype == theirs.dtype == FLOATS
+            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+TABLE, AXIS, ALONG = Input((4, 3)), Input(("m",), INTEGERS, 0, 3), Input(("m", 3), INTEGERS, 0, 3)
+PAIR = [Input((3,), INTEGERS, 0, 3), Input((3,), INTEGERS, 0, 3)]
+OUTSIDE = [
+    case(aten.index_select.default, TABLE, 0, AXIS),
+    case(aten.gather.default, TABLE, 0, ALONG),
+    case(aten.index.Tensor, TABLE, [AXIS]),
+    case(aten.index.Tensor, Input((4, 4)), PAIR),
+    *(case(aten.index_put.default, TABLE, [AXIS], Input(("m", 3)), adds) for adds in (False, True)),
+    *(case(aten.index_put.default, Input((4, 4)), PAIR, Input((3,)), adds) for adds in (False, True)),
+    case(aten.index_add.default, TABLE, 0, AXIS, Input(("m", 3))),
+    case(aten.index_copy.default, TABLE, 0, AXIS, Input(("m", 3))),
+    case(aten.scatter.value, TABLE, 0, ALONG, 1.5),
+    case(aten.scatter.src, TABLE, 0, ALONG, Input(("m", 3))),
+    case(aten.scatter_add.default, TABLE, 0, ALONG, Input(("m", 3))),
+]
+"""A call of each operator that looks into a dimension of 4 where other tensors say."""
+
+
+def test_every_operator_that_takes_indices_is_held_to_stay_inside():
+    assert set(indexing._TRANSLATIONS) - {aten.embedding.default} == {c.target for c in OUTSIDE}
+
+
+def test_indices_outside_read_and_write_the_nearest_places_inside(tmp_path):
+    """torch raises; a program that cannot must neither read nor write what is not the tensor's."""
+    graph = Graph(OUTSIDE)
+    run = run_natively(graph.module, graph.inputs, tmp_path)
+    for indices, others in (([-5, 4, 2], [9, -6, 1]), ([-(1 << 40), 1 << 40, 1], [2, 1 << 62, -(1 << 62)])):
+        given, nearest = graph.draw({"m": 3}, 0), []
+        for (_, described), tensor in zip(graph.inputs, given, strict=True):
+            if described.dtype == INTEGERS:
+                chosen = others if described is PAIR[1] else indices
+                tensor.copy_(torch.tensor(chosen).reshape(3, *[1] * (tensor.dim() - 1)).expand_as(tensor))
+                tensor = tensor.clamp(0, 3)
+            nearest.append(tensor)
+        for called, ours, theirs in zip(OUTSIDE, run(*given), graph.module(*nearest), strict=True):
+            assert torch.equal(ours, theirs), f"{called.target} of {indices}"
 
 
 def test_a_size_that_no_shape_of_a_kernel_tells_reaches_it(tmp_path):

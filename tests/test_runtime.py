@@ -43,7 +43,8 @@ def language_model(negated: bool = False, positions: str = "given"):
 
     Args:
         negated: logits are.
-        positions: ``"given"`` as input, ``"counted"`` by the graph or ``"sliced"`` from the front of their table.
+        positions: ``"given"`` as input, ``"shifted"`` by the two rows that OPT's table has in front, ``"counted"`` by
+            the graph or ``"sliced"`` from the front of their table.
     """
 
     def forward(root, input_ids, attention_mask, position_ids):
@@ -52,7 +53,8 @@ def language_model(negated: bool = False, positions: str = "given"):
         if positions == "sliced":
             x = aten.add.Tensor(x, aten.slice.Tensor(root.positions, 0, 0, length))
         else:
-            where = position_ids if positions == "given" else aten.unsqueeze.default(aten.arange.default(length), 0)
+            where = position_ids if positions != "counted" else aten.unsqueeze.default(aten.arange.default(length), 0)
+            where = aten.add.Tensor(where, 2) if positions == "shifted" else where
             x = aten.add.Tensor(x, aten.embedding.default(root.positions, where))
 
         def heads(weight, count):
@@ -70,7 +72,7 @@ def language_model(negated: bool = False, positions: str = "given"):
     shapes = {"q": (24, CHANNELS), "k": (12, CHANNELS), "v": (12, CHANNELS), "o": (CHANNELS, 24)}
     weights = {f"{n}.weight": 0.3 * normal(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
     weights |= {"head.weight": normal(VOCABULARY, CHANNELS, seed=7), "o.bias": normal(CHANNELS, seed=8)}
-    weights["positions"] = normal(CONTEXT, CHANNELS, seed=9)
+    weights["positions"] = normal(CONTEXT + 2 * (positions == "shifted"), CHANNELS, seed=9)
     item = simulate(program(weights, forward))
     for step in (Head(group=32), Merge(), Lower()):
         item = step.apply(item, context(token_inputs(vocabulary=VOCABULARY))).program
@@ -105,11 +107,12 @@ def test_a_stored_index_bounds_nothing():
     assert input_bounds(item) == InputBounds(None, None)
 
 
-@pytest.mark.parametrize("positions", ["given", "counted", "sliced"])
+@pytest.mark.parametrize("positions", ["given", "shifted", "counted", "sliced"])
 def test_more_tokens_than_positions_are_refused(positions):
     model = language_model(positions=positions)
     bounds = input_bounds(model)
-    assert (bounds.positions, bounds.slots) == ((CONTEXT, None) if positions == "given" else (None, CONTEXT))
+    told = positions in ("given", "shifted")
+    assert (bounds.positions, bounds.slots) == ((CONTEXT, None) if told else (None, CONTEXT))
     ids = torch.ones((1, CONTEXT + 1), dtype=torch.int64)
     session = CompiledModel(model, ReferenceKernels()).session(1)
     session.step(ids[:, :CONTEXT])

@@ -475,6 +475,23 @@ def inspect_command(
         ui.emit(document)
 
 
+@app.command("explain")
+def explain_command(
+    directory: ArtifactDir,
+    linear: Annotated[str, typer.Argument(metavar="LINEAR", help="its module path, or the end of it that is its own")],
+    tir: Annotated[bool, typer.Option("--tir", help="with the text of its kernels")] = False,
+    asm: Annotated[bool, typer.Option("--asm", help="with the assembly of its kernels")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what the passes made of one linear of an artifact, what that cost, and which kernel computes it."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import explain
+
+        found = explain.explain(directory, linear, tir=tir, asm=asm)
+        ui.show(*explain.render(found), paged=True)
+        ui.emit(found.to_json())
+
+
 @app.command()
 def passes(
     name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="show everything about one pass")] = None,

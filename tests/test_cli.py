@@ -142,7 +142,7 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("[]\n")
-    for verb in ("compile", "plan", "preflight", "run", "eval", "inspect", "passes", "targets", "doctor"):
+    for verb in ("compile", "plan", "preflight", "run", "eval", "inspect", "explain", "passes", "targets", "doctor"):
         assert f" {verb} " in done.stdout
 
 

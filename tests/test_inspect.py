@@ -16,18 +16,23 @@ import zoo
 from graphs import token_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from lbllm_compile.codegen.backend import backend_named
+from lbllm_compile.codegen.format import unpack_plane
+from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.parse import parse
-from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from lbllm_compile.passes.ir.sizes import Names
 from lbllm_compile.passes.pipeline import PassRecord
 from rich.console import Console
 from test_cli import layered
 from typer.testing import CliRunner
 
-from lbllm_compile import artifact, cli, frontend, inspect
+from lbllm_compile import artifact, cli, explain, frontend, inspect
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.records import CompileReport, MeasuredPass
 from lbllm_compile.report import graph, network, overview, terminal
 
@@ -36,7 +41,7 @@ FRONT, BEHIND = "canonicalize,annotate", "head{group=32},merge,lower,cache,clean
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of a small language model with round-to-nearest weights, and a report of its passes."""
+    """An artifact of a small language model with round-to-nearest weights, and a report of its passes and kernels."""
     program = frontend.capture(zoo.user_model("llama"))
     context = PassContext(probe=token_inputs(vocabulary=zoo.VOCABULARY))
     history: list[tuple[str, Program]] = []
@@ -47,13 +52,56 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append(dataclasses.replace(record, index=len(history)))
 
     program, _ = pipeline.run(program, pipeline.parse(FRONT), context, note)
-    program, _ = pipeline.run(rtn.simulate(program), pipeline.parse(BEHIND), context, note)
+    simulated = rtn.simulate(program)
+    row = {"linear": DOWN, "layer": 1, "error": 0.0625}
+    note(PassRecord(0, "ptq", "ptq", 1.0, 0.5, 9, 12, "calibrating", 0.25, [row]), program, simulated)
+    inputs = {DOWN: {"layer": 1, "low": -1.5, "high": 2.5, "peak": 4.0}}
+    record = PassRecord(0, "activate", "activate", 1.0, 0.5, 9, 12, "calibrating", 0.25, [], {"inputs": inputs})
+    note(record, simulated, simulated)
+    program, _ = pipeline.run(simulated, pipeline.parse(BEHIND), context, note)
     directory = tmp_path_factory.mktemp("inspected") / "small"
+    specs = requirements(program).linears
+    kernels = [tuned(spec)[0] for spec in specs]
     digest = artifact.save(
-        program, directory, lock={}, history=history, passes=[MeasuredPass.of(record) for record in records]
+        program,
+        directory,
+        lock={},
+        history=history,
+        passes=[MeasuredPass.of(record) for record in records],
+        records=kernels,
+        sources={name_of(spec): f"# of {spec}" for spec in specs},
     )
-    assert artifact.write_report(digest, CompileReport(directory, records, [], {}, 0, {"all": 61.0}, 9))
+    report = CompileReport(directory, records, [], {}, 0, {"all": 61.0}, 9)
+    assert artifact.write_report(digest, report)
     return directory
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+TIMES: dict[str, Any] = {
+    "microseconds": 10.0,
+    "default_microseconds": 15.0,
+    "roofline_microseconds": 8.0,
+    "discarded": ["rows=4: it timed out"],
+}
+
+
+def name_of(spec: LinearSpec) -> str:
+    return f"{spec.kind}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}_0.py"
+
+
+def tuned(spec: LinearSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tuning record of the first schedule for one token, and with what a search measured."""
+    space, target = backend_named("cpu").space(), Target.parse("cpu:avx2")
+    schedules = space.implementations(spec, target)[0].schedules(space.buckets[0])[:2]
+    first, second = (dataclasses.asdict(schedule) for schedule in schedules)
+    tried = [{"schedule": first, "microseconds": 10.0}, {"schedule": second, "microseconds": 12.5}]
+    record = {"spec": dataclasses.asdict(spec), "tokens": "1", "target": target.name, "threads": 1, "schedule": first}
+    return record, {**record, **TIMES, "candidates": tried}
+
+
+def after(directory: Path, name: str) -> Program:
+    return inspect.read_graph(directory, next(p.file for p in inspect.stored_passes(directory) if p.name == name))
 
 
 def shown(*parts: Any, width: int = 120, terminal: bool = False) -> str:
@@ -84,15 +132,15 @@ def shapes(program: Program) -> dict[str, str]:
 
 
 def test_sizes_that_inputs_choose_have_names(compiled: Path) -> None:
-    before, after = (inspect.read_graph(compiled, f"passes/{name}.json") for name in ("002_annotate", "006_cache"))
+    before, cached = (after(compiled, name) for name in ("annotate", "cache"))
     names = ("input_ids", "attention_mask", "position_ids")
     assert {shapes(before)[name] for name in names} == {"i64[batch, length]"}
-    assert shapes(after)["attention_mask"] == "i64[batch, total]"
-    assert re.fullmatch(r"u8\[batch, \d+, capacity, \d+\]", shapes(after)["kv_0_key_codes"])
-    for program in (before, after):
+    assert shapes(cached)["attention_mask"] == "i64[batch, total]"
+    assert re.fullmatch(r"u8\[batch, \d+, capacity, \d+\]", shapes(cached)["kv_0_key_codes"])
+    for program in (before, cached):
         last = next(n for n in program.graph.nodes if n.op == "output").args[0]
         assert last.meta["shape"] == f"f32[batch, length, {zoo.VOCABULARY}]"
-    assert not any("?" in n.meta.get("shape", "") for n in after.graph.nodes)
+    assert not any("?" in n.meta.get("shape", "") for n in cached.graph.nodes)
 
 
 SIZES = {"batch": (2, 11), "length": (16, 5), "total": (16, 6), "past": (0, 1), "capacity": (16, 8)}
@@ -125,8 +173,8 @@ def test_a_graph_for_the_sizes_of_its_probe_alone_keeps_them() -> None:
         return %x
     """
     program = parse(text)
-    after, _ = pipeline.run(program, pipeline.parse("cleanup"), PassContext(probe=token_inputs()))
-    assert next(n for n in after.graph.nodes if n.name == "x").meta["shape"] == "i64[18]"
+    kept, _ = pipeline.run(program, pipeline.parse("cleanup"), PassContext(probe=token_inputs()))
+    assert next(n for n in kept.graph.nodes if n.name == "x").meta["shape"] == "i64[18]"
 
 
 # The page
@@ -145,7 +193,7 @@ def test_the_first_page_is_a_page(compiled: Path) -> None:
 
 
 def test_what_differs_between_layers_is_shown() -> None:
-    text = shown(overview.model(layered(5, negate=3), []))
+    text = shown(overview.Model(overview.stretches(layered(5, negate=3), [])))
     assert "decoder layers 0-2, 4 (4 alike)" in text
     assert re.search(r"decoder layer 3: as decoder layer 0, but +\n.*mm, relu, neg", text)
 
@@ -180,7 +228,7 @@ def test_only_nodes_that_are_asked_for(compiled: Path) -> None:
     assert "--pass and --diff contradict" in refused(str(compiled), "--pass", "lower", "--diff", "1", "2")
     assert "without --diff, --grep" in refused(str(compiled), "--format", "dot", "--grep", "x")
     assert "--format cannot be 'jsn' (did you mean 'json'?)" in refused(str(compiled), "--format", "jsn")
-    assert "no graph of a pass '9'" in refused(str(compiled), "--pass", "9")
+    assert "no graph of a pass '99'" in refused(str(compiled), "--pass", "99")
 
 
 def test_a_text_is_read_back(compiled: Path) -> None:
@@ -243,3 +291,81 @@ def test_a_pager_is_for_terminals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     assert read(True) == ("", "long\n")
     assert read(False) == ("long\n", "")
+
+
+# One linear
+
+
+def explained(*args: str) -> str:
+    result = CliRunner().invoke(cli.app, ["explain", *args])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_a_linear_is_explained(compiled: Path) -> None:
+    text = explained(str(compiled), DOWN)
+    assert re.search(r"is +\d+ x \d+, decoder layer 1; in decoder layer 1", text)
+    assert re.search(
+        r"is computed by +lbllm\.bit_linear at %\w+: W\(1\+1\) g32 weights, A4 per token and 32 input", text
+    )
+    assert re.search(r"annotate +aten\.linear: float weights, float input", text)
+    assert re.search(r"ptq +aten\.linear: W\(1\+1\) g32, simulated weights, .* error 0\.0625", text)
+    assert re.search(r"lower +lbllm\.bit_linear: W\(1\+1\) g32 weights, A4 per token and 32 input", text)
+    assert "merge" not in text.partition("What the passes made of it")[2].partition("Its weights")[0]
+    assert re.search(r"clip +0\.95, 0\.9", text) and re.search(r"range peak +4\b", text)
+    assert re.search(r"cpu:avx2 +1 +- +- +- +chains", text)
+
+
+def test_what_a_search_measured_is_explained(compiled: Path) -> None:
+    found = explain.explain(compiled, DOWN)
+    record, searched = tuned(LinearSpec(**found.kernels[0]["spec"]))
+    (kernel,) = explain.kernels_of(
+        [record, {**record, "spec": {"kind": "bit"}}], [searched], LinearSpec(**record["spec"])
+    )
+    text = shown(*explain.render(dataclasses.replace(found, kernels=[kernel])))
+    assert re.search(r"cpu:avx2 +1 +10 +15 +80 %", text)
+    assert "2 candidates for 1 token on cpu:avx2" in text and "25 % slower" in text
+    assert "gave no time: rows=4: it timed out" in text
+
+
+def test_an_explanation_counts_levels_and_bits(compiled: Path) -> None:
+    document = json.loads(explained(str(compiled), "layers.1.mlp.down_proj", "--json"))
+    weights, levels = document["weights"], document["weights"]["levels"]
+    assert document["facts"]["linear"] == DOWN and sum(level["share"] for level in levels) == pytest.approx(1)
+    stored = artifact.load(compiled).program
+    planes = [get_attribute(stored.module, f"{DOWN}.weight.{name}") for name in ("sign", "bitmap")]
+    rows, columns = document["facts"]["shape"]
+    for name, plane in zip(("sign", "bitmap"), planes, strict=True):
+        assert weights[f"{name}_density"] == pytest.approx(float(unpack_plane(plane, columns).float().mean()))
+        assert plane.shape[0] == rows
+    assert levels[0]["mean"] < levels[1]["mean"] < levels[2]["mean"] < levels[3]["mean"]
+    assert weights["bits_per_weight"] == pytest.approx(weights["groups"] * 48 / weights["elements"] + 2, rel=0.1)
+
+
+def test_merged_linears_name_each_other(compiled: Path) -> None:
+    document = json.loads(explained(str(compiled), "model.layers.0.self_attn.k_proj", "--json"))
+    assert document["facts"]["merged"] == [f"model.layers.0.self_attn.{name}_proj" for name in "qv"]
+    merge = next(row for row in document["passes"] if row["pass"] == "merge")
+    assert merge["becomes"].endswith("as part of q_proj+k_proj+v_proj")
+
+
+def test_the_text_and_the_assembly_of_kernels(compiled: Path) -> None:
+    text = explained(str(compiled), DOWN, "--tir")
+    assert len(re.findall(r"^kernels/bit_\w+_0\.py\n# of LinearSpec", text, re.MULTILINE)) == 1
+    assert ".globl" in explained(str(compiled), DOWN, "--asm")
+    head = json.loads(explained(str(compiled), "lm_head", "--tir", "--json"))
+    assert head["weights"] == {} and [name.startswith("kernels/int8_") for name in head["texts"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.1.mlp.dwn_proj", f"no linear 'model.layers.1.mlp.dwn_proj'; near it are {DOWN}"),
+        ("mlp.down_proj", "several linears 'mlp.down_proj'; near it are model.layers.0.mlp.down_proj, "),
+        ("model.layers.99.mlp.down_proj", "near it are model.layers."),
+        ("zzz", "no linear 'zzz'; near it are "),
+    ],
+)
+def test_near_names_are_told(compiled: Path, name: str, expected: str) -> None:
+    result = CliRunner().invoke(cli.app, ["explain", str(compiled), name])
+    assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import fx
@@ -19,6 +19,9 @@ from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import LAYER, PER_TOKEN, STATE, Program
 from lbllm_compile.records import CompileReport, MeasuredPass
 from lbllm_compile.report import graph, summary, terminal
+
+WIDE = 110
+"""Columns of a terminal from which modules are shown with their operators."""
 
 MOST_OPERATORS = 5
 """Operators of a module that are named."""
@@ -44,11 +47,12 @@ class Part:
     operators: tuple[str, ...]
     linear: tuple[tuple[str, Any], ...] = ()
 
-    def cells(self) -> list[Any]:
-        """What a table shows of it: name, number of nodes, operators, in, out, weights, input."""
+    def cells(self, wide: bool) -> list[Any]:
+        """What a table shows of it: number of nodes and operators where it is wide, in and out, weights, input."""
         text = ", ".join(self.operators[:MOST_OPERATORS]) + (", …" if len(self.operators) > MOST_OPERATORS else "")
         row = dict(self.linear)
-        return [self.name, self.nodes, text, *(row.get(key) for key in ("in", "out", "weights", "input"))]
+        sizes = f"{row['in']} → {row['out']}" if row else ""
+        return [*([self.nodes, text] if wide else []), sizes, row.get("weights", ""), row.get("input", "")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def page(
     parts: list[RenderableType] = [_heading(program, linears), Text(), _pipeline(passes, measured, report)]
     if stages := _stages(measured):
         parts += [Text(), terminal.rows_table("What the stages measured", stages)]
-    parts += [Text(), inputs(program), Text(), model(program, linears)]
+    parts += [Text(), inputs(program), Text(), Model(stretches(program, linears))]
     if report is not None:
         if report.verdicts:
             parts += [Text(), summary.verdict_table(report.verdicts)]
@@ -94,11 +98,22 @@ def _heading(program: Program, linears: Sequence[Mapping[str, Any]]) -> Text:
 
 def _pipeline(passes: Sequence[str], measured: Sequence[MeasuredPass], report: CompileReport | None) -> Table:
     """The passes, as far as the artifact tells of them."""
+    columns = ["#", "pass", "contract", "probe's error", "nodes", "time"]
     if report is not None:
-        return terminal.pass_table(report.records, times=True)
+        rows = [
+            [
+                r.index,
+                r.text,
+                r.contract,
+                "bit-equal" if r.error == 0 else r.error,
+                f"{r.nodes_before} → {r.nodes_after}",
+                terminal.duration(r.seconds + r.check_seconds),
+            ]
+            for r in report.records
+        ]
+        return terminal.table("Passes", columns, rows)
     told = [(item.text, item.contract) for item in measured] or [(name, None) for name in passes]
-    rows = [[index, *item] for index, item in enumerate(told, 1)]
-    return terminal.table("Passes", ["#", "pass", "contract"], rows)
+    return terminal.table("Passes", columns[:3], [[index, *item] for index, item in enumerate(told, 1)])
 
 
 def _stages(measured: Iterable[MeasuredPass]) -> list[dict[str, Any]]:
@@ -153,20 +168,30 @@ def state_shape(node: fx.Node) -> str:
     return dump.sizes_text(spec.dtype, (BATCH, spec.heads, *slots, *spec.tail))
 
 
-def model(program: Program, linears: Sequence[Mapping[str, Any]]) -> Table:
-    """The modules in graph order; of decoder layers that are nearly alike what differs."""
-    rows: list[list[Any]] = []
-    shown: list[Stretch] = []
-    for stretch in stretches(program, linears):
-        indent, parts = "", stretch.parts
-        if stretch.layers:
-            indent = "  "
-            title, parts = _title(stretch, shown[0] if shown else None)
-            rows.append([title, *[None] * 6])
-            shown.append(stretch)
-        rows += [[f"{indent}{name}", *cells] for name, *cells in (part.cells() for part in parts)]
-    columns = ["", "nodes", "operators", "in", "out", "weights", "input"]
-    return terminal.table("The model", columns, [["" if cell is None else cell for cell in row] for row in rows])
+@dataclass(frozen=True)
+class Model:
+    """The modules in graph order; of decoder layers that are nearly alike what differs.
+
+    Attributes:
+        stretches: of the program.
+    """
+
+    stretches: Sequence[Stretch]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.max_width >= WIDE
+        columns = ["", *(["nodes", "operators"] if wide else []), "in → out", "weights", "input"]
+        rows: list[list[Any]] = []
+        first: Stretch | None = None
+        for stretch in self.stretches:
+            indent, parts = "", stretch.parts
+            if stretch.layers:
+                indent = "  "
+                title, parts = _title(stretch, first)
+                rows.append([title, *[""] * (len(columns) - 1)])
+                first = first or stretch
+            rows += [[f"{indent}{part.name}", *part.cells(wide)] for part in parts]
+        yield terminal.table("The model", columns, rows)
 
 
 def _title(stretch: Stretch, first: Stretch | None) -> tuple[str, tuple[Part, ...]]:

@@ -392,6 +392,50 @@ def chat(
         chatting.talk(conversation, chatting.messages(ui.stdout, ui.progress.note), ui.stdout, ui.progress.note)
 
 
+@app.command()
+def serve(
+    directory: ArtifactDir,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine's")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at; 0 takes a free one")] = 8000,
+    name: Annotated[str, typer.Option(help=_plainly("of the model, for clients [default: the directory's]"))] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar="LBLLM_API_KEY", help="that clients must send; others on this machine see arguments")
+    ] = "",
+    together: Annotated[int, typer.Option(help="requests that are decoded together at most")] = 8,
+    waiting: Annotated[int, typer.Option(help="requests that wait at most; more are told to come back")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(help=_plainly("of an answer at most [default: what the context holds]"))
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="of a request at most")] = 4 << 20,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="in which a request must be answered")] = 600.0,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="that answers in work have when a signal ends the server")
+    ] = 30.0,
+    prefix_cache: Annotated[
+        int, typer.Option(metavar="MB", help="memory for conversations that were answered, to go on from")
+    ] = 256,
+    target: RunTarget = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Serve an artifact with the OpenAI API, several requests at once; needs the extra `serve`."""
+    with _terminal(False) as ui:
+        try:
+            from lbllm_compile.serve.server import ServeOptions
+            from lbllm_compile.serve.server import serve as serve_artifact
+        except ImportError as error:
+            if error.name not in ("starlette", "uvicorn", "prometheus_client", "anyio"):
+                raise
+            raise UsageError(
+                f"serving needs the package {error.name}; install it with `pip install 'lbllm-compile[serve]'`"
+            ) from error
+        options = ServeOptions(
+            directory, host, port, name, api_key, together, waiting, max_tokens, max_body, timeout, grace,
+            prefix_cache << 20, target,
+        )  # fmt: skip
+        _use_threads(threads)
+        serve_artifact(options, ui.progress)
+
+
 @app.command("eval")
 def eval_command(
     directory: ArtifactDir,

@@ -30,6 +30,7 @@ _EXTRAS = {
     "gguf": ".gguf files cannot be read, so examples/smollm2.py does not run (pip install 'lbllm-compile[examples]')",
     "accelerate": ".gguf files cannot be read (pip install 'lbllm-compile[examples]')",
     "pyarrow": "--calibration FILE.parquet cannot be read (pip install 'lbllm-compile[data]')",
+    "uvicorn": "artifacts cannot be served (pip install 'lbllm-compile[serve]')",
     "datasets": "--calibration hf:NAME cannot be read (pip install 'lbllm-compile[hub]')",
 }
 

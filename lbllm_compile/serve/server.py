@@ -1,0 +1,188 @@
+"""``lbllm-compile serve DIR``: loads an artifact and serves it until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.native.batch import can_batch, is_exact
+from lbllm_compile.native.program import NativeModel, NativeProgram
+from lbllm_compile.runtime.opening import open_model
+from lbllm_compile.serve.app import Front, application
+from lbllm_compile.serve.engine import Engine
+from lbllm_compile.serve.metrics import Metrics
+from lbllm_compile.serve.protocol import Served
+
+
+class ServeError(LbllmError):
+    """What cannot be served, or not here."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How an artifact is served.
+
+    Attributes:
+        directory: what a compile wrote.
+        host, port: where to listen; port 0 takes a free one.
+        name: of the model; the directory's where none is given.
+        api_key: that clients must send; empty for none.
+        together: requests that are decoded together at most.
+        waiting: requests that wait at most.
+        most_tokens: of an answer; None for what the context holds.
+        most_bytes: of a request's body.
+        seconds: in which a request must be answered.
+        closing_seconds: that answers in work have when a signal ends the server.
+        kept_bytes: memory for conversations that were answered.
+        target: what to run on.
+
+    Raises:
+        ServeError: a value is out of range.
+    """
+
+    directory: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    api_key: str = ""
+    together: int = 8
+    waiting: int = 64
+    most_tokens: int | None = None
+    most_bytes: int = 4 << 20
+    seconds: float = 600.0
+    closing_seconds: float = 30.0
+    kept_bytes: int = 256 << 20
+    target: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"together": 1, "waiting": 1, "most_tokens": 1, "most_bytes": 1, "kept_bytes": 0}
+        for field, lowest in least.items():
+            value = getattr(self, field)
+            if value is not None and value < lowest:
+                raise ServeError(f"{value} is too little for {field.replace('_', ' ')}; use at least {lowest}")
+        if not 0 <= self.port <= 65535:
+            raise ServeError(f"there is no port {self.port}; use 1 to 65535, or 0 for a free one")
+        if not (self.seconds > 0 and self.closing_seconds >= 0):
+            raise ServeError("time-outs must be positive")
+
+
+def serve(options: ServeOptions, progress: Progress) -> None:
+    """Serves an artifact until SIGTERM or SIGINT.
+
+    Raises:
+        ServeError: the artifact has no native program or no tokenizer, or the address cannot be listened at.
+        LbllmError: as :func:`~..runtime.opening.open_model`.
+    """
+    with _listening(options.host, options.port) as listening:
+        model = _opened(options, progress)
+        if not can_batch(model.program):
+            progress.note("requests are answered one at a time: the model counts padding as positions")
+        elif not is_exact(model.program):
+            progress.note(
+                "on this machine answers may differ in the last bits from those to a request alone: decoded together,"
+                " sequences round otherwise"
+            )
+        name = options.name or options.directory.resolve().name
+        fingerprint = f"lbllm-{model.program.directory.name[:12]}"
+        served = Served(model, name, options.most_tokens, options.seconds, int(time.time()), fingerprint)
+        metrics = Metrics()
+        engine = Engine(
+            model,
+            together=options.together,
+            waiting=options.waiting,
+            kept_bytes=options.kept_bytes,
+            listener=metrics,
+        )
+        metrics.watch(engine)
+        front = Front(served, engine, metrics, options.api_key, options.most_bytes, options.closing_seconds)
+        config = uvicorn.Config(
+            application(front),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, round(options.closing_seconds)),
+        )
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        progress.note(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C or SIGTERM ends it")
+        _log_to(progress)
+        _Server(config).run(sockets=[listening])
+        progress.note("the server has ended")
+
+
+class _Server(uvicorn.Server):
+    """Ends at SIGTERM and SIGINT and returns, where uvicorn's own raises the signal again."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound, before anything that takes long."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServeError(f"there is no address '{host}' ({error.strerror or error}); give another --host") from error
+    with bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except OSError as error:
+            raise ServeError(
+                f"cannot listen at {host}, port {port}: {error.strerror or error}; give another --port"
+            ) from error
+        yield bound
+
+
+def _opened(options: ServeOptions, progress: Progress) -> NativeModel:
+    """The artifact's native program and tokenizer."""
+
+    def check(tokenizer: Any, _: Any) -> None:
+        if tokenizer is None:
+            raise ServeError("the model has no tokenizer, so it cannot be served; use it from Python, with token ids")
+
+    model = open_model(options.directory, target=options.target, progress=progress, check=check)
+    program = getattr(model, "native", None) or getattr(model, "program", None)
+    if not isinstance(program, NativeProgram):
+        raise ServeError("the model runs operator by operator in torch, which is not served; `run` and `chat` take it")
+    return NativeModel(program, model.tokenizer)
+
+
+class _Notes(logging.Handler):
+    """Hands log records on to who watches."""
+
+    def __init__(self, progress: Progress):
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(self.format(record))
+
+
+def _log_to(progress: Progress) -> None:
+    """Warnings and errors of the server and its libraries go where notes go."""
+    handler = _Notes(progress)
+    for name in ("uvicorn", "uvicorn.error", "lbllm_compile.serve", "asyncio"):
+        logging.getLogger(name).handlers = [handler]
+        logging.getLogger(name).propagate = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from lbllm_compile import artifact, checkpoint, driver, preflight, recipe
+from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.options import CompileOptions
 
 model, out, moment = sys.argv[1:]
@@ -50,10 +52,14 @@ class WorkDir(checkpoint.WorkDir):
         super().__init__(*args, **options)
         print("ready", flush=True)
 
+class Notes(NoProgress):
+    def note(self, text):
+        print(text, flush=True)
+
 driver.WorkDir = WorkDir
 preflight.rehearse = lambda *_, **__: None
 recipe.PRESETS["quick"] = recipe.Preset(**PRESET)
-driver.compile(CompileOptions(model=model, out=Path(out), preset="quick"))
+driver.compile(CompileOptions(model=model, out=Path(out), preset="quick"), progress=Notes())
 """
 
 
@@ -115,7 +121,13 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
         assert finish(start(model, out, moment)) == -signal.SIGKILL
         assert not out.exists()
     assert len(pieces(out)) == 5
-    assert finish(start(model, out)) == 0
+    child = start(model, out)
+    assert child.stdout is not None
+    told = re.search(
+        r"an interrupted compile goes on: (\d+) finished pieces of work are in '(.+)'", child.stdout.read()
+    )
+    assert told and int(told[1]) >= 5 and told[2] == f"{out}.lbllm-work"
+    assert finish(child) == 0
     assert compared(out) == expected
     assert {p.name for p in tmp_path.iterdir()} == {"mlp.py", "cache", "whole", "out"}
 

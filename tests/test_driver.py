@@ -306,6 +306,7 @@ class Notes(NoProgress):
         self.said.append(text)
 
 
+@pytest.mark.slow
 def test_a_killed_compile_resumes_and_gives_the_same_bytes(compiled, model_file, tmp_path):
     out = tmp_path / "out"
     script = textwrap.dedent(

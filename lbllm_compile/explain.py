@@ -254,7 +254,7 @@ def _input(tensors: _Tensors, node: fx.Node, measured: Sequence[MeasuredPass]) -
     quantizer = Arguments(quantizer_of(node))
     told: dict[str, Any] = {"bits": quantizer.bits, "group": quantizer.group}
     for name, operand in (("clip", quantizer.clip), ("knees", quantizer.knees)):
-        if isinstance(operand, fx.Node) and operand.target in tensors:
+        if isinstance(operand, fx.Node) and str(operand.target) in tensors:
             told[name] = [round(v, 4) for v in tensors.read(str(operand.target)).tolist()]
             if name == "clip":
                 reader = str(operand.target).removesuffix(".input_clip")

@@ -92,7 +92,8 @@ def page(
 
 def _heading(program: Program, linears: Sequence[Mapping[str, Any]]) -> Text:
     layers = {node.meta.get(LAYER) for node in program.graph.nodes} - {None}
-    counts = f"{len(layers)} decoder layers, {len(linears)} linears, {len(program.graph.nodes)} nodes"
+    plural = "" if len(layers) == 1 else "s"
+    counts = f"{len(layers)} decoder layer{plural}, {len(linears)} linears, {len(program.graph.nodes)} nodes"
     return Text.assemble((program.name, "bold"), f": {counts}")
 
 
@@ -125,11 +126,12 @@ def _stages(measured: Iterable[MeasuredPass]) -> list[dict[str, Any]]:
         if item.contract != "calibrating" or name is None:
             continue
         before = [row["before"] for row in rows if "before" in row]
-        worst = max(rows, key=lambda row: row[name])
+        figures = [row[name] for row in rows]
+        worst = rows[figures.index(max(figures))]
         found.append(
             {
                 "pass": item.name,
-                "error": "of outputs" if before else "of weights",
+                "error": "of outputs" if name == "after" else "of weights",
                 "before": sum(before) / len(before) if before else None,
                 "after": sum(row[name] for row in rows) / len(rows),
                 "worst": worst[name],

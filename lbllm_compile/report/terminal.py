@@ -131,7 +131,8 @@ class PlainProgress:
         while not stop.wait(wait):
             wait = LINE_INTERVAL
             if self._tasks[-1] is state:
-                self.note("; ".join(filter(None, (state.line(), memory()))))
+                held = memory()
+                self.note(state.line() + (f"; {held} of memory" if held else ""))
 
 
 class _TimeLeft(ProgressColumn):
@@ -239,12 +240,12 @@ def make_progress(console: Console) -> PlainProgress | BarProgress:
 
 
 def memory() -> str:
-    """What this process holds resident, e.g. ``1.2 GB of memory``; empty where the system does not tell."""
+    """What this process holds resident, e.g. ``1.2 GB``; empty where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
         return ""
-    return f"{size(pages * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    return size(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def duration(seconds: float) -> str:

@@ -279,7 +279,7 @@ def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | Non
 
 def _has_one_head(node: Node, shapes: dict[Node, torch.Size]) -> bool:
     """Whether a part of keys ``[B, H, S, D]`` is one head's, repeated."""
-    while moves(node, *REPEAT) and shapes[node][1] > 1:
+    while moves(node, *REPEAT) and len(shapes[node]) > 1 and shapes[node][1] > 1:
         node = Arguments(node).self
     return len(shapes[node]) == 4 and shapes[node][1] == 1
 
@@ -326,8 +326,7 @@ def _add_placeholder(graph: fx.Graph, name: str) -> Node:
 
 def _ones_like(graph: fx.Graph, key_mask: Node, past: Node) -> Node:
     """A key mask that hides nothing, for attentions that ignore padding."""
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
+    with graph.inserting_after(past):
         return make_call(graph, _aten.ones_like.default, (key_mask,), past)
 
 

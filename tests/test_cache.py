@@ -287,6 +287,62 @@ def test_attention_gets_a_state_and_the_mask_goes_away():
     rewrites(Cache(), before, expected, context(token_inputs()), weights, "causal-lm")
 
 
+def test_a_weight_among_the_inputs_and_a_vector_among_the_keys():
+    """What is made of the attention mask stands behind it, and a vector that all keys share is no head."""
+    before = """
+        %ids = input input_ids
+        decoder layer 0:
+        %embed: f32[11, 24] = weight embed
+        %mask = input attention_mask
+        %places = input position_ids
+        %batch = aten.sym_size.int(%ids, 0)
+        %length = aten.sym_size.int(%ids, 1)
+        %x = aten.embedding(%embed, %ids)
+        %rows = aten.view(%x, [%batch, %length, 4, 6])
+        %heads = aten.transpose.int(%rows, 1, 2)
+        %shared: f32[2] = weight shared
+        %vector = aten.reshape(%shared, [2])
+        %everywhere = aten.expand(%vector, [%batch, 4, %length, 2])
+        %k = aten.cat([%heads, %everywhere], -1)
+        %y = aten.scaled_dot_product_attention(%k, %k, %k, None, 0.0, True, scale=0.5)
+        %tokens = aten.transpose.int(%y, 1, 2)
+        return %tokens
+    """
+    expected = """
+        %ids = input input_ids
+        decoder layer 0:
+        %embed: f32[11, 24] = weight embed
+        %mask = input attention_mask
+        %places = input position_ids
+        outside the decoder layers:
+        %past = input past
+        %key_codes: f16[batch, 4, capacity, 8] = state kv_0_key_codes {
+            kind="per_token", heads=4, tail=(8,), dtype=torch.float16}
+        %key_params: f16[batch, 4, capacity, 0] = state kv_0_key_params {
+            kind="per_token", heads=4, tail=(0,), dtype=torch.float16}
+        %value_codes: f16[batch, 4, capacity, 8] = state kv_0_value_codes {
+            kind="per_token", heads=4, tail=(8,), dtype=torch.float16}
+        %value_params: f16[batch, 4, capacity, 0] = state kv_0_value_params {
+            kind="per_token", heads=4, tail=(0,), dtype=torch.float16}
+        %ones = aten.ones_like(%mask)
+        decoder layer 0:
+        %batch = aten.sym_size.int(%ids, 0)
+        %length = aten.sym_size.int(%ids, 1)
+        %x = aten.embedding(%embed, %ids)
+        %rows = aten.view(%x, [%batch, %length, 4, 6])
+        %heads = aten.transpose.int(%rows, 1, 2)
+        %shared: f32[2] = weight shared
+        %vector = aten.reshape(%shared, [2])
+        %everywhere = aten.expand(%vector, [%batch, 4, %length, 2])
+        %k = aten.cat([%heads, %everywhere], -1)
+        %y = lbllm.cached_attention(
+            %k, %k, %k, %key_codes, %key_params, %value_codes, %value_params, %ones, %past, 0.5, 0, 16)
+        %tokens = aten.transpose.int(%y, 1, 2)
+        return %tokens
+    """
+    rewrites(Cache(), before, expected, context(token_inputs()), kind="causal-lm")
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("mask", [causal, window(5)])
 @pytest.mark.parametrize("prefill", [1, 6])

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UntranslatableError, first_line
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
+from .floats import hide_floats, show_floats
 from .fuse import fuse_rows, view_results
 from .launch import merge_launches
 from .queries import index_sizes
@@ -80,18 +81,23 @@ def operators_to_loops(module: Any, lanes: int) -> Any:
         lanes: fp32 lanes of the target's vectors.
     """
     passes = relax.transform
-    fusion = [
+    grouping = [
         passes.FastMathTransform(),
         passes.LegalizeOps(skip_ops=["relax.memory.view"]),
         passes.AnnotateTIROpPattern(),
         passes.FuseOps(),
-        passes.FuseTIR(),
-        passes.RewriteDataflowReshape(),
     ]
+    fusion = [passes.FuseTIR(), passes.RewriteDataflowReshape()]
+    module = _on_loops(hide_floats, tvm.transform.Sequential(grouping)(module))
     module = view_results(tvm.transform.Sequential(fusion)(module))
+    return _on_loops(lambda function: show_floats(schedule(function, lanes)), module)
+
+
+def _on_loops(change: Callable[[PrimFunc], PrimFunc], module: Any) -> Any:
+    """Changes every TIR function of a module that is no kernel."""
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
-            module.update_func(name, schedule(function, lanes))
+            module.update_func(name, change(function))
     return module
 
 

@@ -61,6 +61,22 @@ def _is_bool(t: Translator, x: Value) -> bool:
     return t.dtype(x) == "bool"
 
 
+def is_nan(t: Translator, x: Value) -> Any:
+    """Whether elements are NaN. TVM takes ``x != x`` for false, and gives false for NaN beside any number, too."""
+    return t.op.isnan(t.variable(x)) if _is_float(t, x) else t.op.not_equal(x, x)
+
+
+def _differs(t: Translator, x: Value, y: Value) -> Any:
+    """Whether elements are not equal; NaN never is."""
+    different = t.op.not_equal(x, y)
+    return t.op.logical_or(different, t.op.logical_or(is_nan(t, x), is_nan(t, y))) if _is_float(t, x) else different
+
+
+def truth(t: Translator, x: Value) -> Any:
+    """Whether elements are not zero, as NaN is not."""
+    return x if _is_bool(t, x) else _differs(t, x, number(t, 0, x))
+
+
 def _scaled(t: Translator, a: Arguments, name: str) -> Value:
     """An addition or a subtraction of ``alpha`` times the second operand."""
     (left, right), result = promoted(t, a, ARITHMETIC, a.pick("self", "other"))
@@ -69,7 +85,7 @@ def _scaled(t: Translator, a: Arguments, name: str) -> Value:
             raise refusal(a, "this arithmetic on truth values has no translation")
         return t.emit(t.op.logical_or(left, right))
     if a.alpha != 1:
-        right = t.op.multiply(right, tensor(t, a.alpha, t.dtype(right)))
+        right = t.emit(_multiply(t, right, tensor(t, a.alpha, t.dtype(right))))
     return cast(t, t.emit(getattr(t.op, name)(left, right)), result)
 
 
@@ -243,12 +259,12 @@ def _sign(t: Translator, x: Value) -> Any:
 
 def _greater_of(t: Translator, x: Value, y: Value) -> Any:
     """The greater one; NaN where either is."""
-    return _choose(t, t.op.logical_or(t.op.greater(x, y), _is_nan(t, x)), x, y)
+    return _choose(t, t.op.logical_or(t.op.greater(x, y), is_nan(t, x)), x, y)
 
 
 def _less_of(t: Translator, x: Value, y: Value) -> Any:
     """The smaller one; NaN where either is."""
-    return _choose(t, t.op.logical_or(t.op.less(x, y), _is_nan(t, x)), x, y)
+    return _choose(t, t.op.logical_or(t.op.less(x, y), is_nan(t, x)), x, y)
 
 
 def _clamp(t: Translator, a: Arguments) -> Value:
@@ -264,22 +280,13 @@ def _bits(name: str) -> Formula:
     return lambda t, *x: getattr(t.op, ("logical_" if _is_bool(t, x[0]) else "bitwise_") + name)(*x)
 
 
-def _truth(t: Translator, x: Value) -> Value:
-    return x if _is_bool(t, x) else t.op.not_equal(x, number(t, 0, x))
-
-
 def _logical(name: str, *names: str) -> Translation:
     """An operator on truth values: every operand by itself is whether it is not zero."""
 
     def translate(t: Translator, a: Arguments) -> Value:
-        return t.emit(getattr(t.op, f"logical_{name}")(*(_truth(t, v) for v in a.pick(*names))))
+        return t.emit(getattr(t.op, f"logical_{name}")(*(truth(t, v) for v in a.pick(*names))))
 
     return translate
-
-
-def _is_nan(t: Translator, x: Value) -> Any:
-    """Whether elements are NaN. TVM takes ``x != x`` for false, and gives false for NaN beside any number, too."""
-    return t.op.isnan(t.variable(x)) if _is_float(t, x) else t.op.not_equal(x, x)
 
 
 def _is_infinite(t: Translator, x: Value) -> Any:
@@ -296,12 +303,12 @@ def _is_finite(t: Translator, x: Value) -> Any:
 
 def _where(t: Translator, a: Arguments) -> Value:
     (left, right), result = promoted(t, a, ARITHMETIC, a.pick("self", "other"))
-    return cast(t, t.emit(_choose(t, _truth(t, a.condition), left, right)), result)
+    return cast(t, t.emit(_choose(t, truth(t, a.condition), left, right)), result)
 
 
 def _masked_fill(t: Translator, a: Arguments) -> Value:
     x = a.self
-    return t.emit(_choose(t, _truth(t, a.mask), tensor(t, a.value, t.dtype(x)), x))
+    return t.emit(_choose(t, truth(t, a.mask), tensor(t, a.value, t.dtype(x)), x))
 
 
 def _cast(t: Translator, a: Arguments) -> Value:
@@ -329,7 +336,7 @@ def _relu(t: Translator, x: Value) -> Any:
 
 def _keeping_nan(name: str) -> Formula:
     """An operator whose fast form takes NaN for a number."""
-    return lambda t, x: _choose(t, _is_nan(t, x), x, getattr(t.op, name)(x))
+    return lambda t, x: _choose(t, is_nan(t, x), x, getattr(t.op, name)(x))
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
@@ -347,7 +354,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.sign.default: _unary(_sign),
     _aten.log1p.default: _unary(_log1p, FLOAT),
     _aten.expm1.default: _unary(_expm1, FLOAT),
-    _aten.isnan.default: _unary(_is_nan, BOOL),
+    _aten.isnan.default: _unary(is_nan, BOOL),
     _aten.isinf.default: _unary(_is_infinite, BOOL),
     _aten.isfinite.default: _unary(_is_finite, BOOL),
     _aten.pow.Tensor_Scalar: _power,
@@ -389,7 +396,7 @@ _FORMULAS: dict[str, Translation] = {
     "remainder": _binary(_remainder),
     "fmod": _binary(_fmod),
     "eq": _binary("equal", BOOL),
-    "ne": _binary("not_equal", BOOL),
+    "ne": _binary(_differs, BOOL),
     "lt": _binary("less", BOOL),
     "le": _binary("less_equal", BOOL),
     "gt": _binary("greater", BOOL),

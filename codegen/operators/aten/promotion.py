@@ -52,7 +52,14 @@ def promoted(t: Translator, a: Arguments, kind: KIND, operands: Sequence[Any]) -
     computed, result = elementwise_dtypes(*(_stand_in(t, v) for v in operands), type_promotion_kind=kind)
     if computed.is_complex:
         raise refusal(a, "arithmetic on complex numbers has no translation")
-    return [tensor(t, v, name_of(computed)) for v in operands], name_of(result)
+    return [_operand(t, v, name_of(computed)) for v in operands], name_of(result)
+
+
+def _operand(t: Translator, operand: Any, dtype: str) -> Value:
+    """:func:`tensor`, in which zero is no constant: TVM takes what is multiplied by that for zero, whatever it is."""
+    x = tensor(t, operand, dtype)
+    is_zero = isinstance(operand, (bool, int, float)) and operand == 0
+    return t.variable(x) if is_zero and dtype_of(dtype).is_floating_point else x
 
 
 def _stand_in(t: Translator, operand: Any) -> Any:

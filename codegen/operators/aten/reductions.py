@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from ..arguments import Arguments
 from ..registry import Operator, register
 from ..translator import Translation, Translator, Value, refusal
+from .elementwise import is_nan, truth
 from .indexing import inside
 from .promotion import cast, dtype_of, name_of, tensor
 from .shapes import axis_of, count
@@ -67,32 +69,62 @@ def _variance(t: Translator, a: Arguments) -> Value:
     return t.emit(op.divide(total, op.maximum(freedom, tensor(t, 0, kind))))
 
 
+def _most(t: Translator, name: str, x: Value, axes: list[int], keeps: bool) -> Value:
+    """The greatest or the smallest elements; NaN where one of them is, which TVM's reduction takes for less and more
+    than any number."""
+    kind = t.dtype(x)
+    number = cast(t, x, "int8") if kind == "bool" else x
+    best = t.emit(getattr(t.op, name)(number, axes, keeps))
+    if dtype_of(kind).is_floating_point:
+        unknown = t.emit(t.op.max(cast(t, t.emit(is_nan(t, x)), "int8"), axes, keeps))
+        best = t.emit(t.op.where(cast(t, unknown, "bool"), t.variable(tensor(t, math.nan, kind)), best))
+    return cast(t, best, kind)
+
+
 def _extreme(name: str) -> Translation:
     """The greatest or the smallest elements."""
-    return lambda t, a: _reduced(t, a, name, a.self)
+    return lambda t, a: _most(t, name, a.self, _axes(t, a), _keeps(a)) if t.shape(a.self) else a.self
 
 
 def _extreme_and_place(name: str) -> Translation:
-    def translate(t: Translator, a: Arguments) -> list[Value]:
-        return [_reduced(t, a, name, a.self), _place(t, a, f"arg{name}")]
+    return lambda t, a: [_extreme(name)(t, a), _place(name)(t, a)]
+
+
+def _place(name: str) -> Translation:
+    """Where the greatest or the smallest element stands: the first of several, and of NaN where there is one."""
+
+    def translate(t: Translator, a: Arguments) -> Value:
+        x, shape = a.self, t.shape(a.self)
+        if a.dim is None or not shape:
+            x = t.reshape(x, [count(shape)])
+        axis = 0 if a.dim is None else axis_of(t, a.self, a.dim)
+        best = _most(t, name, x, [axis], True)
+        here = t.emit(t.op.logical_or(t.op.equal(x, best), is_nan(t, x)))
+        sizes = t.shape(best)
+
+        def first(v: Any) -> Any:
+            k = t.te.reduce_axis((0, v.shape[axis]), "k")
+            behind = t.tir.const(1 << 62, "int64")
+
+            def place(*i: Any) -> Any:
+                where = v[(*i[:axis], k, *i[axis + 1 :])]
+                return t.te.min(t.tir.Select(where, t.tir.Cast("int64", k), behind), axis=k)
+
+            return place
+
+        places = t.compute(sizes, first, here)
+        if a.keepdim and shape:
+            return places if a.dim is not None else t.reshape(places, [1] * len(shape))
+        return t.reshape(places, [] if a.dim is None else [*sizes[:axis], *sizes[axis + 1 :]])
 
     return translate
-
-
-def _place(t: Translator, a: Arguments, name: str) -> Value:
-    x = a.self
-    if a.dim is None:
-        return t.emit(getattr(t.op, name)(t.reshape(x, [count(t.shape(x))]), 0, False))
-    return t.emit(getattr(t.op, name)(x, axis_of(t, x, a.dim), bool(a.keepdim)))
 
 
 def _some(name: str) -> Translation:
     """Whether any or all elements are not zero."""
 
     def translate(t: Translator, a: Arguments) -> Value:
-        x = a.self
-        truth = x if t.dtype(x) == "bool" else t.emit(t.op.not_equal(x, tensor(t, 0, t.dtype(x))))
-        return cast(t, _reduced(t, a, name, cast(t, truth, "int8")), "bool")
+        return cast(t, _reduced(t, a, name, cast(t, t.emit(truth(t, a.self)), "int8")), "bool")
 
     return translate
 
@@ -200,8 +232,8 @@ _TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     _aten.min.default: _extreme("min"),
     _aten.max.dim: _extreme_and_place("max"),
     _aten.min.dim: _extreme_and_place("min"),
-    _aten.argmax.default: lambda t, a: _place(t, a, "argmax"),
-    _aten.argmin.default: lambda t, a: _place(t, a, "argmin"),
+    _aten.argmax.default: _place("max"),
+    _aten.argmin.default: _place("min"),
     _aten.any.default: _some("max"),
     _aten.any.dim: _some("max"),
     _aten.all.default: _some("min"),

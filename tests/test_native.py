@@ -215,6 +215,12 @@ def test_norms_gates_and_residuals_are_parts_of_other_kernels():
     assert all("_quantize" in name for name in [*norms[:-1], *gates])
 
 
+def test_few_launches_round_as_their_kernels_do(tmp_path):
+    """A token's embedding is a product, and the next kernel adds the embedding of its position: LLVM sees both."""
+    found = build(language_model(), tmp_path)
+    assert found is not None and found.description.merged
+
+
 def test_linears_take_over_only_additions_of_their_shape(tmp_path):
     """The operands turned round, the same linear twice, and a row that is added to all tokens."""
     lowered = stages("llama")[1].copy()

@@ -4,8 +4,8 @@
 * :func:`fuse_rows`: a quantizer computes every row it quantizes: the norm or the gate in front of it.
 * :func:`view_results`: a function's result is not copied to change its shape.
 
-None of them changes what is computed: every value goes through the same operations in the same order. (LLVM could only
-contract a product of one kernel with a sum of its neighbour, and no quantizer begins with a sum.)
+None of them changes what is computed: every value goes through the same operations in the same order, and a product of
+one kernel is rounded before a sum of its neighbour.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
 from .builder import BY_ROWS, KERNEL
+from .floats import rounded
 from .queries import bindings, called_kernel, elements, has_parallel_loop, is_call, surely_equal, with_block
 
 
@@ -41,7 +42,8 @@ def with_residual(function: Any) -> PrimFunc:
     def add(store: Any) -> Any:
         if not store.buffer.same_as(out):
             return store
-        return tirx.BufferStore(out, store.value + tirx.BufferLoad(residual, store.indices), store.indices)
+        value = rounded(store).value + tirx.BufferLoad(residual, store.indices)
+        return tirx.BufferStore(out, value, store.indices)
 
     if _is_read(function.body, out):
         body = tirx.SeqStmt([function.body, _add_behind(residual, out, has_parallel_loop(function.body))])
@@ -218,7 +220,7 @@ def join_rows(producer: Any, quantizer: Any) -> PrimFunc | None:
         return tirx.BufferLoad(row, [old.indices[-1]]) if between else old
 
     def store(old: Any) -> Any:
-        return tirx.BufferStore(row, old.value, [old.indices[-1]]) if old.buffer.same_as(result) else old
+        return tirx.BufferStore(row, rounded(old).value, [old.indices[-1]]) if old.buffer.same_as(result) else old
 
     def block(old: Any) -> Any:
         # What it reads and writes names tensors that are no more.

@@ -34,6 +34,7 @@ from ..errors import KernelError
 from ..sizes import ALIGNMENT
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
 from .builder import FIXED_STATE, STATE, WEIGHTS
+from .floats import rounded
 from .queries import bindings, has_parallel_loop, is_call, with_block
 
 STACK_BYTES = 1024
@@ -373,7 +374,7 @@ class _SegmentFunction:
             tirx.DeclBuffer(parameter, data=self._pointer(place))
             for parameter, place in zip(kernel.params, [*call.reads, *call.writes], strict=True)
         ]
-        body = kernel.body
+        body = tvm_ffi.structural_map(kernel.body, (tirx.BufferStore, rounded))
         shared = [w for w in call.writes if not self._is_private(w)]
         if call.parallel:
             body = _with_barriers(body)

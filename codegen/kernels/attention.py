@@ -500,4 +500,5 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
     if spec.per_head:
         return kernel
     *inputs, _, _, out = kernel.params
-    return PrimFunc([*inputs, out], kernel.body).with_attr(dict(kernel.attrs))
+    without: Any = PrimFunc([*inputs, out], kernel.body)
+    return without.with_attr(dict(kernel.attrs))

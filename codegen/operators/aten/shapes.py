@@ -500,7 +500,7 @@ _WAYS: dict[Way, tuple[Callable[..., Any], ...]] = {
     "selects": (_aten.slice.Tensor, _aten.narrow.default, _aten.select.int),
     "splits": (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default, _aten.unbind.int),
 }
-_MOVES = {target: way for way, targets in _WAYS.items() for target in targets}
+_MOVES: dict[Callable[..., Any], Way] = {target: way for way, targets in _WAYS.items() for target in targets}
 
 _SIZES = {_aten.sym_size.int, _aten.sym_numel.default}
 

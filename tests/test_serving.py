@@ -490,6 +490,18 @@ def test_no_answer_of_ten_thousand_is_lost_or_mixed_up(server, artifact):
     answers_under_load(server, artifact[1], 10_000, 32)
 
 
+def test_the_benchmark_runs(artifact, tmp_path):
+    results = tmp_path / "results.json"
+    arguments = ["--artifact", str(artifact[0]), "--at-once", "3", "--threads", "1", "--quick", "--json", str(results)]
+    environment = {name: value for name, value in os.environ.items() if name != "LBLLM_API_KEY"}
+    command = [sys.executable, "-m", "benchmarks.serve", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(results.read_text())["runs"]
+    assert [row["at_once"] for row in run["results"]] == [1, 3]
+    assert all(row["tokens_per_second"] > 0 for row in run["results"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

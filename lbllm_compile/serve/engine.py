@@ -374,10 +374,11 @@ class Engine:
                     assert active.session is not None
                     self._batch.join(active.session)
                     self._rows.append(active)
-            logits = self._batch.step([active.next for active in self._rows])
+            logits = self._batch.step([active.next for active in self._rows if active.next is not None])
             for row, active in enumerate(self._rows):
                 active.logits = logits[row : row + 1]
         for active in feeding:
+            assert active.next is not None
             active.held.append(active.next)
             active.next = None
 

@@ -24,6 +24,9 @@ from lbllm_compile.serve.engine import Engine
 from lbllm_compile.serve.metrics import Metrics
 from lbllm_compile.serve.protocol import Served
 
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
+
 
 class ServeError(LbllmError):
     """What cannot be served, or not here."""
@@ -112,11 +115,13 @@ def serve(options: ServeOptions, progress: Progress) -> None:
             access_log=False,
             server_header=False,
             ws="none",
+            backlog=BACKLOG,
             lifespan="on",
             timeout_graceful_shutdown=max(1, round(options.closing_seconds)),
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        listening.listen(BACKLOG)  # from here on who connects is answered, if only when the loop runs
         progress.note(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C or SIGTERM ends it")
         _log_to(progress)
         _Server(config).run(sockets=[listening])

@@ -328,6 +328,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "marian decoder": Architecture("MarianForCausalLM", {**_DECODER, "pad_token_id": 0, "eos_token_id": 2}),
     "trocr decoder": Architecture("TrOCRForCausalLM", _DECODER),
     "rocbert": Architecture("RoCBertForCausalLM", {**_ENCODER, "enable_pronunciation": False, "enable_shape": False}),
+    "xlm": Architecture(
+        "XLMWithLMHeadModel",
+        {"vocab_size": 101, "emb_dim": 72, "n_layers": 2, "n_heads": 6, "causal": True, "max_position_embeddings": 128},
+    ),
     "xlm-roberta": Architecture("XLMRobertaForCausalLM", {**_ENCODER, "max_position_embeddings": 130}),
     # mixtures of experts
     "mixtral": _like_llama("Mixtral", sliding_window=8, **_LOCAL),

@@ -536,6 +536,28 @@ def explain_command(
         ui.emit(found.to_json())
 
 
+@app.command("report")
+def report_command(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="what compiles wrote")],
+    out: Annotated[
+        Path | None, typer.Option(help=_plainly("the page to write [default: report.html in DIR]"), metavar="FILE")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the page about an artifact again, or one about the trade-off between several."""
+    with _terminal(as_json) as ui:
+        import webbrowser
+
+        from lbllm_compile.report.html import command
+
+        path = command.write(directories, out, ui.progress)
+        if open_page and not webbrowser.open(path.resolve().as_uri()):
+            ui.progress.note("no browser was found; open the file in yours")
+        ui.show(str(path))
+        ui.emit({"page": path})
+
+
 @app.command()
 def passes(
     name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="show everything about one pass")] = None,

@@ -12,14 +12,15 @@ from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.dumps import Dumps
 from lbllm_compile.job import Job, read_job
-from lbllm_compile.kernels import build_kernels
+from lbllm_compile.kernels import build_kernels, measured
 from lbllm_compile.lowering.build import build_native, keep_native, workshop
-from lbllm_compile.options import CompileOptions
+from lbllm_compile.options import CompileOptions, command_line
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.pipeline import Listener, PassRecord
-from lbllm_compile.records import Clock, CompileReport, MeasuredPass, peak_memory
+from lbllm_compile.records import Clock, CompileReport, MeasuredPass, machine, peak_memory
+from lbllm_compile.report.html import page
 from lbllm_compile.report.stages import verdicts
 from lbllm_compile.runtime.model import CompiledModel
 
@@ -94,9 +95,24 @@ def compile(
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
         clock.lap("speed and size sheet")
-        report = CompileReport(job.out, records, verdicts(records), figures, work.reused, clock.seconds, peak_memory())
-        if not artifact.write_report(digest, report):
-            warn(progress, None, f"'{job.out}' holds a {artifact.REPORT} of yours, so the compile's own is not kept")
+        report = CompileReport(
+            out=job.out,
+            records=records,
+            verdicts=verdicts(records),
+            sheet=figures,
+            resumed=work.reused,
+            seconds=clock.seconds,
+            peak_memory=peak_memory(),
+            command=command_line(options),
+            machine=machine(),
+            kernels=measured(kernels.host),
+        )
+        for name, written in (
+            (artifact.REPORT, artifact.write_report(digest, report)),
+            (page.PAGE, page.write(job.out, progress=progress)),
+        ):
+            if not written:
+                warn(progress, None, f"'{job.out}' holds a {name} of yours, so the compile's own is not kept")
     work.remove()
     return report
 

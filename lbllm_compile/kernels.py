@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lbllm_compile.codegen.backend import Kernels, backend_named, backend_of
+from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.tune.database import Database, Key
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
 
@@ -77,3 +80,27 @@ def build_kernels(
         binaries |= emitted.binaries
         proofs[kind] = emitted.proofs
     return BuiltKernels(host, host.records() if runnable or not targets else [], sources, binaries, proofs)
+
+
+def measured(kernels: Kernels) -> list[dict[str, Any]]:
+    """What searches on a CPU like this one measured of the schedules that kernels use; others are left out.
+
+    Returns:
+        One row a linear and token bucket, JSON-able: ``spec``, ``tokens``, ``target``, ``threads``, ``schedule`` as in
+        tuning records, ``microseconds`` a call, ``default_microseconds`` of the schedule that is used without a search,
+        and ``roofline_microseconds``, the least that the machine allows; the last two None where they are not known.
+    """
+    from lbllm_compile.codegen.tvm_api import VERSION
+
+    if not kernels.records():
+        return []
+    database, version = Database(cache_directory()), backend_of(kernels.target).space().version
+    rows = []
+    for record in kernels.records():
+        spec = LinearSpec(**record["spec"])
+        key = Key.here(spec, record["tokens"], kernels.target, record["threads"], VERSION, version)
+        found = database.find(key)
+        if found is not None and found.schedule == record["schedule"]:
+            times = ("microseconds", "default_microseconds", "roofline_microseconds")
+            rows.append({**record, **{name: getattr(found, name) for name in times}})
+    return rows

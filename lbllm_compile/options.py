@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import os
+import shlex
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -200,3 +201,16 @@ def options() -> dict[str, Option]:
         for name, (args, default) in described.items()
         if args and isinstance(args[-1], Flag)
     }
+
+
+def command_line(given: CompileOptions) -> str:
+    """The command line of a compile that decides what comes of it: options at their defaults and those of looking are
+    left out. A model that is an object stands as its type, in angle brackets."""
+    words = ["lbllm-compile", given.model if isinstance(given.model, str) else f"<{type(given.model).__name__}>"]
+    for name, option in options().items():
+        value = getattr(given, name)
+        if name in ("model", "fresh", "work_dir") or option.flag.panel == LOOK or value == option.default:
+            continue
+        for text in value if isinstance(value, tuple) else (value,):
+            words += ["--" + name.replace("_", "-"), str(text)]
+    return shlex.join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 import resource
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator
 
+from lbllm_compile.codegen.targets import host
+from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.passes.pipeline import PassRecord
 
 ORIGINAL_BYTES = 2
@@ -65,6 +68,9 @@ class CompileReport:
         resumed: finished pieces taken over from an interrupted compile.
         seconds: wall time by phase.
         peak_memory: most bytes this process has held resident.
+        command: the command line that asks for the same, empty where it is not known.
+        machine: what it ran on.
+        kernels: what searches measured of the schedules in use, see :func:`lbllm_compile.kernels.measured`.
     """
 
     out: Path
@@ -74,6 +80,9 @@ class CompileReport:
     resumed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    command: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    kernels: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_json(cls, out: Path, document: Any) -> CompileReport:
@@ -89,7 +98,8 @@ class CompileReport:
         stored = _Stored.model_validate(document)
         records = [PassRecord(**dict(item)) for item in stored.passes]
         verdicts = [Verdict(**dict(item)) for item in stored.stages]
-        return cls(out, records, verdicts, stored.sheet, stored.resumed, stored.seconds, stored.peak_memory)
+        took = stored.resumed, stored.seconds, stored.peak_memory
+        return cls(out, records, verdicts, stored.sheet, *took, stored.command, stored.machine, stored.kernels)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,6 +110,9 @@ class CompileReport:
             "resumed": self.resumed,
             "seconds": dict(self.seconds),
             "peak_memory": self.peak_memory,
+            "command": self.command,
+            "machine": dict(self.machine),
+            "kernels": [dict(item) for item in self.kernels],
         }
 
 
@@ -130,6 +143,9 @@ class _Stored(BaseModel):
     resumed: int
     seconds: dict[str, float]
     peak_memory: int
+    command: str = ""
+    machine: dict[str, str] = {}
+    kernels: list[dict[str, Any]] = []
 
 
 class Clock:
@@ -143,6 +159,11 @@ class Clock:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
+
+
+def machine() -> dict[str, str]:
+    """What this process runs on."""
+    return {"CPU": f"{host.cpu_name()}, {in_words(thread_count())} for kernels", "system": platform.platform()}
 
 
 def peak_memory() -> int:

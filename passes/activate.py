@@ -53,10 +53,11 @@ from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
-from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
+from .calibrate.chains import Chains, layer_errors, paired_layers, train_layers, with_tensors
 from .calibrate.knees import UNPLACED, place_knees
 from .calibrate.layers import Layers, Stage
 from .calibrate.precision import Precision
+from .calibrate.ranges import input_ranges
 from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.annotations import LINEAR
@@ -133,14 +134,16 @@ class Activate(Pass):
         if self.epochs:
             whole, trained, rows = self._train_layers(program, pair, context)
             tensors, summary = together.run(program.kind, lambda: whole, context, trained)
-            return PassResult(with_tensors(program, tensors), rows, summary)
+        else:
 
-        def start() -> Whole:
-            generator = context.generator(STREAM - 2)
-            return Whole.start(program, pair, context, self.batch, self.steps, self.precision, generator)
+            def start() -> Whole:
+                generator = context.generator(STREAM - 2)
+                return Whole.start(program, pair, context, self.batch, self.steps, self.precision, generator)
 
-        tensors, summary = together.run(program.kind, start, context, {})
-        return PassResult(with_tensors(program, tensors), (), summary)
+            tensors, summary = together.run(program.kind, start, context, {})
+            rows = layer_errors(self.name, with_tensors(program, tensors), context, self.batch)
+        program = with_tensors(program, tensors)
+        return PassResult(program, rows, {**summary, "input_ranges": input_ranges(program, context.calibration[0])})
 
     def _train_layers(
         self, program: Program, pair: tuple[Layers, Layers], context: PassContext
@@ -231,6 +234,7 @@ class Activate(Pass):
             "start": outcome.before,
             "after": outcome.after,
             "step": outcome.step,
+            "curve": dict(outcome.curve),
             "clips": {path: [round(v, 4) for v in tensors[path].tolist()] for path in lifted.clips},
             **({"knees": {path: [round(v, 4) for v in tensors[path].tolist()] for path in knees}} if knees else {}),
             "seconds": time.perf_counter() - start,

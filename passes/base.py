@@ -105,6 +105,8 @@ class PassContext:
         seed: start of every generator a pass makes; passes never touch the global one.
         device: where calibrations compute. Programs, and what passes return, are on the CPU.
         progress, checkpoints: see the protocols.
+        channel_weights: what errors in the layers' outputs weigh (:mod:`.calibrate.sensitivity`), by output; the first
+            pass that measures it fills it for those behind.
     """
 
     teacher: Program | None = None
@@ -116,6 +118,7 @@ class PassContext:
     device: torch.device = CPU
     progress: Progress = field(default_factory=NoProgress)
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+    channel_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator of its own for ``stream`` (a layer index, say), a function of the seed alone."""

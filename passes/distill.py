@@ -153,6 +153,7 @@ class Distill(Pass):
             "start": outcome.before,
             "after": outcome.after,
             "step": outcome.step,
+            "curve": dict(outcome.curve),
             "sign_flips": signs / max(count, 1),
             "bitmap_flips": bitmaps / max(count, 1),
             "seconds": time.perf_counter() - start,

@@ -33,7 +33,7 @@ import torch
 
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
-from .calibrate.chains import paired_layers, with_tensors
+from .calibrate.chains import layer_errors, paired_layers, with_tensors
 from .calibrate.precision import Precision
 from .calibrate.training import step_scale
 from .ir.program import Program
@@ -99,4 +99,5 @@ class Finetune(Pass):
             stream=STREAM,
         )
         tensors, summary = together.run(program.kind, start, context, {})
-        return PassResult(with_tensors(program, tensors), (), summary)
+        trained = with_tensors(program, tensors)
+        return PassResult(trained, layer_errors(self.name, trained, context, self.batch), summary)

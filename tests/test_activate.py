@@ -8,9 +8,10 @@ import pytest
 import torch
 from lbllm_compile.passes.activate import insert_quantizers
 from lbllm_compile.passes.annotate import LAYER, LINEAR
-from lbllm_compile.passes.base import PassContext, PassError, PassResult
+from lbllm_compile.passes.base import PassContext, PassError, PassResult, batches_of
 from lbllm_compile.passes.calibrate import simulate
 from lbllm_compile.passes.calibrate.alignment import kl_loss
+from lbllm_compile.passes.calibrate.ranges import SEQUENCES
 from lbllm_compile.passes.ir.program import Program, get_attribute
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 from torch import fx
@@ -148,8 +149,28 @@ def test_training_lowers_the_divergence_from_the_float_model(trained):
 
 
 def test_training_on_the_whole_output_alone_lowers_the_divergence(data):
-    result = apply(quantized(), "activate{group=32}", data)
+    result = apply(quantized(), "activate{group=32}", dataclasses.replace(data, channel_weights={}))
     assert improved(result.summary) and not result.rows and result.summary["layers"] == 2
+
+
+def test_ranges_are_those_of_the_inputs_before_the_clip(data):
+    result = apply(quantized(), "activate{group=0,steps=0}", data)
+    inputs = result.summary["input_ranges"]
+    assert len(inputs) == 2 * 4 and [found["layer"] for found in inputs.values()] == [0] * 4 + [1] * 4
+    seen: list[torch.Tensor] = []
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n):
+            if n.target is _lbllm.fake_quantize.default:
+                seen.append(self.env[n.args[0]])
+            return super().run_node(n)
+
+    batch = next(batches_of(data.calibration[0], SEQUENCES))
+    Watch(result.program.module).run(*result.program.arguments(batch))
+    for x, found in zip(seen, inputs.values(), strict=True):
+        assert found["low"] == pytest.approx(float(x.amin(-1).mean()), rel=1e-4)
+        assert found["high"] == pytest.approx(float(x.amax(-1).mean()), rel=1e-4)
+        assert found["peak"] == pytest.approx(float(x.abs().max()), rel=1e-4)
 
 
 def test_the_reported_divergence_is_that_of_the_program(trained, data):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import stored_levels
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.calibrate import layers, simulate, training
+from lbllm_compile.passes.calibrate.chains import layer_errors
 from lbllm_compile.passes.calibrate.sensitivity import channel_weights
+from lbllm_compile.passes.distill import Distill
 from stages import Memory, annotated, apply, context, quantized, same_tensors
 
 from lbllm_compile.report.stages import of_layers
@@ -137,6 +141,33 @@ def test_training_keeps_the_best_state():
     assert outcome.step == 0 and torch.equal(value, kept)
 
 
+def test_a_training_tells_its_losses():
+    value, steps = torch.zeros(1), 2 * training.POINTS + 6
+    losses = lambda i: (value - 1.0).square().sum()  # noqa: E731
+    validate = lambda: float(abs(value[0] - 0.5))  # noqa: E731
+    outcome = training.train(
+        [training.Group((value,), 0.0), training.Group((value,), 1e-9)], losses, validate, _generator(),
+        batches=1, steps=steps, every=30,
+    )  # fmt: skip
+    assert outcome.curve["validation"] == [[0, 0.5], [30, 0.5], [60, 0.5], [steps, 0.5]]
+    assert outcome.curve["training"] == [[step, 1.0] for step in range(3, steps + 1, 3)]
+    assert len(outcome.curve["training"]) <= training.POINTS
+
+
+def test_an_interrupted_curve_goes_on():
+    whole, first, second = (training.Curve(100, 1.0) for _ in range(3))
+    for step in range(1, 101):
+        for curve in (whole, first if step <= 50 else second):
+            curve.step(step, 1 / step)
+            if step == 50:
+                curve.validated(step, math.inf)
+        if step == 50:
+            second.restore(json.loads(json.dumps(first.state())))
+    assert second.figures() == whole.figures() and whole.figures()["validation"] == [[0, 1.0]]
+    last = whole.figures()["training"][-1]
+    assert last == [100, pytest.approx((1 / 97 + 1 / 98 + 1 / 99 + 1 / 100) / 4, rel=1e-4)]
+
+
 @pytest.fixture(scope="module")
 def data() -> PassContext:
     return context(count=48)
@@ -158,6 +189,12 @@ def test_distill_lowers_the_held_out_error_of_the_layers(trained):
     for row in trained.rows:
         assert row["after"] < row["start"] <= row["before"] and row["step"] > 0
         assert 0 < row["sign_flips"] < 0.2 and 0 < row["bitmap_flips"] < 0.2
+
+
+def test_layers_are_measured_again_as_they_were_when_they_trained(trained, data):
+    rows = layer_errors("a pass behind", trained.program, data, Distill().batch)
+    assert [row["after"] for row in rows] == [pytest.approx(row["after"], rel=1e-4) for row in trained.rows]
+    assert layer_errors("a pass alone", trained.program, context(), 2) == []
 
 
 def test_without_learning_rate_nothing_improves(student, data):

@@ -248,6 +248,7 @@ class Together:
             measure = MEASURES[kind]
             figures = {f"{measure}_before": start.before, f"{measure}_after": outcome.after}
             done = tensors, {"layers": len(prepared.layers), **figures, "start": start.name, "step": outcome.step}
+            done[1]["curve"] = dict(outcome.curve)
             context.checkpoints.save(self.stage, 1, *done)
         return done
 

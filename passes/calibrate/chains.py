@@ -176,7 +176,40 @@ def _weights(
     if done is None:
         done = channel_weights(program, teacher, context, precision), {}
         context.checkpoints.save(stage, 0, *done)
+    context.channel_weights.update(done[0])
     return {path: weights.to(context.device) for path, weights in done[0].items()}
+
+
+def layer_errors(name: str, program: Program, context: PassContext, batch: int) -> list[dict[str, Any]]:
+    """How far each layer of a program is from the float one, measured as where layers train: on held-out sequences,
+    each program on its own activations. Nothing where no pass before has measured which channels matter.
+
+    Args:
+        name: of the pass that asks.
+        program: as the pass leaves it.
+        batch: sequences at a time.
+
+    Returns:
+        A row ``layer``, ``after`` for each layer.
+    """
+    if not context.channel_weights:
+        return []
+    teacher, student = paired_layers(name, program, context)
+    chains = Chains.start(program, teacher, student, context, batch, "float32", lambda count: ())
+    chains.weights = {path: weights.to(context.device) for path, weights in context.channel_weights.items()}
+    rows = []
+    with context.progress.task("measuring the layers", len(teacher.layers)) as task:
+        for index, stages in enumerate(zip(teacher.layers, student.layers, strict=True)):
+            original, own = (stage.on(context.device) for stage in stages)
+            lifted = lift(own)
+            chains.teach(original)
+            rows.append({"layer": index, "after": chains.pass_untrained(lifted)})
+            if context.device != CPU:
+                original.discard()
+                lifted.discard()
+            trim()
+            task.advance(f"error {rows[-1]['after']:.4f}")
+    return rows
 
 
 def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ LARGEST_SCALE = 2.0
 
 KEEP = 4
 """Steps of a long training between two states that survive a kill."""
+
+POINTS = 32
+"""Points that a curve of training losses has at most."""
 
 EPSILON = 1e-6
 """Smallest squared norm of a target token, relative to the batch's mean."""
@@ -63,11 +66,59 @@ class Group:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Validation loss before training and of the state that was kept, and the step it was reached at (0: the start)."""
+    """How a training went.
+
+    Attributes:
+        before, after: validation loss at the start, and of the state that was kept.
+        step: the one that state was reached at; 0 for the start.
+        curve: for plots, see :meth:`Curve.figures`; empty where nothing trained.
+    """
 
     before: float
     after: float
     step: int
+    curve: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Curve:
+    """The losses of a training of ``steps`` steps: validations, and means over at most :data:`POINTS` runs of steps.
+
+    Losses are kept to five digits, which is more than a plot shows.
+    """
+
+    def __init__(self, steps: int, before: float):
+        self._run = -(-steps // POINTS)
+        self._losses: list[float] = []
+        self._points: dict[str, list[tuple[int, float]]] = {"validation": [], "training": []}
+        self._add("validation", 0, before)
+
+    def step(self, number: int, loss: float) -> None:
+        """Notes the training loss of a step; the first is number 1."""
+        self._losses.append(loss)
+        if number % self._run == 0:
+            self._add("training", number, sum(self._losses) / len(self._losses))
+            self._losses.clear()
+
+    def validated(self, number: int, loss: float) -> None:
+        """Notes the validation loss behind so many steps."""
+        self._add("validation", number, loss)
+
+    def figures(self) -> dict[str, list[list[float]]]:
+        """Both curves as ``[step, loss]``, JSON-able."""
+        return {name: [[*point] for point in points] for name, points in self._points.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs."""
+        return {"losses": [*self._losses], **self.figures()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state` was taken."""
+        self._losses = [*state["losses"]]
+        self._points = {name: [(step, loss) for step, loss in state[name]] for name in self._points}
+
+    def _add(self, name: str, number: int, loss: float) -> None:
+        if math.isfinite(loss):  # a validation may leave the range of numbers; JSON has none for that
+            self._points[name].append((number, float(f"{loss:.5g}")))
 
 
 def train(
@@ -124,10 +175,11 @@ def train(
     ]
     kept = list(mapped((str(i), t) for i, t in enumerate(tensors)).values())
     best, at, first = before, 0, 0
-    latest = before
+    latest, curve = before, Curve(steps, before)
     state = checkpoints.load(name, 0) if checkpoints is not None else None
     if state is not None:
         first, best, at, latest = _restore(every_optimizer, tensors, kept, *state)
+        curve.restore(state[1]["curve"])
         for _ in range(first):
             report(latest)
     for step, batch in itertools.islice(enumerate(_order(batches, steps, generator)), first, None):
@@ -142,6 +194,7 @@ def train(
             raise _diverged(step) from error
         if not value.isfinite():
             raise _diverged(step)
+        curve.step(step + 1, float(value.detach()))
         value.backward()
         with torch.no_grad():
             for group in groups:
@@ -150,13 +203,14 @@ def train(
                         tensor.clamp_(group.low, group.high)
             if (step + 1) % every == 0 or step + 1 == steps:
                 latest = validate()
+                curve.validated(step + 1, latest)
                 if latest < best:
                     best, at = latest, step + 1
                     for copy, tensor in zip(kept, tensors, strict=True):
                         copy.copy_(tensor)
                     release()
         if checkpoints is not None and (step + 1) % KEEP == 0 and step + 1 < steps:
-            figures = {"step": step + 1, "best": best, "at": at, "latest": latest}
+            figures = {"step": step + 1, "best": best, "at": at, "latest": latest, "curve": curve.state()}
             checkpoints.save(name, 0, _state(every_optimizer, tensors, kept), figures)
         report(latest)
     for hook, optimizer in zip(hooks, every_optimizer, strict=True):
@@ -166,7 +220,7 @@ def train(
         optimizer.param_groups.clear()
     for copy, tensor in zip(kept, tensors, strict=True):
         tensor.requires_grad_(False).copy_(copy)
-    return Outcome(before, best, at)
+    return Outcome(before, best, at, curve.figures())
 
 
 def _step(optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:

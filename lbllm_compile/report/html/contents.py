@@ -1,0 +1,217 @@
+"""What a report tells, gathered from an artifact's files alone, so that it can be told wherever the artifact is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lbllm_compile import artifact
+from lbllm_compile.codegen.cache import known_sha256
+from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.inspect import linear_rows, read_graph, stored_passes
+from lbllm_compile.lowering.executor import linear_spec
+from lbllm_compile.manifest import check_files
+from lbllm_compile.passes.ir import graph_json
+from lbllm_compile.passes.ir.annotations import LINEAR
+from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS
+from lbllm_compile.records import CompileReport, MeasuredPass
+from lbllm_compile.report import graph
+from lbllm_compile.report.html import weights
+from lbllm_compile.report.html.weights import WeightStatistics
+
+_STEP = re.compile(r"layers?\.\d+\.|h\.\d+\.|blocks?\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a linear of the graph that runs is computed by.
+
+    Attributes:
+        linear: module path; those of merged linears joined by ``+``.
+        layer: decoder layer, or None outside of them.
+        spec: what its kernel computes; None where it stays float.
+        schedules: tuning records of that spec, one per token bucket and target.
+        times: what the search measured of them, see :class:`lbllm_compile.records.CompileReport`.
+    """
+
+    linear: str
+    layer: int | None
+    spec: LinearSpec | None
+    schedules: Sequence[Mapping[str, Any]]
+    times: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class StoredGraph:
+    """A graph of the artifact: after the pass ``name``, or the one that runs; changes marked against the one before."""
+
+    name: str
+    nodes: int
+    blocks: Sequence[graph.Block]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a report is made from.
+
+    Attributes:
+        directory, digest: the artifact, and its manifest's SHA-256.
+        program: contents of ``program.json``.
+        config: the model's configuration.
+        lock: contents of ``lbllm.lock``.
+        files: bytes of each file, by name.
+        tensors: bytes of the stored weights, by path.
+        report: what the compile took and gave, where that is known.
+        measured: what the passes measured.
+        linears: rows of :func:`lbllm_compile.inspect.linear_rows` of the graph that runs.
+        kernels: one for each of them.
+        weights: statistics of the W(1+1) matrices.
+        clips: see :func:`.weights.clip_factors`.
+        graphs: after every pass.
+    """
+
+    directory: Path
+    digest: str
+    program: Mapping[str, Any]
+    config: Mapping[str, Any]
+    lock: Mapping[str, Any]
+    files: Mapping[str, int]
+    tensors: Mapping[str, int]
+    report: CompileReport | None
+    measured: Sequence[MeasuredPass]
+    linears: Sequence[Mapping[str, Any]]
+    kernels: Sequence[Kernel]
+    weights: Sequence[WeightStatistics]
+    clips: Mapping[str, tuple[float, float]]
+    graphs: Sequence[StoredGraph]
+
+
+def gather(directory: Path, progress: Progress | None = None) -> Contents:
+    """Reads and checks an artifact.
+
+    Args:
+        directory: an artifact.
+        progress: told about each graph.
+
+    Raises:
+        ArtifactError: it is truncated, altered, foreign or of another version.
+        InspectError: a graph of it is damaged.
+    """
+    listed, digest = check_files(directory, known_sha256)
+    shards = [name for name in listed if name.endswith(".safetensors")]
+    shapes = _Shapes(directory, shards)
+    report, measured = artifact.read_report(directory), artifact.measured_passes(directory)
+    program = Program(graph_json.loads(artifact.read_file(directory, "graph.json"), shapes))
+    matrices = [row for item in measured if item.name == "ptq" for row in item.rows]
+    return Contents(
+        directory=directory,
+        digest=digest,
+        program=_document(directory, "program.json"),
+        config=_document(directory, "config.json"),
+        lock=artifact.read_lock(directory),
+        files={name: entry["bytes"] for name, entry in listed.items()},
+        tensors=shapes.sizes(),
+        report=report,
+        measured=measured,
+        linears=linear_rows(program),
+        kernels=_kernels(program, artifact.read_records(directory), report.kernels if report else ()),
+        weights=weights.statistics(directory, shards, matrices),
+        clips=weights.clip_factors(directory, shards),
+        graphs=_graphs(directory, progress or NoProgress()),
+    )
+
+
+def short_name(path: str) -> str:
+    """A linear's name within its decoder layer: ``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    return _STEP.split(path)[-1]
+
+
+def _document(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(artifact.read_file(directory, name))
+    except (ValueError, RecursionError) as error:
+        raise artifact.ArtifactError(f"'{directory / name}' is not JSON; compile the model again") from error
+    if not isinstance(found, dict):
+        raise artifact.ArtifactError(f"'{directory / name}' is not a JSON object; compile the model again")
+    return found
+
+
+def _kernels(
+    program: Program, records: Sequence[Mapping[str, Any]], times: Sequence[Mapping[str, Any]]
+) -> list[Kernel]:
+    kernels = []
+    for node in program.graph.nodes:
+        if LINEAR not in node.meta or not node.all_input_nodes:
+            continue
+        spec = linear_spec(program, node) if node.target in INTEGER_LINEARS else None
+        schedules, measured = ([r for r in rows if spec and _is_of(r, spec)] for rows in (records, times))
+        kernels.append(Kernel(node.meta[LINEAR].path, node.meta[LINEAR].layer, spec, schedules, measured))
+    return kernels
+
+
+def _is_of(record: Mapping[str, Any], spec: LinearSpec) -> bool:
+    try:
+        return LinearSpec(**record["spec"]) == spec
+    except TypeError:
+        return False  # a record of another version
+
+
+def _graphs(directory: Path, progress: Progress) -> list[StoredGraph]:
+    before: Program | None = None
+    passes, graphs = stored_passes(directory), []
+    with progress.task("reading the graphs of the passes", len(passes)) as task:
+        for stored in passes:
+            after = read_graph(directory, stored.file)
+            graphs.append(StoredGraph(stored.name, len(after.graph.nodes), graph.blocks(after, before)))
+            before = after
+            task.advance(stored.name)
+    return graphs
+
+
+class _Shapes(Mapping[str, Tensor]):
+    """The weights of an artifact as tensors without values."""
+
+    def __init__(self, directory: Path, shards: Sequence[str]):
+        self._tensors: dict[str, Tensor] = {}
+        for name in shards:
+            with safe_open(str(directory / name), framework="pt") as file:
+                for path in file.keys():  # noqa: SIM118 - not a mapping
+                    part = file.get_slice(path)
+                    self._tensors[path] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+
+    def sizes(self) -> dict[str, int]:
+        return {path: t.numel() * t.element_size() for path, t in self._tensors.items()}
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._tensors[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by the names that safetensors has for them."""

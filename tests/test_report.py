@@ -1,0 +1,419 @@
+"""``report.html``: what it tells, what it leaves alone, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stages
+import torch
+from browser import CHROMIUM, Page
+from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
+from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.passes import pipeline
+
+from lbllm_compile import artifact
+from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.options import CompileOptions, command_line
+from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
+from lbllm_compile.report.html import command, contents, page, story, tradeoff, weights
+
+PIPELINE = (
+    "smooth,observe,ptq{group=32},distill{epochs=2},activate{group=32,epochs=1,steps=2},finetune{steps=2},head,merge,"
+    "lower,cache,cleanup"
+)
+
+NAME = "<b>llama</b> & </script><script>alert(1)</script>"
+"""What a user may call a model."""
+
+SHEET = {
+    "bytes_original": 400_000, "bytes_compiled": 100_000, "bits_per_weight": 3.5, "bits_per_weight_file": 4.25,
+    "text": "4 held-out sequences <of> text", "ppl_teacher": 41.5, "ppl": 102.1, "kld_mean": 0.82,
+    "top1_agreement": 0.515, "decode_original": 28.0, "decode_compiled": 574.0,
+}  # fmt: skip
+
+
+def make(out: Path, name: str = NAME, sheet: dict[str, Any] = SHEET) -> Path:
+    """An artifact of a tiny language model that went through every stage, and the report of its compile."""
+    history: list[Any] = []
+    context = dataclasses.replace(stages.context(), probe=stages.batches(1, seed=2)[0])
+    program, records = pipeline.run(
+        stages.annotated(), pipeline.parse(PIPELINE), context, lambda r, _, after: history.append((r.name, after))
+    )
+    program = dataclasses.replace(program, name=name)
+    times = [
+        {"spec": dataclasses.asdict(spec), "tokens": "1", "target": "cpu:avx2", "threads": 1,
+         "schedule": {"layout": "lut8", "rows": 16}}
+        for spec in requirements(program).linears
+    ]  # fmt: skip
+    digest = artifact.save(
+        program, out, lock={"model": "0" * 64, "target": "cpu", "preset": "quick", "check": {"tokens": [1, 2, 3]}},
+        history=history, passes=[MeasuredPass.of(record) for record in records], records=times,
+    )  # fmt: skip
+    measured = [{**row, "microseconds": 5.5, "roofline_microseconds": 3.3} for row in times]
+    report = CompileReport(
+        out, records, [Verdict("stage 2", False, "1 of 2 layers <is> better")], sheet, 0,
+        {"passes": 5.0, "capture": 1.0}, 1 << 30, "lbllm-compile <model>.py --preset quick", {"CPU": "a <CPU>"},
+        measured,
+    )  # fmt: skip
+    assert artifact.write_report(digest, report)
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LBLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        out = make(tmp_path_factory.mktemp("toy") / "toy-lbllm")
+        assert page.write(out)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+class Text(HTMLParser):
+    """The text and the elements of a page, scripts and styles left out."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: list[str] = []
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else self._inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = "" if tag == self._inside else self._inside
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).split())
+
+
+def data_of(file: Path) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+def test_the_page_answers_what_everyone_asks(toy: Path) -> None:
+    text = Text((toy / "report.html").read_text()).text
+    points = story.layer_errors(artifact.measured_passes(toy))
+    worst = max(points[0].errors, key=lambda layer: points[0].errors[layer])
+    assert f"Which layer was hurt most? Layer {worst}: " in text
+    assert "Which stage repaired it?" in text
+    assert re.search(r"Which kernels does it run\? .*down_proj \(72x104\): lut8, 5\.5 µs a token", text)
+    assert "4.0x smaller (100.0 kB instead of 400.0 kB in 16 bit); 20.5x as fast" in text
+    assert "102.1" in text and "41.5" in text and "51.5 %" in text and "0.82" in text
+
+
+def test_a_slower_model_is_called_so(toy: Path) -> None:
+    (slow,) = [tile for tile in story._tiles({"decode_original": 30.0, "decode_compiled": 15.0})]
+    assert (slow.name, slow.value, slow.good) == ("as fast: SLOWER", "0.5x", False)
+
+
+def test_the_page_tells_what_was_checked_and_what_was_not_met(toy: Path) -> None:
+    reasons = story.reasons(contents.gather(toy))
+    assert [r.name for r in reasons] == ["Files", "Contracts", "Kernels", "Self-check", "Stage 2"]
+    assert [r.passed for r in reasons] == [True, True, True, True, False]
+    assert "3 greedy tokens" in reasons[3].text
+    assert "✗" in (toy / "report.html").read_text() and 'class="failed"' in (toy / "report.html").read_text()
+
+
+def test_nothing_of_a_models_or_users_text_is_markup(toy: Path) -> None:
+    content = (toy / "report.html").read_text()
+    assert "<script>alert" not in content and "<of>" not in content and "<is>" not in content
+    parsed = Text(content)
+    assert NAME in parsed.text and "a <CPU>" in parsed.text and "<model>.py" in parsed.text
+    assert sum(tag == "script" for tag, _ in parsed.elements) == 3
+
+
+def test_the_page_names_no_address(toy: Path) -> None:
+    for tag, attributes in Text((toy / "report.html").read_text()).elements:
+        for name in ("src", "href", "data", "action", "poster", "srcset"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:")), (tag, value)
+
+
+def test_the_page_has_every_pass_with_alike_lines_once(toy: Path) -> None:
+    graphs = data_of(toy / "report.html")["graphs"]
+    assert [p["name"] for p in graphs["passes"]] == [p.partition("{")[0] for p in re.split(r",(?![^{]*})", PIPELINE)]
+    assert len(set(graphs["texts"])) == len(graphs["texts"])
+    last = graphs["passes"][-1]
+    lines = [graphs["texts"][place] for block in last["blocks"] for sign, place in block["lines"] if sign != "-"]
+    assert sum("lbllm.bit_linear" in line for line in lines) == 4 * len([b for b in last["blocks"] if b["layers"]])
+    assert all(sign in "+- " for block in last["blocks"] for sign, _ in block["lines"])
+
+
+def test_a_file_of_the_users_is_left_alone(toy: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(toy, tmp_path / "out"))
+    file = out / page.PAGE
+    assert page.write(out), "what was written here is replaced"
+    ours = file.read_text()
+    for theirs in ("my notes", ours + "<p>my remark</p>", "", ours[:-1]):
+        file.write_text(theirs)
+        assert not page.write(out) and file.read_text() == theirs
+    file.unlink()
+    (tmp_path / "elsewhere.html").write_text(ours)
+    file.symlink_to(tmp_path / "elsewhere.html")
+    assert not page.write(out) and file.is_symlink()
+    file.unlink()
+    assert page.write(out) and file.read_text() == ours, "the same artifact gives the same page"
+
+
+def test_an_artifact_with_a_page_loads(toy: Path) -> None:
+    artifact.load(toy)
+
+
+def test_an_artifact_without_a_report_has_a_page(toy: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(toy, tmp_path / "out"))
+    (out / "report.json").unlink()
+    (out / page.PAGE).unlink()
+    assert page.write(out)
+    text = Text((out / page.PAGE).read_text()).text
+    assert "no figures of speed, size and quality" in text and "Which layer was hurt most?" in text
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 33, 64])
+def test_code_shares_are_those_of_the_codes(columns: int) -> None:
+    codes = torch.randint(0, 4, (5, columns), generator=torch.Generator().manual_seed(columns))
+    sign, bitmap = (plane.numpy() for plane in codes_to_planes(codes))
+    shares = weights.code_shares(sign, bitmap, codes.numel())
+    assert shares == tuple(int((codes == code).sum()) / codes.numel() for code in range(4))
+
+
+def test_extreme_levels_have_a_bin() -> None:
+    levels = np.array([[[-127, -1, 0, 127]], [[-127, -127, 127, 127]]], dtype=np.int8)
+    found = weights.level_histograms(levels)
+    assert found.shape == (4, weights.BINS) and found.sum(1).tolist() == [2, 2, 2, 2]
+    assert found[0, 0] == 2 and found[3, -1] == 2 and found[1, 0] == 1 and found[2, weights.BINS // 2] == 1
+
+
+def test_weights_are_those_of_the_artifact(toy: Path) -> None:
+    found = contents.gather(toy).weights
+    state = dict(artifact.load(toy).program.parameters())
+    assert len(found) == 2 * 7
+    for item in found:
+        path = f"{item.linear}.weight"
+        planes = (state[f"{path}.{name}"] for name in ("sign", "bitmap", "levels", "scale"))
+        codes = QuantizedWeight(*planes, in_features=item.shape[-1], group=32).codes()
+        assert item.density == pytest.approx(float(((codes == 1) | (codes == 2)).float().mean()))
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def shown(toy: Path) -> Iterator[Page]:
+    with Page() as browser:
+        browser.open(toy / "report.html")
+        yield browser
+
+
+@needs_chromium
+class TestInABrowser:
+    def test_nothing_goes_wrong_and_nothing_is_asked_for(self, shown: Page, toy: Path) -> None:
+        assert shown.evaluate("document.documentElement.dataset.ready") == "yes"
+        for section in shown.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash)"):
+            assert shown.evaluate(f"document.querySelector('{section}') !== null"), section
+        draw_all(shown)
+        assert shown.errors == []
+        assert shown.requests == [(toy / "report.html").resolve().as_uri()]
+
+    def test_every_plot_is_drawn(self, shown: Page) -> None:
+        assert shown.evaluate(
+            "new Set([...document.querySelectorAll('[id]:not(.plot *)')].map(e => e.id)).size === "
+            "document.querySelectorAll('[id]:not(.plot *)').length"
+        ), "no two elements have one id"
+        draw_all(shown)
+        plots = shown.evaluate(
+            "[...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll('.main-svg').length])"
+        )
+        assert {
+            "layer-errors",
+            "linear-errors",
+            "alignment",
+            "bytes",
+            "seconds",
+            "levels",
+            "density",
+            "codes",
+            "training-curves",
+            "ranges",
+        } <= {name for name, _ in plots}
+        assert all(count > 0 for _, count in plots), plots
+
+    def test_the_graph_is_searched_from_the_keyboard(self, shown: Page) -> None:
+        count = "document.querySelectorAll('#graph-panes .line').length"
+        everything = shown.evaluate(count)
+        shown.press("/")
+        assert shown.evaluate("document.activeElement.id") == "graph-search"
+        shown.type("BIT_LINEAR")
+        texts = shown.evaluate("[...document.querySelectorAll('#graph-panes .line')].map(l => l.textContent)")
+        assert 0 < len(texts) < everything and all("bit_linear" in text for text in texts)
+        assert shown.evaluate("document.querySelectorAll('#graph-panes mark').length") >= len(texts)
+        assert shown.evaluate("document.getElementById('graph-count').textContent") == f"{len(texts)} nodes"
+        shown.press("Escape")
+        assert shown.evaluate(count) == everything
+
+    def test_two_graphs_stand_side_by_side(self, shown: Page) -> None:
+        choose = "(id, text) => {{ const s = document.getElementById(id); s.value = [...s.options].find("
+        choose += "o => o.text.endsWith(text)).value; s.dispatchEvent(new Event('change')); }}"
+        choose = choose.replace("{{", "{").replace("}}", "}")
+        shown.evaluate(f"({choose})('graph-pass', ' merge')")
+        shown.evaluate(f"({choose})('graph-beside', ' lower')")
+        panes = shown.evaluate("[...document.querySelectorAll('.pane')].map(p => p.innerText)")
+        assert len(panes) == 2
+        gone, new = (
+            shown.evaluate(
+                f"[...document.querySelectorAll('.pane')[{i}].querySelectorAll('.line.{kind}')].map(l => l.textContent)"
+            )
+            for i, kind in enumerate(("gone", "new"))
+        )
+        assert any("lbllm.unpack_weight" in line for line in gone) and any("lbllm.bit_linear" in line for line in new)
+        assert not any("= weight model.norm.weight" in line for line in (*gone, *new)), "it is in both"
+        shown.evaluate("document.getElementById('graph-beside').value = ''")
+        shown.evaluate("document.getElementById('graph-beside').dispatchEvent(new Event('change'))")
+
+    def test_dark_and_light(self, shown: Page) -> None:
+        back = "getComputedStyle(document.body).backgroundColor"
+        light = shown.evaluate(back)
+        shown.evaluate("document.activeElement.blur()")
+        shown.press("t")
+        dark = shown.evaluate(back)
+        assert dark != light
+        shown.press("t")
+        assert shown.evaluate(back) == light
+        shown.evaluate("delete document.documentElement.dataset.theme")
+        shown.prefer("dark")
+        assert shown.evaluate(back) == dark
+        shown.prefer("light")
+        assert shown.evaluate(back) == light
+
+
+def draw_all(shown: Page) -> None:
+    """Brings every plot into view once, as a reader would, and waits until it is drawn."""
+    shown.evaluate(
+        """(async () => {
+          for (const plot of document.querySelectorAll('.plot')) {
+            plot.scrollIntoView({behavior: "instant"});
+            while (!plot.dataset.drawn) await new Promise(done => setTimeout(done, 20));
+          }
+          scrollTo({top: 0, behavior: "instant"});
+        })()"""
+    )
+
+
+def copy_of(toy: Path, out: Path, **figures: Any) -> Path:
+    """The artifact at another place, measured otherwise."""
+    shutil.copytree(toy, out)
+    document = json.loads((out / "report.json").read_text())
+    document["sheet"] |= figures
+    (out / "report.json").write_text(json.dumps(document))
+    return out
+
+
+class TestTheTradeoff:
+    def test_the_beaten_are_named(self, toy: Path, tmp_path: Path) -> None:
+        better = copy_of(toy, tmp_path / "better", bytes_compiled=90_000, kld_mean=0.5)
+        other = copy_of(toy, tmp_path / "other", bytes_compiled=50_000, kld_mean=3.0)
+        found = tradeoff.compare([toy, better, other])
+        assert [c.name for c in found.candidates] == ["toy-lbllm", "better", "other"]
+        assert [c.beaten_by for c in found.candidates] == [("better",), (), ()]
+        assert not found.warnings
+        text = Text(tradeoff.render(found)).text
+        assert "no: better is no worse in anything" in text and "mean KL divergence from the original" in text
+
+    def test_equals_do_not_beat_each_other(self, toy: Path, tmp_path: Path) -> None:
+        found = tradeoff.compare([toy, copy_of(toy, tmp_path / "same")])
+        assert all(c.beaten_by == () for c in found.candidates)
+
+    def test_directories_of_one_name_are_told_apart(self, toy: Path, tmp_path: Path) -> None:
+        found = tradeoff.compare([copy_of(toy, tmp_path / "a" / "out"), copy_of(toy, tmp_path / "b" / "out")])
+        assert [c.name for c in found.candidates] == ["a/out", "b/out"]
+
+    def test_what_cannot_be_compared_is_said(self, toy: Path, tmp_path: Path) -> None:
+        other = copy_of(toy, tmp_path / "other", text="another", bytes_original=7)
+        assert len(tradeoff.compare([toy, other]).warnings) == 2
+        module = copy_of(toy, tmp_path / "module", kld_mean=None, relative_error=0.5)
+        with pytest.raises(tradeoff.TradeoffError, match="not measured alike"):
+            tradeoff.compare([toy, module])
+        (other / "report.json").unlink()
+        with pytest.raises(tradeoff.TradeoffError, match=r"has no report\.json of its compile"):
+            tradeoff.compare([toy, other])
+
+    @needs_chromium
+    def test_it_is_drawn(self, toy: Path, tmp_path: Path) -> None:
+        other = copy_of(toy, tmp_path / "other", bytes_compiled=50_000, kld_mean=3.0)
+        file = command.write([toy, other], tmp_path / "both.html", NoProgress())
+        with Page(dark=True) as browser:
+            browser.open(file)
+            draw_all(browser)
+            assert browser.evaluate("document.querySelectorAll('#tradeoff-size .textpoint').length") == 2
+            assert browser.errors == [] and browser.requests == [file.resolve().as_uri()]
+
+
+class TestTheCommand:
+    def test_it_writes_the_page_again(self, toy: Path, tmp_path: Path) -> None:
+        out = copy_of(toy, tmp_path / "out", ppl=77.7)
+        assert command.write([out], None, NoProgress()) == out / page.PAGE
+        assert "77.7" in Text((out / page.PAGE).read_text()).text
+        assert (out / page.PAGE).stat().st_mode == (out / "manifest.json").stat().st_mode
+
+    def test_it_replaces_nothing_of_the_users(self, toy: Path, tmp_path: Path) -> None:
+        file = tmp_path / "mine.html"
+        file.write_text("mine")
+        with pytest.raises(command.ReportError, match="not a page as lbllm-compile wrote it"):
+            command.write([toy], file, NoProgress())
+        assert file.read_text() == "mine"
+        with pytest.raises(command.ReportError, match="pass --out FILE"):
+            command.write([toy, toy], None, NoProgress())
+
+    def test_an_altered_artifact_has_no_page(self, toy: Path, tmp_path: Path) -> None:
+        out = copy_of(toy, tmp_path / "out")
+        with (out / "passes" / "003_ptq.json").open("a") as file:
+            file.write(" ")
+        with pytest.raises(artifact.ArtifactError, match="bytes instead of"):
+            command.write([out], None, NoProgress())
+
+
+def test_the_command_line_asks_for_the_same_again(tmp_path: Path) -> None:
+    given = CompileOptions(
+        model="my model.py", preset="quick", scheme=("*.down_proj: group=32", "*.up_proj: act=8"), seed=7, fresh=True,
+        time_passes=True, out=tmp_path / "out",
+    )  # fmt: skip
+    words = shlex.split(command_line(given))
+    assert words[:2] == ["lbllm-compile", "my model.py"] and "--fresh" not in words and "--time-passes" not in words
+    assert words[2:] == [
+        "--scheme", "*.down_proj: group=32", "--scheme", "*.up_proj: act=8", "--out", str(tmp_path / "out"),
+        "--preset", "quick", "--seed", "7",
+    ]  # fmt: skip
+    assert command_line(CompileOptions(model=torch.nn.Linear(2, 2))) == "lbllm-compile '<Linear>'"
+
+
+def test_neither_plots_nor_templates_are_loaded_to_run_an_artifact() -> None:
+    code = "import sys, lbllm_compile.cli, lbllm_compile.native.program, lbllm_compile.manifest\n"
+    code += "print(sorted({'plotly', 'narwhals', 'torch'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

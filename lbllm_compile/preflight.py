@@ -90,11 +90,12 @@ def rehearse(
         if cut is None:
             return Rehearsal(tuple(steps), layers, complete=False)
         context.teacher = cut
-        after = cut
-        for item in passes[head:]:
-            after, (record,) = pipeline.run(after, [item.rehearsal()], context)
-            steps.append(Step(item.name, record.seconds))
-            task.advance(item.name)
+
+        def rehearsed(record: pipeline.PassRecord, _before: Program, _after: Program) -> None:
+            steps.append(Step(record.name, record.seconds))
+            task.advance(record.name)
+
+        after, _ = pipeline.run(cut, [item.rehearsal() for item in passes[head:]], context, rehearsed)
         graph_json.check_storable(after.graph)
         if "lower" in names:
             start = time.perf_counter()
@@ -105,5 +106,5 @@ def rehearse(
                 build_native(after, kernels.host, folder)
             steps.append(Step("native program", time.perf_counter() - start))
         task.advance("kernels")
-    reclaim()
+    reclaim(program.module)
     return Rehearsal(tuple(steps), layers, complete=True)

@@ -202,7 +202,7 @@ def run(
     records: list[PassRecord] = []
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
-        reclaim()
+        reclaim(program.module)
         start = time.perf_counter()
         checkpoints = PassCheckpoints(context.checkpoints, f"{index:02d}-")
         result = item.apply(program, dataclasses.replace(context, checkpoints=checkpoints))
@@ -231,5 +231,5 @@ def run(
         if item.sets_teacher and (context.teacher is None or context.teacher is program):
             context.teacher = after
         program, outputs = after, new_outputs
-    reclaim()
+    reclaim(program.module)
     return program, records

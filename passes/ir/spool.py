@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import mmap
 import os
 import sys
@@ -120,9 +121,14 @@ def _of_c_library(name: str) -> Callable[..., int]:
     return getattr(library, name, lambda *_: 0)
 
 
-def reclaim() -> None:
-    """:func:`trim`, behind a search for objects that refer to each other and to nothing else: after a pass."""
-    gc.collect()
+def reclaim(module: nn.Module) -> None:
+    """:func:`trim`, behind a search for objects that refer to each other and to nothing else: after a pass.
+
+    The search looks at every object of the process and takes up to a second, so a module whose weights have fewer than
+    ``RESIDENT`` bytes goes without.
+    """
+    if sum(t.nbytes for t in itertools.chain(module.parameters(), module.buffers())) >= RESIDENT:
+        gc.collect()
     trim()
 
 

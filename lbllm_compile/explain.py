@@ -29,6 +29,7 @@ from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.inspect import linear_rows, read_graph, stored_passes
+from lbllm_compile.kernels import TIMES
 from lbllm_compile.lowering.executor import linear_spec, quantizer_of
 from lbllm_compile.manifest import check_file
 from lbllm_compile.passes.ir import dump
@@ -37,9 +38,6 @@ from lbllm_compile.passes.ir.program import IN_FEATURES, Program
 from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS
 from lbllm_compile.records import MeasuredPass
 from lbllm_compile.report import terminal
-
-TIMES = ("microseconds", "default_microseconds", "roofline_microseconds")
-"""What a search measured: a call with the schedule, with the one that is used without a search, and the least time."""
 
 NEAR = 3
 """Names that a wrong one is answered with."""

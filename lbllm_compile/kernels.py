@@ -15,6 +15,9 @@ from lbllm_compile.codegen.tune.database import Database, Key
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
 
+TIMES = ("microseconds", "default_microseconds", "roofline_microseconds")
+"""What a search measured: a call with the schedule, with the one that is used without a search, and the least time."""
+
 
 @dataclass(frozen=True)
 class BuiltKernels:
@@ -88,7 +91,8 @@ def measured(kernels: Kernels) -> list[dict[str, Any]]:
     Returns:
         One row a linear and token bucket, JSON-able: ``spec``, ``tokens``, ``target``, ``threads``, ``schedule`` as in
         tuning records, ``microseconds`` a call, ``default_microseconds`` of the schedule that is used without a search,
-        and ``roofline_microseconds``, the least that the machine allows; the last two None where they are not known.
+        and ``roofline_microseconds``, the least that the machine allows, both None where they are not known;
+        ``candidates`` and ``discarded`` as :class:`~.codegen.tune.database.Result` has them.
     """
     from lbllm_compile.codegen.tvm_api import VERSION
 
@@ -101,6 +105,7 @@ def measured(kernels: Kernels) -> list[dict[str, Any]]:
         key = Key.here(spec, record["tokens"], kernels.target, record["threads"], VERSION, version)
         found = database.find(key)
         if found is not None and found.schedule == record["schedule"]:
-            times = ("microseconds", "default_microseconds", "roofline_microseconds")
-            rows.append({**record, **{name: getattr(found, name) for name in times}})
+            times = {name: getattr(found, name) for name in TIMES}
+            tried = {"candidates": [dict(item) for item in found.candidates], "discarded": list(found.discarded)}
+            rows.append({**record, **times, **tried})
     return rows

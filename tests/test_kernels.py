@@ -19,6 +19,8 @@ from lbllm_compile.codegen.targets import Target, arm, host, parse_targets, runn
 from lbllm_compile.codegen.tune.database import Database, Key, Result
 from test_format import random_weight
 
+from lbllm_compile.kernels import measured
+
 FAMILIES = [
     pytest.param(f"cpu:{name}", marks=[] if name in host.families() else pytest.mark.skip(reason=f"no {name} here"))
     for name in (*(x86 if platform.machine() in x86.MACHINES else arm).ARCHITECTURES, "generic")
@@ -291,6 +293,10 @@ def test_a_search_is_stored_and_not_repeated(tmp_path, monkeypatch):
     first = KernelSet.build([spec], [], target, cache_dir=tmp_path, trials=3)
     lines = (tmp_path / "tuning.jsonl").read_text().splitlines()
     assert len(lines) == 3  # a line for each token bucket
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    rows = measured(first)
+    assert len(rows) == 3 and all(row["microseconds"] > 0 for row in rows)
+    assert all(row["schedule"] in [tried["schedule"] for tried in row["candidates"]] for row in rows)
 
     def never(self, request):
         raise AssertionError("measured again")

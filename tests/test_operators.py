@@ -814,7 +814,8 @@ def test_indices_outside_read_and_write_the_nearest_places_inside(tmp_path):
                 tensor = tensor.clamp(0, 3)
             nearest.append(tensor)
         for called, ours, theirs in zip(OUTSIDE, run(*given), graph.module(*nearest), strict=True):
-            assert torch.equal(ours, theirs), f"{called.target} of {indices}"
+            said = f"{called.target} of {indices}: "
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda m, said=said: said + m)
 
 
 def test_a_size_that_no_shape_of_a_kernel_tells_reaches_it(tmp_path):

@@ -70,15 +70,23 @@ def _variance(t: Translator, a: Arguments) -> Value:
 
 
 def _most(t: Translator, name: str, x: Value, axes: list[int], keeps: bool) -> Value:
-    """The greatest or the smallest elements; NaN where one of them is, which TVM's reduction takes for less and more
-    than any number."""
+    """The greatest or the smallest elements, and NaN where one of them is.
+
+    TVM's reduction takes NaN for less and more than any number, and begins with the last finite one, so that of
+    infinities alone it gives what none of them is.
+    """
     kind = t.dtype(x)
     number = cast(t, x, "int8") if kind == "bool" else x
-    best = t.emit(getattr(t.op, name)(number, axes, keeps))
+    best = t.emit(getattr(t.op, name)(number, axes, True))
     if dtype_of(kind).is_floating_point:
-        unknown = t.emit(t.op.max(cast(t, t.emit(is_nan(t, x)), "int8"), axes, keeps))
-        best = t.emit(t.op.where(cast(t, unknown, "bool"), t.variable(tensor(t, math.nan, kind)), best))
-    return cast(t, best, kind)
+        infinity = t.variable(tensor(t, -math.inf if name == "max" else math.inf, kind))
+        unknown, reached = (
+            cast(t, t.emit(t.op.max(cast(t, t.emit(where), "int8"), axes, True)), "bool")
+            for where in (is_nan(t, x), t.op.equal(x, best))
+        )
+        best = t.emit(t.op.where(reached, best, infinity))
+        best = t.emit(t.op.where(unknown, t.variable(tensor(t, math.nan, kind)), best))
+    return cast(t, best if keeps else t.emit(t.op.squeeze(best, axes)), kind)
 
 
 def _extreme(name: str) -> Translation:

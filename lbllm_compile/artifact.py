@@ -292,19 +292,28 @@ def read_file(directory: Path, name: str) -> bytes:
     return (directory / name).read_bytes()
 
 
+def read_object(directory: Path, name: str) -> dict[str, Any]:
+    """One file of an artifact that holds a JSON object.
+
+    Raises:
+        ArtifactError: the directory is no artifact, or the file is not in it, altered or no JSON object.
+    """
+    try:
+        found = json.loads(read_file(directory, name))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{directory / name}' is not JSON; compile the model again") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"'{directory / name}' is not a JSON object; compile the model again")
+    return found
+
+
 def read_lock(directory: Path) -> dict[str, Any]:
     """The contents of ``lbllm.lock``.
 
     Raises:
         ArtifactError: the directory is no artifact, or the file is not in it, altered or no JSON object.
     """
-    try:
-        lock = json.loads(read_file(directory, "lbllm.lock"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{directory / 'lbllm.lock'}' is not JSON; compile the model again") from error
-    if not isinstance(lock, dict):
-        raise ArtifactError(f"'{directory / 'lbllm.lock'}' is not a JSON object; compile the model again")
-    return lock
+    return read_object(directory, "lbllm.lock")
 
 
 def measured_passes(directory: Path) -> list[MeasuredPass]:

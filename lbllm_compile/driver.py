@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lbllm_compile import artifact, calibration, checkpoint, preflight, sheet
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import WorkDir
+from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.dumps import Dumps
 from lbllm_compile.job import Job, read_job
@@ -26,6 +29,8 @@ from lbllm_compile.runtime.model import CompiledModel
 
 REHEARSAL_TOKENS = 64
 """Calibration tokens of a preflight on its own."""
+
+_YOURS = "'{out}' holds a {name} of yours, so the compile's own is not kept"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,6 +85,7 @@ def compile(
         native = build_native(program, kernels.host, folder, progress)
         clock.lap("native program")
         check = sheet.check_outputs(CompiledModel(program, kernels.host, native), data.probe)
+        page.discard(job.out)
         digest = artifact.save(
             program,
             job.out,
@@ -107,14 +113,25 @@ def compile(
             machine=machine(),
             kernels=measured(kernels.host),
         )
-        for name, written in (
-            (artifact.REPORT, artifact.write_report(digest, report)),
-            (page.PAGE, page.write(job.out, progress=progress)),
-        ):
-            if not written:
-                warn(progress, None, f"'{job.out}' holds a {name} of yours, so the compile's own is not kept")
+        if not artifact.write_report(digest, report):
+            warn(progress, None, _YOURS.format(out=job.out, name=artifact.REPORT))
+        _write_page(job.out, progress)
     work.remove()
     return report
+
+
+def _write_page(out: Path, progress: Progress) -> None:
+    """Puts the page about an artifact beside it.
+
+    The artifact is whole without its page, so what goes wrong with that is said and stops nothing.
+    """
+    try:
+        if not page.write(out, progress):
+            warn(progress, None, _YOURS.format(out=out, name=page.PAGE))
+    except Exception as error:
+        reason = str(error) if isinstance(error, LbllmError) else f"{type(error).__name__}: {first_line(error)}"
+        way_out = f"run `lbllm-compile report {shlex.quote(str(out))}` to try again"
+        warn(progress, None, f"'{out}' is whole but has no {page.PAGE} ({reason}); {way_out}")
 
 
 @contextlib.contextmanager

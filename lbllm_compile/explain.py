@@ -96,7 +96,7 @@ def explain(directory: Path, linear: str, *, tir: bool = False, asm: bool = Fals
     tensors = _Tensors(directory)
     spec = linear_spec(program, node) if node.target in INTEGER_LINEARS else None
     # Without the searches' results, as where the compile took schedules over, there are no times.
-    times = report.to_json().get("kernels", ()) if report else ()
+    times = report.kernels if report else ()
     kernels = kernels_of(artifact.read_records(directory), times, spec)
     texts = {}
     if tir or asm:

@@ -168,21 +168,8 @@ def look(
     pattern = _pattern(grep)
     shown = Shown.of(directory, name, diff)
     measured = [item for item in artifact.measured_passes(directory) if item.name in shown.passes]
-    blocks = _blocks(directory, shown, layer)
     rows = [row for row in linear_rows(shown.after) if layer is None or row["layer"] == layer]
     report = artifact.read_report(directory)
-    asked = any(value is not None for value in (name, layer, diff, pattern))
-    if not asked:
-        named = dataclasses.replace(shown.after, name=directory.resolve().name)
-        parts = overview.page(named, rows, shown.passes, measured, report)
-    else:
-        title = f"{shown.title}: {graph.summary(shown.after, shown.before)}"
-        blocks = graph.changes(blocks) if diff is not None else blocks
-        blocks = graph.matching(blocks, pattern) if pattern else blocks
-        parts = [graph.render(blocks, title, whole=pattern is None and diff is None)]
-    if asked and pattern is None and diff is None:
-        for table in [terminal.rows_table("Linears", rows), *summary.layer_tables(measured, layer)]:
-            parts += [Text(), table]
     document = {
         "directory": str(directory),
         "passes": [p.name for p in stored_passes(directory)],
@@ -191,11 +178,21 @@ def look(
         "nodes": len(shown.after.graph.nodes),
         "linears": rows,
         "measured": [dataclasses.asdict(item) for item in measured],
-        "graph": [
-            {"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]} for b in blocks
-        ],
     }
-    return parts, document if asked or report is None else {**document, "report": report.to_json()}
+    if all(value is None for value in (name, layer, diff, pattern)):
+        named = dataclasses.replace(shown.after, name=directory.resolve().name)
+        parts = overview.page(named, rows, shown.passes, measured, report)
+        return parts, document if report is None else {**document, "report": report.to_json()}
+    blocks = _blocks(directory, shown, layer)
+    blocks = graph.changes(blocks) if diff is not None else blocks
+    blocks = graph.matching(blocks, pattern) if pattern else blocks
+    whole = pattern is None and diff is None
+    parts = [graph.render(blocks, f"{shown.title}: {graph.summary(shown.after, shown.before)}", whole=whole)]
+    if whole:
+        for table in [terminal.rows_table("Linears", rows), *summary.layer_tables(measured, layer)]:
+            parts += [Text(), table]
+    lines = [{"layers": list(b.layers), "lines": [{"sign": m.sign, "text": m.text} for m in b.marks]} for b in blocks]
+    return parts, {**document, "graph": lines}
 
 
 def written(directory: Path, form: str, name: str | None = None, layer: int | None = None) -> str:

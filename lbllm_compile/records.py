@@ -98,8 +98,9 @@ class CompileReport:
         stored = _Stored.model_validate(document)
         records = [PassRecord(**dict(item)) for item in stored.passes]
         verdicts = [Verdict(**dict(item)) for item in stored.stages]
+        kernels = [item.model_dump(exclude_unset=True) for item in stored.kernels]
         took = stored.resumed, stored.seconds, stored.peak_memory
-        return cls(out, records, verdicts, stored.sheet, *took, stored.command, stored.machine, stored.kernels)
+        return cls(out, records, verdicts, stored.sheet, *took, stored.command, stored.machine, kernels)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -136,6 +137,24 @@ class _StoredVerdict(BaseModel):
     text: str
 
 
+class _StoredCandidate(BaseModel):
+    schedule: dict[str, Any]
+    microseconds: float
+
+
+class _StoredKernel(BaseModel, extra="allow"):
+    spec: dict[str, Any]
+    tokens: str
+    target: str
+    threads: int
+    schedule: dict[str, Any]
+    microseconds: float
+    default_microseconds: float | None = None
+    roofline_microseconds: float | None = None
+    candidates: list[_StoredCandidate] = []
+    discarded: list[str] = []
+
+
 class _Stored(BaseModel):
     passes: list[_StoredPass]
     sheet: dict[str, Any]
@@ -145,7 +164,7 @@ class _Stored(BaseModel):
     peak_memory: int
     command: str = ""
     machine: dict[str, str] = {}
-    kernels: list[dict[str, Any]] = []
+    kernels: list[_StoredKernel] = []
 
 
 class Clock:

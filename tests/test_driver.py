@@ -33,6 +33,7 @@ from lbllm_compile.native import program as native
 from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.report import terminal
+from lbllm_compile.report.html import page
 from lbllm_compile.runtime.model import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -479,6 +480,35 @@ def test_an_artifact_keeps_what_its_passes_measured(compiled):
     assert [t for t in titles if t.startswith("distill") and t.endswith("by decoder layer")]
     assert [item["name"] for item in document["measured"]] == list(measured)
     assert [item["name"] for item in inspect.look(compiled.out, "distill")[1]["measured"]] == ["distill"]
+
+
+def test_a_page_that_cannot_be_made_fails_no_compile(tmp_path, monkeypatch):
+    chosen = CompileOptions(
+        model=Averaged(),
+        example_inputs=torch.ones(4, 5, 70),
+        pipeline='canonicalize,annotate{keep_dense="*"},lower,cleanup',
+        out=tmp_path / "my out",
+    )
+    driver.compile(chosen)
+    assert (tmp_path / "my out" / "report.html").is_file()
+
+    def broken(contents):
+        raise KeyError("a figure")
+
+    monkeypatch.setattr(page, "render", broken)
+    notes = Notes()
+    report = driver.compile(dataclasses.replace(chosen, seed=3), progress=notes)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["my out"], "the work directory is gone"
+    assert artifact.read_report(report.out).to_json() == json.loads(json.dumps(report.to_json()))
+    assert not (report.out / "report.html").exists(), "no page of the older artifact stands beside the newer one"
+    (said,) = (text for text in notes.said if "report.html" in text)
+    assert f"(KeyError: 'a figure'); run `lbllm-compile report '{report.out}'` to try again" in said
+    monkeypatch.undo()
+    (report.out / "report.html").write_text("mine")
+    notes = Notes()
+    driver.compile(chosen, progress=notes)
+    assert any("holds a report.html of yours" in text for text in notes.said)
+    assert (report.out / "report.html").read_text() == "mine"
 
 
 def test_an_artifact_keeps_the_report_of_its_compile(compiled, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shlex
@@ -23,7 +24,7 @@ from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 
-from lbllm_compile import artifact
+from lbllm_compile import artifact, explain, inspect
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.options import CompileOptions, command_line
 from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
@@ -135,10 +136,72 @@ def test_a_slower_model_is_called_so(toy: Path) -> None:
 
 def test_the_page_tells_what_was_checked_and_what_was_not_met(toy: Path) -> None:
     reasons = story.reasons(contents.gather(toy))
-    assert [r.name for r in reasons] == ["Files", "Contracts", "Kernels", "Self-check", "Stage 2"]
-    assert [r.passed for r in reasons] == [True, True, True, True, False]
-    assert "3 greedy tokens" in reasons[3].text
+    names = ["Files", "Contracts", "Kernels for cpu:avx2", "Self-check", "Stage 2"]
+    assert [(r.name, r.passed) for r in reasons] == [(name, name != "Stage 2") for name in names]
+    assert "they gave the reference's bits" in reasons[2].text and "3 greedy tokens" in reasons[3].text
     assert "✗" in (toy / "report.html").read_text() and 'class="failed"' in (toy / "report.html").read_text()
+
+
+def test_calibrating_passes_keep_no_bits(toy: Path) -> None:
+    found = contents.gather(toy)
+    assert found.report is not None
+    held = [r for r in found.report.records if r.contract != "calibrating"]
+    exact = sum(r.error == 0 for r in held)
+    unmoved = [
+        dataclasses.replace(r, error=0.0 if r.contract == "calibrating" else r.error) for r in found.report.records
+    ]
+    changed = dataclasses.replace(found, report=dataclasses.replace(found.report, records=unmoved))
+    text = story.reasons(changed)[1].text
+    assert text.startswith(f"{len(held)} of {len(unmoved)} passes promise") and f"; {exact} of them kept it" in text
+
+
+def test_kernels_that_did_not_run_are_not_said_to_have_given_bits(toy: Path) -> None:
+    found = contents.gather(toy)
+    assert found.report is not None
+    sheet = {**SHEET, "cuda_kernels": "sm_90: emulated on CPU", "other_kernels": "x1: not run: no compiler"}
+    elsewhere = dataclasses.replace(
+        found,
+        kernels=[dataclasses.replace(kernel, schedules=()) for kernel in found.kernels],
+        report=dataclasses.replace(found.report, sheet=sheet),
+    )
+    assert [(r.passed, r.name, r.text) for r in story.reasons(elsewhere) if r.name.startswith("Kernels")] == [
+        (True, "Kernels for cuda", "sm_90: emulated on CPU"),
+        (False, "Kernels for other", "x1: not run: no compiler"),
+    ]
+
+
+def test_a_time_stands_beside_its_own_schedule(toy: Path) -> None:
+    found = contents.gather(toy)
+    (first, *_) = found.kernels
+    assert first.spec is not None
+    record = {k: v for k, v in first.schedules[0].items() if k in ("spec", "target", "threads", "schedule")}
+    records = [{**record, "tokens": tokens} for tokens in ("1", "2-16", "17+")]
+    rows = explain.kernels_of(records, [{**records[1], "microseconds": 7.5}], first.spec)
+    lone = dataclasses.replace(found, kernels=[dataclasses.replace(k, schedules=rows) for k in found.kernels])
+    table = page.render(lone).partition('<table id="kernel-table">')[2].partition("</tbody>")[0]
+    lines = [Text(row).text for row in re.findall(r"<tr>.*?</tr>", table.partition("<tbody>")[2], re.DOTALL)]
+    assert [line.endswith("7.5 µs") for line in lines] == [False, True, False]
+    assert [re.search(r"\S+ lut8", line)[0] for line in lines] == ["1 lut8", "2-16 lut8", "17+ lut8"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"microseconds": None}, {"tokens": 1}, {"spec": []}, {"roofline_microseconds": "x"}, {"candidates": [{}]}]
+)
+def test_a_damaged_time_is_said_to_be(toy: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    out = copy_of(toy, tmp_path / "out")
+    document = json.loads((out / "report.json").read_text())
+    document["kernels"][-1] |= wrong
+    (out / "report.json").write_text(json.dumps(document))
+    with pytest.raises(artifact.ArtifactError, match=r"report\.json' is damaged; remove it"):
+        artifact.read_report(out)
+
+
+def test_weights_and_sizes_have_the_names_that_inspect_gives(toy: Path) -> None:
+    texts = data_of(toy / "report.html")["graphs"]["texts"]
+    assert "%model_embed_tokens_weight: f32[101, 72] = weight model.embed_tokens.weight" in texts
+    assert not any("[0] = weight" in text for text in texts)
+    lines = {mark["text"] for block in inspect.look(toy, "cleanup")[1]["graph"] for mark in block["lines"]}
+    assert lines <= set(texts)
 
 
 def test_nothing_of_a_models_or_users_text_is_markup(toy: Path) -> None:
@@ -180,6 +243,29 @@ def test_a_file_of_the_users_is_left_alone(toy: Path, tmp_path: Path) -> None:
     assert not page.write(out) and file.is_symlink()
     file.unlink()
     assert page.write(out) and file.read_text() == ours, "the same artifact gives the same page"
+
+
+def test_only_a_page_that_was_written_here_gives_way_to_a_newer_artifact(toy: Path, tmp_path: Path) -> None:
+    file = tmp_path / page.PAGE
+    page.discard(tmp_path)
+    file.write_text("mine")
+    page.discard(tmp_path)
+    assert file.read_text() == "mine"
+    file.write_bytes((toy / page.PAGE).read_bytes())
+    page.discard(tmp_path)
+    assert not file.exists()
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page, "write_atomically", full)
+    out = Path(shutil.copytree(toy, tmp_path / "out"))
+    with pytest.raises(page.ReportError, match=r"cannot write '.*report\.html': the disk is full"):
+        page.write(out)
 
 
 def test_an_artifact_with_a_page_loads(toy: Path) -> None:
@@ -254,6 +340,7 @@ class TestInABrowser:
             "layer-errors",
             "linear-errors",
             "alignment",
+            "alignment-curves",
             "bytes",
             "seconds",
             "levels",
@@ -366,11 +453,16 @@ class TestTheTradeoff:
     @needs_chromium
     def test_it_is_drawn(self, toy: Path, tmp_path: Path) -> None:
         other = copy_of(toy, tmp_path / "other", bytes_compiled=50_000, kld_mean=3.0)
-        file = command.write([toy, other], tmp_path / "both.html", NoProgress())
+        marked = copy_of(toy, tmp_path / "<b>x</b>", kld_mean=1.5)
+        all_three = [marked, copy_of(toy, tmp_path / "y</b>"), other]
+        names = [candidate.name for candidate in tradeoff.compare(all_three).candidates]
+        assert names[:2] == ["<b>x</b>", "y</b>"]
+        file = command.write(all_three, tmp_path / "all.html", NoProgress())
         with Page(dark=True) as browser:
             browser.open(file)
             draw_all(browser)
-            assert browser.evaluate("document.querySelectorAll('#tradeoff-size .textpoint').length") == 2
+            points = "[...document.querySelectorAll('#tradeoff-size .textpoint')].map(t => t.textContent)"
+            assert browser.evaluate(points) == names
             assert browser.errors == [] and browser.requests == [file.resolve().as_uri()]
 
 

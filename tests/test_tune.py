@@ -326,6 +326,17 @@ def test_wrong_candidates_never_win_however_fast():
     assert found.schedule.a != 5 and any("wrong" in failure for failure in found.failures)
 
 
+def test_a_failure_is_kept_as_one_short_line_without_folders():
+    told = "ld: cannot find '/tmp/lbllm-object-x7/kernels.o' (/usr/bin/cc, a/b)\nand a lot more"
+
+    def measure(batch):
+        texts = {5: told, 6: "x" * 5000}
+        return [Outcome(None, texts[s.a]) if s.a in texts else Outcome(s.time) for s in batch]
+
+    failures = search(SPACE, measure, trials=len(SPACE)).failures
+    assert {text.partition(": ")[2] for text in failures} == {"ld: cannot find 'kernels.o' (cc, a/b)", "x" * 200}
+
+
 def test_a_search_without_a_working_candidate_has_no_result():
     assert search(SPACE, lambda batch: [Outcome(None, "wrong") for _ in batch], trials=12) is None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ PATIENCE = 16
 
 BETTER = 0.98
 """A candidate must take at most this share of the best time to count as progress."""
+
+FAILURE = 200
+"""Characters of what went wrong with a candidate that are kept."""
+
+_FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/'\"(),:]+)+/")
+"""The folders of an absolute path."""
 
 FAILED = 4.0
 """A candidate that gives no time enters the model as that many times the slowest one."""
@@ -97,6 +104,11 @@ def _promising(points: Array, measured: dict[int, float], count: int) -> list[in
     return chosen
 
 
+def _brief(failure: str) -> str:
+    """What went wrong, in one line that can be kept: without folders, which are this machine's and often gone."""
+    return _FOLDERS.sub("", failure.strip().partition("\n")[0])[:FAILURE]
+
+
 def search(
     space: Sequence[Any],
     measure: Callable[[list[Any]], list[Outcome]],
@@ -144,7 +156,7 @@ def search(
             since_better = 0 if times[i] <= BETTER * best else since_better + 1
             best = min(best, times[i])
             if outcome.failure:
-                failures.append(f"{space[i]}: {outcome.failure}")
+                failures.append(f"{space[i]}: {_brief(outcome.failure)}")
     ranked = [i for i in sorted(times, key=times.__getitem__) if times[i] < math.inf]
     if not ranked:
         return None

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lbllm_compile.codegen.cache import write_atomically, write_failure
-from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
-from lbllm_compile.manifest import MANIFEST
 from lbllm_compile.report.html import contents, page, tradeoff
-
-
-class ReportError(LbllmError):
-    """A page cannot be written where it was asked for."""
+from lbllm_compile.report.html.page import ReportError
 
 
 def write(directories: Sequence[Path], out: Path | None, progress: Progress) -> Path:
@@ -37,9 +31,5 @@ def write(directories: Sequence[Path], out: Path | None, progress: Progress) -> 
         text = page.render(contents.gather(directories[0], progress))
     else:
         text = tradeoff.render(tradeoff.compare(directories))
-    try:
-        write_atomically(path, text.encode())
-        path.chmod((directories[0] / MANIFEST).stat().st_mode & 0o777)
-    except OSError as error:
-        raise ReportError(f"cannot write '{path}': {write_failure(error)}") from error
+    page.put(path, text, directories[0])
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lbllm_compile import artifact
 from lbllm_compile.codegen.cache import known_sha256
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.explain import kernels_of
 from lbllm_compile.inspect import linear_rows, read_graph, stored_passes
 from lbllm_compile.lowering.executor import linear_spec
 from lbllm_compile.manifest import check_files
@@ -40,15 +40,13 @@ class Kernel:
         linear: module path; those of merged linears joined by ``+``.
         layer: decoder layer, or None outside of them.
         spec: what its kernel computes; None where it stays float.
-        schedules: tuning records of that spec, one per token bucket and target.
-        times: what the search measured of them, see :class:`lbllm_compile.records.CompileReport`.
+        schedules: one row a token bucket and target, see :func:`lbllm_compile.explain.kernels_of`.
     """
 
     linear: str
     layer: int | None
     spec: LinearSpec | None
     schedules: Sequence[Mapping[str, Any]]
-    times: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,8 @@ def gather(directory: Path, progress: Progress | None = None) -> Contents:
     return Contents(
         directory=directory,
         digest=digest,
-        program=_document(directory, "program.json"),
-        config=_document(directory, "config.json"),
+        program=artifact.read_object(directory, "program.json"),
+        config=artifact.read_object(directory, "config.json"),
         lock=artifact.read_lock(directory),
         files={name: entry["bytes"] for name, entry in listed.items()},
         tensors=shapes.sizes(),
@@ -136,16 +134,6 @@ def short_name(path: str) -> str:
     return _STEP.split(path)[-1]
 
 
-def _document(directory: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(artifact.read_file(directory, name))
-    except (ValueError, RecursionError) as error:
-        raise artifact.ArtifactError(f"'{directory / name}' is not JSON; compile the model again") from error
-    if not isinstance(found, dict):
-        raise artifact.ArtifactError(f"'{directory / name}' is not a JSON object; compile the model again")
-    return found
-
-
 def _kernels(
     program: Program, records: Sequence[Mapping[str, Any]], times: Sequence[Mapping[str, Any]]
 ) -> list[Kernel]:
@@ -154,16 +142,9 @@ def _kernels(
         if LINEAR not in node.meta or not node.all_input_nodes:
             continue
         spec = linear_spec(program, node) if node.target in INTEGER_LINEARS else None
-        schedules, measured = ([r for r in rows if spec and _is_of(r, spec)] for rows in (records, times))
-        kernels.append(Kernel(node.meta[LINEAR].path, node.meta[LINEAR].layer, spec, schedules, measured))
+        info = node.meta[LINEAR]
+        kernels.append(Kernel(info.path, info.layer, spec, kernels_of(records, times, spec)))
     return kernels
-
-
-def _is_of(record: Mapping[str, Any], spec: LinearSpec) -> bool:
-    try:
-        return LinearSpec(**record["spec"]) == spec
-    except TypeError:
-        return False  # a record of another version
 
 
 def _graphs(directory: Path, progress: Progress) -> list[StoredGraph]:

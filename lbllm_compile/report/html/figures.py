@@ -55,13 +55,13 @@ def _training(measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
 
 
 def _alignment(measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
-    """What trainings of the whole model did to its divergence from the float one."""
+    """What trainings of the whole model did to its divergence from the float one, with their curves as above."""
     found = []
     for item in measured:
         for measure, name in (("kl", "KL divergence"), ("error", "relative error")):
             if f"{measure}_before" in item.summary and f"{measure}_after" in item.summary:
                 ends = {"before": item.summary[f"{measure}_before"], "after": item.summary[f"{measure}_after"]}
-                curve = item.summary.get("curve") or {}
+                curve = item.summary.get("curve") or {"validation": [], "training": []}
                 found.append({"name": story.STAGES.get(item.name, item.name), "measure": name, **ends, **curve})
     return found
 

@@ -6,6 +6,7 @@ JSON without ``<``, ``>`` and ``&`` in the one data element that the script read
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,7 +19,8 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from lbllm_compile.codegen.cache import write_atomically
+from lbllm_compile.codegen.cache import write_atomically, write_failure
+from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.manifest import MANIFEST
 from lbllm_compile.plain import plain
@@ -30,6 +32,11 @@ from lbllm_compile.version import __version__
 
 PAGE = "report.html"
 """The page's name in an artifact."""
+
+
+class ReportError(LbllmError):
+    """A page cannot be written where it was asked for."""
+
 
 _MARK = re.compile(rb"<!doctype html>\n<!-- lbllm-report sha256=([0-9a-f]{64}) -->\n")
 """How a page begins that was written here; the hash is of all that follows."""
@@ -73,13 +80,37 @@ def write(directory: Path, progress: Progress | None = None) -> bool:
 
     Raises:
         ArtifactError: the directory is no whole, unaltered artifact of this version.
+        ReportError: the page cannot be written.
     """
     path = directory / PAGE
     if not is_free(path):
         return False
-    write_atomically(path, render(gathering.gather(directory, progress)).encode())
-    path.chmod((directory / MANIFEST).stat().st_mode & 0o777)
+    put(path, render(gathering.gather(directory, progress)), directory)
     return True
+
+
+def put(path: Path, text: str, directory: Path) -> None:
+    """Writes a page that may be written there, for whoever may read the artifact in ``directory``.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    try:
+        write_atomically(path, text.encode())
+        path.chmod((directory / MANIFEST).stat().st_mode & 0o777)
+    except OSError as error:
+        raise ReportError(f"cannot write '{path}': {write_failure(error)}") from error
+
+
+def discard(directory: Path) -> None:
+    """Removes an artifact's page, as it was written here, before a newer artifact takes that one's place.
+
+    So no page of other weights stands beside the newer one where its own is never written.
+    """
+    path = directory / PAGE
+    if _is_page(path):
+        with contextlib.suppress(OSError):  # the newer page replaces it all the same
+            path.unlink()
 
 
 def is_free(path: Path) -> bool:
@@ -89,9 +120,12 @@ def is_free(path: Path) -> bool:
 
 def _is_page(path: Path) -> bool:
     """Whether a file is a page that was written here, and as it was written."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    content = path.read_bytes()
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        content = path.read_bytes()
+    except OSError:
+        return False  # who may not read it did not write it
     match = _MARK.match(content)
     return match is not None and hashlib.sha256(content[match.end() :]).hexdigest().encode() == match.group(1)
 

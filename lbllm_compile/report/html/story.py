@@ -25,6 +25,13 @@ ONE_TOKEN = "1"
 """The token bucket of decoding."""
 
 
+PROOFS = "_kernels"
+"""How a sheet's figures end that say how kernels for a kind of target were checked which this machine does not run."""
+
+UNPROVEN = "not run"
+"""What such a figure says of kernels that nothing has run."""
+
+
 @dataclass(frozen=True)
 class LayerErrors:
     """Reconstruction errors of the decoder layers against the float model, at one point of the pipeline.
@@ -175,9 +182,21 @@ def _kernels(kernels: Sequence[Kernel]) -> str:
         layout = ", ".join(dict.fromkeys(f"{r['schedule'].get('layout', r['target'])}" for r in kernel.schedules))
         text = f"{short_name(kernel.linear)} ({kernel.spec.out_features}x{kernel.spec.in_features}): "
         text += layout or "untuned"
-        time = next((t for t in kernel.times if t.get("tokens") == ONE_TOKEN), None)
-        parts.append(text + (f", {time['microseconds']:.1f} µs a token" if time else ""))
+        time = next((r["microseconds"] for r in kernel.schedules if r["tokens"] == ONE_TOKEN), None)
+        parts.append(text + (f", {time:.1f} µs a token" if time else ""))
     return "; ".join(parts) + "."
+
+
+def _proofs(kernels: Sequence[Kernel], sheet: Mapping[str, Any]) -> Iterator[Reason]:
+    """How the kernels of each target were checked: by running them, or as their compiler's backend says."""
+    for target in dict.fromkeys(row["target"] for kernel in kernels for row in kernel.schedules):
+        specs = {kernel.spec for kernel in kernels if any(row["target"] == target for row in kernel.schedules)}
+        kinds = f"{len(specs)} kind{'' if len(specs) == 1 else 's'} of linears"
+        yield Reason(True, f"Kernels for {target}", f"of {kinds}: they gave the reference's bits before they were used")
+    for name, proofs in sheet.items():
+        if name.endswith(PROOFS):
+            text = str(proofs)
+            yield Reason(UNPROVEN not in text, f"Kernels for {name.removesuffix(PROOFS)}", text)
 
 
 def reasons(contents: Contents) -> list[Reason]:
@@ -189,14 +208,12 @@ def reasons(contents: Contents) -> list[Reason]:
     if report is None:
         found.append(Reason(False, "Report", "the compile's own report is not there, so its checks cannot be shown"))
         return found
-    exact = sum(record.error == 0 for record in report.records)
-    kept = sum(record.contract != "calibrating" for record in report.records)
-    text = f"{kept} of {len(report.records)} passes promise to keep the model's output and were held to it on a probe"
-    found.append(Reason(True, "Contracts", f"{text}; {exact} kept it bit for bit"))
-    specs = {kernel.spec for kernel in contents.kernels if kernel.spec}
-    if specs:
-        text = f"kernels of {len(specs)} kinds of linears gave the reference's bits before they were used"
-        found.append(Reason(True, "Kernels", text))
+    kept = [record for record in report.records if record.contract != "calibrating"]
+    exact = sum(record.error == 0 for record in kept)
+    promise = "promise to keep the model's output and were held to it on a probe"
+    text = f"{len(kept)} of {len(report.records)} passes {promise}; {exact} of them kept it bit for bit"
+    found.append(Reason(True, "Contracts", text))
+    found += _proofs(contents.kernels, report.sheet)
     check = contents.lock.get("check")
     if isinstance(check, Mapping) and check.get("tokens"):
         text = f"the artifact, loaded again, gave the compile's {len(check['tokens'])} greedy tokens"

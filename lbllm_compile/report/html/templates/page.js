@@ -82,7 +82,7 @@
     const ticks = [0, 1, 2, 3, 4].map((i) => ends[0] + ((ends[1] - ends[0]) * i) / 4);
     return {
       traces: [{
-        type: "heatmap", x: grid.layers.map(String), y: grid.names.map(escape), z: values, text: shown,
+        type: "heatmap", x: grid.layers.map(escape), y: grid.names.map(escape), z: values, text: shown,
         colorscale: heat(), xgap: 1, ygap: 1, hoverongaps: false,
         hovertemplate: `layer %{x}<br>%{y}<br>${unit} %{text}<extra></extra>`,
         colorbar: {thickness: 10, outlinewidth: 0, tickvals: ticks,
@@ -91,6 +91,11 @@
       layout: {xaxis: {title: {text: "decoder layer"}, type: "category", showgrid: false},
         yaxis: {autorange: "reversed", showgrid: false, type: "category"}, margin: {l: 60, r: 20, t: 34, b: 45}},
     };
+  }
+
+  function curve(name, points, colour, more) {
+    return {type: "scatter", mode: "lines", name, x: points.map((p) => p[0]), y: points.map((p) => p[1]),
+      line: {color: colour, width: 2}, marker: {size: 5}, hovertemplate: `${name}, step %{x}: %{y:.4g}<extra></extra>`, ...more};
   }
 
   const present = (grid) => grid && grid.layers.length > 0;
@@ -104,6 +109,18 @@
           marker: {color: PALETTE[0]}},
       ],
       layout: {barmode: "group", bargap: 0.55, yaxis: {title: {text: escape(data.alignment[0].measure)}, rangemode: "tozero"}},
+    }));
+  }
+
+  const trained = (data.alignment || []).filter((a) => a.validation.length);
+  if (trained.length) {
+    plot("alignment-curves", () => ({
+      traces: trained.flatMap((a, i) => [
+        curve(`${escape(a.name)}: held-out`, a.validation, PALETTE[i], {mode: "lines+markers"}),
+        curve(`${escape(a.name)}: training`, a.training, PALETTE[i], {line: {color: PALETTE[i], width: 1.5, dash: "dot"}}),
+      ]),
+      layout: {xaxis: {title: {text: "step"}, rangemode: "tozero"},
+        yaxis: {title: {text: escape(trained[0].measure)}, rangemode: "tozero"}},
     }));
   }
 
@@ -181,14 +198,9 @@
       const chosen = data.training.filter((t) => t.name === stage.value && (layer.value === "all" || String(t.layer) === layer.value));
       const one = chosen.length === 1, last = Math.max(1, ...data.training.map((t) => t.layer));
       const shade = (t) => (one ? PALETTE[0] : `hsl(${220 - (200 * t.layer) / last} 65% ${isDark() ? 62 : 45}%)`);
-      const traces = chosen.map((t) => ({
-        type: "scatter", mode: "lines+markers", name: one ? "held-out" : `layer ${t.layer}`, x: t.validation.map((p) => p[0]),
-        y: t.validation.map((p) => p[1]), line: {color: shade(t), width: 2}, marker: {size: 5},
-        hovertemplate: `layer ${t.layer}, step %{x}: %{y:.4g}<extra></extra>`}));
-      if (one && chosen[0].training) {
-        traces.push({type: "scatter", mode: "lines", name: "training", x: chosen[0].training.map((p) => p[0]),
-          y: chosen[0].training.map((p) => p[1]), line: {color: PALETTE[1], width: 1.5}, hovertemplate: "step %{x}: %{y:.4g}<extra></extra>"});
-      }
+      const traces = chosen.map((t) =>
+        curve(one ? "held-out" : `layer ${escape(t.layer)}`, t.validation, shade(t), {mode: "lines+markers"}));
+      if (one && chosen[0].training) traces.push(curve("training", chosen[0].training, PALETTE[1]));
       if (one && chosen[0].kept) {
         const kept = chosen[0].validation.filter((p) => p[0] === chosen[0].kept);
         traces.push({type: "scatter", mode: "markers", name: "kept", x: kept.map((p) => p[0]), y: kept.map((p) => p[1]),
@@ -222,9 +234,9 @@
     for (const [id, key, title] of [["tradeoff-size", "bytes", "size of the weights"], ["tradeoff-speed", "speed", "tokens a second"]]) {
       plot(id, () => ({
         traces: data.tradeoff.map((item, i) => ({
-          type: "scatter", mode: "markers+text", name: item.name, x: [item[key]], y: [item.error], text: [escape(item.name)],
+          type: "scatter", mode: "markers+text", name: escape(item.name), x: [item[key]], y: [item.error], text: [escape(item.name)],
           textposition: "top center", cliponaxis: false, marker: {size: 13, color: PALETTE[i % PALETTE.length]},
-          hovertemplate: `${escape(item.name)}<br>%{x:.4s}<br>%{y:.4g}<extra></extra>`})),
+          hovertemplate: `%{text}<br>%{x:.4s}<br>%{y:.4g}<extra></extra>`})),
         layout: {showlegend: false, margin: {l: 60, r: 40, t: 40, b: 50}, xaxis: {title: {text: title}, tickformat: "~s", rangemode: "tozero"},
           yaxis: {title: {text: data.tradeoff[0].measure}, rangemode: "tozero"}},
       }));
@@ -237,7 +249,7 @@
   if (filter) {
     filter.addEventListener("input", () => {
       const wanted = filter.value.trim().toLowerCase();
-      for (const row of byId("kernel-table").tBodies[0].rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+      for (const linear of byId("kernel-table").tBodies) linear.hidden = !linear.textContent.toLowerCase().includes(wanted);
     });
   }
 

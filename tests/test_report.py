@@ -351,6 +351,37 @@ class TestInABrowser:
         } <= {name for name, _ in plots}
         assert all(count > 0 for _, count in plots), plots
 
+    def test_every_drawing_stays_in_its_place(self, shown: Page) -> None:
+        def outside() -> list[str]:
+            draw_all(shown)
+            return shown.evaluate(
+                """[...document.querySelectorAll('.plot')].filter(plot => {
+                  const place = plot.getBoundingClientRect();
+                  return [...plot.querySelectorAll('.main-svg')].some(drawing => {
+                    const own = drawing.getBoundingClientRect();
+                    return own.top < place.top - 1 || own.bottom > place.bottom + 1 || own.right > place.right + 1;
+                  });
+                }).map(plot => plot.id)"""
+            )
+
+        assert outside() == []
+        choose(shown, "training-layer", "1")
+        shown.press("t")
+        assert outside() == []
+        shown.press("t")
+        choose(shown, "training-layer", "all")
+
+    def test_the_table_of_kernels_shows_whole_linears_that_match(self, shown: Page) -> None:
+        linears = "[...document.getElementById('kernel-table').tBodies].filter(b => !b.hidden).map(b => b.textContent)"
+        everything = shown.evaluate(linears)
+        shown.evaluate("document.getElementById('kernel-filter').focus()")
+        shown.type("DOWN_proj")
+        assert len(everything) > 2 and [("down_proj" in text) for text in shown.evaluate(linears)] == [True, True]
+        shown.evaluate("document.getElementById('kernel-filter').value = ''")
+        shown.evaluate("document.getElementById('kernel-filter').dispatchEvent(new Event('input'))")
+        shown.evaluate("document.activeElement.blur()")
+        assert shown.evaluate(linears) == everything
+
     def test_the_graph_is_searched_from_the_keyboard(self, shown: Page) -> None:
         count = "document.querySelectorAll('#graph-panes .line').length"
         everything = shown.evaluate(count)
@@ -365,11 +396,8 @@ class TestInABrowser:
         assert shown.evaluate(count) == everything
 
     def test_two_graphs_stand_side_by_side(self, shown: Page) -> None:
-        choose = "(id, text) => {{ const s = document.getElementById(id); s.value = [...s.options].find("
-        choose += "o => o.text.endsWith(text)).value; s.dispatchEvent(new Event('change')); }}"
-        choose = choose.replace("{{", "{").replace("}}", "}")
-        shown.evaluate(f"({choose})('graph-pass', ' merge')")
-        shown.evaluate(f"({choose})('graph-beside', ' lower')")
+        choose(shown, "graph-pass", " merge")
+        choose(shown, "graph-beside", " lower")
         panes = shown.evaluate("[...document.querySelectorAll('.pane')].map(p => p.innerText)")
         assert len(panes) == 2
         gone, new = (
@@ -380,8 +408,7 @@ class TestInABrowser:
         )
         assert any("lbllm.unpack_weight" in line for line in gone) and any("lbllm.bit_linear" in line for line in new)
         assert not any("= weight model.norm.weight" in line for line in (*gone, *new)), "it is in both"
-        shown.evaluate("document.getElementById('graph-beside').value = ''")
-        shown.evaluate("document.getElementById('graph-beside').dispatchEvent(new Event('change'))")
+        choose(shown, "graph-beside", "nothing")
 
     def test_dark_and_light(self, shown: Page) -> None:
         back = "getComputedStyle(document.body).backgroundColor"
@@ -397,6 +424,17 @@ class TestInABrowser:
         assert shown.evaluate(back) == dark
         shown.prefer("light")
         assert shown.evaluate(back) == light
+
+
+def choose(shown: Page, select: str, end: str) -> None:
+    """Chooses the option whose text ends so."""
+    shown.evaluate(
+        f"""(() => {{
+          const select = document.getElementById("{select}");
+          select.value = [...select.options].find(option => option.text.endsWith("{end}")).value;
+          select.dispatchEvent(new Event("change"));
+        }})()"""
+    )
 
 
 def draw_all(shown: Page) -> None:

@@ -312,7 +312,13 @@ def run(
 
     with _terminal(as_json) as ui:
         from lbllm_compile.native.generate import check_stop_strings
-        from lbllm_compile.native.language import check_prompts, context_length, encode, has_chat_template
+        from lbllm_compile.native.language import (
+            TemplateError,
+            check_prompts,
+            context_length,
+            encode,
+            has_chat_template,
+        )
         from lbllm_compile.runtime import Sampling
         from lbllm_compile.runtime.opening import open_model
 
@@ -327,7 +333,10 @@ def run(
         ids: list[int] = []
 
         def check(tokenizer: Any, config: Mapping[str, Any]) -> None:
-            ids[:] = encode(tokenizer, text, chat=not raw and has_chat_template(tokenizer))
+            try:
+                ids[:] = encode(tokenizer, text, chat=not raw and has_chat_template(tokenizer))
+            except TemplateError as error:
+                raise TemplateError(f"{error} (--raw)") from error
             check_prompts([ids], sampling, context_length(config))
 
         model = open_model(directory, target=target, progress=ui.progress, check=check)
@@ -370,6 +379,7 @@ def chat(
 
         sampling = Sampling(chatting.MOST_TOKENS if max_tokens is None else max_tokens, temperature, top_k, top_p, seed)
         stop_text = check_stop_strings([_as_text(text) for text in stop or ()])
+        system = _as_text(system)
         _use_threads(threads)
 
         def check(tokenizer: Any, config: Mapping[str, Any]) -> None:
@@ -388,7 +398,7 @@ def chat(
         if max_tokens is None and model.context_length is not None:
             most = min(sampling.max_new_tokens, max(1, model.context_length // 2))
             sampling = dataclasses.replace(sampling, max_new_tokens=most)
-        conversation = chatting.Conversation(model, sampling, _as_text(system), stop_text)
+        conversation = chatting.Conversation(model, sampling, system, stop_text)
         chatting.talk(conversation, chatting.messages(ui.stdout, ui.progress.note), ui.stdout, ui.progress.note)
 
 

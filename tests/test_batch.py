@@ -13,7 +13,8 @@ import talker
 from lbllm_compile.native import batch as batches
 from lbllm_compile.native import program as native
 from lbllm_compile.native.batch import Batch, can_batch, is_exact
-from lbllm_compile.native.program import NativeProgram, State
+from lbllm_compile.native.generate import GenerationError
+from lbllm_compile.native.program import NativeProgram, NativeSession, State
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,28 @@ def test_a_session_goes_on_from_a_part_of_another(program):
 def test_a_probe_shows_that_it_is_exact(program, monkeypatch):
     assert is_exact(program)
     real = Batch.step
-    monkeypatch.setattr(Batch, "step", lambda self, ids: real(self, ids) * np.float32(1 + 1e-6))
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "step", lambda self, ids: real(self, ids) * np.float32(1 + 1e-6))
+        assert not is_exact(program)
+    fed = NativeSession.step
+    longest = max(batches.PROBE)
+    monkeypatch.setattr(
+        NativeSession, "step", lambda self, ids: fed(self, ids) * np.float32(1 + 1e-6 * (ids.shape[1] > longest))
+    )
     assert not is_exact(program)
+
+
+def test_more_elements_than_a_call_can_index_are_refused(program, monkeypatch):
+    """As in a session of its own."""
+    session, batch = program.session(1), Batch(program, 2)
+    session.step(np.array([[5, 6, 7]]))
+    for _ in range(2):
+        batch.join(session)
+    monkeypatch.setattr(native, "MOST_ELEMENTS", 64)
+    with pytest.raises(GenerationError, match="too many for one call; use a shorter context"):
+        batch.step([5, 6])
+    with pytest.raises(GenerationError, match="too many for one call; use a shorter context"):
+        session.step(np.array([[5, 6]]))
 
 
 def test_padding_that_has_positions_keeps_sequences_apart(program):

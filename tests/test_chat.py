@@ -67,6 +67,14 @@ def test_an_answer_ends_in_front_of_the_first_stop_string(text: str, stop: list[
     assert "".join(pieces) + answer.end() == text
 
 
+def test_a_stop_string_may_be_far_longer_than_the_answer() -> None:
+    """The work for a token grows with what is held back, not with the stop string."""
+    answer = AnswerText(lambda ids: "".join(map(chr, ids)), ["ab" * (1 << 19), "b" * (1 << 20)])
+    pieces = [answer.push(ord(c)) for c in "xababxbbbx"]
+    assert pieces == ["x", "", "", "", "", "ababx", "", "", "", "bbbx"]
+    assert answer.end() == "" and not answer.stopped
+
+
 def test_a_stop_string_of_no_characters_is_refused(artifact: tuple[Path, CompiledModel]) -> None:
     result = command("run", str(artifact[0]), "--prompt", "Hello", "--stop", "")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -188,6 +196,8 @@ def test_without_a_template_messages_are_continued_as_text(plain: tuple[Path, Co
     assert out == "".join(f"{model.generate(text, max_new_tokens=9)}\n" for text in ("Hello", "Why?"))
     assert "the model has no chat template: it continues each message" in notes
     assert "it can have no system prompt" in notes
+    result = command("chat", "nowhere", "--system", "\udcff", typed="Hello\n")
+    assert result.exit_code == 2 and "is not UTF-8 text" in result.stderr  # before anything is looked for
     result = command("chat", str(directory), "--system", "Sing.", typed="Hello\n")
     assert result.exit_code == 2 and "no --system prompt" in result.stderr
 

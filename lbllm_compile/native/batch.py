@@ -93,7 +93,7 @@ class Batch:
             "position_ids": lengths,
         }
         function = description.function(len(self), 1, last=True)
-        most = max(1, function.sequences({"length": 1, "total": end, "capacity": state.capacity}))
+        most = function.sequences({"length": 1, "total": end, "capacity": state.capacity})
         results = []
         for first in range(0, len(self), most):
             part = slice(first, min(first + most, len(self)))
@@ -120,19 +120,26 @@ def can_batch(program: NativeProgram) -> bool:
 
 
 def is_exact(program: NativeProgram) -> bool:
-    """Whether sequences that are decoded together have the logits that each has alone, to the bit."""
+    """Whether logits are the same to the bit however a sequence is fed: token by token together with others or alone,
+    behind a beginning that was read in parts, or all at once."""
     bounds = program.description.bounds
     most = min(bounds.positions or max(PROBE) + PROBE_STEPS, max(PROBE) + PROBE_STEPS)
     generator, batch = np.random.default_rng(0), Batch(program, len(PROBE))
     sequences = [generator.integers(0, bounds.vocabulary or 100, (1, most)) for _ in PROBE]
     starts = [min(start, max(1, most - PROBE_STEPS)) for start in PROBE]
     sessions = [program.session(1) for _ in PROBE]
+    found = []
     for session, ids, start in zip(sessions, sequences, starts, strict=True):
-        session.step(ids[:, :start])
+        *beginning, rest = np.array_split(ids[:, :start], min(2, start), axis=1)
+        for part in beginning:
+            session.step(part)
+        found.append(session.step(rest))
         batch.join(session)
-    for i in range(min(PROBE_STEPS, most - max(starts))):
+    steps = min(PROBE_STEPS, most - max(starts))
+    for i in range(steps):
         fed = [ids[:, start + i : start + i + 1] for ids, start in zip(sequences, starts, strict=True)]
-        alone = np.concatenate([session.step(token) for session, token in zip(sessions, fed, strict=True)])
-        if not np.array_equal(batch.step([int(token[0, 0]) for token in fed]), alone):
+        found = [session.step(token) for session, token in zip(sessions, fed, strict=True)]
+        if not np.array_equal(batch.step([int(token[0, 0]) for token in fed]), np.concatenate(found)):
             return False
-    return True
+    whole = [program.session(1).step(ids[:, : start + steps]) for ids, start in zip(sequences, starts, strict=True)]
+    return all(np.array_equal(a, b) for a, b in zip(whole, found, strict=True))

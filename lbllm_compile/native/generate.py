@@ -187,7 +187,8 @@ class AnswerText:
         if found:
             text, self._held, self.stopped = self._held[: min(found)], "", True
             return text
-        beginnings = [n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        most = len(self._held) + 1  # a beginning of a stop string that is held is no longer than what is held
+        beginnings = [n for stop in self._stop for n in range(1, min(len(stop), most)) if self._held.endswith(stop[:n])]
         certain = len(self._held) - max(beginnings, default=0)
         text, self._held = self._held[:certain], self._held[certain:]
         return text

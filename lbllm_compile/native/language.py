@@ -13,6 +13,10 @@ from lbllm_compile.codegen.errors import first_line
 from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, left_pad, tokens
 
 
+class TemplateError(GenerationError):
+    """The model's chat template refuses a conversation."""
+
+
 class Steps(Protocol):
     """One generation in progress: the KV state and the attention mask of a batch of sequences."""
 
@@ -96,8 +100,8 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int
         turns: each with its ``role`` and ``content``.
 
     Raises:
-        GenerationError: there is no tokenizer or no chat template, the template refuses the turns, or one of them is
-            not valid text.
+        TemplateError: the template refuses the turns.
+        GenerationError: there is no tokenizer or no chat template, or a turn is not valid text.
     """
     for turn in turns:
         _check_text(tokenizer, turn["content"])
@@ -106,8 +110,8 @@ def encode_turns(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int
     try:
         text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's, and may fail in any way
-        raise GenerationError(
-            f"the model's chat template refuses the prompt ({first_line(error)}); give it as plain text (--raw)"
+        raise TemplateError(
+            f"the model's chat template refuses the prompt ({first_line(error)}); give other turns, or plain text"
         ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

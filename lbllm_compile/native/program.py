@@ -246,13 +246,26 @@ class Function:
         return fits and (self.most is None or batch * length <= self.most) and self.last == last
 
     def sequences(self, sizes: Mapping[str, int]) -> int:
-        """Most sequences for which every tensor can be indexed; ``sizes`` are what the other symbols stand for."""
+        """Most sequences, at least one, for which every tensor can be indexed.
+
+        Args:
+            sizes: what the symbols ``length``, ``total`` and ``capacity`` stand for.
+
+        Raises:
+            GenerationError: not even one sequence fits.
+        """
         elements = [
             count * math.prod(sizes[symbol] for symbol in symbols if symbol != "batch")
             for symbols, count in self.tensors
             if "batch" in symbols
         ]
-        return MOST_ELEMENTS // max(elements, default=1)
+        most = MOST_ELEMENTS // max(elements, default=1)
+        if most < 1:
+            raise GenerationError(
+                f"{sizes['length']} tokens of a sequence with room for {sizes['capacity']} are too many for one call;"
+                " use a shorter context"
+            )
+        return most
 
 
 @dataclass(frozen=True)
@@ -529,11 +542,6 @@ class NativeSession:
         }
         function = self._program.description.function(batch, length, last)
         most = function.sequences({"length": length, "total": end, "capacity": self.state.capacity})
-        if most < 1:
-            raise GenerationError(
-                f"{length} tokens of a sequence with room for {self.state.capacity} are too many for one call; use a"
-                " shorter context"
-            )
         parts = [slice(i, i + most) for i in range(0, batch, most)] if most < batch else [None]
         result = _joined([self._call(function, inputs, part) for part in parts], 0)
         self._lengths += new.sum(1, keepdims=True)
@@ -574,6 +582,13 @@ class NativeModel(LanguageModel):
         self.program = program
         self.config = program.description.config
         self.tokenizer = tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens the model can attend to: as its configuration says, and as many as its graph has positions for."""
+        bounds = self.program.description.bounds
+        known = [most for most in (super().context_length, bounds.positions, bounds.slots) if most is not None]
+        return min(known, default=None)
 
     def session(self, batch: int, capacity: int = 0) -> NativeSession:
         return self.program.session(batch, capacity)

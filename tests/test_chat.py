@@ -6,12 +6,11 @@ import io
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import runtime_only
 import talker
 from hypothesis import given
 from hypothesis import strategies as st
@@ -246,22 +245,8 @@ def test_an_error_keeps_the_conversation(artifact: tuple[Path, CompiledModel]) -
 
 def test_chat_needs_neither_torch_nor_the_compiler(artifact: tuple[Path, CompiledModel]) -> None:
     directory, model = artifact
-    script = textwrap.dedent(
-        f"""
-        import sys
-        class Refuse:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("torch", "transformers") or name.startswith("tvm."):
-                    raise ImportError(f"{{name}} is imported")
-        sys.meta_path.insert(0, Refuse())
-        from lbllm_compile.cli import main
-        sys.argv = ["lbllm-compile", "chat", {str(directory)!r}, "--max-tokens", "6"]
-        main()
-        """
-    )
+    command = runtime_only.command("chat", str(directory), "--max-tokens", "6")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, input="Hello\n", capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, input="Hello\n", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == expected(model, [("user", "Hello")], 6) + "\n"

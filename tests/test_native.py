@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import types
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runtime_only
 import tokenizers
 import torch
 import transformers
@@ -906,20 +906,8 @@ def test_processes_use_programs_at_once(stored, tmp_path, seconds):
 def test_run_needs_neither_torch_nor_the_compiler(stored):
     """The same text as the loaded artifact's, from a process in which torch and TVM's compiler cannot be imported."""
     out, model = stored
-    script = textwrap.dedent(
-        f"""
-        import sys
-        class Refuse:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("torch", "transformers") or name.startswith("tvm."):
-                    raise ImportError(f"{{name}} is imported")
-        sys.meta_path.insert(0, Refuse())
-        from lbllm_compile.cli import main
-        sys.argv = ["lbllm-compile", "run", {str(out)!r}, "--prompt", "w5 w3 w8", "--max-tokens", "6", "--raw"]
-        main()
-        """
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    command = runtime_only.command("run", str(out), "--prompt", "w5 w3 w8", "--max-tokens", "6", "--raw")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == model.generate("w5 w3 w8", max_new_tokens=6).strip()
 

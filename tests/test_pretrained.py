@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +23,7 @@ from zoo import VOCABULARY
 
 import lbllm_compile
 from lbllm_compile import artifact
+from lbllm_compile.pretrained import hook
 from lbllm_compile.runtime import CompiledModel, Sampling
 
 LOCK = {"model": "0" * 64, "seed": "0"}
@@ -126,6 +130,12 @@ def test_a_pipeline_answers(compiled, model):
             lambda m: m(input_ids=torch.ones(1, 2, dtype=torch.int64), position_ids=torch.tensor([[4, 5]])),
             "position_ids are not the numbers of the tokens",
         ),
+        (
+            lambda m: m(input_ids=torch.ones(1, 2, dtype=torch.int64), past_key_values=transformers.DynamicCache()),
+            "keeps its own state",
+        ),
+        (lambda m: m(input_ids=torch.ones(1, 2, dtype=torch.int64, device="meta")), "an input is on 'meta'"),
+        (lambda m: m(**{**padded(), "attention_mask": torch.ones(2, 6, device="meta")}), "an input is on 'meta'"),
         (lambda m: m(input_ids=torch.tensor([[VOCABULARY]])), "outside the vocabulary"),
         (lambda m: m.generate(**padded(), max_new_tokens=3, num_beams=2, pad_token_id=0), "use num_beams=1"),
     ],
@@ -142,6 +152,20 @@ def test_it_stays_on_the_cpu_and_is_not_saved_again(compiled, model, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", transformers.AutoModel),
+        ("llama", transformers.AutoModelForSequenceClassification),
+        ("gpt2", transformers.GPT2DoubleHeadsModel),
+    ],
+)
+def test_it_takes_no_other_models_place(name, kind, tmp_path):
+    artifact.save(stages(name)[1], tmp_path / "compiled", lock=LOCK)
+    with pytest.raises(LbllmError, match=r"cannot be a \w+; load it with AutoModelForCausalLM"):
+        kind.from_pretrained(tmp_path / "compiled")
+
+
 def test_weights_in_several_files_are_found(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "SHARD_BYTES", 20_000)
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
@@ -151,6 +175,29 @@ def test_weights_in_several_files_are_found(compiled, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
     item = padded()
     assert torch.equal(model(**item).logits, compiled[1].logits(item["input_ids"], item["attention_mask"]))
+
+
+def test_the_registry_is_followed_by_the_registration_after_an_import_that_failed(tmp_path, monkeypatch):
+    name = "registry_that_fails_once"
+    registered, imports = [], iter(["interrupted", "whole"])
+    (tmp_path / f"{name}.py").write_text("import builtins\nbuiltins.begin_registry()\n")
+
+    def begin() -> None:
+        if next(imports) == "interrupted":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "begin_registry", begin, raising=False)
+    monkeypatch.setattr(hook, "REGISTRY", name)
+    monkeypatch.setattr(hook, "_register", lambda: registered.append(name))
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, hook._Finder)])
+    monkeypatch.syspath_prepend(tmp_path)
+    hook.install()
+    assert importlib.util.find_spec(name) is not None
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module(name)
+    assert registered == []
+    importlib.import_module(name)
+    assert registered == [name]
 
 
 @pytest.mark.parametrize("first", ["import lbllm_compile", "from transformers import AutoModelForCausalLM"])

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import urllib.error
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import runtime_only
 import talker
 from typer.testing import CliRunner
 
@@ -46,21 +46,8 @@ class Server:
     """A server in a process of its own, in which torch and TVM's compiler cannot be imported."""
 
     def __init__(self, directory: Path, *options: str, key: str = KEY):
-        script = textwrap.dedent(
-            f"""
-            import sys
-            class Refuse:
-                def find_spec(self, name, path=None, target=None):
-                    if name.split(".")[0] in ("torch", "transformers") or name.startswith("tvm."):
-                        raise ImportError(f"{{name}} is imported")
-            sys.meta_path.insert(0, Refuse())
-            from lbllm_compile.cli import main
-            sys.argv = ["lbllm-compile", "serve", {str(directory)!r}, "--port", "0", *{options!r}]
-            main()
-            """
-        )
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LBLLM_API_KEY": key}
-        command = [sys.executable, "-c", script]
+        command = runtime_only.command("serve", str(directory), "--port", "0", *options)
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         self.url = self._address()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ ARCHITECTURES = {
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = "llama-bpe"
 _SPLITS = {
-    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": _LLAMA_3,
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
 }
 """llama.cpp's names of the patterns by which tokenizers split text into words."""
@@ -116,11 +117,18 @@ class Gguf(Form):
 
     def facts(self) -> Mapping[str, Any]:
         exact = sum(self._in_blocks(path) for path in self.original.bit)
+        matrices = [path for path, parameter in self.original.module.named_parameters() if parameter.dim() > 1]
+        integers = [path for path in matrices if path in self.original.rows]
+        fit = sum(self._in_blocks(path) for path in integers)
+        dense = len(matrices) - len(self.original.bit) - len(integers)
         facts: dict[str, Any] = {
             "W(1+1)_matrices_exact_in_Q8_0": f"{exact} of {len(self.original.bit)}, 8.5 bits a weight",
+            "int8_matrices_in_Q8_0": f"{fit} of {len(integers)}, 8.5 bits a weight",
+            f"dense_matrices_in_{self.dtype}": dense,
         }
-        if exact < len(self.original.bit):
-            facts["others"] = f"rounded to {self.dtype}, because their rows are no multiple of {BLOCK} columns"
+        others = len(self.original.bit) - exact + len(integers) - fit
+        if others:
+            facts[f"others_in_{self.dtype}"] = f"{others}, because their rows are no multiple of {BLOCK} columns"
         errors = [_scale_error(path, scale) for path, (_, scale) in self.original.rows.items() if self._in_blocks(path)]
         if errors:
             facts["largest_error_of_an_int8_row's_scale_in_float16"] = max(errors)
@@ -290,12 +298,14 @@ class _Tokenizer:
             return None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         described = json.loads(backend.to_str()) if backend is not None else {}
-        splits = _splits(described) if (described.get("model") or {}).get("type") == "BPE" else None
-        if splits is None:
+        steps = _pre_tokenizers(described)
+        splits = _splits(steps)
+        if splits is None or not _merges_alike(described.get("model") or {}, splits):
             raise ExportError(
                 "GGUF is written for byte-level BPE tokenizers that split words as those of GPT-2, SmolLM, LLaMA 3 or"
                 " Qwen 2, and the artifact has another; use --format hf-dense"
             )
+        _refuse_changes_of_text(described, steps)
         return cls(tokenizer, splits)
 
     def add_to(self, writer: Any, size: int) -> None:
@@ -324,23 +334,55 @@ class _Tokenizer:
         writer.add_token_types(kinds)
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
-            template = getattr(self.tokenizer, "chat_template", None)
             special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
-        special.chat_template = template
         begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         special.add_special_token = {"bos": begins, "eos": False}
         special.add_to_gguf(writer, quiet=True)
 
 
-def _splits(described: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer splits text into words; None where it has none that is known here."""
+def _pre_tokenizers(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps in which a tokenizer splits text."""
     steps = described.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
+    return steps.get("pretokenizers", [steps])
+
+
+def _splits(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """llama.cpp's name for how text is split into words in some steps; None where it has none that is known here."""
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return None if steps[0].get("add_prefix_space") else "gpt-2"
+        return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return None if steps[1].get("add_prefix_space") else "smollm"
+        return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return _SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
+        apart = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        return _SPLITS.get(steps[0].get("pattern", {}).get("Regex")) if apart else None
     return None
+
+
+def _merges_alike(model: Mapping[str, Any], splits: str) -> bool:
+    """Whether a model makes tokens of words as llama.cpp does of those that it splits in a way.
+
+    It takes a word that is a token as that, whatever the merges say, where it splits like LLaMA 3.
+    """
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    plain = model.get("type") == "BPE" and not any(model.get(option) for option in options)
+    return plain and bool(model.get("ignore_merges")) == (splits == _LLAMA_3)
+
+
+def _refuse_changes_of_text(described: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a tokenizer that changes text before it splits it, which llama.cpp would leave out without a word.
+
+    NFC, which Qwen 2's does and llama.cpp does not, is let through: nearly all text has that form.
+
+    Raises:
+        ExportError: naming the change.
+    """
+    normalizer = described.get("normalizer") or {"normalizers": []}
+    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer])]
+    change = next((f"normalize text with {kind}" for kind in kinds if kind != "NFC"), None)
+    if any(step.get("add_prefix_space") for step in steps):
+        change = "put a space before text"
+    if change is not None:
+        raise ExportError(
+            f"GGUF is not written for tokenizers that {change}, which llama.cpp does not; use --format hf-dense"
+        )

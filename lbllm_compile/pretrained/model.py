@@ -138,7 +138,8 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or inputs_embeds is not None:
             raise PretrainedError("a compiled model takes token ids; pass input_ids")
-        past = past_key_values or Past(self.compiled.session(*input_ids.shape))
+        _check_devices(input_ids, attention_mask, position_ids, labels, logits_to_keep)
+        past = Past(self.compiled.session(*input_ids.shape)) if past_key_values is None else past_key_values
         if not isinstance(past, Past):
             raise PretrainedError("a compiled model keeps its own state; pass the past_key_values that it returned")
         length = past.tokens + input_ids.shape[1]
@@ -156,6 +157,17 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         kept = None if use_cache is False else past
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)  # pyright: ignore
         return output if return_dict is not False else output.to_tuple()
+
+
+def _check_devices(*inputs: Any) -> None:
+    """Checks that tensors are where the kernels run.
+
+    Raises:
+        PretrainedError: one is on another device.
+    """
+    others = [one.device for one in inputs if isinstance(one, Tensor) and one.device.type != "cpu"]
+    if others:
+        raise PretrainedError(f"a compiled model runs on the CPU, and an input is on '{others[0]}'; move it to the CPU")
 
 
 def _check_positions(given: Tensor, mask: Tensor, past: int) -> None:

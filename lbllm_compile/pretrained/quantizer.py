@@ -40,8 +40,15 @@ class LbllmQuantizer(HfQuantizer):
         return torch.float32  # of the logits; the weights have their own
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin
+
         from lbllm_compile.pretrained.model import CompiledForCausalLM  # needs all of transformers' models
 
+        if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), GenerationMixin)):
+            raise PretrainedError(
+                f"a compiled model is a causal language model and cannot be a {type(model).__name__}; load it with"
+                " AutoModelForCausalLM"
+            )
         files = kwargs.get("checkpoint_files")
         self._directory = Path(files[0]).parent if files else Path(model.config.name_or_path)
         if not is_artifact(self._directory):

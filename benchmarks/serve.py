@@ -57,7 +57,7 @@ class Settings:
 @contextmanager
 def served(artifact: Path, at_once: int, threads: int) -> Iterator[tuple[str, int]]:
     """The address of a server, which ends with the block."""
-    arguments = ["serve", str(artifact), "--port", "0", "--name", "model", "--together", str(at_once)]
+    arguments = ["serve", str(artifact), "--port", "0", "--name", "model", "--together", str(at_once), "--api-key", ""]
     command = [sys.executable, "-m", "lbllm_compile", *arguments]
     process = subprocess.Popen(command, env=harness.environment(threads), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -278,6 +278,9 @@ def test_models_health_and_metrics(server, client):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "invalid_value", "messages.0"),
         ({"messages": []}, "messages", "invalid_value", "at least 1 item"),
         ({"extra_body": {"beam": 3}}, "beam", "unknown_parameter", "there is no parameter beam"),
+        ({"store": True}, "store", "unsupported_parameter", "store = true is not supported"),
+        ({"stop": list("abcde")}, "stop", None, "5 stop strings were given; use at most 4"),
+        ({"messages": [{**asked("Hello")[0], "name": "Zoë"}]}, "messages.0.name", "invalid_value", "messages.0.name"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(client, changes, param, code, said):
@@ -292,7 +295,7 @@ def test_what_is_not_supported_is_refused_by_name(client, changes, param, code, 
 def test_what_changes_nothing_is_taken(client):
     answer = client.chat.completions.create(
         model="talker", messages=asked("Hello"), max_tokens=3, n=1, presence_penalty=0, frequency_penalty=0.0,
-        user="somebody", response_format={"type": "text"}, logit_bias={},
+        user="somebody", response_format={"type": "text"}, logit_bias={}, store=False, stop=["\n"] * 4,
     )  # fmt: skip
     assert answer.usage.completion_tokens <= 3
 
@@ -310,6 +313,13 @@ def test_what_changes_nothing_is_taken(client):
         (b'{"model": "talker", "prompt": ["a", "b"]}', 400, "send one a request"),
         (b'{"model": "talker", "prompt": "\\ud800"}', 400, "surrogate"),
         (b'{"model": "other", "prompt": "a"}', 404, "there is no model 'other'"),
+        (b'{"model": "\\ud800", "prompt": "a"}', 404, "there is no model '\\ud800'"),
+        (b'{"model": "talker", "prompt": "a", "\\udcff": 1}', 400, "the request: input should be a valid string"),
+        (
+            b'{"model": "talker", "prompt": "a", "stream": true, "stream_options": {"\\udcff": 1}}',
+            400,
+            "there is no stream option ?",
+        ),
         (b'{"model": "talker", "prompt": "' + b"a" * 20000 + b'"}', 413, "more than 20000 bytes"),
     ],
 )
@@ -423,6 +433,8 @@ def test_limits_of_tokens_and_time(artifact):
         stream = server.client.completions.create(**long(max_tokens=400), stream=True)
         with pytest.raises(openai.APIError, match="was not finished in"):
             list(stream)
+        assert server.metric('lbllm_refused_total{status="504"}') == 0
+        assert server.metric('lbllm_refused_total{status="400"}') == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -437,6 +449,51 @@ def test_a_signal_lets_answers_end(artifact, number):
         assert server.process.wait(60) == 0
         with pytest.raises(OSError):
             server.socket()
+
+
+def asked_at_once(server: Server, requests: int) -> tuple[ThreadPoolExecutor, list[Future[tuple[int, Any]]]]:
+    """Long requests, more than are answered together, once the first is in work."""
+
+    def ask(number: int) -> tuple[int, Any]:
+        try:
+            return posted(server, json.dumps(long(f"Hello {number}")).encode())
+        except (OSError, ValueError) as error:  # the connection was broken off
+            return 0, error
+
+    pool = ThreadPoolExecutor(requests)
+    answers = [pool.submit(ask, number) for number in range(requests)]
+    while server.metric("lbllm_running") + server.metric("lbllm_waiting") < requests:
+        time.sleep(0.01)
+    return pool, answers
+
+
+def test_who_waits_when_the_grace_ends_is_told(artifact):
+    with serving(artifact[0], "--together", "1", "--grace", "0.1") as server:
+        pool, answers = asked_at_once(server, 16)
+        server.process.send_signal(signal.SIGTERM)
+        with pool:
+            told = [answer.result(60) for answer in answers]
+        late = [document["error"] for status, document in told if status == 503]
+        assert {status for status, _ in told} <= {200, 503} and len(late) > 1
+        assert {error["code"] for error in late} == {"shutting_down"}
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(artifact, second):
+    with serving(artifact[0], "--together", "1", "--grace", "100000") as server:
+        pool, answers = asked_at_once(server, 40)
+        server.process.send_signal(signal.SIGTERM)
+        while True:  # until the first has been heard
+            try:
+                server.socket().close()
+            except OSError:
+                break
+            time.sleep(0.01)
+        server.process.send_signal(second)
+        assert server.process.wait(60) == 0
+        with pool:
+            assert sum(answer.result(60)[0] != 200 for answer in answers) > 1
 
 
 # Load
@@ -480,7 +537,7 @@ def test_no_answer_of_ten_thousand_is_lost_or_mixed_up(server, artifact):
 def test_the_benchmark_runs(artifact, tmp_path):
     results = tmp_path / "results.json"
     arguments = ["--artifact", str(artifact[0]), "--at-once", "3", "--threads", "1", "--quick", "--json", str(results)]
-    environment = {name: value for name, value in os.environ.items() if name != "LBLLM_API_KEY"}
+    environment = {**os.environ, "LBLLM_API_KEY": "another"}  # which the benchmark's own server does not ask for
     command = [sys.executable, "-m", "benchmarks.serve", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -493,8 +550,15 @@ def test_the_benchmark_runs(artifact, tmp_path):
     ("options", "said"),
     [
         (["--port", "70000"], "there is no port 70000"),
-        (["--together", "0"], "0 is too little for together"),
-        (["--timeout", "0"], "time-outs must be positive"),
+        (["--together", "0"], "0 is too little for --together; use at least 1"),
+        (["--waiting", "0"], "0 is too little for --waiting; use at least 1"),
+        (["--max-tokens", "0"], "0 is too little for --max-tokens; use at least 1"),
+        (["--max-body", "-5"], "-5 is too little for --max-body; use at least 1"),
+        (["--prefix-cache", "-1"], "-1 is too little for --prefix-cache; use at least 0"),
+        (["--timeout", "0"], "--timeout cannot be 0; use more than 0"),
+        (["--timeout", "nan"], "--timeout cannot be nan; use more than 0"),
+        (["--grace", "-1"], "--grace cannot be -1; use 0 to"),
+        (["--grace", "inf"], "--grace cannot be inf; use 0 to"),
         (["--host", "256.0.0.1"], "there is no address '256.0.0.1'"),
         (["--threads", "0"], "0 threads cannot compute"),
     ],

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.serve.engine import BusyError, ClosedError, Engine, Event, Failed, Finished, LateError, Piece, Token
+from lbllm_compile.serve.engine import (
+    BusyError,
+    ClosedError,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    LateError,
+    Piece,
+    SchedulerError,
+    Token,
+)
 from lbllm_compile.serve.metrics import Metrics
 from lbllm_compile.serve.protocol import PARSERS, Answer, RequestError, Served
 
@@ -33,8 +43,6 @@ SEND_SECONDS = 60.0
 RETRY_SECONDS = 1
 """When a client may ask again that was refused because too many wait."""
 
-_LOG = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Front:
@@ -46,7 +54,6 @@ class Front:
         metrics: counts.
         api_key: that clients must send; empty for none.
         most_bytes: of a request's body.
-        closing_seconds: that answers in work have at the end.
     """
 
     served: Served
@@ -54,16 +61,10 @@ class Front:
     metrics: Metrics
     api_key: str
     most_bytes: int
-    closing_seconds: float
 
 
 def application(front: Front) -> ASGIApp:
-    """The application; its shutdown closes the engine."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(front.engine.close, front.closing_seconds)
+    """The application."""
 
     async def answer(request: Request) -> Response:
         return await _answer(front, request)
@@ -77,13 +78,9 @@ def application(front: Front) -> ASGIApp:
         return JSONResponse(_model(front.served))
 
     async def health(_: Request) -> Response:
-        alive = front.engine.alive
-        document = {
-            "status": "ok" if alive else "closing",
-            "waiting": front.engine.waiting,
-            "running": front.engine.running,
-        }
-        return JSONResponse(document, 200 if alive else 503)
+        engine = front.engine
+        document = {"status": engine.status, "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(document, 200 if engine.status == "ok" else 503)
 
     async def metrics(_: Request) -> Response:
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -91,7 +88,7 @@ def application(front: Front) -> ASGIApp:
     async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
         front.metrics.refused(error.status)
-        return JSONResponse(error.body, error.status, error.headers)
+        return _told(error)
 
     async def refuse_plainly(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -99,7 +96,7 @@ def application(front: Front) -> ASGIApp:
         return await refuse(request, RequestError(error.status_code, said, headers=error.headers))
 
     async def stumble(_: Request, error: Exception) -> Response:
-        return JSONResponse(RequestError(500, _fault(error), kind="server_error").body, 500)
+        return _told(RequestError(500, _fault(error), kind="server_error"))
 
     routes = [
         *(Route(path, answer, methods=["POST"]) for path in PARSERS),
@@ -109,7 +106,7 @@ def application(front: Front) -> ASGIApp:
         Route("/metrics", metrics),
     ]
     handlers: dict[Any, Any] = {RequestError: refuse, HTTPException: refuse_plainly, Exception: stumble}
-    return _Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), front)
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), front)
 
 
 class _Guard:
@@ -169,7 +166,7 @@ async def _answer(front: Front, request: Request) -> Response:
     if answer.stream:
         return StreamingResponse(_stream(answer, events, end), media_type="text/event-stream", headers=_UNBUFFERED)
     try:
-        return JSONResponse(await _whole(answer, events))
+        return await _whole(answer, events)
     finally:
         end()
 
@@ -205,7 +202,7 @@ async def _watch(receive: Callable[[], Awaitable[Any]], gone: Callable[[], None]
     gone()
 
 
-async def _whole(answer: Answer, events: asyncio.Queue[Event | None]) -> dict[str, Any]:
+async def _whole(answer: Answer, events: asyncio.Queue[Event | None]) -> Response:
     """The whole answer, when it is there."""
     text: list[str] = []
     tokens: list[Token] = []
@@ -215,11 +212,11 @@ async def _whole(answer: Answer, events: asyncio.Queue[Event | None]) -> dict[st
             text.append(event.text)
             tokens += [] if event.token is None else [event.token]
         elif isinstance(event, Finished):
-            return answer.whole("".join(text), tokens, event)
+            return JSONResponse(answer.whole("".join(text), tokens, event))
         elif isinstance(event, Failed):
-            raise _refusal(event.error)
+            return _told(_failure(event.error))
         else:
-            raise RequestError(499, "the client has gone")
+            return _told(RequestError(499, "the client has gone"))
 
 
 async def _stream(answer: Answer, events: asyncio.Queue[Event | None], end: Callable[[], None]) -> AsyncIterator[str]:
@@ -244,7 +241,7 @@ async def _stream(answer: Answer, events: asyncio.Queue[Event | None], end: Call
                 yield "data: [DONE]\n\n"
                 return
             if isinstance(event, Failed):
-                yield _sent(_refusal(event.error).body)
+                yield _sent(_failure(event.error).body)
                 return
             if event is None:
                 return
@@ -256,18 +253,27 @@ def _sent(document: Any) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
 
 
-def _refusal(error: Exception) -> RequestError:
-    """How an error of the engine is told."""
+def _told(error: RequestError) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _refusal(error: LbllmError) -> RequestError:
+    """How it is told that a request is not taken."""
     if isinstance(error, BusyError):
         headers = {"Retry-After": str(RETRY_SECONDS)}
         return RequestError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
+    if isinstance(error, ClosedError | SchedulerError):
+        return _failure(error)
+    return RequestError(400, str(error))
+
+
+def _failure(error: Exception) -> RequestError:
+    """How it is told that a request that was taken is not answered: nothing was wrong with it."""
     if isinstance(error, ClosedError):
         return RequestError(503, str(error), kind="server_error", code="shutting_down")
     if isinstance(error, LateError):
         return RequestError(504, str(error), kind="server_error", code="timeout")
-    if isinstance(error, LbllmError):
-        return RequestError(400, str(error))
-    return RequestError(500, _fault(error), kind="server_error")
+    return RequestError(500, str(error) if isinstance(error, LbllmError) else _fault(error), kind="server_error")
 
 
 def _fault(error: Exception) -> str:

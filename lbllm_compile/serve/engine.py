@@ -19,7 +19,7 @@ import numpy as np
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.native.batch import Batch, can_batch
-from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, check_stop_strings, choose
+from lbllm_compile.native.generate import AnswerText, Sampling, choose
 from lbllm_compile.native.language import check_prompts
 from lbllm_compile.native.program import NativeModel, NativeSession
 
@@ -28,6 +28,11 @@ PART_TOKENS = 128
 
 SHARED_TOKENS = 16
 """Prompts that share fewer tokens than this are not worth a copy."""
+
+LEAST_LOGPROB = -9999.0
+"""Stands for the logarithm of a probability of zero, which JSON has no number for, as in the OpenAI API."""
+
+_FAILED = "the server cannot answer any more after a fault; its log says more, and it must be started again"
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +43,10 @@ class BusyError(LbllmError):
 
 class ClosedError(LbllmError):
     """The engine takes no more requests."""
+
+
+class SchedulerError(LbllmError):
+    """The engine cannot answer any more, after a fault of its own."""
 
 
 class LateError(LbllmError):
@@ -67,7 +76,7 @@ class Request:
 @dataclass(frozen=True)
 class Token:
     """One token of an answer, with the natural logarithm of its probability and the likeliest tokens' where they were
-    asked for; sampling options do not change these."""
+    asked for, at least :data:`LEAST_LOGPROB`; sampling options do not change these."""
 
     id: int
     logprob: float | None = None
@@ -193,7 +202,7 @@ class Engine:
         self._waiting: deque[_Active] = deque()
         self._running: list[_Active] = []
         self._batch, self._rows = Batch(model.program, self.together), list[_Active]()
-        self._closing = self._ended = False
+        self._closing = self._ended = self._failed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -208,9 +217,9 @@ class Engine:
         return len(self._running)
 
     @property
-    def alive(self) -> bool:
-        """Whether requests are taken."""
-        return self._thread.is_alive() and not self._closing
+    def status(self) -> str:
+        """``ok`` while requests are taken, ``closing`` when no more are, ``failed`` after a fault of the scheduler."""
+        return "failed" if self._failed else "closing" if self._closing else "ok"
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
         """Takes a request.
@@ -223,15 +232,17 @@ class Engine:
             GenerationError: it does not fit the context, or a token or stop string is out of range.
             BusyError: too many wait.
             ClosedError: the engine is closed.
+            SchedulerError: the scheduler has failed.
         """
         check_prompts([request.prompt], request.sampling, self.model.context_length)
         self.model.program.description.bounds.check_ids(min(request.prompt), max(request.prompt))
-        check_stop_strings(request.stop)
         text = AnswerText(self.model.decode, request.stop)
         generator = np.random.default_rng(request.sampling.seed)
         active = _Active(request, deliver, text, generator, time.monotonic(), rest=list(request.prompt))
         with self._changed:
-            if self._closing or not self._thread.is_alive():
+            if self._failed:
+                raise SchedulerError(_FAILED)
+            if self._closing:
                 raise ClosedError("the server is shutting down; ask another one")
             if len(self._waiting) >= self._most_waiting:
                 raise BusyError(f"{self._most_waiting} requests wait already; try again later")
@@ -255,21 +266,42 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._running or self._closing):
-                    self._changed.wait()
-                if self._closing and not self._waiting and not self._running:
-                    return
-            self._drop()
-            self._admit()
-            self._read()
-            self._decode()
+        try:
+            while self._wait():
+                self._drop()
+                self._admit()
+                self._read()
+                self._decode()
+        except Exception:
+            _LOG.exception("the scheduler failed")
+            self._give_up()
+
+    def _wait(self) -> bool:
+        """Waits for something to do; whether there is."""
+        with self._changed:
+            while not (self._waiting or self._running or self._closing):
+                self._changed.wait()
+            return bool(self._waiting or self._running)
+
+    def _give_up(self) -> None:
+        """Takes no more requests, and ends those that are there without touching what may be broken."""
+        with self._changed:
+            self._failed = self._closing = True
+            left = [*self._waiting, *self._running]
+            self._waiting.clear()
+            self._running.clear()
+        for active in left:
+            try:
+                self._tell(active, "failed", Failed(SchedulerError(_FAILED)))
+            except Exception:
+                _LOG.exception("a request could not be told that the scheduler failed")
 
     def _drop(self) -> None:
         """Ends requests that were cancelled, are late, or are still there when the engine ends."""
         now = time.monotonic()
-        for active in [*self._waiting, *self._running]:
+        with self._changed:
+            there = [*self._waiting, *self._running]
+        for active in there:
             if active.cancelled:
                 self._end(active, "cancelled", None)
             elif self._ended:
@@ -400,8 +432,7 @@ class Engine:
 
     def _fail(self, actives: Sequence[_Active], error: Exception) -> None:
         """Ends requests whose tokens could not be computed, and forgets what was computed with them."""
-        if not isinstance(error, GenerationError):
-            _LOG.exception("a request failed", exc_info=error)
+        _LOG.error("a request failed", exc_info=error)
         for active in actives:
             active.session = None
         if any(active in self._rows for active in actives):
@@ -420,6 +451,10 @@ class Engine:
             for there in (self._waiting, self._running):
                 if active in there:
                     there.remove(active)
+        self._tell(active, reason, event)
+
+    def _tell(self, active: _Active, reason: str, event: Event | None) -> None:
+        """Tells who listens that a request has ended."""
         if event is not None:
             active.deliver(event)
         if self._listener is not None:
@@ -432,7 +467,7 @@ class _Kept:
     """Conversations that were answered, the one used last at the end.
 
     Args:
-        most: bytes that their sessions may hold together.
+        most: bytes that their sessions may hold together; with 0 nothing is shared, not even with what is in work.
         whole: only whole conversations can be gone on with, because the model keeps a state that cannot go back.
     """
 
@@ -464,6 +499,8 @@ class _Kept:
         Returns:
             A session that holds the beginning, for the caller; or else one to copy it from; and how many tokens.
         """
+        if self._most == 0:
+            return None, None, 0
         kept = [(ids, session) for ids, (session, _) in self._sessions.items()]
         found, source, known = 0, None, ()
         for ids, session in [*kept, *((ids[: session.past], session) for ids, session in others)]:
@@ -503,5 +540,6 @@ def _with_logprobs(token: int, logits: np.ndarray, wanted: int | None) -> Token:
         return Token(token)
     exact = logits.astype(np.float64) - logits.max()
     exact -= np.log(np.exp(exact).sum())
+    exact = exact.clip(min=LEAST_LOGPROB)
     order = np.argsort(-exact, kind="stable")[:wanted]
     return Token(token, float(exact[token]), tuple((int(i), float(exact[i])) for i in order))

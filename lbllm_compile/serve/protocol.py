@@ -16,17 +16,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lbllm_compile.native.generate import Sampling
-from lbllm_compile.native.language import LanguageModel, context_length, encode, encode_turns, has_chat_template
+from lbllm_compile.native.generate import Sampling, TextStream
+from lbllm_compile.native.language import LanguageModel, TemplateError, encode, encode_turns, has_chat_template
 from lbllm_compile.serve.engine import Finished, Request, Token
 
 MOST_LOGPROBS = 20
 """Likeliest tokens that may be asked for beside each token."""
 
-UNBOUNDED_TOKENS = 4096
-"""Tokens of an answer where neither the request nor the model's context bounds them."""
+MOST_STOPS = 4
+"""Stop strings of a request, as in the API."""
 
-_NOTES = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+UNBOUNDED_TOKENS = 4096
+"""Tokens of an answer at most, where neither the server nor the model's context bounds them."""
+
+_NOTES = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 """Fields that say something of a request and change no answer."""
 
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
@@ -40,6 +43,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),
+    "store": (False,),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
@@ -67,7 +71,13 @@ class RequestError(Exception):
     ):
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        where = None if param is None else _encodable(param)
+        self.body = {"error": {"message": _encodable(message), "type": kind, "param": where, "code": code}}
+
+
+def _encodable(text: str) -> str:
+    """A text in which halves of surrogate pairs, which JSON can name but UTF-8 cannot, are question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class _Fields(BaseModel):
@@ -98,7 +108,7 @@ class _Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
-    name: str | None = None
+    name: None = None
     refusal: None = None
 
     def turn(self) -> dict[str, str]:
@@ -161,6 +171,8 @@ class Answer(ABC):
             raise RequestError(400, f"there is no stream option {min(unknown)}", param="stream_options")
         self.usage = bool(options.get("include_usage"))
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        if len(stop) > MOST_STOPS:
+            raise RequestError(400, f"{len(stop)} stop strings were given; use at most {MOST_STOPS}", param="stop")
         self.request = Request(
             tuple(prompt), _sampling(served, fields, prompt, most), tuple(stop), logprobs, served.seconds
         )
@@ -207,8 +219,8 @@ class ChatAnswer(Answer):
         """Reads a request.
 
         Raises:
-            RequestError: it is malformed or asks for what is not there.
-            GenerationError: the template refuses the turns.
+            RequestError: it is malformed, asks for what is not there, or the template refuses the turns.
+            GenerationError: a turn is not valid text.
         """
         fields = _read(_ChatFields, served, document)
         if not has_chat_template(served.model.tokenizer):
@@ -216,7 +228,10 @@ class ChatAnswer(Answer):
         if fields.top_logprobs and not fields.logprobs:
             raise RequestError(400, "top_logprobs are given with logprobs; set those too", param="top_logprobs")
         most = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
-        prompt = encode_turns(served.model.tokenizer, [message.turn() for message in fields.messages])
+        try:
+            prompt = encode_turns(served.model.tokenizer, [message.turn() for message in fields.messages])
+        except TemplateError as error:
+            raise RequestError(400, f"{error} (/v1/completions)", param="messages") from error
         return cls(served, fields, prompt, most, (fields.top_logprobs or 0) if fields.logprobs else None)
 
     def whole(self, text: str, tokens: Sequence[Token], end: Finished) -> dict[str, Any]:
@@ -257,7 +272,10 @@ class CompletionAnswer(Answer):
     """An answer of ``/v1/completions``."""
 
     kind, prefix = "text_completion", "cmpl"
-    _offset = 0
+
+    def __init__(self, served: Served, fields: _Fields, prompt: Sequence[int], most: int | None, logprobs: int | None):
+        super().__init__(served, fields, prompt, most, logprobs)
+        self._decoded, self._offset = TextStream(served.model.decode), 0
 
     @classmethod
     def parse(cls, served: Served, document: Any) -> CompletionAnswer:
@@ -292,17 +310,23 @@ class CompletionAnswer(Answer):
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.request.logprobs is None or not tokens:
             return None
-        texts = [self._text(token.id) for token in tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._decoded.push(token.id))
         return {
-            "tokens": texts,
+            "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._text(i): logprob for i, logprob in token.likeliest} for token in tokens],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """By their texts; of tokens with one text, such as parts of characters, the likeliest."""
+        found: dict[str, float] = {}
+        for likely, logprob in token.likeliest:
+            found.setdefault(self._text(likely), logprob)
+        return found
 
 
 PARSERS: Mapping[str, Callable[[Served, Any], Answer]] = {
@@ -339,7 +363,7 @@ def _read(kind: Any, served: Served, document: Any) -> Any:
             raise RequestError(
                 400, f"there is no parameter {where} here; leave it out", code="unknown_parameter", param=where
             ) from error
-        message = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        message = f"{where or 'the request'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise RequestError(400, message, code="invalid_value", param=where) from error
     if fields.model != served.name:
         raise RequestError(
@@ -353,11 +377,13 @@ def _read(kind: Any, served: Served, document: Any) -> Any:
 
 def _sampling(served: Served, fields: _Fields, prompt: Sequence[int], asked: int | None) -> Sampling:
     """How tokens are chosen. Without a seed, one is drawn."""
-    limit, most = context_length(served.model.config), served.most_tokens
+    limit, most = served.model.context_length, served.most_tokens
+    if most is None and limit is None:
+        most = UNBOUNDED_TOKENS
     if asked is not None and most is not None and asked > most:
         raise RequestError(400, f"{asked} tokens were asked for; this server gives at most {most}", param="max_tokens")
-    room = UNBOUNDED_TOKENS if limit is None else limit - len(prompt)
-    if room < 1 or (asked is not None and limit is not None and asked > room):
+    room = None if limit is None else limit - len(prompt)
+    if room is not None and (room < 1 or (asked is not None and asked > room)):
         raise RequestError(
             400,
             f"the model's context holds {limit} tokens, and the prompt has {len(prompt)}"
@@ -367,7 +393,7 @@ def _sampling(served: Served, fields: _Fields, prompt: Sequence[int], asked: int
             param="messages" if isinstance(fields, _ChatFields) else "prompt",
         )
     return Sampling(
-        max_new_tokens=asked if asked is not None else min(room, room if most is None else most),
+        max_new_tokens=asked or min(bound for bound in (room, most) if bound is not None),
         temperature=1.0 if fields.temperature is None else fields.temperature,
         top_k=fields.top_k or 0,
         top_p=1.0 if fields.top_p is None else fields.top_p,

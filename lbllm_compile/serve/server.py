@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -26,6 +30,15 @@ from lbllm_compile.serve.protocol import Served
 
 BACKLOG = 2048
 """Connections that may wait to be taken."""
+
+MOST_SECONDS = 1 << 24
+"""Of any time that is given: half a year, which the system's clocks can wait for."""
+
+LAST_SECONDS = 5
+"""In which clients must have taken their answers when the time for these is over."""
+
+TELL_SECONDS = 1
+"""In which clients are told that a second signal broke their answers off."""
 
 
 class ServeError(LbllmError):
@@ -69,15 +82,21 @@ class ServeOptions:
     target: str = "cpu"
 
     def __post_init__(self) -> None:
-        least = {"together": 1, "waiting": 1, "most_tokens": 1, "most_bytes": 1, "kept_bytes": 0}
-        for field, lowest in least.items():
-            value = getattr(self, field)
+        for option, value, lowest in (
+            ("--together", self.together, 1),
+            ("--waiting", self.waiting, 1),
+            ("--max-tokens", self.most_tokens, 1),
+            ("--max-body", self.most_bytes, 1),
+            ("--prefix-cache", self.kept_bytes >> 20, 0),
+        ):
             if value is not None and value < lowest:
-                raise ServeError(f"{value} is too little for {field.replace('_', ' ')}; use at least {lowest}")
+                raise ServeError(f"{value} is too little for {option}; use at least {lowest}")
         if not 0 <= self.port <= 65535:
             raise ServeError(f"there is no port {self.port}; use 1 to 65535, or 0 for a free one")
-        if not (self.seconds > 0 and self.closing_seconds >= 0):
-            raise ServeError("time-outs must be positive")
+        if not 0 < self.seconds <= MOST_SECONDS:
+            raise ServeError(f"--timeout cannot be {self.seconds:g}; use more than 0, up to {MOST_SECONDS} seconds")
+        if not 0 <= self.closing_seconds <= MOST_SECONDS:
+            raise ServeError(f"--grace cannot be {self.closing_seconds:g}; use 0 to {MOST_SECONDS} seconds")
 
 
 def serve(options: ServeOptions, progress: Progress) -> None:
@@ -108,7 +127,7 @@ def serve(options: ServeOptions, progress: Progress) -> None:
             listener=metrics,
         )
         metrics.watch(engine)
-        front = Front(served, engine, metrics, options.api_key, options.most_bytes, options.closing_seconds)
+        front = Front(served, engine, metrics, options.api_key, options.most_bytes)
         config = uvicorn.Config(
             application(front),
             log_config=None,
@@ -116,20 +135,44 @@ def serve(options: ServeOptions, progress: Progress) -> None:
             server_header=False,
             ws="none",
             backlog=BACKLOG,
-            lifespan="on",
-            timeout_graceful_shutdown=max(1, round(options.closing_seconds)),
+            lifespan="off",
+            timeout_graceful_shutdown=math.ceil(options.closing_seconds) + LAST_SECONDS,
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         listening.listen(BACKLOG)  # from here on who connects is answered, if only when the loop runs
         progress.note(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C or SIGTERM ends it")
         _log_to(progress)
-        _Server(config).run(sockets=[listening])
+        _Server(config, engine, options.closing_seconds).run(sockets=[listening])
         progress.note("the server has ended")
 
 
 class _Server(uvicorn.Server):
-    """Ends at SIGTERM and SIGINT and returns, where uvicorn's own raises the signal again."""
+    """Ends at SIGTERM and SIGINT and returns, where uvicorn's own raises the signal again.
+
+    At the first signal the engine has some time to end its answers, and its clients are told where it could not; a
+    second one, of either kind, ends at once.
+
+    Args:
+        config: uvicorn's.
+        engine: is closed.
+        seconds: that answers in work have.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds: float):
+        super().__init__(config)
+        self._engine, self._seconds = engine, seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit, self.should_exit = self.should_exit, True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = threading.Thread(target=self._engine.close, args=(self._seconds,), name="closing", daemon=True)
+        closing.start()
+        await super().shutdown(sockets)
+        self._engine.close(0)  # a second signal does not wait for the thread above
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=TELL_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -31,7 +31,8 @@ core and two tails, which meet at knees that train, too. They stand behind the g
 told at :func:`..codegen.reference.knee_table`. A linear then multiplies int8 values, as with 8-bit activations.
 
 The state that does best on held-out sequences is kept, the untrained one included. Errors of the layers are reported as
-by ``distill``, and the divergence of the whole model's output, with untrained quantizers and with trained ones.
+by ``distill`` (without ``epochs`` on a couple of held-out batches alone), and the divergence of the whole model's
+output, with untrained quantizers and with trained ones.
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches.
 """
@@ -53,7 +54,7 @@ from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
-from .calibrate.chains import Chains, layer_errors, paired_layers, train_layers, with_tensors
+from .calibrate.chains import Chains, Trained, layer_errors, paired_layers, train_layers, with_tensors
 from .calibrate.knees import UNPLACED, place_knees
 from .calibrate.layers import Layers, Stage
 from .calibrate.precision import Precision
@@ -69,6 +70,10 @@ from .observe import nothing_to_quantize
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
+
+MEASURED = 2
+"""Held-out batches on which the layers are measured where all train together: ``finetune``, which ends the
+calibration, measures them on all."""
 
 _lbllm = torch.ops.lbllm
 
@@ -132,8 +137,8 @@ class Activate(Pass):
             stream=STREAM - 1,
         )
         if self.epochs:
-            whole, trained, rows = self._train_layers(program, pair, context)
-            tensors, summary = together.run(program.kind, lambda: whole, context, trained)
+            whole, trained = self._train_layers(program, pair, context)
+            tensors, summary = together.run(program.kind, lambda: whole, context, trained.tensors)
         else:
 
             def start() -> Whole:
@@ -141,18 +146,20 @@ class Activate(Pass):
                 return Whole.start(program, pair, context, self.batch, self.steps, self.precision, generator)
 
             tensors, summary = together.run(program.kind, start, context, {})
-            rows = layer_errors(self.name, with_tensors(program, tensors), context, self.batch)
+            rows = layer_errors(self.name, with_tensors(program, tensors), context, self.batch, MEASURED)
+            trained = Trained({}, rows, {})
         program = with_tensors(program, tensors)
-        return PassResult(program, rows, {**summary, "input_ranges": input_ranges(program, context.calibration[0])})
+        summary = {**summary, "input_ranges": input_ranges(program, context.calibration[0])}
+        return PassResult(program, trained.rows, summary, trained.channel_weights)
 
     def _train_layers(
         self, program: Program, pair: tuple[Layers, Layers], context: PassContext
-    ) -> tuple[Whole, dict[str, Tensor], list[dict[str, Any]]]:
-        """Trains layer by layer; returns the whole program as it came, what the layers learned, and their figures."""
+    ) -> tuple[Whole, Trained]:
+        """Trains layer by layer; returns the whole program as it came, and what the layers learned."""
         teacher, student = pair
         chains = Chains.start(program, teacher, student, context, self.batch, self.precision)
         behind_prologue = chains.student.fork(), chains.student_validation.fork()
-        trained, rows = train_layers(
+        trained = train_layers(
             self.name,
             "stage 3: training clip factors and levels",
             program,
@@ -163,7 +170,7 @@ class Activate(Pass):
         )
         training, validation = behind_prologue
         chains = dataclasses.replace(chains, student=training, student_validation=validation)
-        return Whole.of(pair, chains, program.kind), trained, rows
+        return Whole.of(pair, chains, program.kind), trained
 
     def _check(self, program: Program) -> None:
         for option, value in (("bits", self.bits), ("kv", self.kv)):

@@ -29,27 +29,28 @@ class Contract:
     at most ``bound``. ``calibrating``: changes the model on purpose; the change is reported, not judged.
 
     A ``bounded`` pass may promise more of what it replaces: a relative error of at most ``each`` between a node and
-    what takes its place, on the same inputs. It holds its result to that by :func:`.contracts.check_replaced`.
+    what takes its place, on the same inputs. It holds its result to that by :func:`.contracts.check_replaced`. Where
+    that holds of some nodes alone, ``of`` says which, in words.
     """
 
     kind: str
     bound: float = 0.0
     each: float = math.inf
+    of: str = ""
 
     def __str__(self) -> str:
         if self.kind != "bounded":
             return self.kind
-        return (
-            f"bounded({self.bound:g}, each {self.each:g})" if math.isfinite(self.each) else f"bounded({self.bound:g})"
-        )
+        each = f", each {self.each:g}" if math.isfinite(self.each) else ""
+        return f"bounded({self.bound:g}{each}{f' of {self.of}' if self.of else ''})"
 
 
 EXACT = Contract("exact")
 CALIBRATING = Contract("calibrating")
 
 
-def bounded(bound: float, each: float = math.inf) -> Contract:
-    return Contract("bounded", bound, each)
+def bounded(bound: float, each: float = math.inf, of: str = "") -> Contract:
+    return Contract("bounded", bound, each, of)
 
 
 class Checkpoints(Protocol):
@@ -105,8 +106,10 @@ class PassContext:
         seed: start of every generator a pass makes; passes never touch the global one.
         device: where calibrations compute. Programs, and what passes return, are on the CPU.
         progress, checkpoints: see the protocols.
-        channel_weights: what errors in the layers' outputs weigh (:mod:`.calibrate.sensitivity`), by output; the first
-            pass that measures it fills it for those behind.
+        channel_weights: what errors in the layers' outputs weigh (:mod:`.calibrate.sensitivity`), by output, as the
+            last pass before measured it that trains layer by layer (``distill``, or ``activate`` with epochs); passes
+            that train all layers together (``activate`` without epochs, ``finetune``) measure the layers by it. Empty
+            where no pass before has.
     """
 
     teacher: Program | None = None
@@ -118,7 +121,7 @@ class PassContext:
     device: torch.device = CPU
     progress: Progress = field(default_factory=NoProgress)
     checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
-    channel_weights: dict[str, Tensor] = field(default_factory=dict)
+    channel_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self, stream: int) -> torch.Generator:
         """A generator of its own for ``stream`` (a layer index, say), a function of the seed alone."""
@@ -146,11 +149,13 @@ class PassResult:
         program: the rewritten program.
         rows: one JSON-able mapping per layer or site, for the report (errors, flip rates, ...).
         summary: JSON-able figures of the whole pass.
+        channel_weights: for the passes behind, where this one measured them: see :class:`PassContext`.
     """
 
     program: Program
     rows: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
+    channel_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ well); so do rows that it takes from the front of a stored table. A plain module
 Runs on lowered and simulated graphs alike; the probe batch of the context gives head sizes. Outputs stay bit-equal
 where torch computes attention the same way; where it rounds otherwise, low-bit activations spread that through a deep
 model (see ``lower``), so the contract's bound only catches wreckage. What is held to a narrow one is every attention by
-itself, against the one it replaces, on the inputs that has on the probe.
+itself, against the one it replaces, on the inputs that has on the probe. Where the graph simulates no bits of keys and
+values, this is where they are rounded first, and the bound is that of their bits; the summary tells which one held.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Cache(Pass):
     """
 
     name: ClassVar[str] = "cache"
-    contract: ClassVar[Contract] = bounded(0.5, each=1e-4)
+    contract: ClassVar[Contract] = bounded(0.5, each=1e-4, of="simulated keys and values")
 
     bits: Literal[0, 4, 8, 16] = 0
 
@@ -190,7 +191,12 @@ class Cache(Pass):
         simulated = bool(calls(plain.graph, _lbllm.fake_quantize_kv.default))
         bound = self.contract.each if simulated else _KV_ROUNDING[rows[0]["bits"]]
         error = _check_attentions(plain, program, names, bound, context.probe)
-        figures = {"attentions": len(rows), "convolutions": convolutions, "worst_attention_error": error}
+        figures = {
+            "attentions": len(rows),
+            "convolutions": convolutions,
+            "worst_attention_error": error,
+            "attention_error_bound": bound,
+        }
         return PassResult(program, rows=rows, summary=figures)
 
     def _replace(

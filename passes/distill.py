@@ -86,7 +86,7 @@ class Distill(Pass):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         pair = paired_layers(self.name, program, context)
         chains = Chains.start(program, *pair, context, self.batch, self.precision)
-        stored, rows = train_layers(
+        trained = train_layers(
             self.name,
             "stage 2: training weights",
             program,
@@ -96,11 +96,11 @@ class Distill(Pass):
             lambda lifted, teacher, index: self._train(lifted, teacher, chains, context, index),
         )
         summary = {
-            "layers": len(rows),
-            "mean_before": sum(r["before"] for r in rows) / len(rows),
-            "mean_after": sum(r["after"] for r in rows) / len(rows),
+            "layers": len(trained.rows),
+            "mean_before": sum(r["before"] for r in trained.rows) / len(trained.rows),
+            "mean_after": sum(r["after"] for r in trained.rows) / len(trained.rows),
         }
-        return PassResult(with_tensors(program, stored), rows, summary)
+        return PassResult(with_tensors(program, trained.tensors), trained.rows, summary, trained.channel_weights)
 
     def _train(
         self, lifted: Lifted, teacher: Stage, chains: Chains, context: PassContext, index: int

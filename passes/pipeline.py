@@ -200,12 +200,15 @@ def run(
     """
     apart()
     records: list[PassRecord] = []
+    channel_weights = context.channel_weights
     outputs = contracts.probe_outputs(program, context.probe)
     for index, item in enumerate(passes, start=1):
         reclaim(program.module)
         start = time.perf_counter()
         checkpoints = PassCheckpoints(context.checkpoints, f"{index:02d}-")
-        result = item.apply(program, dataclasses.replace(context, checkpoints=checkpoints))
+        own = dataclasses.replace(context, checkpoints=checkpoints, channel_weights=channel_weights)
+        result = item.apply(program, own)
+        channel_weights = result.channel_weights or channel_weights
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         after = result.program

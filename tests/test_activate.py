@@ -11,7 +11,8 @@ from lbllm_compile.passes.annotate import LAYER, LINEAR
 from lbllm_compile.passes.base import PassContext, PassError, PassResult, batches_of
 from lbllm_compile.passes.calibrate import simulate
 from lbllm_compile.passes.calibrate.alignment import kl_loss
-from lbllm_compile.passes.calibrate.ranges import SEQUENCES
+from lbllm_compile.passes.calibrate.chains import with_tensors
+from lbllm_compile.passes.calibrate.ranges import SEQUENCES, input_ranges
 from lbllm_compile.passes.ir.program import Program, get_attribute
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 from torch import fx
@@ -149,7 +150,7 @@ def test_training_lowers_the_divergence_from_the_float_model(trained):
 
 
 def test_training_on_the_whole_output_alone_lowers_the_divergence(data):
-    result = apply(quantized(), "activate{group=32}", dataclasses.replace(data, channel_weights={}))
+    result = apply(quantized(), "activate{group=32}", data)
     assert improved(result.summary) and not result.rows and result.summary["layers"] == 2
 
 
@@ -171,6 +172,15 @@ def test_ranges_are_those_of_the_inputs_before_the_clip(data):
         assert found["low"] == pytest.approx(float(x.amin(-1).mean()), rel=1e-4)
         assert found["high"] == pytest.approx(float(x.amax(-1).mean()), rel=1e-4)
         assert found["peak"] == pytest.approx(float(x.abs().max()), rel=1e-4)
+
+
+def test_ranges_need_nothing_behind_the_last_quantizer(data):
+    result = apply(quantized(), "activate{group=0,steps=0}", data)
+    cut = with_tensors(result.program, {"wrong": torch.empty(0, 0)})
+    head = _calls(cut, _aten.linear.default)[-1]
+    with cut.graph.inserting_before(head):
+        head.update_arg(1, cut.graph.get_attr("wrong"))
+    assert input_ranges(cut, data.calibration[0]) == result.summary["input_ranges"]
 
 
 def test_the_reported_divergence_is_that_of_the_program(trained, data):

@@ -35,7 +35,7 @@ def test_merged_linears_and_cached_attentions_are_what_they_replace(name: str) -
     merged, figures = applied(simulated(name), "merge")
     assert figures["worst_linear_error"] < 1e-6
     _, figures = applied(merged, "cache")
-    assert figures["worst_attention_error"] < 1e-5
+    assert figures["worst_attention_error"] < 1e-5 and figures["attention_error_bound"] == cache.Cache.contract.each
     _, figures = applied(applied(merged, "lower")[0], "cache")
     assert figures["worst_attention_error"] < 1e-5
 
@@ -45,6 +45,7 @@ def test_rounded_keys_and_values_are_within_their_bits(bits: int) -> None:
     program, _ = applied(captured("mistral")[1], "canonicalize,annotate{keep_dense=*}")
     _, figures = applied(program, f"cache{{bits={bits}}}")
     assert 0 < figures["worst_attention_error"] < {4: 0.5, 8: 0.02, 16: 2e-3}[bits]
+    assert figures["worst_attention_error"] < figures["attention_error_bound"] == cache._KV_ROUNDING[bits]
 
 
 def scaled(node: torch.fx.Node) -> torch.fx.Node:

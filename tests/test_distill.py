@@ -11,6 +11,7 @@ import pytest
 import torch
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.latent import stored_levels
+from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.calibrate import layers, simulate, training
 from lbllm_compile.passes.calibrate.chains import layer_errors
@@ -142,7 +143,7 @@ def test_training_keeps_the_best_state():
 
 
 def test_a_training_tells_its_losses():
-    value, steps = torch.zeros(1), 2 * training.POINTS + 6
+    value, steps = torch.zeros(1), 2 * training.POINTS + 7
     losses = lambda i: (value - 1.0).square().sum()  # noqa: E731
     validate = lambda: float(abs(value[0] - 0.5))  # noqa: E731
     outcome = training.train(
@@ -150,7 +151,7 @@ def test_a_training_tells_its_losses():
         batches=1, steps=steps, every=30,
     )  # fmt: skip
     assert outcome.curve["validation"] == [[0, 0.5], [30, 0.5], [60, 0.5], [steps, 0.5]]
-    assert outcome.curve["training"] == [[step, 1.0] for step in range(3, steps + 1, 3)]
+    assert outcome.curve["training"] == [[step, 1.0] for step in [*range(3, steps + 1, 3), steps]]
     assert len(outcome.curve["training"]) <= training.POINTS
 
 
@@ -191,10 +192,31 @@ def test_distill_lowers_the_held_out_error_of_the_layers(trained):
         assert 0 < row["sign_flips"] < 0.2 and 0 < row["bitmap_flips"] < 0.2
 
 
-def test_layers_are_measured_again_as_they_were_when_they_trained(trained, data):
-    rows = layer_errors("a pass behind", trained.program, data, Distill().batch)
+def test_layers_are_measured_again_as_they_were_when_they_trained(student, trained, data):
+    behind = dataclasses.replace(data, channel_weights=trained.channel_weights, checkpoints=Memory())
+    rows = layer_errors("a pass behind", trained.program, behind, Distill().batch)
     assert [row["after"] for row in rows] == [pytest.approx(row["after"], rel=1e-4) for row in trained.rows]
-    assert layer_errors("a pass alone", trained.program, context(), 2) == []
+    assert layer_errors("a pass behind", student, behind, Distill().batch) == rows, "a resumed compile tells the same"
+    assert layer_errors("a pass alone", trained.program, data, 2) == []
+
+
+def test_layers_can_be_measured_on_the_first_batches_alone(student, trained, data):
+    behind = dataclasses.replace(data, channel_weights=trained.channel_weights)
+    size = len(data.validation[0]["input_ids"])
+    few = layer_errors("a pass behind", student, behind, size, 2)
+    assert few == layer_errors(
+        "a pass behind", student, dataclasses.replace(behind, validation=data.validation[:2]), size
+    )
+    assert few != layer_errors("a pass behind", student, behind, size)
+
+
+def test_passes_behind_get_what_the_errors_of_layers_weigh(student, data):
+    around = dataclasses.replace(data, probe=data.validation[0])
+    text = "distill{epochs=1,batch=2},activate{group=32,steps=0}"
+    _, records = pipeline.run(student, pipeline.parse(text), around)
+    assert [len(record.rows) for record in records] == [2, 2] and not around.channel_weights
+    _, (alone,) = pipeline.run(student, pipeline.parse("activate{group=32,steps=0}"), around)
+    assert not alone.rows
 
 
 def test_without_learning_rate_nothing_improves(student, data):

@@ -70,15 +70,17 @@ class Chains:
         batch: int,
         precision: Precision,
         chosen: Callable[[int], Sequence[int]] = range,
+        held_out: int | None = None,
     ) -> Chains:
         """Runs the prologues on batches of ``batch`` sequences.
 
         Args:
             chosen: of so many training batches, the ones to use; all by default.
+            held_out: validation batches to use, the first ones; all by default.
         """
         batches = calibration_batches(program, context.calibration, batch)
         batches = [batches[index] for index in chosen(len(batches))]
-        validation = calibration_batches(program, context.validation, batch)
+        validation = calibration_batches(program, context.validation, batch)[:held_out]
         chains = [Activations(source, context.device) for source in (batches, batches, validation, validation)]
         for chain, layers in zip(chains, (teacher, student) * 2, strict=True):
             chain.advance(layers.prologue)
@@ -118,6 +120,21 @@ class Chains:
         return sum(errors) / len(errors)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training layer by layer gives.
+
+    Attributes:
+        tensors: of all layers, by path.
+        rows: of figures, one a layer.
+        channel_weights: what errors in the layers' outputs weighed, on the CPU.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rows: Sequence[Mapping[str, Any]]
+    channel_weights: Mapping[str, Tensor]
+
+
 def train_layers(
     name: str,
     title: str,
@@ -126,7 +143,7 @@ def train_layers(
     chains: Chains,
     context: PassContext,
     train: Callable[[Lifted, Stage, int], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> Trained:
     """Walks teacher and student layers in order, trains those that no checkpoint holds, and moves the chains on.
 
     Args:
@@ -136,13 +153,11 @@ def train_layers(
         pair: the layers of the float program and of this one.
         train: gives a layer's stored tensors, on any device, and figures (``after`` among them) for the lifted student
             and the teacher, both on the context's device, and the layer's index.
-
-    Returns:
-        The tensors of all layers by path, and one row of figures a layer.
     """
     stored: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
-    chains.weights = _weights(name, program, pair[0], chains.precision, context)
+    weights = _weights(name, program, pair[0], chains.precision, context)
+    chains.weights = {output: weight.to(context.device) for output, weight in weights.items()}
     layers = list(zip(*(each.layers for each in pair), strict=True))
     with context.progress.task(title, len(layers)) as task:
         for index, stages in enumerate(layers):
@@ -164,39 +179,53 @@ def train_layers(
             trim()
             rows.append({"layer": index, "before": before, **metrics})
             task.advance(f"error {before:.4f} -> {metrics['after']:.4f}")
-    return stored, rows
+    return Trained(stored, rows, weights)
 
 
 def _weights(
     name: str, program: Program, teacher: Layers, precision: Precision, context: PassContext
 ) -> dict[str, Tensor]:
-    """The weights of the layers' outputs, on the context's device."""
+    """The weights of the layers' outputs, on the CPU."""
     stage = f"{name}.channels"
     done = context.checkpoints.load(stage, 0)
     if done is None:
         done = channel_weights(program, teacher, context, precision), {}
         context.checkpoints.save(stage, 0, *done)
-    context.channel_weights.update(done[0])
-    return {path: weights.to(context.device) for path, weights in done[0].items()}
+    return done[0]
 
 
-def layer_errors(name: str, program: Program, context: PassContext, batch: int) -> list[dict[str, Any]]:
+def layer_errors(
+    name: str, program: Program, context: PassContext, batch: int, count: int | None = None
+) -> list[dict[str, Any]]:
     """How far each layer of a program is from the float one, measured as where layers train: on held-out sequences,
-    each program on its own activations. Nothing where no pass before has measured which channels matter.
+    each program on its own activations. Nothing where no pass before has measured which channels matter. Kept as a
+    checkpoint, so that a resumed compile reports the same figures.
 
     Args:
         name: of the pass that asks.
         program: as the pass leaves it.
         batch: sequences at a time.
+        count: how many batches of them, the first ones of the held-out set; all by default.
 
     Returns:
         A row ``layer``, ``after`` for each layer.
     """
     if not context.channel_weights:
         return []
+    stage = f"{name}.layers"
+    done = context.checkpoints.load(stage, 0)
+    if done is None:
+        done = {}, {"rows": _layer_errors(name, program, context, batch, count)}
+        context.checkpoints.save(stage, 0, *done)
+    return done[1]["rows"]
+
+
+def _layer_errors(
+    name: str, program: Program, context: PassContext, batch: int, count: int | None
+) -> list[dict[str, Any]]:
     teacher, student = paired_layers(name, program, context)
-    chains = Chains.start(program, teacher, student, context, batch, "float32", lambda count: ())
-    chains.weights = {path: weights.to(context.device) for path, weights in context.channel_weights.items()}
+    chains = Chains.start(program, teacher, student, context, batch, "float32", lambda batches: (), count)
+    chains.weights = {output: weight.to(context.device) for output, weight in context.channel_weights.items()}
     rows = []
     with context.progress.task("measuring the layers", len(teacher.layers)) as task:
         for index, stages in enumerate(zip(teacher.layers, student.layers, strict=True)):

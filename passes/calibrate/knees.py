@@ -17,7 +17,7 @@ from ...codegen import operators as operators
 from ...codegen import reference
 from ...codegen.progress import Progress
 from ..base import batches_of
-from ..ir.program import Program
+from ..ir.program import Program, Runner
 from ..ir.rewrite import activation_knees, computed, is_call
 
 UNPLACED = 0.3
@@ -72,14 +72,14 @@ def _has_knees(node: fx.Node) -> bool:
     return is_call(node, _lbllm.fake_quantize.default) and bool(activation_knees(node))
 
 
-class _Search(fx.Interpreter):
+class _Search(Runner):
     """Runs a program up to its last quantizer with knees, and places those of each on its way."""
 
     def __init__(self, module: fx.GraphModule, sites: int, task: Any):
         super().__init__(module)
         self._left, self._task = sites, task
 
-    def run_node(self, n: fx.Node) -> Any:
+    def evaluate(self, n: fx.Node) -> Any:
         if not self._left:
             return None
         if _has_knees(n):
@@ -87,4 +87,4 @@ class _Search(fx.Interpreter):
             knees.copy_(best_knees(x, clip, group))
             self._left -= 1
             self._task.advance()
-        return super().run_node(n)
+        return super().evaluate(n)

@@ -12,7 +12,7 @@ from ...codegen import operators as operators
 from ...codegen import reference
 from ..base import batches_of
 from ..ir.annotations import LINEAR
-from ..ir.program import Program
+from ..ir.program import Program, Runner
 from ..ir.rewrite import computed, is_call
 
 SEQUENCES = 4
@@ -40,20 +40,24 @@ def input_ranges(program: Program, batch: Mapping[str, Any]) -> dict[str, dict[s
     return found.ranges
 
 
-class _Ranges(fx.Interpreter):
-    """Runs a program and looks at what its quantizers get."""
+class _Ranges(Runner):
+    """Runs a program as far as its last quantizer, and looks at what quantizers get."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
         self.ranges: dict[str, dict[str, Any]] = {}
+        self._left = {n for n in self.graph.nodes if is_call(n, torch.ops.lbllm.fake_quantize.default)}
 
-    def run_node(self, n: fx.Node) -> Any:
-        if is_call(n, torch.ops.lbllm.fake_quantize.default):
+    def evaluate(self, n: fx.Node) -> Any:
+        if not self._left:
+            return None  # nothing looks at it
+        if n in self._left:
+            self._left.remove(n)
             linear = next((user for user in n.users if LINEAR in user.meta), None)
             if linear is not None:
                 info = linear.meta[LINEAR]
                 self.ranges[info.path] = {"layer": info.layer, **_range(*computed(n, self.env).pick("x", "group"))}
-        return super().run_node(n)
+        return super().evaluate(n)
 
 
 def _range(x: Tensor, group: int) -> dict[str, float]:

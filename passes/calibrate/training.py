@@ -87,7 +87,7 @@ class Curve:
     """
 
     def __init__(self, steps: int, before: float):
-        self._run = -(-steps // POINTS)
+        self._steps, self._run = steps, -(-steps // POINTS)
         self._losses: list[float] = []
         self._points: dict[str, list[tuple[int, float]]] = {"validation": [], "training": []}
         self._add("validation", 0, before)
@@ -95,7 +95,7 @@ class Curve:
     def step(self, number: int, loss: float) -> None:
         """Notes the training loss of a step; the first is number 1."""
         self._losses.append(loss)
-        if number % self._run == 0:
+        if number % self._run == 0 or number == self._steps:
             self._add("training", number, sum(self._losses) / len(self._losses))
             self._losses.clear()
 

@@ -24,7 +24,7 @@ def test_what_once_was_refused_is_right(name: str) -> None:
     assert 0 < finding.error <= architectures.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["lfm 2", "mixtral", pytest.param("deepseek 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lfm 2", "mixtral", "xlm", pytest.param("deepseek 2", marks=pytest.mark.slow)])
 def test_what_once_ran_in_torch_alone_runs_natively(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
     finding = examine(name)

@@ -8,7 +8,8 @@ from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder, Layout, ProgramBuilder, TensorSpec
 from lbllm_compile.codegen.program.compile import build_loops, compile_program, operators_to_loops
-from lbllm_compile.codegen.program.fuse import fuse_rows, with_residual
+from lbllm_compile.codegen.program.floats import hide_floats, show_floats
+from lbllm_compile.codegen.program.fuse import fuse_rows, join_rows, with_residual
 from lbllm_compile.codegen.program.launch import without_memory
 from lbllm_compile.codegen.program.queries import bindings, called_kernel
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -136,6 +137,84 @@ def test_rows_that_are_read_elsewhere_or_cut_stay(also):
     spec = QuantizeSpec(32 if also == "halved" else 64, 32, 4)
     module = operators_to_loops(build(64, spec, False, also), LANES)
     assert called(fuse_rows(module)) == called(module)
+
+
+@T.prim_func(s_tir=True)
+def negated(x_: T.handle, y_: T.handle, out_: T.handle):
+    rows = T.int32()
+    x = T.match_buffer(x_, (rows, 48), "float32", align=4)
+    y = T.match_buffer(y_, (rows, 48), "float32", align=4)
+    out = T.match_buffer(out_, (rows, 48), "float32", align=4)
+    for m in range(rows):
+        for k in range(48):
+            out[m, k] = T.float32(0) - x[m, k] * y[m, k]
+
+
+@T.prim_func(s_tir=True)
+def bound(x_: T.handle, y_: T.handle, out_: T.handle):
+    rows = T.int32()
+    x = T.match_buffer(x_, (rows, 48), "float32", align=4)
+    y = T.match_buffer(y_, (rows, 48), "float32", align=4)
+    out = T.match_buffer(out_, (rows, 48), "float32", align=4)
+    for m in range(rows):
+        for k in range(48):
+            product: T.let = x[m, k] * y[m, k]
+            out[m, k] = T.float32(0) - product
+
+
+@T.prim_func(s_tir=True)
+def chosen(x_: T.handle, y_: T.handle, out_: T.handle):
+    rows = T.int32()
+    x = T.match_buffer(x_, (rows, 48), "float32", align=4)
+    y = T.match_buffer(y_, (rows, 48), "float32", align=4)
+    out = T.match_buffer(out_, (rows, 48), "float32", align=4)
+    for m in range(rows):
+        for k in range(48):
+            out[m, k] = T.Select(k < 48, x[m, k] * -y[m, k], T.float32(0))
+
+
+@T.prim_func(s_tir=True)
+def sums(h_: T.handle, z_: T.handle, out_: T.handle):
+    rows = T.int32()
+    h = T.match_buffer(h_, (rows, 48), "float32", align=4)
+    z = T.match_buffer(z_, (rows, 48), "float32", align=4)
+    out = T.match_buffer(out_, (rows, 48), "float32", align=4)
+    for m in range(rows):
+        for k in range(48):
+            out[m, k] = h[m, k] + z[m, k]
+
+
+@pytest.mark.parametrize("producer", [negated, bound, chosen], ids=["negated", "bound", "chosen"])
+def test_a_product_is_rounded_before_a_sum_of_the_kernel_behind(producer):
+    """The addend cancels the rounded product, so that what a single rounding leaves is all there is."""
+    producer = show_floats(hide_floats(producer))
+    joined = join_rows(producer, sums)
+    assert joined is not None
+    library = compile_functions({"joined": joined, "producer": producer, "sums": sums}, HERE.llvm)
+    x, y = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    h, expected, out = torch.empty(3, 5, 48)
+    z = x * y
+    library["producer"](x, y, h)
+    library["sums"](h, z, expected)
+    library["joined"](x, y, z, out)
+    assert torch.equal(h, -z) and not expected.any() and torch.equal(out, expected)
+
+
+def test_a_product_in_the_result_is_rounded_before_the_residual():
+    @T.prim_func(s_tir=True)
+    def scaled(x_: T.handle, y_: T.handle, out_: T.handle):
+        x = T.match_buffer(x_, (1, 48), "float32", align=4)
+        y = T.match_buffer(y_, (1, 48), "float32", align=4)
+        out = T.match_buffer(out_, (1, 48), "float32", align=4)
+        for n in range(48):
+            out[0, n] = x[0, n]
+            out[0, n] = out[0, n] * y[0, n]
+
+    function = compile_functions({"scaled": with_residual(scaled)}, HERE.llvm)["scaled"]
+    x, y = torch.randn(2, 1, 48, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(1, 48)
+    function(x, y, -(x * y), out)
+    assert not out.any()
 
 
 def test_a_result_is_not_copied_to_change_its_shape():

@@ -18,6 +18,9 @@ _PREFIX = "lbllm.float."
 _KINDS = {kind.__name__: kind for kind in (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div)}
 _KINDS |= {kind.__name__: kind for kind in (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE)}
 
+_TRANSPARENT = {"tirx.reinterpret", "tirx.bitwise_xor", "tirx.if_then_else", "tirx.likely"}
+"""Calls of which LLVM sees the operands: among them the two that change a sign (:func:`_negated`)."""
+
 _BITS = {f"float{bits}": f"int{bits}" for bits in (16, 32, 64)}
 """Integers of the same size."""
 
@@ -42,15 +45,36 @@ def show_floats(function: PrimFunc) -> PrimFunc:
 
 
 def rounded(store: Any) -> Any:
-    """A store of a product, which LLVM rounds before anything that reads it is added to it.
+    """A store of what may be a product, which LLVM rounds before anything that reads it is added to it.
 
-    TVM lets LLVM round a product and a sum once. Where a kernel reads what another one has written, LLVM may see both.
+    TVM lets LLVM round a product and a sum once. Where a kernel reads what another one has written, LLVM may see both,
+    also a product whose sign changes, one of several values, and one that a variable stands for.
     """
     value = store.value
-    dtype = str(value.ty.dtype)
-    if not isinstance(value, tirx.Mul) or not dtype.startswith("float"):
+    if not _is_float(value) or not _has_product(value):
         return store
-    return tirx.BufferStore(store.buffer, pure_intrinsic(dtype, "llvm.arithmetic.fence", value), store.indices)
+    fenced = pure_intrinsic(str(value.ty.dtype), "llvm.arithmetic.fence", value)
+    return tirx.BufferStore(store.buffer, fenced, store.indices)
+
+
+def _has_product(value: Any) -> bool:
+    """Whether a value is computed from a product of floats, or a variable, otherwise than by a function of it."""
+
+    def look(part: Any) -> Any:
+        if isinstance(part, tvm.ir.Call) and getattr(part.op, "name", "") not in _TRANSPARENT:
+            return tvm_ffi.WalkResult.SKIP
+        if isinstance(part, tvm.ir.TensorLoad):
+            return tvm_ffi.WalkResult.SKIP
+        if isinstance(part, (tirx.Mul, tirx.Var)) and _is_float(part):
+            return tvm_ffi.VisitInterrupt()
+        return None
+
+    kinds = tvm.ir.Call, tvm.ir.TensorLoad, tirx.Mul, tirx.Var
+    return tvm_ffi.structural_walk(value, (kinds, look), order="pre") is not None
+
+
+def _is_float(value: Any) -> bool:
+    return str(value.ty.dtype).startswith("float")
 
 
 def _compiled(value: Any) -> Any:

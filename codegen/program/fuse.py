@@ -39,6 +39,9 @@ def with_residual(function: Any) -> PrimFunc:
     *inputs, out = function.params
     residual = tirx.decl_buffer(out.ty.shape, out.ty.dtype, "residual", data_alignment=out.ty.data_alignment)
 
+    def fence(store: Any) -> Any:
+        return rounded(store) if store.buffer.same_as(out) else store
+
     def add(store: Any) -> Any:
         if not store.buffer.same_as(out):
             return store
@@ -46,7 +49,8 @@ def with_residual(function: Any) -> PrimFunc:
         return tirx.BufferStore(out, value, store.indices)
 
     if _is_read(function.body, out):
-        body = tirx.SeqStmt([function.body, _add_behind(residual, out, has_parallel_loop(function.body))])
+        sums = tvm_ffi.structural_map(function.body, (tirx.BufferStore, fence))
+        body = tirx.SeqStmt([sums, _add_behind(residual, out, has_parallel_loop(function.body))])
     else:
         body = tvm_ffi.structural_map(function.body, (tirx.BufferStore, add))
     return _function([*inputs, residual, out], body, function)

@@ -6,7 +6,8 @@ segment becomes one TIR function with one parallel region, in which every thread
 * A kernel with parallel loops does its share of them and waits for the others at a barrier, behind all of them where
   they stand in a serial loop. What it writes is shared.
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
-  What a later segment needs is written by the first thread alone, and the others wait.
+  What a later segment needs is written by the first thread alone, and the others wait; where its size follows the
+  number of tokens, which has no place in a block, every segment that needs it computes it.
 
 Weights, state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
 layers of a model, which differ in nothing else, share one TIR function, and those that follow one another one launch.
@@ -24,8 +25,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,32 @@ def merge_launches(module: Any, name: str, begins_segment: Callable[[str], bool]
         if begins_segment(call.name) and segments[-1].calls:
             segments.append(_Segment())
         segments[-1].calls.append(call)
+    _compute_where_read(segments)
     return _Rewrite(module, name, function, segments, result).run()
+
+
+def _compute_where_read(segments: Sequence[_Segment]) -> None:
+    """Repeats small kernels whose results have no fixed size in the segments that read these, where they can be."""
+    numbers = itertools.count(sum(len(call.writes) for segment in segments for call in segment.calls))
+    for i, segment in enumerate(segments):
+        for call in segment.calls:
+            if all(map(_has_fixed_size, call.writes)) or call.parallel or any(r.result >= 0 for r in call.reads):
+                continue
+            for later in segments[i + 1 :]:
+                if {w.result for w in call.writes} & {r.result for c in later.calls for r in c.reads}:
+                    fresh = {write.result: next(numbers) for write in call.writes}
+                    readers = [replace(c, arguments=[_renumbered(a, fresh) for a in c.arguments]) for c in later.calls]
+                    later.calls = [replace(call, writes=[_renumbered(w, fresh) for w in call.writes]), *readers]
+
+
+def _renumbered(argument: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(argument, _Place) and argument.result in numbers:
+        return replace(argument, result=numbers[argument.result])
+    return argument
+
+
+def _has_fixed_size(place: _Place) -> bool:
+    return all(isinstance(size, (int, tirx.IntImm)) for size in place.shape)
 
 
 def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
@@ -296,6 +322,8 @@ class _Rewrite:
 
 
 def _aligned(place: _Place) -> int:
+    if not _has_fixed_size(place):
+        raise KernelError(f"a tensor of {list(place.shape)} is shared by threads or layers; its size must be fixed")
     size = math.prod(int(d) for d in place.shape) * tvm.DataType(place.dtype).itemsize
     return -(-size // ALIGNMENT) * ALIGNMENT
 

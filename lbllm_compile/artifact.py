@@ -46,6 +46,7 @@ from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.cache import (
     cache_directory,
     exchange,
+    known_sha256,
     read_sha256,
     sha256,
     sync,
@@ -385,6 +386,30 @@ def listed_files(directory: Path) -> dict[str, Any]:
         ArtifactError: the directory is no artifact of this version.
     """
     return read_manifest(directory)[0]["files"]
+
+
+def weight_files(directory: Path) -> dict[str, str]:
+    """Which file of the artifact holds each weight, by the weight's path. Of several files none is read.
+
+    Raises:
+        ArtifactError: the directory is no artifact of this version, or what says so is altered or damaged.
+    """
+    files = listed_files(directory)
+    shards = [name for name in files if name.endswith(".safetensors")]
+    if len(shards) > 1:
+        try:
+            places = json.loads(read_file(directory, INDEX))["weight_map"]
+            if not set(places.values()) <= set(shards):
+                raise ValueError("a file that is not in the artifact")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"'{directory / INDEX}' does not say where weights are; compile again") from error
+        return dict(places)
+    places = {}
+    for name in shards:
+        check_file(directory, name, files[name], known_sha256)
+        with safe_open(str(directory / name), framework="pt") as shard:
+            places |= dict.fromkeys(shard.keys(), name)
+    return places
 
 
 def compiled_here(loaded: Artifact) -> bool:

@@ -147,32 +147,40 @@ def _found(directory: Path, linear: str, known: Sequence[str]) -> str:
 
 
 class _Tensors:
-    """The stored weights of an artifact, each file checked when something is read from it."""
+    """The stored weights of an artifact, each file checked before something is read from it, and no other."""
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._files = artifact.listed_files(directory)
-        self._places: dict[str, str] = {}
-        for name in self._files:
-            if name.endswith(".safetensors"):
-                check_file(directory, name, self._files[name], known_sha256)
-                with safe_open(str(directory / name), framework="pt") as shard:
-                    self._places |= dict.fromkeys(shard.keys(), name)
+        self._checked: set[str] = set()
+        self._places = artifact.weight_files(directory)
 
     def __contains__(self, path: str) -> bool:
         return path in self._places
 
     def read(self, path: str) -> Any:
-        with safe_open(str(self._directory / self._places[path]), framework="pt") as shard:
+        with self._opened(path) as shard:
             return shard.get_tensor(path)
 
     def rows(self, path: str) -> int | None:
         """Output features of a linear."""
         for name in (f"{path}.weight.sign", f"{path}.weight.rows", f"{path}.weight"):
             if name in self:
-                with safe_open(str(self._directory / self._places[name]), framework="pt") as shard:
+                with self._opened(name) as shard:
                     return shard.get_slice(name).get_shape()[-2]
         return None
+
+    def _opened(self, path: str) -> Any:
+        """The file that holds a weight.
+
+        Raises:
+            ArtifactError: it is another file than the artifact's.
+        """
+        name = self._places[path]
+        if name not in self._checked:
+            check_file(self._directory, name, self._files[name], known_sha256)
+            self._checked.add(name)
+        return safe_open(str(self._directory / name), framework="pt")
 
 
 def _passes(directory: Path, path: str, layer: int | None, measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
@@ -256,7 +264,9 @@ def _input(tensors: _Tensors, node: fx.Node, measured: Sequence[MeasuredPass]) -
             told[name] = [round(v, 4) for v in tensors.read(str(operand.target)).tolist()]
             if name == "clip":
                 reader = str(operand.target).removesuffix(".input_clip")
-                inputs = next((item.summary.get("inputs", {}) for item in measured if item.name == "activate"), {})
+                inputs = next(
+                    (item.summary.get("input_ranges", {}) for item in measured if item.name == "activate"), {}
+                )
                 told |= {f"range_{k}": v for k, v in inputs.get(reader, {}).items() if k != "layer"}
     return told
 

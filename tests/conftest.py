@@ -69,9 +69,13 @@ def _seconds(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = [item for item in items if "slow" in item.keywords]
     chosen = config.getoption("--slow-share")
+    if config.getoption("--slow-always") and not chosen:
+        raise pytest.UsageError("--slow-always goes with --slow-share")
     if chosen:
         number, count = chosen
         always = config.getoption("--slow-always")
+        if missing := sorted({*always} - {_file(item) for item in slow}):
+            raise pytest.UsageError(f"--slow-always: no test marked slow is in '{missing[0]}'")
         left = [item for item in slow if _file(item) not in always]
         run = shares(left, count)[number]
         left = [item for item in left if item not in run]

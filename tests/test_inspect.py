@@ -6,12 +6,14 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import networkx
 import pytest
 import rtn
+import stages
 import zoo
 from graphs import token_inputs
 from hypothesis import given
@@ -55,9 +57,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulated = rtn.simulate(program)
     row = {"linear": DOWN, "layer": 1, "error": 0.0625}
     note(PassRecord(0, "ptq", "ptq", 1.0, 0.5, 9, 12, "calibrating", 0.25, [row]), program, simulated)
-    inputs = {DOWN: {"layer": 1, "low": -1.5, "high": 2.5, "peak": 4.0}}
-    record = PassRecord(0, "activate", "activate", 1.0, 0.5, 9, 12, "calibrating", 0.25, [], {"inputs": inputs})
-    note(record, simulated, simulated)
+    note(PassRecord(0, "activate", "activate", 1.0, 0.5, 9, 12, "calibrating", 0.25), simulated, simulated)
     program, _ = pipeline.run(simulated, pipeline.parse(BEHIND), context, note)
     directory = tmp_path_factory.mktemp("inspected") / "small"
     specs = requirements(program).linears
@@ -312,8 +312,52 @@ def test_a_linear_is_explained(compiled: Path) -> None:
     assert re.search(r"ptq +aten\.linear: W\(1\+1\) g32, simulated weights, .* error 0\.0625", text)
     assert re.search(r"lower +lbllm\.bit_linear: W\(1\+1\) g32 weights, A4 per token and 32 input", text)
     assert "merge" not in text.partition("What the passes made of it")[2].partition("Its weights")[0]
-    assert re.search(r"clip +0\.95, 0\.9", text) and re.search(r"range peak +4\b", text)
+    assert re.search(r"clip +0\.95, 0\.9", text)
     assert re.search(r"cpu:avx2 +1 +- +- +- +chains", text)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PassRecord]:
+    """An artifact whose inputs ``activate`` has quantized, in several files of weights, and what it told."""
+    history: list[tuple[str, Program]] = []
+    around = dataclasses.replace(stages.context(), probe=stages.batches(1)[0])
+    program, records = pipeline.run(
+        stages.quantized(),
+        pipeline.parse(f"activate{{group=32,steps=0}},{BEHIND}"),
+        around,
+        lambda record, before, after: history.append((record.name, after)),
+    )
+    directory = tmp_path_factory.mktemp("calibrated") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "SHARD_BYTES", 5000)
+        passes = [MeasuredPass.of(record) for record in records]
+        artifact.save(program, directory, lock={}, history=history, passes=passes)
+    return directory, records[0]
+
+
+def test_the_range_of_an_input_is_what_activate_saw(calibrated: tuple[Path, PassRecord]) -> None:
+    directory, record = calibrated
+    seen = record.summary["input_ranges"][DOWN]
+    told = explain.explain(directory, DOWN).input
+    assert {name: told[f"range_{name}"] for name in ("low", "high", "peak")} == {
+        k: seen[k] for k in seen if k != "layer"
+    }
+    assert re.search(rf"range peak +{seen['peak']:.4g}", explained(str(directory), DOWN))
+
+
+def test_files_of_a_linear_alone_are_read(calibrated: tuple[Path, PassRecord], tmp_path: Path) -> None:
+    directory = tmp_path / "other"
+    shutil.copytree(calibrated[0], directory)
+    places = artifact.weight_files(directory)
+    own = {name for path, name in places.items() if path.startswith(f"{DOWN}.")}
+    other = next(name for name in places.values() if name not in own)
+    (directory / other).write_bytes(b"")
+    whole = explain.explain(calibrated[0], DOWN)
+    assert explain.explain(directory, DOWN) == whole and whole.weights
+    damaged = directory / sorted(own)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    result = CliRunner().invoke(cli.app, ["explain", str(directory), DOWN])
+    assert result.exit_code == 2 and damaged.name in result.stderr
 
 
 def test_what_a_search_measured_is_explained(compiled: Path) -> None:

@@ -71,10 +71,13 @@ def test_a_share_runs_with_what_is_fast_and_behind_what_always_runs(tmp_path: Pa
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: slow\n    gpu: gpu\n")
     (tmp_path / "test_some.py").write_text(FILE)
     (tmp_path / "test_whole.py").write_text(FILE.replace("test_", "test_whole_").replace("range(9)", "range(2)"))
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     def passed(*options: str) -> list[str]:
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        done = run(*options)
         assert done.returncode == 0, done.stdout + done.stderr
         return [line.rpartition("::")[2] for line in done.stdout.splitlines() if line.startswith("PASSED")]
 
@@ -86,3 +89,9 @@ def test_a_share_runs_with_what_is_fast_and_behind_what_always_runs(tmp_path: Pa
     assert shared[0] | shared[1] == {f"test_slow[{number}]" for number in range(9)}
     assert not shared[0] & shared[1] and all(shared)
     assert {*passed("-m", "slow", "--slow-share=1/2", "--slow-always=test_whole.py")} == always | shared[1]
+    for options, message in (
+        (["--slow-share=1/2", "--slow-always=test_hole.py"], "no test marked slow is in 'test_hole.py'"),
+        (["--runslow", "--slow-always=test_whole.py"], "--slow-always goes with --slow-share"),
+    ):
+        done = run(*options)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR and message in done.stdout + done.stderr

@@ -23,7 +23,9 @@ from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.operators.aten import indexing
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program
+from lbllm_compile.codegen.program.queries import surely_true
 from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.tvm_api import symbolic_dimension
 from lbllm_compile.codegen.tvm_runtime import Machine, array
 from lbllm_compile.passes.ir.program import Program
 from torch import Tensor, fx
@@ -897,3 +899,10 @@ def test_a_place_of_what_may_be_empty_is_refused():
     program = Program(fx.GraphModule(torch.nn.Module(), graph), "module")
     with pytest.raises(UntranslatableError, match="cannot be told"):
         translate_graph(program, KERNELS, [TensorSpec("x", ("m", 4), "float32")])
+
+
+def test_sizes_are_compared_whatever_the_order_of_their_factors():
+    batch, length = (symbolic_dimension(name) for name in ("batch", "length"))
+    ours, theirs = batch * length, length * batch
+    assert all(map(surely_true, (ours == theirs, ours <= theirs, ours >= theirs)))
+    assert not any(map(surely_true, (ours < theirs, ours > theirs, ours <= length)))

@@ -94,7 +94,7 @@ def surely_true(condition: Any, known: Mapping[Any, Any] | None = None) -> bool:
     """
     if hasattr(condition, "asobject"):  # what Python's == gives
         condition = condition.asobject()
-    if isinstance(condition, tirx.EQ) and _same_sum(condition.a, condition.b):
+    if isinstance(condition, (tirx.EQ, tirx.LE, tirx.GE)) and _same_sum(condition.a, condition.b):
         return True
     analyzer: Any = tvm.sym.Analyzer()
     known = known or {}

@@ -116,17 +116,17 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
     shutil.copy(ROOT / "examples" / "mlp.py", model)
     expected, _ = whole(model, tmp_path / "whole")
     out = tmp_path / "out"
-    # The fourth piece of work is the state of stage 3's training.
-    for moment in ("4", "artifact"):
+    # The fifth piece of work is the state of stage 3's training.
+    for moment in ("5", "artifact"):
         assert finish(start(model, out, moment)) == -signal.SIGKILL
         assert not out.exists()
-    assert len(pieces(out)) == 5
+    assert len(pieces(out)) == 7
     child = start(model, out)
     assert child.stdout is not None
     told = re.search(
         r"an interrupted compile goes on: (\d+) finished pieces of work are in '(.+)'", child.stdout.read()
     )
-    assert told and int(told[1]) >= 5 and told[2] == f"{out}.lbllm-work"
+    assert told and int(told[1]) >= 7 and told[2] == f"{out}.lbllm-work"
     assert finish(child) == 0
     assert compared(out) == expected
     assert {p.name for p in tmp_path.iterdir()} == {"mlp.py", "cache", "whole", "out"}

@@ -518,7 +518,7 @@ def test_an_artifact_keeps_the_report_of_its_compile(compiled, tmp_path):
     parts, document = inspect.look(compiled.out)
     assert document["report"]["sheet"] == dict(compiled.sheet)
     titles = [str(part.title) for part in parts if isinstance(part, Table)]
-    assert {"Passes", "What the stages measured", "Inputs and state", "The model", "Speed and size"} <= set(titles)
+    assert {"Passes", "What the stages measured", "Inputs and state", "Speed and size"} <= set(titles)
     out = Path(shutil.copytree(compiled.out, tmp_path / "out"))
     file = out / "report.json"
     document = json.loads(file.read_text())

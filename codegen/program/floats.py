@@ -121,11 +121,12 @@ def _with_known_update(block: Any) -> Any:
 def _shown(value: Any) -> Any:
     if not (isinstance(value, tvm.ir.Call) and getattr(value.op, "name", "") == "tirx.call_pure_extern"):
         return value
-    name, *operands = value.args
+    arguments: Any = value.args
+    name, *operands = arguments
     known = name.value.startswith(_PREFIX)
     return _KINDS[name.value.removeprefix(_PREFIX)](*operands) if known else value
 
 
-def _mapped(function: PrimFunc, callbacks: list[tuple[Any, Callable[[Any], Any]]]) -> PrimFunc:
+def _mapped(function: Any, callbacks: list[tuple[Any, Callable[[Any], Any]]]) -> Any:
     body = tvm_ffi.structural_map(function.body, callbacks)
     return PrimFunc(function.params, body, function.ret_type).with_attr(dict(function.attrs))

@@ -44,7 +44,8 @@ class LbllmQuantizer(HfQuantizer):
 
         from lbllm_compile.pretrained.model import CompiledForCausalLM  # needs all of transformers' models
 
-        if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), GenerationMixin)):
+        wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), GenerationMixin)
+        if not isinstance(model, wanted):
             raise PretrainedError(
                 f"a compiled model is a causal language model and cannot be a {type(model).__name__}; load it with"
                 " AutoModelForCausalLM"

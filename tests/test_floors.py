@@ -175,4 +175,4 @@ def test_every_data_file_is_packaged() -> None:
         if file.is_file() and file.suffix not in (".py", ".pyc")
     }
     text = (ROOT / "pyproject.toml").read_text()
-    assert [name for name in sorted(data) if f'"{name}"' not in text and f'"*{Path(name).suffix}"' not in text] == []
+    assert [name for name in sorted(data) if f'"{name}"' not in text and f'*{Path(name).suffix}"' not in text] == []

@@ -405,6 +405,15 @@ class Backend(Protocol):
         """What the tuner searches."""
         ...
 
+    def assembly(self, spec: LinearSpec, schedule: Mapping[str, Any], target: Target) -> str:
+        """What a linear's kernel of a tuning record's schedule compiles to, as people read it.
+
+        Raises:
+            KernelError: it does not compile.
+            TargetError: such kernels are not shown so; says what shows them.
+        """
+        ...
+
     def compile(self, module: Any, target: Target) -> CompiledProgram:
         """Schedules the loops of a module of :class:`.program.builder.ProgramBuilder`, and compiles all of it.
 

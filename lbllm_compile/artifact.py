@@ -15,7 +15,7 @@
 ``kernels/``              generated kernels, for reading only; never compiled or loaded from here
 ``report.json``           what the compile took and gave (:class:`lbllm_compile.records.CompileReport`), measured on the
                           finished artifact and therefore not in the manifest, whose SHA-256 it names
-``report.html``           the same for people, and more (:mod:`lbllm_compile.report.html`); not in the manifest either
+``report.html``           the same for people, and more (:mod:`lbllm_compile.html_report`); not in the manifest either
 ========================  =============================================================================================
 
 Nothing in an artifact is code, and nothing in it is trusted: every file is checked against the manifest, every weight

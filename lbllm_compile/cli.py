@@ -559,7 +559,7 @@ def report_command(
     with _terminal(as_json) as ui:
         import webbrowser
 
-        from lbllm_compile.report.html import command
+        from lbllm_compile.html_report import command
 
         path = command.write(directories, out, ui.progress)
         if open_page and not webbrowser.open(path.resolve().as_uri()):

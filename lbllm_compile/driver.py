@@ -14,6 +14,7 @@ from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.codegen.errors import LbllmError, first_line
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.dumps import Dumps
+from lbllm_compile.html_report import page
 from lbllm_compile.job import Job, read_job
 from lbllm_compile.kernels import build_kernels, measured
 from lbllm_compile.lowering.build import build_native, keep_native, workshop
@@ -23,7 +24,6 @@ from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.pipeline import Listener, PassRecord
 from lbllm_compile.records import Clock, CompileReport, MeasuredPass, machine, peak_memory
-from lbllm_compile.report.html import page
 from lbllm_compile.report.stages import verdicts
 from lbllm_compile.runtime.model import CompiledModel
 

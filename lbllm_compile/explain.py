@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import fx
 
 from lbllm_compile import artifact
-from lbllm_compile.codegen.backend import backend_named
+from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.cache import known_sha256
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import LEVELS, QuantizedWeight
@@ -318,19 +318,11 @@ def _tir(directory: Path, kernels: Sequence[Mapping[str, Any]]) -> dict[str, str
 
 def _assembly(kernels: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the kernels compile to, by target and number of tokens."""
-    from lbllm_compile.codegen.tvm_api import assembly
-
     texts = {}
     for kernel in kernels:
-        target, spec = Target.parse(kernel["target"]), LinearSpec(**kernel["spec"])
-        if target.kind != "cpu":
-            raise ExplainError(f"there is no assembly of kernels for {target.name}; --tir shows their text")
-        space = backend_named(target.kind).space()
-        schedule = space.schedule_from(dict(kernel["schedule"]))
-        implementation = space.of_layout(space.implementations(spec, target), schedule.layout)
-        name = f"{spec.kind}_{spec.out_features}x{spec.in_features}"
-        title = f"{target.name}, {kernel['tokens']} tokens"
-        texts[title] = assembly({name: implementation.function(schedule)}, target.llvm)
+        target = Target.parse(kernel["target"])
+        shown = backend_of(target).assembly(LinearSpec(**kernel["spec"]), kernel["schedule"], target)
+        texts[f"{target.name}, {kernel['tokens']} tokens"] = shown
     return texts
 
 

@@ -28,12 +28,12 @@ from rich.table import Table
 import lbllm_compile
 from lbllm_compile import artifact, calibration, driver, dumps, evaluate, frontend, inspect, plan, recipe
 from lbllm_compile.checkpoint import WorkDir, WorkDirError
+from lbllm_compile.html_report import page
 from lbllm_compile.job import check_named, read_job
 from lbllm_compile.native import program as native
 from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.report import terminal
-from lbllm_compile.report.html import page
 from lbllm_compile.runtime.model import CompiledModel
 
 ROOT = Path(__file__).resolve().parent.parent

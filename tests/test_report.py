@@ -25,10 +25,10 @@ from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 
 from lbllm_compile import artifact, explain, inspect
+from lbllm_compile.html_report import command, contents, page, story, tradeoff, weights
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.options import CompileOptions, command_line
 from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
-from lbllm_compile.report.html import command, contents, page, story, tradeoff, weights
 
 PIPELINE = (
     "smooth,observe,ptq{group=32},distill{epochs=2},activate{group=32,epochs=1,steps=2},finetune{steps=2},head,merge,"

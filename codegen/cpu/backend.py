@@ -81,6 +81,16 @@ class CpuBackend:
 
         return SPACE
 
+    def assembly(self, spec: LinearSpec, schedule: Mapping[str, Any], target: Target) -> str:
+        from ..tvm_api import assembly  # TVM takes seconds to import
+
+        space = self.space()
+        made = space.schedule_from(dict(schedule))
+        implementation = space.of_layout(space.implementations(spec, target), made.layout)
+        return assembly(
+            {f"{spec.kind}_{spec.out_features}x{spec.in_features}": implementation.function(made)}, target.llvm
+        )
+
     def compile(self, module: Any, target: Target) -> Compiled:
         from ..program.compile import compile_program
         from .space import lanes  # TVM takes seconds to import

@@ -65,6 +65,9 @@ class CudaBackend:
     def space(self) -> NoReturn:
         raise TargetError("schedules of CUDA kernels are not searched")
 
+    def assembly(self, spec: LinearSpec, schedule: Mapping[str, Any], target: Target) -> NoReturn:
+        raise TargetError(f"there is no assembly of kernels for {target.name}; --tir shows their text")
+
     def compile(self, module: Any, target: Target) -> NoReturn:
         self._refuse(target)
 

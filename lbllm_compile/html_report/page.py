@@ -22,12 +22,12 @@ from plotly.offline import get_plotlyjs
 from lbllm_compile.codegen.cache import write_atomically, write_failure
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.html_report import contents as gathering
+from lbllm_compile.html_report import figures, story
+from lbllm_compile.html_report.contents import Contents
 from lbllm_compile.manifest import MANIFEST
 from lbllm_compile.plain import plain
 from lbllm_compile.report import terminal
-from lbllm_compile.report.html import contents as gathering
-from lbllm_compile.report.html import figures, story
-from lbllm_compile.report.html.contents import Contents
 from lbllm_compile.version import __version__
 
 PAGE = "report.html"
@@ -132,7 +132,7 @@ def _is_page(path: Path) -> bool:
 
 def _frame() -> dict[str, Any]:
     """What every page consists of besides its contents."""
-    texts = resources.files("lbllm_compile.report.html") / "templates"
+    texts = resources.files("lbllm_compile.html_report") / "templates"
     return {
         "style": (texts / "style.css").read_text(encoding="utf-8"),
         "script": (texts / "page.js").read_text(encoding="utf-8"),
@@ -149,7 +149,7 @@ def _script_text(code: str) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lbllm_compile.report.html"),
+        loader=jinja2.PackageLoader("lbllm_compile.html_report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -17,6 +17,8 @@ from lbllm_compile.codegen.cache import known_sha256
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.explain import kernels_of
+from lbllm_compile.html_report import weights
+from lbllm_compile.html_report.weights import WeightStatistics
 from lbllm_compile.inspect import linear_rows, read_graph, stored_passes
 from lbllm_compile.lowering.executor import linear_spec
 from lbllm_compile.manifest import check_files
@@ -26,8 +28,6 @@ from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS
 from lbllm_compile.records import CompileReport, MeasuredPass
 from lbllm_compile.report import graph
-from lbllm_compile.report.html import weights
-from lbllm_compile.report.html.weights import WeightStatistics
 
 _STEP = re.compile(r"layers?\.\d+\.|h\.\d+\.|blocks?\.\d+\.")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.report.html import page
+from lbllm_compile.html_report import page
 
 
 class TradeoffError(LbllmError):

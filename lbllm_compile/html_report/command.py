@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lbllm_compile.codegen.progress import Progress
-from lbllm_compile.report.html import contents, page, tradeoff
-from lbllm_compile.report.html.page import ReportError
+from lbllm_compile.html_report import contents, page, tradeoff
+from lbllm_compile.html_report.page import ReportError
 
 
 def write(directories: Sequence[Path], out: Path | None, progress: Progress) -> Path:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lbllm_compile.html_report import story, weights
+from lbllm_compile.html_report.contents import Contents, StoredGraph, short_name
 from lbllm_compile.records import MeasuredPass
-from lbllm_compile.report.html import story, weights
-from lbllm_compile.report.html.contents import Contents, StoredGraph, short_name
 
 
 def of(contents: Contents) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lbllm_compile.html_report.contents import Contents, Kernel, short_name
 from lbllm_compile.records import MeasuredPass
 from lbllm_compile.report import summary, terminal
-from lbllm_compile.report.html.contents import Contents, Kernel, short_name
 
 STAGES = {
     "ptq": "stage 1 (fitting)",

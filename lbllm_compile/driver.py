@@ -99,7 +99,7 @@ def compile(
         if native is not None:
             keep_native(native, digest, kernels.host.target.name)
         clock.lap("artifact")
-        figures = sheet.measure(job.model, job.out, data, kernels, check, progress)
+        figures = sheet.measure(job.model, job.out, data, kernels, check, progress, sizes_only=options.no_sheet)
         clock.lap("speed and size sheet")
         report = CompileReport(
             out=job.out,

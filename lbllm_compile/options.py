@@ -61,6 +61,7 @@ class CompileOptions:
         work_dir: where finished layers are kept until the compile is done; ``<out>.lbllm-work`` by default.
         seed: of every random choice.
         fresh: start over instead of resuming.
+        no_sheet: measure neither quality nor speed of the artifact when it is written; it is loaded and checked.
         dump_dir: where to write the graph after every pass, as text.
         print_after, time_passes: what the command line shows.
         tokenizer, texts, example_inputs, calibration_inputs: what comes with the model as objects, see
@@ -112,6 +113,7 @@ class CompileOptions:
     work_dir: Annotated[Path | None, Flag("where unfinished work is kept", WORK)] = None
     seed: Annotated[int, Flag("start of every random choice", WORK)] = 0
     fresh: Annotated[bool, Flag("start over instead of taking over what is finished", WORK)] = False
+    no_sheet: Annotated[bool, Flag("do not measure quality and speed of the artifact at the end", WORK)] = False
     dump_dir: Annotated[Path | None, Flag("write the graph after every pass here, as 005_ptq.txt", LOOK)] = None
     print_after: Annotated[
         tuple[str, ...], Flag("show the graph after this pass; repeatable", LOOK, metavar="PASS")
@@ -211,6 +213,10 @@ def command_line(given: CompileOptions) -> str:
         value = getattr(given, name)
         if name in ("model", "fresh", "work_dir") or option.flag.panel == LOOK or value == option.default:
             continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag)
+            continue
         for text in value if isinstance(value, tuple) else (value,):
-            words += ["--" + name.replace("_", "-"), str(text)]
+            words += [flag, str(text)]
     return shlex.join(words)

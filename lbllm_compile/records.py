@@ -22,6 +22,9 @@ from lbllm_compile.passes.pipeline import PassRecord
 ORIGINAL_BYTES = 2
 """Bytes of one weight of an original model, whenever a size is compared with it: models are published in 16 bit."""
 
+NOT_MEASURED = "not_measured"
+"""What a sheet calls that which its compile was asked not to measure."""
+
 
 @dataclass(frozen=True)
 class MeasuredPass:

@@ -21,7 +21,7 @@ from lbllm_compile.kernels import BuiltKernels
 from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.records import ORIGINAL_BYTES
+from lbllm_compile.records import NOT_MEASURED, ORIGINAL_BYTES
 from lbllm_compile.runtime import Sampling, load
 from lbllm_compile.runtime.model import CompiledModel
 
@@ -62,8 +62,19 @@ def measure(
     kernels: BuiltKernels,
     check: Mapping[str, Any],
     progress: Progress,
+    *,
+    sizes_only: bool = False,
 ) -> dict[str, Any]:
-    """Loads the artifact again and compares it with the original model.
+    """Loads the artifact again, checks it and compares it with the original model.
+
+    Args:
+        original: the model it was compiled from.
+        out: the artifact.
+        data: held-out inputs and a probe.
+        kernels: the compile's.
+        check: what the compile gave on the probe.
+        progress: told what goes on.
+        sizes_only: measure neither quality nor speed; ``NOT_MEASURED`` says so among the figures.
 
     Returns:
         JSON-able figures: ``bytes_original`` (its weights in 16 bit), ``bytes_compiled`` (all weights of the artifact),
@@ -82,6 +93,8 @@ def measure(
     figures = _sizes(loaded.program, original)
     for kind, proofs in kernels.proofs.items():
         figures[f"{kind}_kernels"] = ", ".join(proofs)
+    if sizes_only:
+        return {**figures, NOT_MEASURED: "quality and speed"}
     if not loaded.is_language_model:
         errors = [relative_error(original.module(**batch), loaded(**batch)) for batch in data.validation]
         return {**figures, "relative_error": sum(errors) / len(errors)}

@@ -72,7 +72,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     line = (
         "model.py --target cuda:sm_90 --out o --recipe lbllm --preset best --pipeline annotate --calibration c.txt"
         " --group 32 --act-bits 8 --kv-bits 16 --keep-dense a.* --keep-dense b --device cpu --work-dir w --seed 7"
-        " --dump-dir d --print-after ptq --time-passes --fresh --json --context 77"
+        " --dump-dir d --print-after ptq --time-passes --fresh --json --context 77 --no-sheet"
     )
     invoke(*line.split(), "--scheme", "a.*: act=8", "--scheme", "b: group=32")
     assert seen == [
@@ -97,6 +97,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
             print_after=("ptq",),
             time_passes=True,
             fresh=True,
+            no_sheet=True,
         )
     ]
 
@@ -122,9 +123,9 @@ def test_verbs_describe_the_options_they_share_alike(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "200")
     known = options()
     lacking = {
-        "plan": {"out", "work_dir", "seed", "fresh", "dump_dir", "print_after", "time_passes"},
-        "preflight": {"out", "work_dir", "fresh", "dump_dir", "print_after", "time_passes"},
-        "ablate": {"target", "recipe", "pipeline", "out", "dump_dir", "print_after", "time_passes"},
+        "plan": {"out", "work_dir", "seed", "fresh", "no_sheet", "dump_dir", "print_after", "time_passes"},
+        "preflight": {"out", "work_dir", "fresh", "no_sheet", "dump_dir", "print_after", "time_passes"},
+        "ablate": {"target", "recipe", "pipeline", "out", "no_sheet", "dump_dir", "print_after", "time_passes"},
     }
     for verb, absent in lacking.items():
         text = shown_help(verb)

@@ -511,6 +511,28 @@ def test_a_page_that_cannot_be_made_fails_no_compile(tmp_path, monkeypatch):
     assert (report.out / "report.html").read_text() == "mine"
 
 
+def test_without_a_sheet_the_artifact_is_checked_and_nothing_is_said_that_was_not_measured(tmp_path, monkeypatch):
+    chosen = CompileOptions(
+        model=Averaged(),
+        example_inputs=torch.ones(4, 5, 70),
+        pipeline='canonicalize,annotate{keep_dense="*"},lower,cleanup',
+        out=tmp_path / "out",
+        no_sheet=True,
+    )
+    report = driver.compile(chosen)
+    assert "relative_error" not in report.sheet and report.sheet["bytes_compiled"] > 0
+    parts, document = inspect.look(report.out)
+    assert document["report"]["sheet"]["not_measured"] == "quality and speed"
+    (sheet,) = (part for part in parts if isinstance(part, Table) and part.title == "Speed and size")
+    assert [str(column._cells[-1]) for column in sheet.columns[:3]] == ["quality and speed", "", "not measured"]
+    shown = (report.out / "report.html").read_text()
+    assert "did not measure the quality" in shown and "did not measure the speed" in shown
+    asked = iter([{"sha256": "of the compile"}, {"sha256": "of what was loaded"}])
+    monkeypatch.setattr(driver.sheet, "check_outputs", lambda *_: next(asked))
+    with pytest.raises(driver.sheet.SelfCheckError, match="does not give what the compile gave"):
+        driver.compile(chosen, progress=Notes())
+
+
 def test_an_artifact_keeps_the_report_of_its_compile(compiled, tmp_path):
     stored = artifact.read_report(compiled.out)
     assert stored.to_json() == json.loads(json.dumps(compiled.to_json()))

@@ -484,6 +484,9 @@ class TestTheTradeoff:
         module = copy_of(toy, tmp_path / "module", kld_mean=None, relative_error=0.5)
         with pytest.raises(tradeoff.TradeoffError, match="not measured alike"):
             tradeoff.compare([toy, module])
+        unmeasured = copy_of(toy, tmp_path / "unmeasured", not_measured="quality and speed")
+        with pytest.raises(tradeoff.TradeoffError, match="was compiled with --no-sheet"):
+            tradeoff.compare([toy, unmeasured])
         (other / "report.json").unlink()
         with pytest.raises(tradeoff.TradeoffError, match=r"has no report\.json of its compile"):
             tradeoff.compare([toy, other])
@@ -531,13 +534,13 @@ class TestTheCommand:
 def test_the_command_line_asks_for_the_same_again(tmp_path: Path) -> None:
     given = CompileOptions(
         model="my model.py", preset="quick", scheme=("*.down_proj: group=32", "*.up_proj: act=8"), seed=7, fresh=True,
-        time_passes=True, out=tmp_path / "out",
+        time_passes=True, out=tmp_path / "out", no_sheet=True,
     )  # fmt: skip
     words = shlex.split(command_line(given))
     assert words[:2] == ["lbllm-compile", "my model.py"] and "--fresh" not in words and "--time-passes" not in words
     assert words[2:] == [
         "--scheme", "*.down_proj: group=32", "--scheme", "*.up_proj: act=8", "--out", str(tmp_path / "out"),
-        "--preset", "quick", "--seed", "7",
+        "--preset", "quick", "--seed", "7", "--no-sheet",
     ]  # fmt: skip
     assert command_line(CompileOptions(model=torch.nn.Linear(2, 2))) == "lbllm-compile '<Linear>'"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbllm_compile.html_report.contents import Contents, Kernel, short_name
-from lbllm_compile.records import MeasuredPass
+from lbllm_compile.records import NOT_MEASURED, MeasuredPass
 from lbllm_compile.report import summary, terminal
 
 STAGES = {
@@ -126,6 +126,8 @@ def _tiles(sheet: Mapping[str, Any]) -> Iterator[Tile]:
     if sheet.get("bits_per_weight") is not None:
         whole = terminal.figure(sheet.get("bits_per_weight_file"))
         yield Tile("bits per weight", terminal.figure(sheet["bits_per_weight"]), f"decoder linears; {whole} with all")
+    if sheet.get(NOT_MEASURED):
+        yield Tile(f"{sheet[NOT_MEASURED]}", "not measured", "as --no-sheet asked")
 
 
 def answers(contents: Contents) -> list[Answer]:

@@ -10,6 +10,7 @@ from typing import Any
 from lbllm_compile import artifact
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.html_report import page
+from lbllm_compile.records import NOT_MEASURED
 
 
 class TradeoffError(LbllmError):
@@ -78,6 +79,10 @@ def compare(directories: Sequence[Path]) -> Tradeoff:
         report = artifact.read_report(directory)
         if report is None:
             raise TradeoffError(f"'{directory}' has no {artifact.REPORT} of its compile; compile the model again")
+        if NOT_MEASURED in report.sheet:
+            raise TradeoffError(
+                f"'{directory}' was compiled with --no-sheet, so it has no figures to compare; compile it without"
+            )
         reports[directory] = report
     key = next((k for k in MEASURES if all(r.sheet.get(k) is not None for r in reports.values())), None)
     if key is None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lbllm_compile.passes.pipeline import PassRecord
-from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
+from lbllm_compile.records import NOT_MEASURED, CompileReport, MeasuredPass, Verdict
 from lbllm_compile.report import terminal
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def sheet(figures: Mapping[str, Any]) -> Table:
         faster = after / before
         verdict = f"{faster:.2f} times as fast" if faster >= 1 else f"SLOWER: {faster:.2f} times as fast"
         rows.append(["tokens/s", _text(before), _text(after), f"{verdict}; greedy decoding, original in eager torch"])
+    if left_out := take(NOT_MEASURED):
+        rows.append([f"{left_out}", "", "not measured", "as --no-sheet asked"])
     rows += [[name.replace("_", " "), "", _text(value), ""] for name, value in rest.items()]
     return terminal.table("Speed and size", ["", "original", "compiled", ""], rows)
 

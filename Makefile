@@ -54,9 +54,10 @@ lint: .venv-test/.installed
 	.venv/bin/python -m venv .venv-test
 	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$(.venv-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/use-packages-of-venv.pth"
-	@echo "Setting up .venv-test: about 0.1 GB of test tools."
+	@echo "Setting up .venv-test: about 0.2 GB of test tools."
 	.venv-test/bin/python $(PIP) setuptools
 	.venv-test/bin/python $(PIP) --no-build-isolation --config-settings editable_mode=strict --editable '.[examples,data,serve,dev]'
+	.venv-test/bin/python $(PIP) --no-deps lm_eval
 	@touch $@
 
 clean:

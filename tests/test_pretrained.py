@@ -121,6 +121,59 @@ def test_a_pipeline_answers(compiled, model):
     assert [one[0]["generated_text"].strip() for one in made] == [text.strip() for text in expected]
 
 
+@pytest.mark.slow
+def test_lm_eval_scores_and_generates_with_the_runtime(compiled):
+    pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    directory, runtime = compiled
+    documents = [
+        {"prompt": "w5 w17 w42", "choices": ["w99 w3", "w8"], "label": 0},
+        {"prompt": "w7", "choices": ["w30", "w7 w9"], "label": 1},
+    ]
+    split = {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)}, "test_split": "test"}
+    text = {"doc_to_text": "{{prompt}}", "doc_to_target": "{{label}}"}
+    choice = ConfigurableTask(
+        config={
+            "task": "choice",
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{choices}}",
+            **split,
+            **text,
+        }
+    )
+    continuation = ConfigurableTask(
+        config={
+            "task": "continuation",
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+            **split,
+            **text,
+        }
+    )
+    result = evaluate(
+        HFLM(pretrained=str(directory), device="cpu", batch_size=2),
+        {"choice": choice, "continuation": continuation},
+        bootstrap_iters=0,
+    )
+    tokenizer = words()
+
+    def score(prompt: str, answer: str) -> float:
+        before, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {answer}")["input_ids"]
+        logits = runtime.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        return float(sum(logits[i - 1, ids[i]] for i in range(before, len(ids))))
+
+    for document, sample in zip(documents, result["samples"]["choice"], strict=True):
+        expected = [score(document["prompt"], answer) for answer in document["choices"]]
+        assert [float(one[0][0]) for one in sample["resps"]] == pytest.approx(expected, abs=1e-3)
+    answers = runtime.generate([document["prompt"] for document in documents], max_new_tokens=4)
+    for answer, sample in zip(answers, result["samples"]["continuation"], strict=True):
+        assert sample["resps"][0][0].strip() == answer.split("w2")[0].strip()  # lm-eval cuts at the stop token's text
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [

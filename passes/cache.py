@@ -26,7 +26,8 @@ The operator has its own mask: causal, a sliding window, chunks, padding, and a 
 (ALiBi). So what the graph's mask *means* must be known, and it
 is not guessed from its shape in the graph: the mask's sub-graph is evaluated on probe inputs (several batch sizes,
 lengths and paddings, lengths beyond every integer that occurs in it) and must equal one of the masks the operator can
-make, at every query that is not padding. The repeat is proved the same way. Anything else is refused.
+make, at every query that is not padding. Anything else is refused. The repeat is proved the same way; where heads are
+repeated in another order, the state keeps them repeated, and that is said.
 
 A short causal convolution over the sequence (LFM2's) gets a state as well, of a fixed size: its last inputs (see
 :mod:`.ir.convolution`). That nothing else passes from token to token, such as a recurrence, is tried on the probe: a
@@ -179,7 +180,9 @@ class Cache(Pass):
             bits = self._replace(program, index, node, shapes, mask, key_mask, past)
             row = {"attention": index, "layer": node.meta.get(LAYER), "window": mask.window, "bits": bits}
             rows.append(row | ({"chunk": mask.chunk} if mask.chunk else {}) | ({"alibi": True} if mask.alibi else {}))
-        _say_latent(calls(graph, _lbllm.cached_attention.default), shapes, context)
+        cached = calls(graph, _lbllm.cached_attention.default)
+        _say_latent(cached, shapes, context)
+        _say_repeated(cached, shapes, context)
         tokens = context.probe["input_ids"].shape[1]
         convolutions = cache_convolutions(graph, shapes, tokens)
         graph.eliminate_dead_code()
@@ -214,8 +217,9 @@ class Cache(Pass):
         if call.dropout != 0.0:
             raise PassError(f"{describe(node)} has dropout; capture the model in eval mode")
         heads = shapes[call.query][1]
-        key, key_bits = _source(node, call.key, shapes, heads, call.grouped)
-        value, value_bits = _source(node, call.value, shapes, heads, call.grouped)
+        operands = (call.key, call.value)
+        kept = max(shapes[_source(node, n, shapes, heads, call.grouped)[0]][1] for n in operands)
+        (key, key_bits), (value, value_bits) = (_source(node, n, shapes, heads, call.grouped, kept) for n in operands)
         if key_bits != value_bits:
             raise PassError(f"{describe(node)} has keys of {key_bits} bits and values of {value_bits}; use the same")
         if self.bits and key_bits and self.bits != key_bits:
@@ -268,6 +272,31 @@ def _say_latent(cached: list[Node], shapes: dict[Node, torch.Size], context: Pas
             f"{len(found)} attentions make keys and values of all heads from few numbers (latent attention); the cache"
             f" keeps them of all heads, {kept / latent:.1f} times as many numbers",
         )
+
+
+def _say_repeated(cached: list[Node], shapes: dict[Node, torch.Size], context: PassContext) -> None:
+    """Says how many numbers a token costs where the state keeps heads that are repetitions of fewer."""
+    found = []
+    for node in cached:
+        kept = [(shapes[n][1], min(_heads_behind(n, shapes))) for n in (Arguments(node).key, Arguments(node).value)]
+        if any(heads > least for heads, least in kept):
+            found.append(max(heads / least for heads, least in kept))
+    if found:
+        warn(
+            context.progress,
+            "repeated heads",
+            f"{len(found)} attentions repeat the heads of keys or values in an order that is not that of grouped"
+            f" queries; the cache keeps them repeated, {max(found):.1f} times as many numbers",
+        )
+
+
+def _heads_behind(node: Node, shapes: dict[Node, torch.Size]) -> Iterator[int]:
+    """How many heads keys or values have, and had before each operation on shapes alone that made them."""
+    yield shapes[node][1]
+    while moves(node, *REPEAT) and len(shapes[Arguments(node).self]) >= 4:
+        node = Arguments(node).self
+        if len(shapes[node]) == 4:
+            yield shapes[node][1]
 
 
 def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | None:
@@ -363,8 +392,18 @@ def _shapes(program: Program, context: PassContext) -> dict[Node, torch.Size]:
     return recorder.shapes
 
 
-def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], heads: int, gqa: bool) -> tuple[Node, int]:
+def _source(
+    attention: Node, operand: Node, shapes: dict[Node, torch.Size], heads: int, gqa: bool, least: int = 1
+) -> tuple[Node, int]:
     """Keys or values before the grouped-query repeat and the simulated quantization.
+
+    Args:
+        attention: their reader, of ``heads`` query heads.
+        operand: its keys or values.
+        shapes: of every tensor.
+        heads: of the queries.
+        gqa: whether the attention repeats heads itself.
+        least: heads to keep at least; the cache keeps as many of the values as of the keys.
 
     Returns:
         The node, ``[B, Hkv, S, D]``, and its simulated bits (0: none).
@@ -376,9 +415,9 @@ def _source(attention: Node, operand: Node, shapes: dict[Node, torch.Size], head
     while moves(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
         chain.append(Arguments(chain[-1]).self)
     # What lies further back may be only a part of the chain's shape operations, such as the choice of some heads.
-    bases = [n for n in reversed(chain) if len(shapes[n]) == 4]
+    bases = [n for n in reversed(chain) if len(shapes[n]) == 4 and shapes[n][1] >= least]
     found = next((n for n in bases if _is_repeat(n, operand, chain, shapes, heads, gqa)), None)
-    if found is None or any(shapes[n][1] < shapes[found][1] for n in bases):
+    if found is None:
         raise PassError(f"what lies between the keys or values and {describe(attention)} is not a repeat of heads")
     if is_call(found, _lbllm.fake_quantize_kv.default):
         simulated = Arguments(found)

@@ -155,6 +155,7 @@ def attention(
     mask: Mask | None = causal,
     *,
     expand=repeat,
+    expand_values=None,
     bits: tuple[int, int] = (4, 4),
     layers: int = 1,
     mangle=None,
@@ -182,7 +183,7 @@ def attention(
             if bits[1]:
                 v = lbllm.fake_quantize_kv.default(v, bits[1])
             if expand:
-                k, v = expand(k, batch, length), expand(v, batch, length)
+                k, v = expand(k, batch, length), (expand_values or expand)(v, batch, length)
             y = aten.scaled_dot_product_attention.default(q, k, v, visible, **options)
             y = aten.reshape.default(aten.transpose.int(y, 1, 2), [batch, length, HEADS * WIDTH])
             x = aten.add.Tensor(x, y)
@@ -465,15 +466,25 @@ def test_a_mask_that_is_one_layers_alone_is_proved_alone():
     assert {n.args[10] for n in calls(cached(attention(layers=3)).graph, lbllm.cached_attention.default)} == {0}
 
 
-def test_repeated_heads_are_recognized_and_other_orders_refused():
+def test_repeated_heads_are_recognized():
     key, value = the_attention(cached(attention()))[1:3]
     assert key.target is aten.transpose.int and value.target is aten.transpose.int
     grouped = attention(expand=None, enable_gqa=True)
     inputs = token_inputs()
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(cached(grouped).run(inputs)[seen], attention().run(inputs)[seen], rtol=1e-4, atol=1e-4)
-    with pytest.raises(PassError, match="is not a repeat of heads"):
-        cached(attention(expand=interleave))
+
+
+def test_heads_repeated_in_another_order_are_kept_so_and_that_is_said():
+    notes = _Notes()
+    before = attention(expand=interleave, bits=(0, 0))
+    after = Cache().apply(before, dataclasses.replace(context(token_inputs()), progress=notes)).program
+    assert {n.meta[STATE].heads for n in after.state_placeholders()} == {HEADS}
+    (note,) = notes.notes
+    assert note.startswith("1 attentions repeat the heads") and note.endswith("2.0 times as many numbers")
+    inputs = token_inputs()
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)
 
 
 def test_a_repeat_is_found_behind_a_copy():
@@ -485,6 +496,20 @@ def test_one_head_for_all_is_cached_once():
     before = attention(expand=first_head, bits=(0, 0))
     after = cached(before)
     assert {n.meta[STATE].heads for n in after.state_placeholders()} == {1}
+    inputs = token_inputs()
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)
+
+
+def test_values_of_fewer_heads_than_keys_are_cached_as_many():
+    """Differential attention gives half of the values' heads twice."""
+
+    def halved(x, batch, length):
+        return repeat(aten.repeat.default(aten.slice.Tensor(x, 1, 0, 1), [1, 2, 1, 1]), batch, length)
+
+    before = attention(expand_values=halved, bits=(0, 0))
+    after = cached(before)
+    assert {n.meta[STATE].heads for n in after.state_placeholders()} == {KV_HEADS}
     inputs = token_inputs()
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)

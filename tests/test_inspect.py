@@ -165,6 +165,11 @@ def test_other_sizes_are_told_or_left_open() -> None:
     assert names.text("f32[4]", "f32[121]") == "f32[?]"
 
 
+def test_a_size_that_a_tensors_values_choose_is_left_open() -> None:
+    names = Names({}, SIZES)
+    assert names.text("f32[u0, 48]", "f32[u0, 48]") == "f32[?, 48]"
+
+
 def test_a_graph_for_the_sizes_of_its_probe_alone_keeps_them() -> None:
     text = """
         %ids = input input_ids

@@ -23,7 +23,7 @@ from lbllm_compile.codegen.operators import registry
 from lbllm_compile.codegen.operators.aten import indexing
 from lbllm_compile.codegen.program.builder import TensorSpec
 from lbllm_compile.codegen.program.compile import compile_program
-from lbllm_compile.codegen.program.queries import surely_true
+from lbllm_compile.codegen.program.queries import quotient, surely_equal, surely_true
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import symbolic_dimension
 from lbllm_compile.codegen.tvm_runtime import Machine, array
@@ -906,3 +906,11 @@ def test_sizes_are_compared_whatever_the_order_of_their_factors():
     ours, theirs = batch * length, length * batch
     assert all(map(surely_true, (ours == theirs, ours <= theirs, ours >= theirs)))
     assert not any(map(surely_true, (ours < theirs, ours > theirs, ours <= length)))
+
+
+def test_a_size_is_divided_by_a_factor_of_it():
+    batch, length = (symbolic_dimension(name) for name in ("batch", "length"))
+    assert quotient(12, 4) == 3 and quotient(12, 5) is None and quotient(12, 0) is None
+    assert surely_equal(quotient(length * batch * 4 * 72, 4 * 72), batch * length)
+    assert surely_equal(quotient((length + 1) * batch * 6, batch * 2), 3 * length + 3)
+    assert quotient(batch * 6, length * 2) is None and quotient(batch * 6, batch + 1) is None

@@ -106,6 +106,10 @@ class Translator(Protocol):
         """Whether a comparison of sizes holds whatever the symbols are."""
         ...
 
+    def quotient(self, a: Size, b: Size) -> Size | None:
+        """A size divided by another one that surely is a factor of it; None where that cannot be told."""
+        ...
+
     def reshape(self, x: Value, sizes: Sequence[Size]) -> Value:
         """A value in another shape.
 

@@ -81,6 +81,24 @@ def _sum_of_products(size: Any, parts: list[Any]) -> Counter[tuple[int, ...]] | 
     return _without_zeros(found) if len(found) <= MOST_PRODUCTS else None
 
 
+def quotient(a: Any, b: Any) -> Any:
+    """A size divided by another one that is a factor of it whatever the symbols are; None where that cannot be told."""
+    parts: list[Any] = []
+    whole, divisor = (_sum_of_products(size, parts) for size in (a, b))
+    if whole is None or divisor is None or len(divisor) != 1:
+        return None
+    ((factors, divides),) = divisor.items()
+    found: Any = 0
+    for product, times in whole.items():
+        left = Counter(product)
+        left.subtract(factors)
+        if times % divides or min(left.values(), default=0) < 0:
+            return None
+        size = math.prod((parts[place] for place in left.elements()), start=times // divides)
+        found = size if isinstance(found, int) and not found else found + size
+    return found
+
+
 def _without_zeros(products: Mapping[tuple[int, ...], int]) -> Counter[tuple[int, ...]]:
     return Counter({product: times for product, times in products.items() if times})
 

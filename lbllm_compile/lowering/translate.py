@@ -26,7 +26,7 @@ from lbllm_compile.codegen.program import builder
 from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec, Value
 from lbllm_compile.codegen.program.experts import by_expert
 from lbllm_compile.codegen.program.fuse import with_residual
-from lbllm_compile.codegen.program.queries import same_elements, same_sizes
+from lbllm_compile.codegen.program.queries import quotient, same_elements, same_sizes
 from lbllm_compile.codegen.sizes import ALIGNMENT, BATCH, CAPACITY, LENGTH, TOTAL
 from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
@@ -426,6 +426,9 @@ class _Translator:
 
     def is_tensor(self, value: Any) -> bool:
         return isinstance(value, relax.Expr) and hasattr(value.ty, "shape")
+
+    def quotient(self, a: Any, b: Any) -> Any:
+        return quotient(a, b)
 
     def surely(self, condition: Any) -> bool:
         return bool(condition) if isinstance(condition, bool) else self.function.surely(condition)

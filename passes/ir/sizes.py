@@ -48,13 +48,16 @@ class Names:
         dimensions, others = sizes.split(", "), there[:-1].partition("[")[2].split(", ")
         if not sizes or len(dimensions) != len(others):
             return here
-        return f"{head}[{', '.join(self._name(int(a), int(b)) for a, b in zip(dimensions, others, strict=True))}]"
+        return f"{head}[{', '.join(self._name(a, b) for a, b in zip(dimensions, others, strict=True))}]"
 
-    def _name(self, here: int, there: int) -> str:
-        """A size that is ``here`` in the probe and ``there`` in the other inputs; ``?`` where it follows none."""
+    def _name(self, here: str, there: str) -> str:
+        """A size that is ``here`` in the probe and ``there`` in the other inputs; ``?`` where it follows none of them,
+        or the values of a tensor, as the number of places where a mask is set does."""
+        if not (here.isdecimal() and there.isdecimal()):
+            return "?"
         if here == there:
-            return str(here)
-        return next((name for name, size in self._candidates(here) if size == there), "?")
+            return here
+        return next((name for name, size in self._candidates(int(here)) if size == int(there)), "?")
 
     def _candidates(self, here: int) -> Iterator[tuple[str, int]]:
         """What a size that is ``here`` in the probe may follow, simplest first, and what it then is in the others.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -96,28 +95,20 @@ def _reshape(t: Translator, a: Arguments) -> Value:
 def reshaped(t: Translator, x: Value, sizes: Sequence[Size]) -> Value:
     """A value in another shape, of which one dimension may be -1."""
     if -1 in [s for s in sizes if isinstance(s, int)]:
-        sizes = infer(t.shape(x), sizes)
+        sizes = infer(t, t.shape(x), sizes)
     return t.reshape(x, sizes)
 
 
-def infer(old: Sequence[Size], new: Sequence[Size]) -> list[Size]:
-    """``new`` with its one -1 replaced, so that it has as many elements as ``old``; equal symbols cancel.
+def infer(t: Translator, old: Sequence[Size], new: Sequence[Size]) -> list[Size]:
+    """``new`` with its one -1 replaced, so that it has as many elements as ``old``.
 
     Raises:
         UntranslatableError: it cannot be told.
     """
-    symbols = [d for d in old if not isinstance(d, int)]
-    for size in (d for d in new if not isinstance(d, int)):
-        match = next((i for i, d in enumerate(symbols) if d.same_as(size)), None)
-        if match is None:
-            raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
-        symbols.pop(match)
-    elements = math.prod(d for d in old if isinstance(d, int))
-    missing, rest = divmod(elements, math.prod(d for d in new if isinstance(d, int) and d != -1))
-    if rest:
+    given = [d for d in new if not (isinstance(d, int) and d == -1)]
+    missing = t.quotient(count(old), count(given))
+    if missing is None:
         raise UntranslatableError(f"a reshape from {list(old)} to {list(new)} cannot be solved")
-    for symbol in symbols:
-        missing = symbol if missing == 1 else symbol * missing
     return [missing if isinstance(d, int) and d == -1 else d for d in new]
 
 
@@ -137,7 +128,7 @@ def _flatten(t: Translator, a: Arguments) -> Value:
 def _unflatten(t: Translator, a: Arguments) -> Value:
     x, sizes = a.self, t.shape(a.self)
     axis = axis_of(t, x, a.dim)
-    parts = infer([sizes[axis]], a.sizes) if -1 in [s for s in a.sizes if isinstance(s, int)] else a.sizes
+    parts = infer(t, [sizes[axis]], a.sizes) if -1 in [s for s in a.sizes if isinstance(s, int)] else a.sizes
     return t.reshape(x, [*sizes[:axis], *parts, *sizes[axis + 1 :]])
 
 

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -518,8 +519,13 @@ class Finding:
     message: str = ""
 
     @property
+    def runs_on(self) -> str:
+        """``"native"`` or ``"torch"``; empty for what is not right."""
+        return ("native" if self.native else "torch") if self.verdict == "right" else ""
+
+    @property
     def line(self) -> str:
-        runs = f"{'native' if self.native else 'torch'}, error {self.error:.1e}" if self.error else ""
+        runs = f"{self.runs_on}, error {self.error:.1e}" if self.error else ""
         return f"{self.verdict:8} {self.name:24} {' '.join(part for part in (runs, self.message) if part)}"
 
 
@@ -622,11 +628,15 @@ def page(findings: Sequence[Finding]) -> str:
         "|---|---|---|---|",
     ]
     for finding in findings:
-        right = finding.verdict == "right"
-        text = finding.verdict if right else f"{finding.verdict}: {_plain(finding.message)}"
-        where = ("native" if finding.native else "torch") if right else ""
-        lines.append(f"| {finding.name} | `{ARCHITECTURES[finding.name].model}` | {text} | {where} |")
+        text = finding.verdict if finding.verdict == "right" else f"{finding.verdict}: {_plain(finding.message)}"
+        lines.append(f"| {finding.name} | `{ARCHITECTURES[finding.name].model}` | {text} | {finding.runs_on} |")
     return "\n".join(lines) + "\n"
+
+
+def stated(text: str) -> dict[str, tuple[str, str]]:
+    """Verdict and what it runs on of each architecture, by name, as a page of :func:`page` states them."""
+    rows = re.findall(r"^\| ([^|`]+) \| `\w+` \| (\w+)\b.* \| (native|torch|) \|$", text, re.MULTILINE)
+    return {name: (verdict, runs_on) for name, verdict, runs_on in rows}
 
 
 def _plain(message: str) -> str:

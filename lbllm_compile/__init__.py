@@ -31,9 +31,20 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what the package offers when it is asked for: torch and TVM take seconds to load."""
+    """Imports what the package offers when it is asked for: torch and TVM take seconds to load.
+
+    Raises:
+        MissingPackageError: it needs the extra ``compile``, which is not installed.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'lbllm_compile' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module(f"lbllm_compile.{_HOMES[name]}"), name)
+    from lbllm_compile.codegen.errors import compiler_is_missing, missing_compiler
+
+    try:
+        return getattr(import_module(f"lbllm_compile.{_HOMES[name]}"), name)
+    except ImportError as error:
+        if not compiler_is_missing(error):
+            raise
+        raise missing_compiler(error, f"lbllm_compile.{name}") from error

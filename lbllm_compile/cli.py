@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import LbllmError, compiler_is_missing, missing_compiler
 from lbllm_compile.options import CompileOptions, options
 from lbllm_compile.plain import plain
 from lbllm_compile.version import __version__
@@ -85,6 +85,8 @@ class VerbGroup(TyperGroup):
             where = f" '{error.filename}'" if error.filename else ""
             _fail(f"cannot access{where}: {error.strerror or error}", EXIT_USER, debug)
         except ImportError as error:
+            if compiler_is_missing(error):
+                _fail(f"{missing_compiler(error, f'`{ctx.invoked_subcommand}`')}", EXIT_USER, debug)
             _fail(f"{error}; `lbllm-compile doctor` says which packages are broken or missing", EXIT_BUG, debug)
         except Exception as error:
             if _is_lack_of_memory(error):
@@ -433,7 +435,7 @@ def serve(
             from lbllm_compile.serve.server import ServeOptions
             from lbllm_compile.serve.server import serve as serve_artifact
         except ImportError as error:
-            if error.name not in ("starlette", "uvicorn", "prometheus_client", "anyio"):
+            if error.name not in ("starlette", "uvicorn", "prometheus_client", "anyio", "pydantic"):
                 raise
             raise UsageError(
                 f"serving needs the package {error.name}; install it with `pip install 'lbllm-compile[serve]'`"

@@ -34,6 +34,11 @@ _EXTRAS = {
     "datasets": "--calibration hf:NAME cannot be read (pip install 'lbllm-compile[hub]')",
 }
 
+_RUNS_ALONE = (
+    "run, chat and serve take artifacts that another install has prepared, and nothing can be compiled"
+    " (pip install 'lbllm-compile[compile]')"
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -101,11 +106,7 @@ def render_targets(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cpu() -> Iterable[Finding]:
     from lbllm_compile.codegen.threads import thread_count
 
-    if _why_broken("torch"):
-        cost = "its features and kernel family cannot be told, because torch does not load"
-        yield Finding("cpu", "CPU", "note", platform.machine(), cost)
-    else:
-        yield from _cpu_family()
+    yield from _cpu_family()
     threads, cores = thread_count(), os.cpu_count() or 1
     cost = "" if threads == cores else f"TVM_NUM_THREADS or the CPU affinity leaves {cores - threads} of them unused"
     yield Finding("cpu", "threads", "ok" if not cost else "note", f"{threads} of {cores}", cost)
@@ -162,9 +163,8 @@ def _compilers() -> Iterable[Finding]:
         cost = "kernels cannot be linked into libraries and kept: install gcc or clang"
         yield Finding("compilers", "C compiler", "missing", "none (cc, gcc, clang)", cost)
     if _why_broken("lbllm_compile.codegen.cuda.compiler"):
-        yield Finding(
-            "compilers", "CUDA compiler", "note", "unknown", "it cannot be looked for, because torch does not load"
-        )
+        cost = f"it cannot be looked for, because torch {_lacks_torch()}"
+        yield Finding("compilers", "CUDA compiler", "note", "unknown", cost)
         return
     from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 
@@ -188,12 +188,19 @@ def _packages() -> Iterable[Finding]:
     yield Finding("packages", "Python", "ok", f"{platform.python_version()} at {sys.executable}")
     for name in ("torch", "transformers"):
         value = _version(name) or "not installed"
-        if reason := _why_broken(name):
+        if not _installed(name):
+            yield Finding("packages", name, "note", "not installed", _RUNS_ALONE)
+        elif reason := _why_broken(name):
             cost = f"no model can be compiled or run ({reason}); install it again: pip install --force-reinstall {name}"
             yield Finding("packages", name, "missing", f"{value}, does not load", cost)
         else:
             yield Finding("packages", name, "ok", value)
-    if reason := _why_broken("lbllm_compile.codegen.tvm_api"):
+    if not _installed("tvm"):
+        from lbllm_compile.codegen import tvm_runtime
+
+        kept = f"the runtime of {tvm_runtime.version()}" if tvm_runtime.version() else "not installed"
+        yield Finding("packages", "TVM", "note", kept, _RUNS_ALONE)
+    elif reason := _why_broken("lbllm_compile.codegen.tvm_api"):
         cost = "TVM uses torch, which does not load either" if _why_broken("torch") else reason
         yield Finding("packages", "TVM", "missing", "does not load", cost)
     else:
@@ -202,7 +209,7 @@ def _packages() -> Iterable[Finding]:
         text = f"{_version('apache-tvm')}, ffi {_version('apache-tvm-ffi')}, LLVM {tvm_api.llvm_version()}"
         yield Finding("packages", "TVM", "ok", text)
     for name, cost in _EXTRAS.items():
-        found = importlib.util.find_spec(name) is not None
+        found = _installed(name)
         yield Finding(
             "packages", name, "ok" if found else "note", _version(name) or "not installed", "" if found else cost
         )
@@ -210,7 +217,7 @@ def _packages() -> Iterable[Finding]:
 
 def _cuda() -> Iterable[Finding]:
     if _why_broken("torch"):
-        yield Finding("cuda", "CUDA device", "note", "unknown", "torch, which looks for devices, does not load")
+        yield Finding("cuda", "CUDA device", "note", "unknown", f"torch, which looks for devices, {_lacks_torch()}")
         return
     import torch
 
@@ -252,6 +259,14 @@ def _why_broken(module: str) -> str:
     except Exception as error:  # a damaged installation raises whatever it likes: ImportError, OSError, AttributeError
         return " ".join(str(error).split()) or type(error).__name__
     return ""
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _lacks_torch() -> str:
+    return "does not load" if _installed("torch") else "is not installed"
 
 
 def _version(package: str) -> str:

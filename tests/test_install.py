@@ -6,7 +6,9 @@ project is built without isolation.
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +17,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import runtime_only
+from lbllm_compile.codegen.errors import COMPILE_PACKAGES
+
+from lbllm_compile import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,15 +102,81 @@ def test_no_generic_name_is_installed(installed: tuple[str, Path, Path]) -> None
     assert run([python, "-c", code], Path("/")) == "[]\n"
 
 
-@pytest.mark.slow
-def test_the_wheel_has_every_file(tmp_path: Path) -> None:
-    checkout = tmp_path / "checkout"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """``(wheel, checkout it was built from)``."""
+    base = tmp_path_factory.mktemp("wheel")
+    checkout = base / "checkout"
     checkout.mkdir()
     clone(checkout)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
-    run([*pip, "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path, checkout], tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    stored = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    run([*pip, "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", base, checkout], base)
+    (built,) = base.glob("*.whl")
+    return built, checkout
+
+
+@pytest.mark.slow
+def test_only_the_extra_for_compiling_takes_the_compiler(wheel: tuple[Path, Path]) -> None:
+    archive = zipfile.ZipFile(wheel[0])
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    required: dict[str, set[str]] = {}
+    for line in email.message_from_bytes(archive.read(name)).get_all("Requires-Dist", []):
+        package, _, condition = line.partition(";")
+        extra = re.search(r'extra == "([a-z]+)"', condition)
+        bare = re.split(r"[<>=\[ ]", package.strip())[0]
+        required.setdefault(extra.group(1) if extra else "", set()).add({"apache-tvm": "tvm"}.get(bare, bare))
+    assert required["compile"] == set(COMPILE_PACKAGES)
+    assert required[""] & set(COMPILE_PACKAGES) == set()
+    assert required["run"] == {"lbllm-compile"}
+
+
+_VERBS = """
+import lbllm_compile
+from lbllm_compile import cli
+from typer.testing import CliRunner
+for line in sys.argv[1:]:
+    result = CliRunner().invoke(cli.app, line.split(), prog_name="lbllm-compile")
+    print(result.exit_code, result.stderr.strip())
+for name in lbllm_compile._HOMES:
+    try:
+        getattr(lbllm_compile, name)
+    except lbllm_compile.codegen.errors.MissingPackageError as error:
+        print(name, error)
+"""
+
+WITHOUT_MODEL = {"run": "run nowhere --prompt x", "chat": "chat nowhere", "serve": "serve nowhere"}
+"""What an install without the compiler does, up to the artifact that is not there."""
+
+COMPILING = (
+    "compile x.py", "x.py", "plan x.py", "preflight x.py", "eval x --text x", "ablate x.py --text x", "inspect x",
+    "explain x q_proj", "report x", "passes", "export x --out y", "tune --shapes 64x64", "tune export x",
+    "tune import x", "targets",
+)  # fmt: skip
+
+
+def test_what_needs_the_compiler_says_so_where_it_is_not_installed() -> None:
+    """Every verb runs, or names in one sentence what to install; so does what the package offers."""
+    verbs = {line.split()[0] for line in (*COMPILING, *WITHOUT_MODEL, "doctor")} - {"x.py"}
+    commands = {c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands}
+    assert verbs == commands | {str(group.name) for group in cli.app.registered_groups}
+    script = runtime_only.WITHOUT_COMPILER + _VERBS
+    lines = run([sys.executable, "-c", script, *COMPILING, *WITHOUT_MODEL.values(), "doctor"], ROOT).splitlines()
+    told = "which an install for running alone does not have; install it with `pip install 'lbllm-compile[compile]'`"
+    for line, said in zip(COMPILING, lines, strict=False):
+        verb = "compile" if line == "x.py" else line.split()[0]
+        assert re.fullmatch(rf"2 lbllm-compile: `{verb}` needs the package \w+, {re.escape(told)}", said), said
+    rest = lines[len(COMPILING) :]
+    absent = "2 lbllm-compile: there is no artifact at 'nowhere'; name the directory that a compile wrote"
+    assert rest[: len(WITHOUT_MODEL) + 1] == [absent] * len(WITHOUT_MODEL) + ["0 "]
+    assert [line.split()[0] for line in rest[len(WITHOUT_MODEL) + 1 :] if line.endswith(told)] == [
+        "CompileReport", "CompiledModel", "compile", "load"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_file(wheel: tuple[Path, Path]) -> None:
+    built, checkout = wheel
+    stored = {n for n in zipfile.ZipFile(built).namelist() if ".dist-info/" not in n}
     folders = {"lbllm_compile": "lbllm_compile", "passes": "lbllm_compile/passes", "codegen": "lbllm_compile/codegen"}
     expected = {
         f"{package}/{file.relative_to(checkout / folder)}"

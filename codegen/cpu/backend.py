@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import tvm_runtime
 from ..backend import Emitted, EntryPoint, Kernels, SearchSpace
 from ..progress import Progress
 from ..spec import LinearSpec, QuantizeSpec
@@ -101,7 +101,7 @@ class CpuBackend:
 
     def facts(self, target: Target) -> tuple[str | int, ...]:
         """The CPU, the number of threads, and TVM."""
-        return thread_count(), host.cpu_name(), *sorted(host.cpu_flags()), metadata.version("apache-tvm")
+        return thread_count(), host.cpu_name(), *sorted(host.cpu_flags()), tvm_runtime.version()
 
     def machine(self, file: Path) -> CpuMachine:
         return CpuMachine(file)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lbllm_compile.codegen.cache import known_sha256
+from lbllm_compile.codegen.errors import MissingPackageError, compiler_is_missing, missing_compiler
 from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.manifest import check_files
 from lbllm_compile.native.language import LanguageModel
 from lbllm_compile.native.program import NativeModel, find
 from lbllm_compile.native.text import TextTokenizer
@@ -30,6 +33,7 @@ def open_model(
 
     Raises:
         ArtifactError, KernelError, TargetError: as :func:`~.loader.load`.
+        MissingPackageError: the artifact has to be prepared, and the extra ``compile`` is not installed.
     """
     program = find(directory, target, progress)
     if program is not None and program.description.plain_tokenizer:
@@ -37,9 +41,20 @@ def open_model(
         if check is not None:
             check(model.tokenizer, model.config)
         return model
-    # torch takes seconds to import
-    from lbllm_compile import artifact
-    from lbllm_compile.runtime.loader import prepared
+    try:
+        # torch takes seconds to import
+        from lbllm_compile import artifact
+        from lbllm_compile.runtime.loader import prepared
+    except ImportError as error:
+        if not compiler_is_missing(error):
+            raise
+        check_files(directory, known_sha256)
+        if program is not None:
+            raise missing_compiler(error, f"the tokenizer of '{directory}'") from error
+        raise MissingPackageError(
+            f"no program for this CPU is stored for '{directory}', and making one needs the compiler; install it with"
+            " `pip install 'lbllm-compile[compile]'`, or share the cache directory of an install that has it"
+        ) from error
 
     loaded = artifact.load(directory)
     if check is not None:

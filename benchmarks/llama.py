@@ -229,7 +229,7 @@ def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
     """Writes another file type of a GGUF file.
 
     Args:
-        source: an fp16 or fp32 file.
+        source: a file of any type.
         destination: replaced if it exists.
         kind: one of :data:`FILE_TYPES`.
         threads: to use.
@@ -237,7 +237,7 @@ def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = FILE_TYPES[kind], threads
+    parameters.ftype, parameters.nthread, parameters.allow_requantize = FILE_TYPES[kind], threads, True
     with _silenced():
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), parameters)
     if status:

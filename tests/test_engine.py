@@ -225,6 +225,18 @@ def test_without_memory_for_conversations_nothing_is_shared(engines, talking, ke
     assert (Asked(engine, prompt, 3).end().cached_tokens > 0) == shares
 
 
+@pytest.mark.parametrize(("lengths", "steps"), [((40, 40, 40, 40), [3, 4, 1]), ((100, 20, 10), [2, 3, 1])])
+def test_short_prompts_are_read_in_one_step(engines, talking, lengths, steps):
+    heard = Heard()
+    engine = engines(native(talking), listener=heard)
+    texts = [chr(65 + i) * length for i, length in enumerate(lengths)]
+    with engine._changed:  # the scheduler sees none before all are there
+        asked = [Asked(engine, talking.encode(text), 3) for text in texts]
+    assert all(isinstance(each.end(), Finished) for each in asked)
+    assert [talking.decode(each.tokens) for each in asked] == [talking.generate(t, max_new_tokens=3) for t in texts]
+    assert heard.steps == steps
+
+
 # What fails
 
 

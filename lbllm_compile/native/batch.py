@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lbllm_compile.native.program import NativeProgram, NativeSession, State
+from lbllm_compile.native.program import NativeProgram, NativeSession, State, joined
 
 SLACK, HEADROOM = 256, 64
 """Slots beyond the end of the sequences in a fresh state, and at least behind a move: so many steps come before
@@ -101,7 +101,7 @@ class Batch:
             results.append(self._program.call(function.name, tensors, state, part))
         self._lengths = [n + 1 for n in self._lengths]
         self._end = end
-        return np.concatenate(results)[:, -1]
+        return joined(results, 0)[:, -1]
 
     def _move_to(self, end: int) -> None:
         """Moves all rows so that they end at slot ``end``, to a larger state where this one is nearly full then."""

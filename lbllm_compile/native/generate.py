@@ -57,7 +57,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
         GenerationError: the highest logit is infinite or no number.
     """
     likeliest = logits.argmax(-1)  # the first one that is no number, where there is one
-    highest = np.take_along_axis(logits, likeliest[:, None], -1)
+    highest = logits[np.arange(len(logits)), likeliest, None]
     if not np.isfinite(highest).all():
         raise GenerationError("the model's logits are infinite or no numbers here; its weights may be damaged")
     if sampling.temperature == 0.0:
@@ -69,18 +69,30 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
         logits = np.where(logits < smallest, -np.inf, logits)
     shares = np.exp(logits)
     shares /= shares.sum(-1, keepdims=True)
-    order = np.argsort(-shares, axis=-1, kind="stable")
-    ordered = np.take_along_axis(shares, order, -1)
-    reached = np.cumsum(ordered, -1)
-    if sampling.top_p < 1.0:
+    draws = generator.random(len(shares))
+    return np.array([_drawn(row, draw, sampling.top_p) for row, draw in zip(shares, draws, strict=True)], np.int64)
+
+
+def _drawn(shares: np.ndarray, draw: float, top_p: float) -> int:
+    """The token on which a draw falls when the likeliest tokens that together reach ``top_p`` stand side by side.
+
+    Args:
+        shares: of all tokens, ``[V]``, which add up to 1.
+        draw: at least 0 and below 1.
+        top_p: as :attr:`Sampling.top_p`.
+    """
+    # Only tokens up to a cumulative share of this are looked at. Sorting the whole vocabulary takes longer than many a
+    # model's step, and those that are left out here have together no more than half of what is behind it.
+    needed = top_p if top_p < 1.0 else draw
+    likely = np.flatnonzero(shares > (1.0 - needed) / (2 * len(shares)))
+    order = likely[np.argsort(-shares[likely], kind="stable")]
+    reached = np.cumsum(shares[order])
+    if top_p < 1.0:
         # A token stays while those before it have not reached top_p, so that the first one always stays.
-        before = np.pad(reached[:, :-1], ((0, 0), (1, 0)))
-        ordered = np.where(before >= sampling.top_p, 0.0, ordered)
-        reached = np.cumsum(ordered, -1)
-    drawn = generator.random((len(logits), 1)) * reached[:, -1:]
-    # The first token whose cumulative share exceeds the draw; one of share zero never does.
-    rank = (reached <= drawn).sum(-1).clip(max=(ordered > 0).sum(-1) - 1)
-    return np.take_along_axis(order, rank[:, None], -1)[:, 0]
+        reached = reached[: np.searchsorted(reached, top_p) + 1]
+        draw *= reached[-1]
+    # The first token whose cumulative share exceeds the draw.
+    return int(order[min(np.searchsorted(reached, draw, side="right"), len(reached) - 1)])
 
 
 Step = Callable[[np.ndarray], np.ndarray]

@@ -509,7 +509,7 @@ class NativeSession:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
-        return _joined(self._feed(ids, last=False), 1)
+        return joined(self._feed(ids, last=False), 1)
 
     def _feed(self, ids: np.ndarray, last: bool) -> list[np.ndarray]:
         """Feeds token ids part by part; returns the logits of each part, or of its last token."""
@@ -543,7 +543,7 @@ class NativeSession:
         function = self._program.description.function(batch, length, last)
         most = function.sequences({"length": length, "total": end, "capacity": self.state.capacity})
         parts = [slice(i, i + most) for i in range(0, batch, most)] if most < batch else [None]
-        result = _joined([self._call(function, inputs, part) for part in parts], 0)
+        result = joined([self._call(function, inputs, part) for part in parts], 0)
         self._lengths += new.sum(1, keepdims=True)
         self.past = end
         return result
@@ -570,7 +570,7 @@ class NativeSession:
         return result[:, 0]
 
 
-def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+def joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
     """Arrays one behind the other along an axis; a single one is not copied."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,18 +144,11 @@ async def _answer(front: Front, request: Request) -> Response:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON ({error})") from error
-    parse = PARSERS[request.url.path]
     events: asyncio.Queue[Event | None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def deliver(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
     try:
         # Templates and tokenizers take their time with long prompts.
-        answer = await anyio.to_thread.run_sync(parse, front.served, document)
-        ticket = front.engine.submit(answer.request, deliver)
+        answer = await anyio.to_thread.run_sync(PARSERS[request.url.path], front.served, document)
+        ticket = front.engine.submit(answer.request, _delivery(events, as_they_come=answer.stream))
     except LbllmError as error:
         raise _refusal(error) from error
     watch = asyncio.create_task(_watch(request.receive, lambda: events.put_nowait(None)))
@@ -169,6 +163,29 @@ async def _answer(front: Front, request: Request) -> Response:
         return await _whole(answer, events)
     finally:
         end()
+
+
+def _delivery(events: asyncio.Queue[Event | None], as_they_come: bool) -> Callable[[Event], None]:
+    """What puts events of the scheduler's thread into a queue of the running loop.
+
+    Args:
+        events: the queue.
+        as_they_come: otherwise all at the end, so that the loop need not wake up for every token, which would take time
+            from the kernels' threads.
+    """
+    loop, come = asyncio.get_running_loop(), deque[Event]()
+
+    def hand_over() -> None:
+        while come:
+            events.put_nowait(come.popleft())
+
+    def deliver(event: Event) -> None:
+        come.append(event)
+        if as_they_come or not isinstance(event, Piece):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(hand_over)
+
+    return deliver
 
 
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

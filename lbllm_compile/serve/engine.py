@@ -1,7 +1,7 @@
 """The scheduler: one thread that owns the program and decodes the requests of many clients together.
 
-Between two steps requests join and leave. A step reads at most one part of one prompt, so that a long prompt does not
-stop answers that are being written, and then decodes one token of every request. Requests begin with what is known of
+Between two steps requests join and leave. A step reads so many tokens of prompts at most that answers which are being
+written do not stop for a long one, and then decodes one token of every request. Requests begin with what is known of
 their prompt: the longest beginning that it shares with a conversation that was answered before or is being answered.
 """
 
@@ -24,7 +24,7 @@ from lbllm_compile.native.language import check_prompts
 from lbllm_compile.native.program import NativeModel, NativeSession
 
 PART_TOKENS = 128
-"""Tokens of a prompt that are read between two steps of the others."""
+"""Tokens of prompts that are read between two steps of the others."""
 
 SHARED_TOKENS = 16
 """Prompts that share fewer tokens than this are not worth a copy."""
@@ -336,11 +336,17 @@ class Engine:
         del active.rest[:shared]
 
     def _read(self) -> None:
-        """Reads a part of the oldest prompt that is not read."""
-        active = next((a for a in self._running if a.rest), None)
-        if active is None:
-            return
-        part = active.rest[:PART_TOKENS]
+        """Reads the oldest prompt that is not read, a part of it where it is long, and those behind it that fit into
+        the same step whole."""
+        left = PART_TOKENS
+        for active in [a for a in self._running if a.rest]:
+            part = active.rest[:PART_TOKENS]
+            if len(part) > left:
+                return
+            left -= len(part)
+            self._read_part(active, part)
+
+    def _read_part(self, active: _Active, part: list[int]) -> None:
         try:
             assert active.session is not None
             logits = active.session.step(np.array([part], np.int64))
@@ -541,5 +547,14 @@ def _with_logprobs(token: int, logits: np.ndarray, wanted: int | None) -> Token:
     exact = logits.astype(np.float64) - logits.max()
     exact -= np.log(np.exp(exact).sum())
     exact = exact.clip(min=LEAST_LOGPROB)
-    order = np.argsort(-exact, kind="stable")[:wanted]
-    return Token(token, float(exact[token]), tuple((int(i), float(exact[i])) for i in order))
+    return Token(token, float(exact[token]), tuple((i, float(exact[i])) for i in _highest(exact, wanted)))
+
+
+def _highest(values: np.ndarray, count: int) -> list[int]:
+    """Where the ``count`` highest values are, the highest first and of equal ones the first."""
+    count = min(count, len(values))
+    if not count:
+        return []
+    least = np.partition(values, -count)[-count]
+    candidates = np.flatnonzero(values >= least)
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count].tolist()

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lbllm_compile import completion
 from lbllm_compile.codegen.errors import LbllmError, compiler_is_missing, missing_compiler
+from lbllm_compile.codegen.sizes import GROUPS
 from lbllm_compile.options import CompileOptions, options
 from lbllm_compile.plain import plain
 from lbllm_compile.version import __version__
@@ -57,7 +59,7 @@ class VerbGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own, rest = _split_debug(args)
-        if rest and rest[0] not in self.commands and rest[0] not in ("--help", "--version"):
+        if rest and rest[0] not in self.commands and rest[0] not in _own_options(self, ctx):
             self._mistyped = _mistyped_verb(rest[0], list(self.commands))
             rest = ["compile", *rest]
         return super().parse_args(ctx, own + rest)
@@ -110,7 +112,6 @@ class TuneGroup(TyperGroup):
 
 app = typer.Typer(
     cls=VerbGroup,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -149,6 +150,9 @@ def _open_outputs() -> None:
 
 _OPTIONS = options()
 
+_COMPLETED = {"target": completion.targets, "print_after": completion.pass_names}
+"""How a shell completes options whose values are many."""
+
 
 def _plainly(help: str) -> str:
     """A help text whose brackets are no markup."""
@@ -161,7 +165,10 @@ def _described(name: str) -> Any:
     if name == "model":
         return typer.Argument(metavar="MODEL", help=_plainly(flag.help))
     names = ["--" + name.replace("_", "-"), *([flag.short] if flag.short else [])]
-    return typer.Option(*names, help=_plainly(flag.help), metavar=flag.metavar, rich_help_panel=flag.panel)
+    completed = _COMPLETED.get(name) or (completion.one_of(flag.choices) if flag.choices else None)
+    return typer.Option(
+        *names, help=_plainly(flag.help), metavar=flag.metavar, rich_help_panel=flag.panel, autocompletion=completed
+    )
 
 
 def _parameter(name: str) -> inspect.Parameter:
@@ -212,13 +219,21 @@ _MODELLING = (
 
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="what a compile wrote")]
 Seed = Annotated[int, typer.Option(help=_plainly(_OPTIONS["seed"].flag.help))]
-Group = Annotated[int | None, typer.Option(help=_plainly(_OPTIONS["group"].flag.help))]
+Group = Annotated[
+    int | None,
+    typer.Option(help=_plainly(_OPTIONS["group"].flag.help), autocompletion=completion.one_of(GROUPS)),
+]
 ScoredText = Annotated[Path, typer.Option(help="UTF-8 text to score")]
 SequenceLength = Annotated[
     int | None, typer.Option(help=_plainly("tokens in a chunk [default: 512, or what the model's context holds]"))
 ]
 Chunks = Annotated[int, typer.Option(help="chunks, from the start of the file, without overlap")]
-RunTarget = Annotated[str, typer.Option("--target", "-t", help="what to run on; cpu is the best of this machine")]
+RunTarget = Annotated[
+    str,
+    typer.Option(
+        "--target", "-t", help="what to run on; cpu is the best of this machine", autocompletion=completion.targets
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help=_plainly("threads of the kernels [default: one a CPU]"))]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="end an answer in front of this; repeatable")]
 MaxTokens = Annotated[int, typer.Option(help="at most so many tokens")]
@@ -502,16 +517,32 @@ def ablate(
 def inspect_command(
     directory: ArtifactDir,
     pass_name: Annotated[
-        str | None, typer.Option("--pass", metavar="PASS", help="the graph after this pass, with what it changed")
+        str | None,
+        typer.Option(
+            "--pass",
+            metavar="PASS",
+            help="the graph after this pass, with what it changed",
+            autocompletion=completion.stored_passes,
+        ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="one decoder layer alone")] = None,
     diff: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="P Q", help="what changed from the graph after P to that after Q")
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="P Q",
+            help="what changed from the graph after P to that after Q",
+            autocompletion=completion.stored_passes,
+        ),
     ] = None,
     grep: Annotated[str | None, typer.Option(metavar="REGEX", help="only nodes whose line has this")] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", metavar="FORM", help="the graph as txt (whole), json (node-link) or dot (Graphviz)"),
+        typer.Option(
+            "--format",
+            metavar="FORM",
+            help="the graph as txt (whole), json (node-link) or dot (Graphviz)",
+            autocompletion=completion.one_of(("txt", "json", "dot")),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -572,7 +603,10 @@ def report_command(
 
 @app.command()
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="show everything about one pass")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[PASS]", help="show everything about one pass", autocompletion=completion.pass_names),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the passes a pipeline may name, what each does to a graph, its options and its contract; and the recipes."""
@@ -589,10 +623,22 @@ def passes(
 def export_command(
     directory: ArtifactDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder or file to make")],
-    form: Annotated[str, typer.Option("--format", "-f", metavar="FORMAT", help="hf-dense or gguf")] = "hf-dense",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="hf-dense or gguf",
+            autocompletion=completion.one_of(("hf-dense", "gguf")),
+        ),
+    ] = "hf-dense",
     dtype: Annotated[
         str | None,
-        typer.Option(help=_plainly("of plain weights: float32, bfloat16, float16 [default: 16 bits]")),
+        typer.Option(
+            help=_plainly("of plain weights: float32, bfloat16, float16 [default: 16 bits]"),
+            autocompletion=completion.one_of(("float32", "bfloat16", "float16")),
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare artifact and written weights on")] = None,
     seq_len: SequenceLength = None,
@@ -628,8 +674,17 @@ def tune_search(
     shapes: Annotated[
         str | None, typer.Option(metavar="OUTxIN,…", help="linears to tune, e.g. 4096x11008,576x1536")
     ] = None,
-    target: Annotated[str, typer.Option("--target", "-t", help="a CPU target; `targets` lists them")] = "cpu",
-    kind: Annotated[str | None, typer.Option(help=_plainly("their weights: bit or int8 [default: bit]"))] = None,
+    target: Annotated[
+        str,
+        typer.Option("--target", "-t", help="a CPU target; `targets` lists them", autocompletion=completion.targets),
+    ] = "cpu",
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help=_plainly("their weights: bit or int8 [default: bit]"),
+            autocompletion=completion.one_of(("bit", "int8")),
+        ),
+    ] = None,
     group: Group = None,
     act_bits: Annotated[
         int | None, typer.Option(help=_plainly("activation bits: 4, 8 or 16 [default: 4, or 8 for int8 weights]"))
@@ -666,7 +721,10 @@ def tune_search(
 @tune_app.command("export")
 def tune_export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines to write")],
-    target: Annotated[str | None, typer.Option("--target", "-t", help="results of this target alone")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="results of this target alone", autocompletion=completion.targets),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the stored results to FILE."""
@@ -790,6 +848,11 @@ def _read_prompt() -> str:
         raise UsageError(
             f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it first, e.g. with iconv"
         ) from error
+
+
+def _own_options(group: Any, ctx: Any) -> set[str]:
+    """The options of a group of verbs itself."""
+    return {name for parameter in group.get_params(ctx) for name in parameter.opts}
 
 
 def _split_debug(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.sizes import MAX_SEED
+from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS, KV_BITS, MAX_SEED
 
 
 class OptionError(LbllmError):
@@ -29,12 +29,14 @@ class Flag:
         panel: the part of the help that it is in.
         short: its one-letter form, e.g. ``-t``.
         metavar: what stands for its value; by default its type.
+        choices: its values, where they are few; what a shell completes.
     """
 
     help: str
     panel: str | None = None
     short: str | None = None
     metavar: str | None = None
+    choices: tuple[str | int, ...] = ()
 
 
 FORMAT, WORK, LOOK = "What it becomes", "How much is done, and where", "Looking at what happens"
@@ -72,15 +74,29 @@ class CompileOptions:
     target: Annotated[
         str, Flag("where it will run: cpu, cuda, cuda:sm_90, …; several joined by commas", FORMAT, short="-t")
     ] = "cpu"
-    recipe: Annotated[str | None, Flag("named pipeline: lbllm or lbllm-paper [default: lbllm]", FORMAT)] = None
+    recipe: Annotated[
+        str | None,
+        Flag("named pipeline: lbllm or lbllm-paper [default: lbllm]", FORMAT, choices=("lbllm", "lbllm-paper")),
+    ] = None
     pipeline: Annotated[str | None, Flag("the passes as text; `plan MODEL` shows the recipe's", FORMAT)] = None
     group: Annotated[
         int | None,
-        Flag("input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]", FORMAT),
+        Flag(
+            "input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]",
+            FORMAT,
+            choices=GROUPS,
+        ),
     ] = None
-    act_bits: Annotated[int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT)] = None
+    act_bits: Annotated[
+        int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT, choices=ACTIVATION_BITS)
+    ] = None
     kv_bits: Annotated[
-        int | None, Flag("bits of the key/value cache: 4, 8 or 16 [default: 4; 16 with --keep-dense '*']", FORMAT)
+        int | None,
+        Flag(
+            "bits of the key/value cache: 4, 8 or 16 [default: 4; 16 with --keep-dense '*']",
+            FORMAT,
+            choices=KV_BITS,
+        ),
     ] = None
     scheme: Annotated[
         tuple[str, ...],
@@ -99,7 +115,10 @@ class CompileOptions:
         ),
     ] = None
     out: Annotated[Path | None, Flag("artifact directory to write [default: NAME-lbllm]", WORK)] = None
-    preset: Annotated[str | None, Flag("how much work: quick, default or best [default: default]", WORK)] = None
+    preset: Annotated[
+        str | None,
+        Flag("how much work: quick, default or best [default: default]", WORK, choices=("quick", "default", "best")),
+    ] = None
     calibration: Annotated[
         str | None,
         Flag(
@@ -108,7 +127,12 @@ class CompileOptions:
         ),
     ] = None
     device: Annotated[
-        str, Flag("where calibrations compute and the model samples calibration text: auto, cpu or cuda", WORK)
+        str,
+        Flag(
+            "where calibrations compute and the model samples calibration text: auto, cpu or cuda",
+            WORK,
+            choices=("auto", "cpu", "cuda"),
+        ),
     ] = "auto"
     work_dir: Annotated[Path | None, Flag("where unfinished work is kept", WORK)] = None
     seed: Annotated[int, Flag("start of every random choice", WORK)] = 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from ..codegen.errors import LbllmError, suggestion
-from .base import Pass
+
+if TYPE_CHECKING:
+    from .base import Pass
 
 ENTRY_POINT_GROUP = "lbllm_compile.passes"
 """Third-party packages register passes here: ``my-pass = "my_package.my_module:MyPass"``."""
@@ -50,6 +53,8 @@ def get(name: str) -> type[Pass]:
     if name in _BUILTIN:
         module, attribute = _BUILTIN[name].split(":")
         return getattr(importlib.import_module(f".{module}", __package__), attribute)
+    from .base import Pass  # torch takes seconds to import
+
     points = _third_party()
     if name not in points:
         raise PassNameError(f"there is no pass '{name}'{suggestion(name, names())}; see `lbllm-compile passes`")

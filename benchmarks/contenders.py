@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,12 +20,10 @@ from lbllm_compile.codegen.threads import thread_count
 from lbllm_compile.codegen.tvm_api import compile_functions, prepared
 from torch import Tensor
 
+from lbllm_compile.bench.linears import COLD_BYTES, MOST_COPIES
+from lbllm_compile.bench.turns import timed
+
 from . import limits, llama
-
-COLD_BYTES = 208 << 20
-"""Bytes of weights that cold calls cycle over, more than last-level caches hold."""
-
-MOST_COPIES = 1024
 
 TRIAL_CALLS = 5
 """Calls that each schedule gets when the best is picked."""
@@ -91,21 +87,6 @@ class Problem:
         known = min(self.tokens, len(self.case.expected))
         if not prove.agree(out[:known], self.case.expected[:known]):
             raise LbllmError(f"{name} gives wrong results")
-
-
-def timed(calls: Sequence[Callable[[], object]]) -> Callable[[int], list[float]]:
-    """A :attr:`Contender.run` that makes Python calls in turn, going on where it stopped."""
-    turns = itertools.cycle(calls)
-
-    def run(count: int) -> list[float]:
-        times = []
-        for call in itertools.islice(turns, count):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times
-
-    return run
 
 
 def _bucket(tokens: int) -> cpu.Bucket:

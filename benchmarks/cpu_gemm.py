@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .harness import Settings, alternate, main, result
+from lbllm_compile.bench.turns import alternate
+
+from .harness import Settings, main, result
 
 SETTINGS = Settings(
     shapes=((4096, 4096, 128), (11008, 4096, 128), (4096, 11008, 128), (576, 1536, 64)),

@@ -31,6 +31,8 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words, thread_count
 from rich.table import Table
 
+from lbllm_compile.bench import turns
+
 from . import harness, llama
 
 OWN, THEIRS = "generated", "llama.cpp TQ2_0"
@@ -200,7 +202,7 @@ def measure(shape: Shape, cold: bool, trials: int, quick: bool) -> list[dict[str
             count = (2 if quick else -(-COLD_BYTES // sizes[THEIRS])) if cold else 1
             products = llama.Products(matrices * count, 1, 1, thread_count())
             runs[THEIRS] = timed(products.calls)
-        times = harness.alternate(runs, quick)
+        times = turns.alternate(runs, quick)
     counts = {OWN: layers, THEIRS: count if THEIRS in runs else 0}
     return [
         {

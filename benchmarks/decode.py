@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import platform
 import statistics
@@ -34,10 +35,14 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words
 from rich.table import Table
 
-from . import harness, llama, subjects
-from .decoders import WITHOUT_FEW, Child, Loading
+from lbllm_compile.bench import decoding
+from lbllm_compile.bench.decoders import LLAMA_CPP, NATIVE, TORCH, TORCH_BF16, Child, Loading
+from lbllm_compile.report.terminal import make_progress
 
-OWN = "native"
+from . import harness, llama, subjects
+from .decoders import MODULE, WITHOUT_FEW
+
+OWN = NATIVE
 """Name of what is generated."""
 
 KINDS = ("q4_0", "q8_0", "q2_k", "tq2_0")
@@ -46,86 +51,69 @@ KINDS = ("q4_0", "q8_0", "q2_k", "tq2_0")
 SMALL_KIND = "q2_k"
 """The one whose memory is compared: two bits a weight, in files of the type that is in use."""
 
-TORCH_BITS = {"torch fp32": 32.0, "torch bf16": 16.0}
+TORCH_BITS = {"torch fp32": (TORCH, 32.0), "torch bf16": (TORCH_BF16, 16.0)}
+"""Kinds of torch's decoders and bits of their weights, by name."""
 
 PACKAGES = ("torch", "transformers", "apache-tvm")
 
-LLAMA_CPP = "llama.cpp "
+FILE_TYPE = f"{LLAMA_CPP} "
 """Start of the names of llama.cpp's decoders."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(decoding.Settings):
     """How much to measure.
 
     Attributes:
-        prompt: tokens before decoding.
-        steps: tokens to decode in a round.
-        prefill: tokens of the prompt whose speed is measured.
         few: tokens of the prompts that are timed with and without the function for few tokens.
-        rounds: that count.
-        processes: fresh processes whose loading and memory are measured.
     """
 
-    prompt: int = 32
-    steps: int = 64
-    prefill: int = 512
     few: tuple[int, ...] = (2, 8, 16)
     rounds: int = 20
     processes: int = 5
 
 
-QUICK = Settings(steps=4, prefill=64, few=(2,), rounds=1, processes=1)
+QUICK = Settings(steps=4, prefill=64, few=(2,), rounds=1, processes=1, pause=0.0, warm=False)
 """A smoke test."""
 
 
 def contenders(subject: subjects.Subject) -> dict[str, tuple[str, str, float]]:
     """By name: kind and source for :class:`.decoders.Loading`, and bits of a decoder weight."""
     found = {OWN: ("native", subject.native, subject.bits)}
-    found |= {name: (name, subject.original, bits) for name, bits in TORCH_BITS.items()}
-    return found | {f"{LLAMA_CPP}{k}": ("llama.cpp", file["path"], file["bits"]) for k, file in subject.gguf.items()}
+    found |= {name: (kind, subject.original, bits) for name, (kind, bits) in TORCH_BITS.items()}
+    return found | {f"{FILE_TYPE}{k}": (LLAMA_CPP, file["path"], file["bits"]) for k, file in subject.gguf.items()}
 
 
-def speeds(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+def loadings(subject: subjects.Subject, settings: Settings, threads: int) -> dict[str, Loading]:
+    """What loads every contender, by name."""
+    found = contenders(subject)
+    return {name: Loading(kind, source, settings.capacity, threads) for name, (kind, source, _) in found.items()}
+
+
+def speeds(subject: subjects.Subject, settings: Settings, threads: int) -> list[dict[str, Any]]:
     """Tokens per second of every contender, in turns."""
-    competing = contenders(subject)
-    capacity = max(settings.prompt + settings.steps, settings.prefill)
-    steps: dict[str, list[float]] = {name: [] for name in competing}
-    prompts: dict[str, list[float]] = {name: [] for name in competing}
-    with contextlib.ExitStack() as stack:
-        children = {}
-        for name, (kind, source, _) in competing.items():  # one after the other: loading takes memory for a while
-            children[name] = stack.enter_context(Child(Loading(kind, source, capacity, threads)))
-        for index in range(settings.rounds + (not quick)):
-            for name, child in children.items():
-                time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
-                # behind its prompt, decoding is warm; it in turn warms the threads for the long prompt
-                decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps})
-                prompt = child.ask({"prompt": settings.prefill, "steps": 0})
-                if quick or index:
-                    steps[name] += decoded["steps"]
-                    prompts[name].append(prompt["prefill"])
-            harness.CONSOLE.print(f"[dim]{in_words(threads)}, round {index} of {settings.rounds}[/dim]")
+    times = decoding.in_turns(loadings(subject, settings, threads), settings, make_progress(harness.CONSOLE))
     return [
-        result(name, bits, settings, steps[name], prompts[name], subject.gguf.get(name.removeprefix(LLAMA_CPP)))
-        for name, (_, _, bits) in competing.items()
+        result(name, bits, times[name], settings.prefill, subject.gguf.get(name.removeprefix(FILE_TYPE)))
+        for name, (_, _, bits) in contenders(subject).items()
     ]
 
 
-def few_tokens(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+def few_tokens(subject: subjects.Subject, settings: Settings, threads: int) -> list[dict[str, Any]]:
     """Milliseconds of prompts of a few tokens, medians, with and without the function for few tokens."""
     seconds: dict[tuple[str, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
         kinds = (OWN, WITHOUT_FEW)
-        loadings = {kind: Loading(kind, subject.native, settings.prompt + max(settings.few), threads) for kind in kinds}
-        children = {kind: stack.enter_context(Child(loading)) for kind, loading in loadings.items()}
-        for index in range(settings.rounds + (not quick)):
+        capacity = settings.prompt + max(settings.few)
+        asked = {kind: Loading(kind, subject.native, capacity, threads) for kind in kinds}
+        children = {kind: stack.enter_context(Child(loading, MODULE)) for kind, loading in asked.items()}
+        for index in range(settings.rounds + settings.warm):
             for kind, child in children.items():
-                time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
+                time.sleep(settings.pause)
                 for tokens in settings.few:
                     child.ask({"prompt": tokens, "steps": 0})  # warms the threads, and what this length alone uses
                     taken = child.ask({"prompt": tokens, "steps": 0})["prefill"]
-                    if quick or index:
+                    if index >= settings.warm:
                         seconds.setdefault((kind, tokens), []).append(taken)
     found = []
     for tokens in settings.few:
@@ -135,22 +123,19 @@ def few_tokens(subject: subjects.Subject, settings: Settings, threads: int, quic
 
 
 def result(
-    name: str,
-    bits: float,
-    settings: Settings,
-    steps: Sequence[float],
-    prompts: Sequence[float],
-    file: Mapping[str, Any] | None = None,
+    name: str, bits: float, times: decoding.Times, prefill: int, file: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """One row of the results, JSON-able.
 
     Args:
-        steps: seconds of every decoded token.
-        prompts: seconds of every long prompt.
+        name: the contender's.
+        bits: of a decoder weight.
+        times: of the contender.
+        prefill: tokens of a long prompt.
         file: of llama.cpp, as :class:`.subjects.Subject` has it.
     """
-    each = settings.steps
-    rounds = sorted(each / sum(steps[i : i + each]) for i in range(0, len(steps), each))
+    steps = [second for taken in times.rounds for second in taken]
+    rounds = sorted(len(taken) / sum(taken) for taken in times.rounds)
     return {
         "contender": name,
         "bits_per_decoder_weight": bits,
@@ -158,38 +143,25 @@ def result(
         "decode_tokens_per_second": 1 / statistics.median(steps),
         "slowest_round_tokens_per_second": rounds[0],
         "fastest_round_tokens_per_second": rounds[-1],
-        "prefill_tokens_per_second": settings.prefill / statistics.median(prompts),
+        "prefill_tokens_per_second": prefill / statistics.median(times.prefill),
         "decoded": len(steps),
-        "prompts": len(prompts),
+        "prompts": len(times.prefill),
     }
 
 
-def processes(subject: subjects.Subject, settings: Settings, threads: int, quick: bool) -> list[dict[str, Any]]:
+def processes(subject: subjects.Subject, settings: Settings, threads: int) -> list[dict[str, Any]]:
     """Memory and loading of what is generated and of llama.cpp's smallest usual type, in fresh processes.
 
     Bytes and seconds are medians. ``bare`` is the process with all its packages before it loads the model;
     ``first_logits_seconds`` is loading and the short prompt, because mapped weights are read when they are used.
     """
     found = []
-    for name, (kind, source, _) in contenders(subject).items():
-        if name not in (OWN, LLAMA_CPP + SMALL_KIND):
-            continue
-        measured = []
-        for _ in range(settings.processes + (not quick)):
-            time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
-            loading = Loading(kind, source, settings.prompt + settings.steps, threads)
-            with Child(loading) as child:
-                times = child.ask({"prompt": settings.prompt, "steps": settings.steps})
-                measured.append(
-                    {
-                        "load_seconds": child.loaded["load_seconds"],
-                        "first_logits_seconds": child.loaded["load_seconds"] + times["prefill"],
-                        **{f"bare_{name}": size for name, size in child.loaded["bare"].items()},
-                        **child.ask("memory"),
-                    }
-                )
-        if not quick:
-            measured = measured[1:]  # the first may have read files
+    small = {
+        name: dataclasses.replace(loading, capacity=settings.prompt + settings.steps)
+        for name, loading in loadings(subject, settings, threads).items()
+        if name in (OWN, FILE_TYPE + SMALL_KIND)
+    }
+    for name, measured in decoding.fresh_processes(small, settings, make_progress(harness.CONSOLE)).items():
         medians = {field: statistics.median(m[field] for m in measured) for field in measured[0]}
         found.append({"contender": name, "processes": len(measured), **medians})
     return found
@@ -207,7 +179,7 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         speed = {row["contender"]: row[f"{what}_tokens_per_second"] for row in results}
         multiples = {name: speed[OWN] / value for name, value in speed.items()}
         found[what] = {"multiples": multiples}
-        types = [name for name in speed if name.startswith(LLAMA_CPP)]
+        types = [name for name in speed if name.startswith(FILE_TYPE)]
         if types:
             fastest = max(types, key=lambda name: speed[name])
             found[what] |= {"fastest": fastest, "over_fastest": multiples[fastest]}
@@ -281,7 +253,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _wish(options: argparse.Namespace, kinds: Sequence[str], threads: int) -> subjects.Wish:
     artifact, original = str(options.artifact), options.original
     if options.shape:
-        artifact, original = "", subjects.SHAPE + options.shape
+        artifact, original = "", options.shape
     trials = 0 if options.quick else options.trials
     return subjects.Wish(artifact, original, options.group, trials, tuple(kinds), threads)
 
@@ -306,14 +278,14 @@ def main() -> None:
             kinds = () if absent else KINDS
             for threads in sorted(options.threads):
                 subject = subjects.make(_wish(options, kinds, threads), Path(folder))
-                document |= {"original": subject.original, "parameters": subject.parameters}
-                results = speeds(subject, settings, threads, options.quick)
-                few = few_tokens(subject, settings, threads, options.quick)
+                document |= {"original": options.shape or subject.original, "parameters": subject.parameters}
+                results = speeds(subject, settings, threads)
+                few = few_tokens(subject, settings, threads)
                 run = {"threads": threads, "results": results, "ratios": ratios(results), "few": few}
                 document["runs"].append(run)
                 _print_speeds(run, settings)
                 _print_few(run)
-            document["processes"] = processes(subject, settings, threads, options.quick)
+            document["processes"] = processes(subject, settings, threads)
     except LbllmError as error:
         sys.exit(str(error))
     _print_processes(document["processes"])

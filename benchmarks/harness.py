@@ -13,7 +13,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PAUSE_SECONDS = 0.1
-"""Longer than any of the thread pools spins."""
-
-WARM_CALLS = 3
-FEWEST_CALLS = 20
-"""Least calls behind a median."""
-
-ROUNDS = 5
-TURN_SECONDS = 0.05
-"""How long a turn's calls take, where the calls of all rounds are more than the fewest."""
+from lbllm_compile.bench.turns import environment
 
 OWN = ("lut8", "popcount")
 """Contenders that are generated."""
@@ -52,27 +42,6 @@ class Settings:
     shapes: tuple[tuple[int, int, int], ...]
     tokens: tuple[int, ...]
     quick: bool
-
-
-def alternate(runs: dict[str, Callable[[int], list[float]]], quick: bool) -> dict[str, list[float]]:
-    """Times contenders in turns.
-
-    Args:
-        runs: by name; ``run(calls)`` returns the seconds of each call.
-        quick: one short round.
-
-    Returns:
-        Seconds of every call that counts.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    rounds = 1 if quick else ROUNDS
-    fewest = 2 if quick else -(-FEWEST_CALLS // rounds)
-    for _ in range(rounds):
-        for name, run in runs.items():
-            time.sleep(0.0 if quick else PAUSE_SECONDS)
-            warm = min(run(1 if quick else WARM_CALLS))
-            times[name] += run(max(fewest, 0 if quick else min(200, int(TURN_SECONDS / warm))))
-    return times
 
 
 def result(
@@ -195,13 +164,6 @@ def _measure_here(settings: Settings, measure: Callable[[Settings], Iterable[dic
                 f"{row['contender']}: {row['microseconds']:.1f} us[/dim]"
             )
     print(json.dumps(document))
-
-
-def environment(threads: int) -> dict[str, str]:
-    """Environment variables of a child process that imports what this one can and uses so many threads."""
-    count = str(threads)
-    counts = {"TVM_NUM_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    return os.environ | counts | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def measure_with(threads: int, module: str, arguments: Sequence[str]) -> dict[str, Any]:

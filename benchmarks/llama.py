@@ -1,23 +1,22 @@
 """llama.cpp as a yardstick, through the libraries that the optional package ``llama-cpp-python`` brings.
 
-:class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize`, :func:`bits_per_weight` and
-:class:`Decoder` are for whole models. Decoding needs no torch, whose memory would count as llama.cpp's.
+:class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize` and :func:`bits_per_weight` are for
+whole models, which :mod:`lbllm_compile.bench.llama` runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lbllm_compile.codegen.errors import LbllmError
+
+from lbllm_compile.bench.llama import SUCCESS, missing, silenced
 
 if TYPE_CHECKING:
     import torch
@@ -33,21 +32,6 @@ BLOCK = 256
 
 NODES = 8
 """Nodes and tensors to have room for, for each product of a graph."""
-
-SUCCESS = 0
-
-
-def missing() -> str:
-    """Why llama.cpp cannot be compared with here, empty if it can."""
-    return "" if importlib.util.find_spec("llama_cpp") else "install the extra 'bench' (llama-cpp-python)"
-
-
-def facts() -> dict[str, str]:
-    """Version of the package, and which instructions its libraries were built for."""
-    import llama_cpp
-
-    features = llama_cpp.llama_print_system_info().decode()
-    return {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": features.strip(" |")}
 
 
 class _InitParams(ctypes.Structure):
@@ -211,20 +195,6 @@ def write_gguf(model: torch.nn.Module, path: Path) -> None:
     writer.close()
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """llama.cpp talks on standard error, whatever it is told."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
     """Writes another file type of a GGUF file.
 
@@ -238,7 +208,7 @@ def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.allow_requantize = FILE_TYPES[kind], threads, True
-    with _silenced():
+    with silenced():
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), parameters)
     if status:
         raise LbllmError(f"llama.cpp could not quantize {source} to {kind}")
@@ -260,38 +230,3 @@ def bits_per_weight(path: Path) -> tuple[float, dict[str, float]]:
         name = tensor.tensor_type.name
         shares[name] = shares.get(name, 0.0) + int(tensor.n_elements) / weights
     return 8 * sum(int(t.n_bytes) for t in linears) / weights, shares
-
-
-class Decoder:
-    """A model in llama.cpp with a KV cache for one sequence.
-
-    Args:
-        path: a GGUF file.
-        capacity: tokens of the cache.
-        threads: to use.
-    """
-
-    def __init__(self, path: Path, capacity: int, threads: int):
-        import llama_cpp
-
-        with _silenced():
-            self._model = llama_cpp.Llama(
-                str(path), n_ctx=capacity, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-            )
-        self._llama, self._context = llama_cpp, self._model.ctx
-        self.vocabulary = self._model.n_vocab()
-
-    def reset(self) -> None:
-        """Forgets all tokens."""
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-
-    def feed(self, ids: np.ndarray) -> np.ndarray:
-        """Feeds token ids ``[S]``, at most 512; returns the logits behind the last one, ``[V]``, until the next call.
-
-        Raises:
-            LbllmError: llama.cpp failed.
-        """
-        tokens = (ctypes.c_int32 * len(ids))(*ids.tolist())
-        if self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))) != SUCCESS:
-            raise LbllmError(f"llama.cpp failed to process {len(ids)} tokens")
-        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), (self.vocabulary,))

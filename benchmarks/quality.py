@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words
 
+from lbllm_compile.bench import turns
+
 from . import harness
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ def measure_artifact(row: Row, options: argparse.Namespace, index: int) -> dict[
 def _output(arguments: Sequence[str]) -> str:
     """What a child process writes to stdout."""
     done = subprocess.run(
-        [sys.executable, *arguments], env=harness.environment(_threads()), stdout=subprocess.PIPE, text=True
+        [sys.executable, *arguments], env=turns.environment(_threads()), stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         sys.exit(done.returncode)

@@ -39,6 +39,8 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.targets import host
 from lbllm_compile.codegen.threads import in_words
 
+from lbllm_compile.bench import turns
+
 from . import harness, llama
 
 WORDS = ("the", "river", "bends", "where", "old", "stones", "keep", "warm", "and", "children", "count", "boats")
@@ -99,7 +101,7 @@ def served(artifact: Path, at_once: int, threads: int) -> Iterator[Address]:
     """This project's server."""
     arguments = ["serve", str(artifact), "--port", "0", "--name", "model", "--together", str(at_once), "--api-key", ""]
     command = [sys.executable, "-m", "lbllm_compile", *arguments]
-    process = subprocess.Popen(command, env=harness.environment(threads), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=turns.environment(threads), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []
     with ending(process):
@@ -120,7 +122,7 @@ def served_by_llama(program: str, file: Path, at_once: int, threads: int) -> Ite
     command += ["--parallel", str(at_once), "--ctx-size", str(at_once * SLOT_TOKENS), "--offline", "--no-webui"]
     command += ["--threads", str(threads), "--threads-batch", str(threads)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=harness.environment(threads), stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(command, env=turns.environment(threads), stdout=log, stderr=log, text=True)
         with ending(process):
             end = time.monotonic() + START_SECONDS
             while not answers(address):
@@ -203,7 +205,7 @@ def measure(servers: Mapping[str, Serve], settings: Settings, threads: int, quic
         addresses = {n: stack.enter_context(serve(settings.at_once, threads)) for n, serve in servers.items()}
         for round_ in range(settings.rounds + (not quick)):
             for (name, workers), found in speeds.items():
-                time.sleep(0.0 if quick else harness.PAUSE_SECONDS)
+                time.sleep(0.0 if quick else turns.PAUSE_SECONDS)
                 value = speed(addresses[name], settings, workers, round_)
                 if quick or round_:
                     found.append(value)

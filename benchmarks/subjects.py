@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words
 
+from lbllm_compile.bench import turns
+
 from . import harness, llama
 
 if TYPE_CHECKING:
     from lbllm_compile.codegen.format import QuantizedWeight
     from lbllm_compile.passes.ir.program import Program
     from torch import Tensor
-
-SHAPE = "shape:"
-"""Start of a model's name that stands for random weights of one of :data:`SHAPES`."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.1b": {
@@ -67,7 +66,7 @@ class Wish:
 
     Attributes:
         artifact: a directory that a compile wrote; empty for a model of random weights.
-        original: the model it was compiled from, or ``shape:NAME``.
+        original: the model it was compiled from; of a model of random weights its name in :data:`SHAPES`.
         group: columns per group, for a model of random weights.
         trials: schedules to measure per kernel, where no result of such a search is stored; 0 searches nothing.
         kinds: file types to write for llama.cpp, where they are not yet.
@@ -87,7 +86,7 @@ class Subject:
     """A model, ready to be loaded in every form.
 
     Attributes:
-        original: what :func:`original` takes.
+        original: what a compile takes.
         native: the artifact or the folder of a native program.
         bits: of a decoder weight of the artifact, as stored.
         parameters: weights of the original.
@@ -103,19 +102,25 @@ class Subject:
 
 
 def original(name: str) -> Any:
-    """The float32 model of transformers behind a name: what a compile takes, or ``shape:NAME``.
+    """The float32 model of transformers that a compile takes.
 
     Raises:
         LbllmError: there is no such model, or it is no language model.
     """
-    if name.startswith(SHAPE):
-        return random_model(name.removeprefix(SHAPE))
     from lbllm_compile import frontend
 
     loaded = frontend.load(name)
     if loaded.kind != "causal-lm":
         raise LbllmError(f"'{name}' is no language model; name the one that the artifact was compiled from")
     return loaded.module
+
+
+def random_source(shape: str, directory: Path) -> Path:
+    """Writes what a compile takes for :func:`random_model`."""
+    path = directory / f"{shape}.py"
+    lines = ("from benchmarks.subjects import random_model", "", "", "def build_model():")
+    path.write_text("\n".join((*lines, f"    return random_model({shape!r})", "")))
+    return path
 
 
 def random_model(shape: str) -> Any:
@@ -188,7 +193,7 @@ def make(wish: Wish, directory: Path) -> Subject:
     command = [sys.executable, "-m", "benchmarks.subjects", str(directory)]
     done = subprocess.run(
         command,
-        env=harness.environment(wish.threads),
+        env=turns.environment(wish.threads),
         input=json.dumps(asdict(wish)),
         stdout=subprocess.PIPE,
         text=True,
@@ -220,7 +225,8 @@ def _make_here(wish: Wish, directory: Path) -> Subject:
     else:
         program = None
         native = str(directory / f"native-{wish.threads}")
-    model = original(wish.original)
+    source = wish.original if wish.artifact else str(random_source(wish.original, directory))
+    model = original(source)
     parameters = sum(p.numel() for p in model.parameters())
     gguf = _write_gguf(model, wish.kinds, wish.threads, directory)
     if program is None:
@@ -231,7 +237,7 @@ def _make_here(wish: Wish, directory: Path) -> Subject:
         Path(native).mkdir()
         if build_native(program, kernels, Path(native)) is None:
             raise LbllmError(f"{wish.original} has no native program")
-    return Subject(wish.original, native, bits_per_weight(program)["bits_per_weight"], parameters, gguf)
+    return Subject(source, native, bits_per_weight(program)["bits_per_weight"], parameters, gguf)
 
 
 def _write_gguf(model: Any, kinds: Sequence[str], threads: int, directory: Path) -> dict[str, dict[str, Any]]:

@@ -486,6 +486,40 @@ def eval_command(
         ui.emit(figures)
 
 
+@app.command("bench")
+def bench_command(
+    directory: ArtifactDir,
+    against: Annotated[
+        str, typer.Option(metavar="NAME,…", help="compare with torch, torch-bf16 and llama.cpp, or some of them")
+    ] = "",
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,…", help=_plainly("numbers of threads, e.g. 1,2 [default: one a CPU]"))
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help=_plainly("what torch runs [default: the artifact's weights in the original's form]")
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=_plainly("what llama.cpp runs [default: the artifact's weights as Q8_0]")),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="turns of each that count")] = 5,
+    target: RunTarget = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time an artifact here, whole and linear by linear, in turns with others; says where it is slower."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile.bench import command
+
+        names = tuple(name.strip() for name in against.split(",")) if against else ()
+        options = command.BenchOptions(directory, names, command.threads_from(threads), target, original, gguf, rounds)
+        report = command.bench(options, ui.progress)
+        ui.show(*command.render(report))
+        ui.emit(report.to_json())
+
+
 @app.command()
 @_takes(
     "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "context", "device", "work_dir",

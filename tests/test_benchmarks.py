@@ -22,7 +22,9 @@ from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.ir.rewrite import calls
 from stages import annotated, batches
 
-from benchmarks import decode, decoders, limits, smoothing, subjects
+from benchmarks import decode, limits, smoothing, subjects
+from lbllm_compile.bench import decoders
+from lbllm_compile.bench.decoding import Times
 
 needs_twins = pytest.mark.skipif(bool(limits.missing()), reason=limits.missing() or "-")
 
@@ -92,10 +94,12 @@ def test_torch_decodes_with_a_cache_what_the_model_gives_without():
         torch.testing.assert_close(torch.from_numpy(logits), whole[-1])
 
 
-def test_a_decoder_is_timed_and_weighed_on_request(monkeypatch, capsys):
-    loading = decoders.Loading("torch bf16", "shape:tiny", capacity=16, threads=torch.get_num_threads())
+def test_a_decoder_is_timed_and_weighed_on_request(monkeypatch, capsys, tmp_path):
+    source = str(subjects.random_source("tiny", tmp_path))
+    loading = decoders.Loading(decoders.TORCH_BF16, source, capacity=16, threads=torch.get_num_threads())
     requests = [asdict(loading), {"prompt": 5, "steps": 3}, "memory"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(r) + "\n" for r in requests)))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the process of a decoder gives its own to what prints
     decoders.serve()
     loaded, times, memory = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert loaded["load_seconds"] > 0 and times["prefill"] > 0 and len(times["steps"]) == 3
@@ -104,8 +108,8 @@ def test_a_decoder_is_timed_and_weighed_on_request(monkeypatch, capsys):
 
 
 def test_a_decoder_that_cannot_be_loaded_is_an_error(tmp_path):
-    with pytest.raises(LbllmError, match="the process of native ended"):
-        decoders.Child(decoders.Loading("native", str(tmp_path), capacity=16, threads=1))
+    with pytest.raises(LbllmError, match="is not an lbllm artifact"):
+        decoders.Child(decoders.Loading(decoders.NATIVE, str(tmp_path), capacity=16, threads=1))
 
 
 @pytest.mark.parametrize("columns", [128, 100])
@@ -120,12 +124,11 @@ def test_random_weights_are_rounded_to_the_nearest_level(columns):
 
 
 def test_models_are_compared_by_medians():
-    settings = decode.Settings(prompt=2, steps=2, prefill=8)
     rows = [
-        decode.result("native", 2.75, settings, [0.1, 0.1, 0.1, 0.4], [0.5]),
-        decode.result("torch fp32", 32.0, settings, [0.4] * 4, [4.0, 1.0, 1.0]),
-        decode.result("llama.cpp q4_0", 4.5, settings, [0.2] * 4, [1.0], {"shares": {"Q4_0": 1.0}}),
-        decode.result("llama.cpp q2_k", 2.9, settings, [0.3] * 4, [0.25], {"shares": {"Q2_K": 1.0}}),
+        decode.result("native", 2.75, Times([[0.1, 0.1], [0.1, 0.4]], [0.5]), 8),
+        decode.result("torch fp32", 32.0, Times([[0.4] * 2] * 2, [4.0, 1.0, 1.0]), 8),
+        decode.result("llama.cpp q4_0", 4.5, Times([[0.2] * 2] * 2, [1.0]), 8, {"shares": {"Q4_0": 1.0}}),
+        decode.result("llama.cpp q2_k", 2.9, Times([[0.3] * 2] * 2, [0.25]), 8, {"shares": {"Q2_K": 1.0}}),
     ]
     assert rows[0]["decode_tokens_per_second"] == pytest.approx(10)
     assert rows[0]["slowest_round_tokens_per_second"] == pytest.approx(4)

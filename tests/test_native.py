@@ -57,6 +57,7 @@ from zoo import ZOO, captured
 
 from benchmarks import decoders
 from lbllm_compile import artifact, driver, frontend, recipe
+from lbllm_compile.bench.decoders import LOADERS, NATIVE, Loading
 from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
 from lbllm_compile.lowering.compare import DisagreementError
@@ -456,7 +457,9 @@ def test_few_tokens_are_computed_by_the_kernels_for_few_tokens(batch, length, na
 
 def test_the_benchmark_can_do_without_the_function_for_few_tokens():
     ids = np.array([3, 1, 4, 1])
-    few, many = (decoders.NativeDecoder(toy().directory, 64, few=few) for few in (True, False))
+    source = str(toy().directory)
+    kinds = {NATIVE: LOADERS[NATIVE], decoders.WITHOUT_FEW: decoders.without_few}
+    few, many = (load(Loading(kind, source, capacity=64, threads=1)) for kind, load in kinds.items())
     functions = [d._model.program.description.function(1, 4, last=True).name for d in (few, many)]
     assert functions == ["few_tokens", "tokens"]
     np.testing.assert_allclose(few.feed(ids), many.feed(ids), atol=0.05)

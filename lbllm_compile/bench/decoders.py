@@ -1,0 +1,311 @@
+"""Decoders to compare, each in a process of its own that does what it is asked, line by line.
+
+    python -m lbllm_compile.bench.decoders      # reads JSON requests from stdin, answers each with a line of JSON
+
+The first request says which decoder to load. :class:`Child` is the other end. Nothing here imports torch, unless it is
+torch that decodes, or an artifact whose program is not stored yet: the memory of a process is the decoder's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lbllm_compile.bench import turns
+from lbllm_compile.codegen.errors import LbllmError
+
+if TYPE_CHECKING:
+    from lbllm_compile.native.language import LanguageModel
+    from lbllm_compile.native.program import NativeProgram
+
+MODULE = "lbllm_compile.bench.decoders"
+
+STATUS = Path("/proc/self/status")
+"""Where Linux says how much memory a process uses."""
+
+MEMORY_FIELDS = {"VmRSS": "resident", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
+
+NATIVE, TORCH, TORCH_BF16, LLAMA_CPP = "native", "torch", "torch-bf16", "llama.cpp"
+"""Kinds of decoders."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which decoder to load.
+
+    Attributes:
+        kind: one of :data:`LOADERS`.
+        source: native: an artifact, or the folder of a native program; llama.cpp: a GGUF file; torch: a folder that
+            transformers reads, or else what a compile takes.
+        capacity: tokens to have room for.
+        threads: to use, as the environment says as well.
+        target: of an artifact.
+    """
+
+    kind: str
+    source: str
+    capacity: int
+    threads: int
+    target: str = "cpu"
+
+
+class Decoder(Protocol):
+    """A language model with a KV cache for one sequence."""
+
+    vocabulary: int
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        ...
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds token ids ``[S]``; returns the logits behind the last one, ``[V]``."""
+        ...
+
+
+class NativeDecoder:
+    """An artifact as it runs: its native program, without torch, wherever there is one.
+
+    Args:
+        model: what runs.
+        vocabulary: of its tokens.
+        capacity: tokens of the KV state.
+    """
+
+    def __init__(self, model: LanguageModel, vocabulary: int, capacity: int):
+        self._model = model
+        self._capacity = capacity
+        self.vocabulary = vocabulary
+        self.reset()
+
+    @classmethod
+    def of_program(cls, program: NativeProgram, capacity: int) -> NativeDecoder:
+        """A native program's."""
+        from lbllm_compile.native.program import NativeModel
+
+        description = program.description
+        rows = description.bounds.vocabulary
+        vocabulary = int(description.config["vocab_size"]) if rows is None else rows
+        return cls(NativeModel(program, tokenizer=None), vocabulary, capacity)
+
+    def reset(self) -> None:
+        self._session = self._model.session(1, self._capacity)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        return self._session.step(ids[None])[0]
+
+
+class TorchDecoder:
+    """A model in torch, called as ``generate`` of transformers calls it.
+
+    Args:
+        model: a causal language model of transformers.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.vocabulary = int(model.config.vocab_size)
+        self.reset()
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=torch.from_numpy(ids[None]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        return out.logits[0, -1].float().numpy()
+
+
+def _native(loading: Loading) -> Decoder:
+    """The native program of an artifact, which is prepared where none is stored; else its graph in torch."""
+    from lbllm_compile.native import program as native
+
+    source = Path(loading.source)
+    if (source / native.LIBRARY).is_file():
+        return NativeDecoder.of_program(native.NativeProgram(source), loading.capacity)
+    stored = native.find(source, loading.target)
+    if stored is not None:
+        return NativeDecoder.of_program(stored, loading.capacity)
+    from lbllm_compile import runtime
+    from lbllm_compile.report.terminal import make_console, make_progress
+
+    model = runtime.load(source, target=loading.target, progress=make_progress(make_console(stderr=True)))
+    return NativeDecoder(model, int(model.config["vocab_size"]), loading.capacity)
+
+
+def _llama(loading: Loading) -> Decoder:
+    from lbllm_compile.bench.llama import Decoder as LlamaDecoder
+
+    return LlamaDecoder(Path(loading.source), loading.capacity, loading.threads)
+
+
+def _torch(loading: Loading) -> Decoder:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lbllm_compile import frontend
+    from lbllm_compile.frontend.loading import quiet_transformers
+
+    torch.set_num_threads(loading.threads)
+    dtype = torch.bfloat16 if loading.kind == TORCH_BF16 else torch.float32
+    if (Path(loading.source) / "config.json").is_file():
+        options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+        with quiet_transformers():
+            return TorchDecoder(AutoModelForCausalLM.from_pretrained(loading.source, **options).eval())
+    model = frontend.load(loading.source)
+    if model.kind != "causal-lm":
+        raise LbllmError(f"'{loading.source}' is no language model; name the one that the artifact was compiled from")
+    # transformers itself refuses this for what was read from GGUF, although it is plain float32 by now
+    return TorchDecoder(torch.nn.Module.to(model.module, dtype))
+
+
+Loader = Callable[[Loading], Decoder]
+
+LOADERS: Mapping[str, Loader] = {NATIVE: _native, TORCH: _torch, TORCH_BF16: _torch, LLAMA_CPP: _llama}
+"""What loads the decoders of each kind; raises an LbllmError where it cannot."""
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: ``resident`` now, ``peak`` of it so far, and its ``anonymous`` and ``file`` parts.
+
+    Empty where the system does not say.
+    """
+    if not STATUS.is_file():
+        return {}
+    lines = (line.partition(":") for line in STATUS.read_text().splitlines())
+    return {MEMORY_FIELDS[name]: 1024 * int(text.split()[0]) for name, _, text in lines if name in MEMORY_FIELDS}
+
+
+def turn(decoder: Decoder, prompt: int, steps: int) -> dict[str, Any]:
+    """Times a prompt and the tokens behind it, all drawn at random but the same for everyone.
+
+    Returns:
+        ``prefill`` and ``steps``: seconds of the prompt and of each token behind it.
+    """
+    ids = np.random.default_rng(0).integers(0, decoder.vocabulary, prompt + steps)
+    decoder.reset()
+    times = []
+    for piece in (ids[:prompt], *ids[prompt:, None]):
+        start = time.perf_counter()
+        decoder.feed(piece)
+        times.append(time.perf_counter() - start)
+    return {"prefill": times[0], "steps": times[1:]}
+
+
+def _prepare_imports(loading: Loading) -> None:
+    """Imports the packages of a decoder, so that loading it is loading the model and not Python."""
+    if loading.kind in (TORCH, TORCH_BF16):
+        import transformers
+
+        described = Path(loading.source) / "config.json"
+        for name in json.loads(described.read_bytes())["architectures"] if described.is_file() else ():
+            getattr(transformers, name)  # imports its module
+    elif loading.kind == LLAMA_CPP:
+        import llama_cpp as llama_cpp
+    else:
+        from lbllm_compile.native import program as program
+
+
+def serve(loaders: Mapping[str, Loader] = LOADERS) -> None:
+    """Loads a decoder and answers requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
+    loading = Loading(**json.loads(sys.stdin.readline()))
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # what a model.py prints is no answer
+    _prepare_imports(loading)
+    bare = memory()
+    start = time.perf_counter()
+    try:
+        decoder = loaders[loading.kind](loading)
+    except LbllmError as error:
+        print(json.dumps({"failure": str(error)}), file=replies, flush=True)
+        return
+    answer: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "bare": bare}
+    print(json.dumps(answer), file=replies, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = memory() if request == "memory" else turn(decoder, **request)
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+class Child:
+    """A decoder in a child process; use it in a ``with`` block.
+
+    Args:
+        loading: what to load.
+        module: the child's, which calls :func:`serve`.
+
+    Attributes:
+        loaded: ``load_seconds``, from the imported packages to a model that can be fed, and ``bare``: the
+            :func:`memory` before it.
+
+    Raises:
+        LbllmError: it cannot be loaded.
+    """
+
+    def __init__(self, loading: Loading, module: str = MODULE):
+        self._loading = loading
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=turns.environment(loading.threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            self.loaded = self.ask(dataclasses.asdict(loading))
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+
+    def ask(self, request: Any) -> Any:
+        """Sends a request, ``"memory"`` or arguments of :func:`turn`; returns the answer.
+
+        Raises:
+            LbllmError: the process cannot do it, or ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise LbllmError(f"the process of {self._loading.kind} ended; what it printed says why")
+        answer = json.loads(line)
+        if "failure" in answer:
+            raise LbllmError(answer["failure"])
+        return answer
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        if error is not None:
+            self._process.terminate()
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+
+
+if __name__ == "__main__":
+    serve()

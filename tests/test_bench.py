@@ -1,0 +1,232 @@
+"""``bench``: what is timed, how it is compared, and that what is slower is called so."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lbllm_compile.codegen.backend import backend_of
+from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.base import PassContext
+from test_export import LOCK
+from test_zoo import stages
+from typer.testing import CliRunner
+
+from lbllm_compile import artifact, cli, export, frontend
+from lbllm_compile.bench import command, decoding, linears, llama
+from lbllm_compile.bench.command import BenchError, BenchOptions, Report
+from lbllm_compile.bench.turns import Spread, alternate
+from lbllm_compile.report.terminal import make_console
+
+HOST = Target.parse("cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "compiled"
+    artifact.save(stages("llama")[1], out, lock=LOCK)
+    return out
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """An artifact of a module that is no language model, without W(1+1) weights."""
+    module = torch.nn.Sequential(torch.nn.Linear(24, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8))
+    program = frontend.capture(frontend.load_given(module, frontend.Given(example_inputs=torch.randn(3, 24))))
+    for item in pipeline.parse('canonicalize,annotate{keep_dense="*"},lower,cleanup'):
+        program = item.apply(program, PassContext()).program
+    artifact.save(program, tmp_path / "plain", lock=LOCK)
+    return tmp_path / "plain"
+
+
+def shown(report: Report) -> str:
+    stream = io.StringIO()
+    console = make_console(file=stream)
+    console.width = 400
+    for part in command.render(report):
+        console.print(part)
+    return stream.getvalue()
+
+
+def spread(median: float, around: float = 0.01) -> dict[str, Any]:
+    return dataclasses.asdict(Spread(median, median * (1 - around), median * (1 + around), 5))
+
+
+def planted(**own: float) -> Report:
+    """A report in which torch decodes 50 and reads 500 tokens a second, loads in a second and takes 100 MB."""
+    theirs = {"decode": 50.0, "prefill": 500.0, "load": 1.0, "memory": 1e8}
+    models = [
+        {"contender": "native"} | {what: spread(value) for what, value in (theirs | own).items() if what in theirs},
+        {"contender": "torch"} | {what: spread(value) for what, value in theirs.items()},
+    ]
+    row = {
+        "linears": ["model.layers.*.mlp.down_proj"], "count": 30, "shape": "576x1536", "computed": "W(1+1) g64, A4",
+        "tokens": 1, "seconds": {"own": spread(own["linear"]), "kernel": spread(8e-6), "torch": spread(20e-6)},
+        "roofline_seconds": 4e-6, "roofline_share": 0.5,
+    }  # fmt: skip
+    settings = dataclasses.asdict(decoding.Settings())
+    return Report(Path("out"), {"cpu": "a CPU"}, settings, [{"threads": 2, "models": models, "linears": [row]}])
+
+
+def test_what_is_slower_is_called_so():
+    report = planted(decode=40.0, prefill=1000.0, load=2.0, memory=2e8, linear=25e-6)
+    text = shown(report)
+    assert "SLOWER: decode with 2 threads is 0.80 times as fast as torch" in text
+    assert "SLOWER: load with 2 threads is 0.50 times as fast as torch" in text
+    assert "MORE: memory with 2 threads is 2.00 times torch's" in text
+    assert "SLOWER: model.layers.*.mlp.down_proj, 1 token with 2 threads is 0.80 times as fast as torch" in text
+    assert "SLOWER: prefill" not in text and "(2.00x)" in text
+    slower = {v["what"] for v in report.to_json()["verdicts"] if v["times_as_fast"] < 1}
+    assert slower == {"decode", "load", "memory", "model.layers.*.mlp.down_proj, 1 token"}
+    json.dumps(report.to_json(), default=str, allow_nan=False)
+
+
+def test_what_is_faster_is_not_called_slower():
+    text = shown(planted(decode=100.0, prefill=1000.0, load=0.1, memory=5e7, linear=10e-6))
+    assert "SLOWER" not in text and "MORE" not in text and "in nothing" in text
+    assert "50 %" in text, "of the roofline"
+
+
+def test_a_difference_within_the_spread_is_called_that():
+    close = planted(decode=49.9, prefill=1000.0, load=0.1, memory=5e7, linear=10e-6)
+    assert "SLOWER: decode with 2 threads is 1.00 times as fast as torch (within the spread)" in shown(close)
+    (verdict,) = (v for v in command.verdicts_of(close) if v.what == "decode")
+    assert verdict.slower and not verdict.clear
+
+
+def test_a_spread_is_the_median_and_quartiles():
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+    assert Spread(1, 0.5, 2, 3).meets(Spread(3, 2, 4, 3)) and not Spread(1, 0.5, 2, 3).meets(Spread(3, 2.5, 4, 3))
+
+
+def test_contenders_take_turns():
+    calls: list[str] = []
+
+    def run(name: str):
+        def made(count: int) -> list[float]:
+            calls.append(name)
+            return [1.0] * count
+
+        return made
+
+    times = alternate({"a": run("a"), "b": run("b")}, quick=True)
+    assert calls == ["a", "a", "b", "b"], "warm calls, then those that count"
+    assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"against": ("torch-bf61",)}, "--against knows no 'torch-bf61' (did you mean 'torch-bf16'?)"),
+        ({"threads": (0,)}, "--threads and --rounds must be at least 1"),
+        ({"rounds": 0}, "--threads and --rounds must be at least 1"),
+        ({"against": ("llama.cpp",)}, "llama.cpp is not here to compare with; install the extra 'bench'"),
+        ({"gguf": Path("a.gguf")}, "add llama.cpp to --against"),
+        ({"original": "model.py"}, "add torch or torch-bf16 to --against"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(given, said, monkeypatch):
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BenchError) as caught:
+        BenchOptions(Path("out"), **given)
+    assert said in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_numbers_of_threads_are_numbers_that_there_are():
+    assert command.threads_from(None) == () and command.threads_from("1,1") == (1,)
+    with pytest.raises(BenchError, match="give numbers joined by commas"):
+        command.threads_from("one")
+    with pytest.raises(BenchError, match="CPUs here"):
+        command.threads_from("100000")
+
+
+def test_the_command_line_refuses_in_one_sentence(tmp_path):
+    result = CliRunner().invoke(cli.app, ["bench", str(tmp_path), "--against", "onnx"])
+    assert result.exit_code == 2 and "--against knows no 'onnx'" in result.stderr
+    result = CliRunner().invoke(cli.app, ["bench", str(tmp_path)])
+    assert result.exit_code == 2 and "is not an lbllm artifact" in result.stderr
+
+
+def test_what_cannot_be_exported_is_asked_for(compiled, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise export.ExportError("GGUF is written for llama, not for this")
+
+    monkeypatch.setattr(export, "export", refuse)
+    monkeypatch.setattr(llama, "missing", lambda: "")
+    for name, option in (("llama.cpp", "--gguf FILE"), ("torch", "--original MODEL")):
+        with pytest.raises(BenchError, match=f"not for this; or name what to compare with as {option}"):
+            command.bench(BenchOptions(compiled, (name,)))
+
+
+def test_distinct_linears_are_counted_and_named():
+    found = linears.distinct(stages("llama")[1])
+    rows = {tuple(linears.names(infos)): (linear, len(infos)) for linear, infos in found.items()}
+    merged, count = rows["model.layers.*.self_attn.q_proj+k_proj+v_proj",]
+    assert count >= 1 and merged.spec is not None and merged.spec.out_features == merged.rows
+    assert str(rows["lm_head",][0]) == "int8, A8" and str(merged) == "W(1+1) g32, A4"
+    assert sum(len(infos) for infos in found.values()) == len(stages("llama")[1].graph.find_nodes(
+        op="call_function", target=torch.ops.lbllm.bit_linear.default)) + 1  # fmt: skip
+
+
+def test_knees_and_floats_are_told():
+    spec = LinearSpec("bit", 8, 64, 32, 8)
+    assert str(linears.Linear(8, 64, spec, QuantizeSpec(64, 32, 4, knees=True))) == "W(1+1) g32, A4 with knees"
+    assert str(linears.Linear(8, 64)) == "float"
+
+
+def test_the_roofline_is_told_where_it_is_known():
+    large, tiny = LinearSpec("bit", 2048, 1024, 64), LinearSpec("bit", 8, 64, 32)
+    kernels = backend_of(HOST).build([large, tiny], [], HOST, trials=0)
+    timer = linears.Timer(kernels)
+    of_large = linears.Linear(2048, 1024, large, QuantizeSpec(1024, 64))
+    assert 0 < timer.roofline(of_large, 1) < timer.roofline(linears.Linear(2048, 1024), 1)
+    assert timer.roofline(linears.Linear(8, 64, tiny, QuantizeSpec(64, 32)), 1) is None, "it stays in caches"
+    assert timer.roofline(linears.Linear(2048, 1024), 512) is None, "what float products can reach is not measured"
+
+
+@pytest.mark.parametrize(("context", "expected"), [(None, (32, 64, 512)), (40, (20, 20, 40)), (1, (1, 1, 1))])
+def test_measurements_fit_the_context(context, expected):
+    settings = command._settings(BenchOptions(Path("out")), context)
+    assert (settings.prompt, settings.steps, settings.prefill) == expected
+
+
+@pytest.mark.parametrize(
+    "against", [(), pytest.param(("torch", "torch-bf16"), marks=pytest.mark.slow)], ids=["alone", "torch"]
+)
+def test_an_artifact_is_timed_whole_and_by_its_linears(compiled, against):
+    report = command.bench(BenchOptions(compiled, against, threads=(1,), quick=True))
+    document = json.loads(json.dumps(report.to_json(), default=str, allow_nan=False))
+    (run,) = document["runs"]
+    assert [row["contender"] for row in run["models"]] == ["native", *against]
+    for row in run["models"]:
+        assert all(row[what]["median"] > 0 for what in ("decode", "prefill", "load"))
+    paths = {name for row in run["linears"] for name in row["linears"]}
+    assert {"lm_head", "model.layers.*.mlp.down_proj"} <= paths
+    assert {row["tokens"] for row in run["linears"]} == {1, 16}
+    assert all(row["seconds"].keys() == {"own", "kernel", *against} for row in run["linears"])
+    compared = {v["what"] for v in document["verdicts"]}
+    assert compared >= {"decode", "prefill", "load", "lm_head, 1 token"} if against else not compared
+    assert "1 thread: distinct linears" in shown(report)
+
+
+def test_a_module_is_timed_linear_by_linear(plain):
+    report = command.bench(BenchOptions(plain, threads=(1,), quick=True))
+    (run,) = report.runs
+    assert report.settings is None and run["models"] == []
+    assert {(row["shape"], row["computed"]) for row in run["linears"]} == {("12x24", "float"), ("8x12", "float")}
+    assert "Only language models decode" in shown(report)
+
+
+def test_what_stops_a_child_is_said_here(tmp_path):
+    options = BenchOptions(tmp_path, threads=(1,), quick=True)
+    with pytest.raises(LbllmError, match="is not an lbllm artifact"):
+        command._linears(options, None, 1, command.NoProgress())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lbllm_compile import artifact, calibration, checkpoint, preflight, sheet
+from lbllm_compile import artifact, calibration, checkpoint, fallback, preflight, sheet
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.codegen.errors import LbllmError, first_line
@@ -59,6 +60,8 @@ def compile(
     progress = progress or NoProgress()
     clock = Clock()
     job = read_job(options, progress)
+    if options.fallback:
+        fallback.check(job.passes, job.targets)
     clock.lap("capture")
     if options.fresh or not checkpoint.finished(job.work):
         _rehearse(job, calibration.random_probe(job.model, job.program, options.seed), progress)
@@ -70,7 +73,13 @@ def compile(
     with _released(work), workshop() as folder:
         if kept := sum(work.finished().values()):
             progress.note(f"an interrupted compile goes on: {kept} finished pieces of work are in '{job.work}'")
-        elif replaced := job.replaced(facts, data):
+        timed: list[dict[str, Any]] = []
+        if options.fallback:
+            passes, timed = fallback.applied(job.program, job.passes, job.targets, job.preset, work, progress)
+            job = dataclasses.replace(job, passes=passes)
+            facts = job.fingerprint(data)
+            clock.lap("choice of what stays float")
+        if not kept and (replaced := job.replaced(facts, data)):
             warn(progress, None, replaced)
         program, records, history = _transform(job, data, work, progress, listener)
         clock.lap("passes")
@@ -89,7 +98,7 @@ def compile(
         digest = artifact.save(
             program,
             job.out,
-            lock=job.lock(facts, data, check),
+            lock=job.lock(facts, data, check, timed),
             history=history,
             passes=[MeasuredPass.of(record) for record in records],
             records=kernels.records,
@@ -112,6 +121,7 @@ def compile(
             command=command_line(options),
             machine=machine(),
             kernels=measured(kernels.host),
+            fallback=timed,
         )
         if not artifact.write_report(digest, report):
             warn(progress, None, _YOURS.format(out=job.out, name=artifact.REPORT))

@@ -83,6 +83,8 @@ class Job:
 
     def fingerprint(self, data: CalibrationSet) -> dict[str, str]:
         """Everything that decides the weights of the artifact, hashed or in words."""
+        # What is slower depends on the kernels, which are a target's.
+        fallback = {"fallback": f"{self.options.fallback} on {self.options.target}"} if self.options.fallback else {}
         return {
             "model": frontend.program_hash(self.program),
             "calibration": data.sha256,
@@ -92,12 +94,27 @@ class Job:
             "device": self.device.type,
             "version": __version__,
             "torch": torch.__version__,
+            **fallback,
         }
 
-    def lock(self, facts: Mapping[str, str], data: CalibrationSet, check: Mapping[str, Any]) -> dict[str, Any]:
-        """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave."""
+    def lock(
+        self,
+        facts: Mapping[str, str],
+        data: CalibrationSet,
+        check: Mapping[str, Any],
+        fallback: Sequence[Mapping[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave.
+
+        Args:
+            facts: see :meth:`fingerprint`.
+            data: what the passes calibrate on.
+            check: what the compile gave on the probe.
+            fallback: what was measured to choose linears that stay float, see :func:`lbllm_compile.fallback.applied`.
+        """
         return {
             **facts,
+            **({"fallback_times": [dict(row) for row in fallback]} if fallback else {}),
             "source": _lasting(self.model),
             "calibration_source": data.source,
             "recipe": self.choices.recipe,

@@ -56,6 +56,8 @@ class CompileOptions:
         group, act_bits, kv_bits: override the recipe's.
         scheme: entries of :mod:`lbllm_compile.passes.ir.scheme`, for single linears; later ones win.
         keep_dense: linears that stay float, whatever the scheme says; ``*`` leaves the whole model as it is.
+        fallback: ``dense`` keeps linears float whose kernels are slower than float ones on this machine, see
+            :mod:`lbllm_compile.fallback`.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
         out: the directory to write; ``<model name>-lbllm`` by default.
         calibration: calibration text; the model's own samples by default.
@@ -106,6 +108,10 @@ class CompileOptions:
         tuple[str, ...],
         Flag("linears to keep float, e.g. 'model.layers.0.*'; repeatable", FORMAT, metavar="PATTERN"),
     ] = ()
+    fallback: Annotated[
+        str | None,
+        Flag("dense: linears whose kernels are slower here than float ones stay float [default: W(1+1) all]", FORMAT),
+    ] = None
     context: Annotated[
         int | None,
         Flag(
@@ -153,7 +159,7 @@ class CompileOptions:
         """Takes paths as text, text as paths, and a single text where several may be given.
 
         Raises:
-            OptionError: an option has a value of another type, the seed is out of range, or there are two calibration
+            OptionError: an option has a value of another type or one that it cannot have, or there are two calibration
                 texts.
         """
         if isinstance(self.model, os.PathLike):
@@ -162,6 +168,8 @@ class CompileOptions:
             object.__setattr__(self, name, _taken(name, option.type, getattr(self, name)))
         if self.calibration is not None and self.texts is not None:
             raise OptionError("calibration and texts contradict each other; give one of them")
+        if self.fallback not in (None, "dense"):
+            raise OptionError(f"--fallback cannot be '{self.fallback}'; give dense, or leave it out")
         if not 0 <= self.seed <= MAX_SEED:
             raise OptionError(f"--seed cannot be {self.seed}; choose 0 to {MAX_SEED}")
 

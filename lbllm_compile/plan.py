@@ -202,7 +202,12 @@ def make_plan(options: CompileOptions) -> Plan:
     passes = recipe.passes(choices, options.target)
     check_print_after(options, passes)
     preset = recipe.preset(choices.preset)
-    found = survey(model, _option(passes, "annotate", "keep_dense", ()), _option(passes, "annotate", "scheme", ""))
+    found = survey(
+        model,
+        _option(passes, "annotate", "keep_dense", ()),
+        _option(passes, "annotate", "scheme", ""),
+        _option(passes, "annotate", "slower", ()),
+    )
     linears = tuple(_treatment(linear, passes) for linear in found)
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
@@ -294,7 +299,9 @@ def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: C
     return sampling_bytes(config, preset.sequences + preset.validation_sequences, preset.sequence_length)
 
 
-def survey(model: frontend.UserModel, keep_dense: Sequence[str] = (), scheme: str = "") -> list[_Linear]:
+def survey(
+    model: frontend.UserModel, keep_dense: Sequence[str] = (), scheme: str = "", slower: Sequence[str] = ()
+) -> list[_Linear]:
     """Every linear of a model and what the pass ``annotate`` will say about it.
 
     A language model is only looked at, module by module; any other model is captured and annotated.
@@ -305,11 +312,11 @@ def survey(model: frontend.UserModel, keep_dense: Sequence[str] = (), scheme: st
     """
     if model.kind == "causal-lm":
         found = _survey_modules(model.module)
-        infos = annotate.choose([x.info for x in found], parse(scheme), keep_dense)
+        infos = annotate.choose([x.info for x in found], parse(scheme), keep_dense, slower)
         return [dataclasses.replace(x, info=info) for x, info in zip(found, infos, strict=True)]
     program = frontend.capture(model)
     context = PassContext()
-    for item in (canonicalize.Canonicalize(), annotate.Annotate(tuple(keep_dense), scheme)):
+    for item in (canonicalize.Canonicalize(), annotate.Annotate(tuple(keep_dense), scheme, tuple(slower))):
         program = item.apply(program, context).program
     return [
         _Linear(info, tuple(get_attribute(program.module, info.weight).shape)) for _, info in annotate.linears(program)

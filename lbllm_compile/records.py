@@ -74,6 +74,7 @@ class CompileReport:
         command: the command line that asks for the same, empty where it is not known.
         machine: what it ran on.
         kernels: what searches measured of the schedules in use, see :func:`lbllm_compile.kernels.measured`.
+        fallback: what was measured to choose linears that stay float, see :func:`lbllm_compile.fallback.applied`.
     """
 
     out: Path
@@ -86,6 +87,7 @@ class CompileReport:
     command: str = ""
     machine: Mapping[str, str] = field(default_factory=dict)
     kernels: Sequence[Mapping[str, Any]] = ()
+    fallback: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_json(cls, out: Path, document: Any) -> CompileReport:
@@ -102,8 +104,9 @@ class CompileReport:
         records = [PassRecord(**dict(item)) for item in stored.passes]
         verdicts = [Verdict(**dict(item)) for item in stored.stages]
         kernels = [item.model_dump(exclude_unset=True) for item in stored.kernels]
+        fallback = [item.model_dump(exclude_unset=True) for item in stored.fallback]
         took = stored.resumed, stored.seconds, stored.peak_memory
-        return cls(out, records, verdicts, stored.sheet, *took, stored.command, stored.machine, kernels)
+        return cls(out, records, verdicts, stored.sheet, *took, stored.command, stored.machine, kernels, fallback)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -117,6 +120,7 @@ class CompileReport:
             "command": self.command,
             "machine": dict(self.machine),
             "kernels": [dict(item) for item in self.kernels],
+            "fallback": [dict(item) for item in self.fallback],
         }
 
 
@@ -158,6 +162,14 @@ class _StoredKernel(BaseModel, extra="allow"):
     discarded: list[str] = []
 
 
+class _StoredFallback(BaseModel, extra="allow"):
+    linears: list[str]
+    shape: str
+    microseconds: float
+    dense_microseconds: float
+    slower: bool
+
+
 class _Stored(BaseModel):
     passes: list[_StoredPass]
     sheet: dict[str, Any]
@@ -168,6 +180,7 @@ class _Stored(BaseModel):
     command: str = ""
     machine: dict[str, str] = {}
     kernels: list[_StoredKernel] = []
+    fallback: list[_StoredFallback] = []
 
 
 class Clock:

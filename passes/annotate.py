@@ -64,6 +64,8 @@ class Annotate(Pass):
         scheme: how single linears are quantized, e.g. ``*.down_proj: group=32 act=8; *.layers.0.*: dense``
             (:mod:`.ir.scheme`); what it does not set is as the options of ``ptq``, ``activate`` and ``head`` say.
             ``keep_dense`` wins over it.
+        slower: paths of linears that stay float because their kernels were measured to be slower
+            (``--fallback dense``).
     """
 
     name: ClassVar[str] = "annotate"
@@ -72,6 +74,7 @@ class Annotate(Pass):
 
     keep_dense: tuple[str, ...] = ()
     scheme: str = ""
+    slower: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         schemes.parse(self.scheme)
@@ -87,7 +90,8 @@ class Annotate(Pass):
         for node in result.graph.nodes:
             node.meta[LAYER] = layers.get(node)
         _place_weights(result)
-        infos = choose([_describe(result, node) for node in found], schemes.parse(self.scheme), self.keep_dense)
+        infos = [_describe(result, node) for node in found]
+        infos = choose(infos, schemes.parse(self.scheme), self.keep_dense, self.slower)
         for node, info in zip(found, infos, strict=True):
             node.meta[LINEAR] = info
         for behind in decoder_linears(result.graph).values():
@@ -371,12 +375,17 @@ def _downstream(node: fx.Node, outside_layers: bool = False) -> Iterator[fx.Node
             pending.extend(user.users)
 
 
+SLOWER = "its kernel is slower than a float one"
+"""Why a linear of ``slower`` stays float."""
+
 HEAD_KEYS = ("act-group",)
 """Settings that an output head has; its weights are int8 rows, and its input has 8 bits."""
 
 
-def choose(infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Sequence[str]) -> list[LinearInfo]:
-    """Linears as a scheme and the patterns of ``keep_dense`` want them.
+def choose(
+    infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Sequence[str], slower: Sequence[str] = ()
+) -> list[LinearInfo]:
+    """Linears as a scheme, the patterns of ``keep_dense`` and the paths of ``slower`` want them.
 
     Raises:
         PassError: a pattern matches nothing (the message suggests the nearest path) or nothing that its settings
@@ -390,15 +399,15 @@ def choose(infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Se
     chosen = {info.path: info.scheme for info in infos}
     reasons: dict[str, str] = {}
 
-    def keep(paths: Iterable[str], pattern: str) -> None:
+    def keep(paths: Iterable[str], reason: str) -> None:
         for path in paths:
             chosen[path] = Scheme(dense=True)
-            reasons[path] = f"kept by the pattern '{pattern}'"
+            reasons[path] = reason
 
     for entry in entries:
         matched = _matched(names, entry.pattern, "scheme")
         if entry.dense:
-            keep(matched, entry.pattern)
+            keep(matched, f"kept by the pattern '{entry.pattern}'")
             continue
         concerned = [info for info in infos if info.path in matched and _keys(info, entry)]
         if not concerned:
@@ -409,7 +418,9 @@ def choose(infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Se
             except SchemeError as error:
                 raise PassError(f"scheme: '{info.path}' cannot have '{entry}': {error}") from error
     for pattern in keep_dense:
-        keep(_matched(names, pattern, "keep_dense"), pattern)
+        keep(_matched(names, pattern, "keep_dense"), f"kept by the pattern '{pattern}'")
+    for path in slower:
+        keep(_matched(names, path, "slower"), SLOWER)
     result = []
     for info in infos:
         scheme = chosen[info.path]

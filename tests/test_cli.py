@@ -72,7 +72,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     line = (
         "model.py --target cuda:sm_90 --out o --recipe lbllm --preset best --pipeline annotate --calibration c.txt"
         " --group 32 --act-bits 8 --kv-bits 16 --keep-dense a.* --keep-dense b --device cpu --work-dir w --seed 7"
-        " --dump-dir d --print-after ptq --time-passes --fresh --json --context 77 --no-sheet"
+        " --dump-dir d --print-after ptq --time-passes --fresh --json --context 77 --no-sheet --fallback dense"
     )
     invoke(*line.split(), "--scheme", "a.*: act=8", "--scheme", "b: group=32")
     assert seen == [
@@ -98,6 +98,7 @@ def test_every_option_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> Non
             time_passes=True,
             fresh=True,
             no_sheet=True,
+            fallback="dense",
         )
     ]
 
@@ -122,10 +123,11 @@ def test_every_option_is_in_the_help_with_its_default(monkeypatch: pytest.Monkey
 def test_verbs_describe_the_options_they_share_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     known = options()
+    look = {"dump_dir", "print_after", "time_passes"}
     lacking = {
-        "plan": {"out", "work_dir", "seed", "fresh", "no_sheet", "dump_dir", "print_after", "time_passes"},
-        "preflight": {"out", "work_dir", "fresh", "no_sheet", "dump_dir", "print_after", "time_passes"},
-        "ablate": {"target", "recipe", "pipeline", "out", "no_sheet", "dump_dir", "print_after", "time_passes"},
+        "plan": {"fallback", "out", "work_dir", "seed", "fresh", "no_sheet"} | look,
+        "preflight": {"fallback", "out", "work_dir", "fresh", "no_sheet"} | look,
+        "ablate": {"target", "recipe", "pipeline", "fallback", "out", "no_sheet"} | look,
     }
     for verb, absent in lacking.items():
         text = shown_help(verb)

@@ -86,6 +86,8 @@ def page(
     if report is not None:
         if report.verdicts:
             parts += [Text(), summary.verdict_table(report.verdicts)]
+        if report.fallback:
+            parts += [Text(), summary.fallback_table(report.fallback)]
         parts += [Text(), summary.sheet(report.sheet), Text(), Text(_took(report))]
     return parts
 

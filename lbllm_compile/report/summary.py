@@ -24,6 +24,8 @@ def compile_report(report: CompileReport, *, times: bool = False) -> list[Render
         parts += [Text(), table]
     if report.verdicts:
         parts += [Text(), verdict_table(report.verdicts)]
+    if report.fallback:
+        parts += [Text(), fallback_table(report.fallback)]
     if times:
         phases = [[phase, terminal.duration(seconds)] for phase, seconds in report.seconds.items()]
         phases.append(["in all", terminal.duration(sum(report.seconds.values()))])
@@ -38,6 +40,22 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     """Whether the stages that trained did their part."""
     rows = [[v.stage, "ok" if v.passed else "NOT MET", v.text] for v in verdicts]
     return terminal.table("What training achieved", ["", "", ""], rows)
+
+
+def fallback_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Which linears stay float because their kernels are slower (:func:`lbllm_compile.fallback.applied`)."""
+    cells = [
+        [
+            ", ".join(row["linears"]),
+            row["shape"],
+            row["microseconds"],
+            row["dense_microseconds"],
+            "SLOWER: stays float" if row["slower"] else "W(1+1)",
+        ]
+        for row in rows
+    ]
+    columns = ["linear", "shape", "W(1+1), µs a token", "float, µs a token", ""]
+    return terminal.table("W(1+1) or float, the faster (--fallback dense)", columns, cells)
 
 
 def layer_tables(passes: Iterable[PassRecord | MeasuredPass], layer: int | None = None) -> list[Table]:

@@ -177,6 +177,7 @@ def save(
     records: Sequence[Mapping[str, Any]] = (),
     sources: Mapping[str, str] | None = None,
     binaries: Mapping[str, bytes] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> str:
     """Writes an artifact. It appears complete or not at all; an older artifact in its place is replaced.
 
@@ -190,6 +191,7 @@ def save(
         passes: what the passes measured.
         records: tuning records, JSON-able.
         sources, binaries: generated kernels by file name, for reading.
+        places: where this machine has what the artifact was made from, for :func:`compiled_from`; not in the artifact.
 
     Returns:
         SHA-256 of the manifest, which stands for the whole artifact.
@@ -233,7 +235,7 @@ def save(
         for folder, _, _ in os.walk(partial):
             sync(Path(folder))
         _put(partial, directory)
-        _remember(digest)
+        _remember(digest, places or {})
         return digest
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write the artifact to '{directory}': {write_failure(error)}") from error
@@ -412,20 +414,30 @@ def weight_files(directory: Path) -> dict[str, str]:
     return places
 
 
-def compiled_here(loaded: Artifact) -> bool:
-    """Whether this user's cache records the artifact as written here: then the source it names is the user's word."""
-    return (_own_artifacts() / loaded.digest).is_file()
+def compiled_from(digest: str) -> dict[str, str] | None:
+    """Where an artifact's ``source`` and ``calibration`` are on this machine, as far as they are in files; None where
+    this user's cache does not record that it was written here. What is recorded is the user's word.
+
+    Args:
+        digest: of the artifact.
+    """
+    try:
+        content = (_own_artifacts() / digest).read_text(encoding="utf-8")
+        recorded = json.loads(content) if content else {}
+    except (OSError, ValueError):
+        return None
+    return recorded if isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values()) else None
 
 
 def _own_artifacts() -> Path:
     return cache_directory() / "compiled"
 
 
-def _remember(digest: str) -> None:
+def _remember(digest: str, places: Mapping[str, str]) -> None:
     """Notes that an artifact was written here. Without a writable home it is merely not remembered."""
     with contextlib.suppress(OSError):
         _own_artifacts().mkdir(parents=True, exist_ok=True)
-        (_own_artifacts() / digest).touch()
+        write_atomically(_own_artifacts() / digest, json.dumps(dict(places)).encode())
 
 
 def _stored_config(program: Program) -> dict[str, Any]:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
 
 EXIT_BUG = 1
+EXIT_DIFFERENT = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 
@@ -633,6 +634,35 @@ def report_command(
             ui.progress.note("no browser was found; open the file in yours")
         ui.show(str(path))
         ui.emit({"page": path})
+
+
+@app.command("reproduce")
+def reproduce_command(
+    directory: ArtifactDir,
+    out: Annotated[Path | None, typer.Option(help=_plainly("keep the new artifact here [default: nowhere]"))] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help=_plainly("the original [default: what it was compiled from]"))
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="TEXT", help=_plainly("calibration text that was named [default: the same]"))
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help=_plainly("where unfinished work is kept [default: in the cache]"))
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help=_plainly(_OPTIONS["fresh"].flag.help))] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile an artifact again from its lbllm.lock, and say what differs; exit code 1 if it is another model."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import reproduce
+
+        result = reproduce.reproduce(
+            directory, out, model=model, calibration=calibration, work_dir=work_dir, fresh=fresh, progress=ui.progress
+        )
+        ui.show(*reproduce.render(result))
+        ui.emit(result.to_json())
+    if not result.same:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command()

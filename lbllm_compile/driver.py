@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 def compile(
-    options: CompileOptions, *, progress: Progress | None = None, listener: Listener | None = None
+    options: CompileOptions,
+    *,
+    progress: Progress | None = None,
+    listener: Listener | None = None,
+    check: Callable[[Mapping[str, str]], None] | None = None,
 ) -> CompileReport:
     """Compiles a model and writes the artifact.
 
     Finished layers are kept in the work directory, so that a compile that was interrupted, even killed, goes on where
     it was when the same command is given again.
+
+    Args:
+        options: what is asked for.
+        progress: told what goes on.
+        listener: called after every pass.
+        check: called with what decides the result (:meth:`.job.Job.fingerprint`) before the passes run, which may take
+            long; refuses by raising.
 
     Raises:
         LbllmError: the user's part is wrong, or a check failed; the message is one sentence.
@@ -69,6 +80,8 @@ def compile(
     data = job.calibration_data(progress)
     clock.lap("calibration data")
     facts = job.fingerprint(data)
+    if check is not None:
+        check(facts)
     work = WorkDir(job.work, facts, fresh=options.fresh)
     with _released(work), workshop() as folder:
         if kept := sum(work.finished().values()):
@@ -104,6 +117,7 @@ def compile(
             records=kernels.records,
             sources=kernels.sources,
             binaries=kernels.binaries,
+            places=job.places,
         )
         if native is not None:
             keep_native(native, digest, kernels.host.target.name)

@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from lbllm_compile import artifact, frontend
+from lbllm_compile import artifact, frontend, origin
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
@@ -261,19 +261,17 @@ def read_text(path: Path) -> str:
 def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progress) -> Logits | None:
     """The original model as a function from ids to logits; None where it was not named and is not to be found.
 
-    A recorded ``model.py`` is code, and an artifact must not decide which code runs: it is used only when this machine
-    compiled the artifact itself.
-
     Raises:
         EvaluationError: the named model is no language model over the same vocabulary.
     """
-    source = named or loaded.lock.get("source")
-    if named is None:
-        reason = _cannot_use(loaded, source)
-        if reason:
-            warn(progress, None, f"no comparison with the original model: {reason}; name it with --teacher")
+    source = named
+    if source is None:
+        try:
+            source = origin.source_of(loaded.directory, loaded.digest, loaded.lock)
+        except origin.OriginError as error:
+            warn(progress, None, f"no comparison with the original model: {error}; name it with --teacher")
             return None
-    model = frontend.load(str(source))
+    model = frontend.load(source)
     if model.kind != "causal-lm":
         raise EvaluationError(f"'{source}' is not a language model, so it cannot be the teacher")
     program = frontend.capture(model, loaded.program.config.get(COMPILED_CONTEXT))
@@ -286,19 +284,6 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
     if model.config.get("vocab_size") != loaded.program.config.get("vocab_size"):
         raise EvaluationError(f"'{source}' has another vocabulary than the compiled model, so it cannot be its teacher")
     return lambda ids: model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-
-
-def _cannot_use(loaded: artifact.Artifact, source: Any) -> str:
-    """Why the recorded source must not or cannot be loaded; empty if it can."""
-    if source is None:
-        return "it was an object in memory"
-    if not isinstance(source, str) or not Path(source).exists():
-        return f"'{source}' is not on this machine"
-    path = Path(source)
-    is_code = not path.is_dir() and path.suffix != ".gguf"
-    if is_code and not artifact.compiled_here(loaded):
-        return f"'{source}' is code, and this user's cache does not record that it compiled this artifact from it"
-    return ""
 
 
 def bits_per_weight(program: Program) -> dict[str, float | None]:

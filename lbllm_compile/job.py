@@ -97,6 +97,12 @@ class Job:
             **fallback,
         }
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the model (``source``) and the named text (``calibration``) are, as far as they are files."""
+        named = {"source": None if self.model.in_memory else self.model.source, "calibration": self.options.calibration}
+        return {key: str(Path(name).resolve()) for key, name in named.items() if name and Path(name).exists()}
+
     def lock(
         self,
         facts: Mapping[str, str],
@@ -106,17 +112,21 @@ class Job:
     ) -> dict[str, Any]:
         """The contents of ``lbllm.lock``: what it takes to repeat the compile, and the tokens it gave.
 
+        Files stand in it by name and by what they hold, so that it is the same wherever they lie.
+
         Args:
             facts: see :meth:`fingerprint`.
             data: what the passes calibrate on.
             check: what the compile gave on the probe.
             fallback: what was measured to choose linears that stay float, see :func:`lbllm_compile.fallback.applied`.
         """
+        text = self.options.calibration
         return {
             **facts,
             **({"fallback_times": [dict(row) for row in fallback]} if fallback else {}),
-            "source": _lasting(self.model),
-            "calibration_source": data.source,
+            "source": None if self.model.in_memory else _name(self.model.source),
+            "calibration_source": _words(data.source, text or self.model.source),
+            "calibration_text": None if text is None else _name(text),
             "recipe": self.choices.recipe,
             "preset": self.choices.preset,
             "target": self.options.target,
@@ -145,11 +155,14 @@ class Job:
         return f"{older} that was compiled {'with other ' + ', '.join(changes) if changes else 'alike'}; {newer}"
 
 
-def _lasting(model: UserModel) -> str | None:
-    """Where a model can be read again, from whatever directory; None for an object."""
-    if model.in_memory:
-        return None
-    return str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
+def _name(source: str) -> str:
+    """A file or folder without the folders it is in; what names something else as it is."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _words(text: str, source: str) -> str:
+    """What is said of calibration data, which may end with a file, without the folders that this is in."""
+    return text.removesuffix(source) + _name(source) if text.endswith(source) else text
 
 
 def given(options: CompileOptions) -> frontend.Given:

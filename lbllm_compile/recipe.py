@@ -143,8 +143,14 @@ class Choices:
     keep_dense: tuple[str, ...] = ()
 
 
+_IN_PIPELINE = ("group", "act_bits", "kv_bits", "scheme", "keep_dense")
+"""Choices that pipeline text makes itself."""
+
+
 def choices(options: Any, model_recipe: Mapping[str, Any] | None = None) -> Choices:
     """The choices of a command line, on top of the ``recipe`` dict of a model.py, on top of the defaults.
+
+    A pipeline on the command line also takes the place of what the dict says that pipeline text says.
 
     Args:
         options: anything with the fields of :class:`Choices`, None where not given.
@@ -166,6 +172,8 @@ def choices(options: Any, model_recipe: Mapping[str, Any] | None = None) -> Choi
             reason = error.errors()[0]["msg"].lower()
             raise OptionError(f"the option '{key}' of the model's recipe cannot be {value!r}: {reason}") from error
     given = {name: getattr(options, name) for name in known}
+    if given["pipeline"] is not None:
+        values = {key: value for key, value in values.items() if key not in _IN_PIPELINE}
     return Choices(**{**values, **{k: v for k, v in given.items() if v is not None and v != ()}})
 
 
@@ -192,7 +200,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         hint = suggestion(choices.recipe, RECIPES)
         raise OptionError(f"there is no recipe '{choices.recipe}'{hint}; choose {', '.join(RECIPES)}")
     if choices.pipeline is not None:
-        given = [n for n in ("group", "act_bits", "kv_bits", "scheme", "keep_dense") if getattr(choices, n)]
+        given = [name for name in _IN_PIPELINE if getattr(choices, name)]
         if given:
             option = given[0].replace("_", "-")
             raise OptionError(f"--{option} and --pipeline contradict each other; write the option in the pipeline text")

@@ -43,7 +43,7 @@ def lowered(seed: int = 0):
 
 SPEC = dataclasses.asdict(LinearSpec("bit", out_features=8, in_features=32, group=32))
 RECORDS = [{"spec": SPEC, "tokens": "1", "target": "cpu:avx2", "schedule": {"rows": 4}}]
-LOCK = {"model": "0" * 64, "source": "/nowhere/model.py", "seed": "0"}
+LOCK = {"model": "0" * 64, "source": "model.py", "seed": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -482,10 +482,12 @@ def test_a_graph_that_cannot_be_loaded_is_not_saved(tmp_path):
 
 
 def test_only_artifacts_written_here_are_remembered(saved, tmp_path):
-    _, out = saved
-    assert artifact.compiled_here(artifact.load(out))
+    item, out = saved
+    assert artifact.compiled_from(artifact.load(out).digest) == {}
+    digest = artifact.save(item, out, lock=LOCK, places={"source": "/somewhere/model.py"})
+    assert artifact.compiled_from(digest) == {"source": "/somewhere/model.py"}
     edit_manifest(out, lambda m: m.update(note="from elsewhere"))
-    assert not artifact.compiled_here(artifact.load(out))
+    assert artifact.compiled_from(artifact.load(out).digest) is None
 
 
 def test_a_tied_pair_is_stored_once(saved):

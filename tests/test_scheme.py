@@ -262,6 +262,8 @@ def test_options_of_a_compile_reach_annotate():
         recipe.passes(recipe.choices(CompileOptions("m", scheme=("*.a: act=5",))), "cpu")
     by_model = recipe.choices(CompileOptions("m"), {"scheme": ["*.a: act=8"]})
     assert by_model.scheme == ("*.a: act=8",)
+    piped = recipe.choices(CompileOptions("m", pipeline="annotate"), {"scheme": ["*.a: act=8"], "preset": "quick"})
+    assert (piped.scheme, piped.preset) == ((), "quick") and recipe.passes(piped, "cpu") == [Annotate()]
 
 
 def test_the_plan_tells_schemes_and_their_bytes(tmp_path):

@@ -636,6 +636,27 @@ def report_command(
         ui.emit({"page": path})
 
 
+@app.command("bisect")
+@_takes(*_MODELLING, "seed")
+def bisect_command(
+    options: CompileOptions,
+    out: Annotated[
+        Path | None, typer.Option(help=_plainly("folder for the script that shows a fault [default: NAME-fault]"))
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="the passes do all of their work, as in a compile")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the first pass, kernel or operator of MODEL, or of an artifact, that is wrong; exit code 1 if one is."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import bisect
+
+        findings = bisect.bisect(options, out, whole=whole, progress=ui.progress)
+        ui.show(*bisect.render(findings))
+        ui.emit(findings.to_json())
+    if findings.fault is not None:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
 @app.command("reproduce")
 def reproduce_command(
     directory: ArtifactDir,

@@ -28,9 +28,6 @@ from lbllm_compile.records import Clock, CompileReport, MeasuredPass, machine, p
 from lbllm_compile.report.stages import verdicts
 from lbllm_compile.runtime.model import CompiledModel
 
-REHEARSAL_TOKENS = 64
-"""Calibration tokens of a preflight on its own."""
-
 _YOURS = "'{out}' holds a {name} of yours, so the compile's own is not kept"
 
 
@@ -182,18 +179,7 @@ def rehearse(options: CompileOptions, progress: Progress | None = None) -> prefl
     """
     progress = progress or NoProgress()
     job = read_job(options, progress)
-    data = calibration.collect(
-        job.model,
-        job.program,
-        options.calibration,
-        tokens=REHEARSAL_TOKENS,
-        validation_tokens=REHEARSAL_TOKENS,
-        length=REHEARSAL_TOKENS // 2,
-        seed=options.seed,
-        device=job.device,
-        progress=progress,
-    )
-    return _rehearse(job, data.probe, progress)
+    return _rehearse(job, job.rehearsal_data(progress).probe, progress)
 
 
 def _rehearse(job: Job, probe: Mapping[str, Any], progress: Progress) -> preflight.Rehearsal:

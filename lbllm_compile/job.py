@@ -28,6 +28,9 @@ from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.version import __version__
 
+REHEARSAL_TOKENS = 64
+"""Calibration tokens where passes only rehearse."""
+
 _LONG_CHANGE = 200
 """Letters of a change that are too many for a line."""
 
@@ -76,6 +79,20 @@ class Job:
             tokens=self.preset.sequences * self.preset.sequence_length,
             validation_tokens=self.preset.validation_sequences * self.preset.sequence_length,
             length=self.preset.sequence_length,
+            seed=self.options.seed,
+            device=self.device,
+            progress=progress,
+        )
+
+    def rehearsal_data(self, progress: Progress) -> CalibrationSet:
+        """As few inputs as passes take that only rehearse."""
+        return calibration.collect(
+            self.model,
+            self.program,
+            self.options.calibration,
+            tokens=REHEARSAL_TOKENS,
+            validation_tokens=REHEARSAL_TOKENS,
+            length=REHEARSAL_TOKENS // 2,
             seed=self.options.seed,
             device=self.device,
             progress=progress,

@@ -29,7 +29,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.inspect import stored_passes
 from lbllm_compile.job import check_apart
-from lbllm_compile.manifest import check_files
+from lbllm_compile.manifest import check_files, read_manifest
 from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes.contracts import relative_error
@@ -130,31 +130,15 @@ def reproduce(
         progress: told what goes on; first of all, which of the sources have changed.
 
     Raises:
-        ReproduceError: the lock does not say enough, or something it names is not here.
-        ArtifactError: the directory is no whole artifact.
+        ReproduceError: what the artifact was made from is not to be found, or ``out`` lies over it.
+        ArtifactError: the directory is no whole artifact, or its lock does not say enough.
         LbllmError: what stops a compile.
     """
-    _, digest = check_files(directory)
-    lock, config = artifact.read_lock(directory), artifact.read_object(directory, "config.json")
-    if missing := [name for name in _TEXTS if not isinstance(lock.get(name), str)]:
-        raise ArtifactError(f"the lbllm.lock of '{directory}' does not say its {missing[0]}; compile the model again")
-    if not lock["seed"].isdecimal():
-        raise ArtifactError(f"the lbllm.lock of '{directory}' has the seed '{lock['seed'][:50]}'; compile again")
     if out is not None:
         _check_beside(directory, out)
-    options = CompileOptions(
-        model=model or _found(lambda: origin.source_of(directory, digest, lock), "--model"),
-        target=lock["target"],
-        recipe=lock["recipe"],
-        preset=lock["preset"],
-        pipeline=lock["pipeline"],
-        calibration=calibration or _found(lambda: origin.calibration_of(directory, digest, lock), "--calibration"),
-        context=config.get(COMPILED_CONTEXT),
-        device="cuda" if lock["device"] == "cuda" and torch.cuda.is_available() else "cpu",
-        work_dir=work_dir or cache_directory() / "reproduce" / digest[:32],
-        seed=int(lock["seed"]),
-        fresh=fresh,
-    )
+    lock, options = artifact.read_lock(directory), options_of(directory, model, calibration)
+    work = work_dir or cache_directory() / "reproduce" / read_manifest(directory)[1][:32]
+    options = dataclasses.replace(options, work_dir=work, fresh=fresh)
 
     def changed(facts: Mapping[str, str]) -> None:
         for difference in _sources(lock, facts):
@@ -166,6 +150,32 @@ def reproduce(
         place = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lbllm-reproduce-"))) / "out"
         driver.compile(dataclasses.replace(options, out=place), progress=progress, check=changed)
         return dataclasses.replace(compare(directory, place), out=out)
+
+
+def options_of(directory: Path, model: str | None = None, calibration: str | None = None) -> CompileOptions:
+    """The options of the compile that an artifact's lock tells; ``model`` and ``calibration`` as :func:`reproduce`.
+
+    Raises:
+        ReproduceError: what the artifact was made from is not to be found, or not to be used unless it is named.
+        ArtifactError: the directory is no whole artifact, or its lock does not say enough.
+    """
+    _, digest = check_files(directory)
+    lock, config = artifact.read_lock(directory), artifact.read_object(directory, "config.json")
+    if missing := [name for name in _TEXTS if not isinstance(lock.get(name), str)]:
+        raise ArtifactError(f"the lbllm.lock of '{directory}' does not say its {missing[0]}; compile the model again")
+    if not lock["seed"].isdecimal():
+        raise ArtifactError(f"the lbllm.lock of '{directory}' has the seed '{lock['seed'][:50]}'; compile again")
+    return CompileOptions(
+        model=model or _found(lambda: origin.source_of(directory, digest, lock), "--model"),
+        target=lock["target"],
+        recipe=lock["recipe"],
+        preset=lock["preset"],
+        pipeline=lock["pipeline"],
+        calibration=calibration or _found(lambda: origin.calibration_of(directory, digest, lock), "--calibration"),
+        context=config.get(COMPILED_CONTEXT),
+        device="cuda" if lock["device"] == "cuda" and torch.cuda.is_available() else "cpu",
+        seed=int(lock["seed"]),
+    )
 
 
 def _check_beside(directory: Path, out: Path) -> None:
@@ -257,17 +267,17 @@ def _graphs(then: Path, now: Path) -> tuple[int, list[Difference]]:
     files = [p.file for p in stored_passes(then)]
     others = [p.file for p in stored_passes(now)]
     if files != others:
-        counts = [f"{len(names)} passes" for names in (files, others)]
-        return len(files), [Difference("graph", "graphs after passes", *counts)]
+        counts = f"{len(files)} passes", f"{len(others)} passes"
+        return len(files), [Difference("graph", "graphs after passes", counts[0], counts[1])]
     unlike = [name for name in (*files, "graph.json") if listed[0][name] != listed[1][name]]
     rows = []
     for name in dict.fromkeys([*unlike[:1], *(n for n in unlike if n == "graph.json")]):
         nodes = [{node["name"]: node for node in artifact.read_object(d, name)["nodes"]} for d in (then, now)]
         apart = [n for n in dict.fromkeys([*nodes[0], *nodes[1]]) if nodes[0].get(n) != nodes[1].get(n)]
-        words = [_node_words(side.get(apart[0])) if apart else "the same nodes" for side in nodes]
+        old, new = (_node_words(side.get(apart[0])) if apart else "the same nodes" for side in nodes)
         after = f"after {Path(name).stem[4:]}, the first that differs"
         label = "the graph that runs" if name == "graph.json" else after
-        rows.append(Difference("graph", f"{label}: {len(apart)} nodes, first '{(apart or ['none'])[0]}'", *words))
+        rows.append(Difference("graph", f"{label}: {len(apart)} nodes, first '{(apart or ['none'])[0]}'", old, new))
     return len(files) + 1, rows
 
 
@@ -284,7 +294,7 @@ def _tensors(then: Path, now: Path) -> tuple[int, list[Difference]]:
         old, new = (_tensor(d, files.get(name), name) for d, files in zip((then, now), places, strict=True))
         kinds = [_kind(old), _kind(new)]
         if old is None or new is None or kinds[0] != kinds[1]:
-            rows.append(Difference("tensor", name, *kinds))
+            rows.append(Difference("tensor", name, kinds[0], kinds[1]))
         elif not _same(old, new):
             count = int((old != new).sum())
             greatest = float((old.double() - new.double()).abs().max())
@@ -319,8 +329,8 @@ def _files(then: Path, now: Path) -> list[Difference]:
         if compared or ".safetensors" in name or old == new:
             continue
         kind = "measurement" if name == artifact.MEASUREMENTS else "file"
-        words = ["nothing" if entry is None else f"{entry['sha256'][:12]}…" for entry in (old, new)]
-        rows.append(Difference(kind, name, *words))
+        then_words, now_words = ("nothing" if entry is None else f"{entry['sha256'][:12]}…" for entry in (old, new))
+        rows.append(Difference(kind, name, then_words, now_words))
     return rows
 
 

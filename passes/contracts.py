@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,9 @@ from ..codegen.operators.arguments import changed
 from ..codegen.operators.checks import check_types, require
 from ..codegen.operators.registry import OperatorError
 from .base import Pass, PassError
-from .ir import compare, dump, exact, sizes
+from .ir import compare, dump, exact, parting, sizes
+from .ir.compare import relative_error
+from .ir.parting import Parting, first_output
 from .ir.program import IN_FEATURES, Program
 from .ir.rewrite import computed
 
@@ -28,14 +31,24 @@ _fake_log = logging.getLogger("torch._subclasses.fake_tensor")
 class ContractError(LbllmError):
     """A pass produced a graph that does not hold together or changed outputs more than it promised.
 
-    ``str(error)`` is one sentence; ``error.excerpt`` has the graph text around the offending node.
+    ``str(error)`` is one sentence; ``error.excerpt`` has the graph text around the offending node; ``error.parting``
+    has the smallest piece of both programs that shows a change of outputs.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, excerpt: str = ""):
+    def __init__(self, message: str, excerpt: str = "", parting: Parting | None = None):
         super().__init__(message)
         self.excerpt = excerpt
+        self.parting = parting
+
+
+class ReplacementError(PassError):
+    """What a pass put in the place of a node gives something else; ``error.parting`` has the piece of both programs."""
+
+    def __init__(self, message: str, parting: Parting):
+        super().__init__(message)
+        self.parting = parting
 
 
 def check_structure(item: Pass, program: Program, probe: Mapping[str, Any]) -> None:
@@ -169,17 +182,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def probe_outputs(program: Program, probe: Mapping[str, Any]) -> Tensor:
     """The program's output on the probe batch, as float32, in the integer arithmetic it stands for."""
-    output = exact.run(program, probe)
-    return (output[0] if isinstance(output, (tuple, list)) else output).float()
-
-
-def relative_error(before: Tensor, after: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``before``; infinite where NaNs or shapes disagree."""
-    if before.shape != after.shape or not bool(torch.isfinite(after).all()):
-        return float("inf")
-    norm = before.double().norm()
-    difference = (after.double() - before.double()).norm()
-    return float(difference / norm) if norm > 0 else float(difference)
+    return first_output(exact.run(program, probe))
 
 
 def check_outputs(
@@ -198,16 +201,21 @@ def check_outputs(
     kind = item.contract.kind
     if kind == "calibrating":
         if error == float("inf"):
-            raise ContractError(f"after the pass '{item.name}' the model's output on the probe is not finite")
+            found = parting.find(before, after, probe, sys.float_info.max)
+            raise ContractError(
+                f"after the pass '{item.name}' the model's output on the probe is not finite", parting=found
+            )
         return error
     allowed = 0.0 if kind == "exact" else item.contract.bound
     if error <= allowed:
         return error
-    node = _first_difference(before, after, probe, allowed)
+    found = parting.find(before, after, probe, min(allowed, item.contract.each))
+    node = found.node if found.node.op != "output" else found.node.all_input_nodes[0]
     raise ContractError(
         f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g};"
         f" the first node that differs is {describe(node)}",
-        dump.excerpt(after, node) if node is not None else "",
+        dump.excerpt(after, node),
+        found,
     )
 
 
@@ -225,45 +233,17 @@ def check_replaced(
         The largest relative error; 0 without a probe.
 
     Raises:
-        PassError: one is larger than ``bound``; the message names the node.
+        ReplacementError: one is larger than ``bound``; the message names the node.
     """
     found = compare.errors(before, after, replaced, probe, compared)
     for name, error in found.items():
         if not error <= bound:
             node = next(n for n in before.graph.nodes if n.name == name)
-            raise PassError(f"{describe(node)} differs by {error:.2g} from what takes its place; report this")
+            raise ReplacementError(
+                f"{describe(node)} differs by {error:.2g} from what takes its place; report this",
+                parting.at(before, after, name, replaced[name], probe, bound),
+            )
     return max(found.values(), default=0.0)
-
-
-class _Recorder(fx.Interpreter):
-    """Keeps every tensor a graph computes, by node name."""
-
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op == "call_function":
-            self.values[n.name] = value.clone()
-        return value
-
-
-def _first_difference(before: Program, after: Program, probe: Mapping[str, Any], allowed: float) -> fx.Node | None:
-    """The first node of ``after`` that ``before`` has too, under the same name, with another value."""
-    recorders = []
-    for program in (before, after):
-        recorder = _Recorder(program.module)
-        with torch.no_grad():
-            recorder.run(*program.arguments(probe))
-        recorders.append(recorder.values)
-    old, new = recorders
-    for node in after.graph.nodes:
-        if node.name not in old or node.name not in new or not old[node.name].is_floating_point():
-            continue
-        if relative_error(old[node.name], new[node.name]) > allowed:
-            return node
-    return next((n for n in reversed(after.graph.nodes) if n.op == "call_function"), None)
 
 
 def describe(node: fx.Node | None) -> str:

@@ -95,8 +95,10 @@ class CpuBackend:
         from ..program.compile import compile_program
         from .space import lanes  # TVM takes seconds to import
 
-        merged = [entry.name for entry in self.entry_points if entry.blocks]
-        apart = [entry.name for entry in self.entry_points if not entry.joined]
+        given = {name.name_hint for name in module.get_global_vars()}
+        entries = [entry for entry in self.entry_points if entry.name in given]
+        merged = [entry.name for entry in entries if entry.blocks]
+        apart = [entry.name for entry in entries if not entry.joined]
         return compile_program(module, target.llvm, lanes(target), merged, apart)
 
     def facts(self, target: Target) -> tuple[str | int, ...]:

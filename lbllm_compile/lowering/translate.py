@@ -144,6 +144,11 @@ def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorS
     return whole.finish()
 
 
+def graph_weights(program: Program, kernels: Kernels) -> list[Tensor]:
+    """The weights that the function of :func:`translate_graph` takes, in order."""
+    return list(_Weights(program, kernels).tensors.values())
+
+
 def _state_spec(node: Node) -> TensorSpec:
     spec = node.meta[STATE]
     slots = (CAPACITY,) if spec.kind == PER_TOKEN else ()

@@ -16,6 +16,15 @@ from torch import Tensor, fx
 from .program import Program, Runner, get_attribute
 
 
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Frobenius norm of the difference over that of ``before``; infinite where NaNs or shapes disagree."""
+    if before.shape != after.shape or not bool(torch.isfinite(after).all()):
+        return float("inf")
+    norm = before.double().norm()
+    difference = (after.double() - before.double()).norm()
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
 def errors(
     before: Program,
     after: Program,

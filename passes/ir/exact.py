@@ -9,7 +9,7 @@ them is evaluated by :mod:`...codegen.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,20 +27,33 @@ _lbllm = torch.ops.lbllm
 
 
 @torch.no_grad()
-def run(program: Program, inputs: Mapping[str, Any]) -> Tensor:
-    """The program's output on a mapping from placeholder to value, like :meth:`Program.run`."""
-    return _Exact(program.module).run(*program.arguments(inputs))
+def run(program: Program, inputs: Mapping[str, Any], seen: Callable[[str, Any], None] | None = None) -> Tensor:
+    """The program's output on a mapping from placeholder to value, like :meth:`Program.run`.
+
+    Args:
+        program: simulated or not.
+        inputs: values by placeholder.
+        seen: told the name and the value of every node.
+    """
+    return _Exact(program.module, seen).run(*program.arguments(inputs))
 
 
 class _Exact(Runner):
     """Evaluates linears between ``fake_quantize`` and ``unpack_weight`` or ``unpack_rows`` by the reference."""
 
-    def __init__(self, module: fx.GraphModule):
+    def __init__(self, module: fx.GraphModule, seen: Callable[[str, Any], None] | None = None):
         super().__init__(module)
+        self._seen = seen
         self._activations: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         self._weights: dict[fx.Node, QuantizedWeight | tuple[Tensor, Tensor]] = {}
 
     def evaluate(self, n: fx.Node) -> Any:
+        value = self._value(n)
+        if self._seen is not None:
+            self._seen(n.name, value)
+        return value
+
+    def _value(self, n: fx.Node) -> Any:
         if is_call(n, _lbllm.fake_quantize.default):
             given = computed(n, self.env)
             pair = reference.quantize_activation(*given.pick("x", "clip", "bits", "group", "knees"))

@@ -103,12 +103,12 @@ def compile(
         clock.lap("kernels")
         native = build_native(program, kernels.host, folder, progress)
         clock.lap("native program")
-        check = sheet.check_outputs(CompiledModel(program, kernels.host, native), data.probe)
+        outputs = sheet.check_outputs(CompiledModel(program, kernels.host, native), data.probe)
         page.discard(job.out)
         digest = artifact.save(
             program,
             job.out,
-            lock=job.lock(facts, data, check, timed),
+            lock=job.lock(facts, data, outputs, timed),
             history=history,
             passes=[MeasuredPass.of(record) for record in records],
             records=kernels.records,
@@ -119,7 +119,7 @@ def compile(
         if native is not None:
             keep_native(native, digest, kernels.host.target.name)
         clock.lap("artifact")
-        figures = sheet.measure(job.model, job.out, data, kernels, check, progress, sizes_only=options.no_sheet)
+        figures = sheet.measure(job.model, job.out, data, kernels, outputs, progress, sizes_only=options.no_sheet)
         clock.lap("speed and size sheet")
         report = CompileReport(
             out=job.out,

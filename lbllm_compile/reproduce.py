@@ -138,7 +138,7 @@ def reproduce(
         _check_beside(directory, out)
     lock, options = artifact.read_lock(directory), options_of(directory, model, calibration)
     work = work_dir or cache_directory() / "reproduce" / read_manifest(directory)[1][:32]
-    options = dataclasses.replace(options, work_dir=work, fresh=fresh)
+    options = dataclasses.replace(options, work_dir=work, fresh=fresh, no_sheet=True)
 
     def changed(facts: Mapping[str, str]) -> None:
         for difference in _sources(lock, facts):

@@ -850,8 +850,10 @@ def _checked(base: Path, before: Read, directory: Path, mutation: Mutation, what
 def work(base: Path, first: int, last: int) -> None:
     """Checks the mutations of some seeds, one line before and one behind each, on bounded memory and time.
 
-    A process that takes longer for one is ended by its alarm.
+    A process that takes longer for one is ended by its alarm. What libraries print goes to stderr.
     """
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     before = expected(base)
@@ -860,7 +862,7 @@ def work(base: Path, first: int, last: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for seed in range(first, last):
-        print(json.dumps({"seed": seed}), flush=True)
+        print(json.dumps({"seed": seed}), file=lines, flush=True)
         signal.alarm(SECONDS)
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -868,7 +870,7 @@ def work(base: Path, first: int, last: int) -> None:
             except BaseException as error:
                 outcome = Outcome("wrong", f"{error}\n{''.join(traceback.format_exception(error))}")
         signal.alarm(0)
-        print(json.dumps({"seed": seed, **dataclasses.asdict(outcome)}), flush=True)
+        print(json.dumps({"seed": seed, **dataclasses.asdict(outcome)}), file=lines, flush=True)
 
 
 if __name__ == "__main__":

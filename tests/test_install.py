@@ -14,11 +14,14 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runtime_only
 from lbllm_compile.codegen.errors import COMPILE_PACKAGES
+from typer.main import get_command
 
 from lbllm_compile import cli
 
@@ -144,33 +147,37 @@ for name in lbllm_compile._HOMES:
         print(name, error)
 """
 
-WITHOUT_MODEL = {"run": "run nowhere --prompt x", "chat": "chat nowhere", "serve": "serve nowhere"}
-"""What an install without the compiler does, up to the artifact that is not there."""
+RUNNING = ("run", "chat", "serve", "doctor")
+"""The verbs of an install without the compiler."""
 
-COMPILING = (
-    "compile x.py", "x.py", "plan x.py", "preflight x.py", "eval x --text x", "ablate x.py --text x", "inspect x",
-    "explain x q_proj", "report x", "passes", "export x --out y", "tune --shapes 64x64", "tune export x",
-    "tune import x", "targets",
-)  # fmt: skip
+
+def lines_of(command: Any, words: Sequence[str] = ()) -> Iterator[list[str]]:
+    """A command line for every verb of a command, with what it requires alone."""
+    if hasattr(command, "commands"):
+        for name, verb in command.commands.items():
+            yield from lines_of(verb, [*words, name])
+        return
+    for parameter in (p for p in command.params if p.required):
+        words = [*words, *([parameter.opts[0]] if parameter.opts[0].startswith("-") else []), "nowhere"]
+    yield [*words, "--shapes", "64x64"] if list(words) == ["tune", "search"] else [*words]
 
 
 def test_what_needs_the_compiler_says_so_where_it_is_not_installed() -> None:
     """Every verb runs, or names in one sentence what to install; so does what the package offers."""
-    verbs = {line.split()[0] for line in (*COMPILING, *WITHOUT_MODEL, "doctor")} - {"x.py"}
-    commands = {c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands}
-    assert verbs == commands | {str(group.name) for group in cli.app.registered_groups}
+    lines = [*lines_of(get_command(cli.app)), ["model.py"]]
+    assert {*RUNNING, "compile", "inspect", "export", "tune"} <= {line[0] for line in lines}
     script = runtime_only.WITHOUT_COMPILER + _VERBS
-    lines = run([sys.executable, "-c", script, *COMPILING, *WITHOUT_MODEL.values(), "doctor"], ROOT).splitlines()
+    said = run([sys.executable, "-c", script, *map(" ".join, lines)], ROOT).splitlines()
     told = "which an install for running alone does not have; install it with `pip install 'lbllm-compile[compile]'`"
-    for line, said in zip(COMPILING, lines, strict=False):
-        verb = "compile" if line == "x.py" else line.split()[0]
-        assert re.fullmatch(rf"2 lbllm-compile: `{verb}` needs the package \w+, {re.escape(told)}", said), said
-    rest = lines[len(COMPILING) :]
     absent = "2 lbllm-compile: there is no artifact at 'nowhere'; name the directory that a compile wrote"
-    assert rest[: len(WITHOUT_MODEL) + 1] == [absent] * len(WITHOUT_MODEL) + ["0 "]
-    assert [line.split()[0] for line in rest[len(WITHOUT_MODEL) + 1 :] if line.endswith(told)] == [
-        "CompileReport", "CompiledModel", "compile", "load"
-    ]  # fmt: skip
+    for line, answer in zip(lines, said, strict=False):
+        verb = "compile" if line == ["model.py"] else line[0]
+        if verb in RUNNING:
+            assert answer == ("0 " if verb == "doctor" else absent), line
+        else:
+            assert re.fullmatch(rf"2 lbllm-compile: `{verb}` needs the package \w+, {re.escape(told)}", answer), line
+    names = [line.split()[0] for line in said[len(lines) :] if line.endswith(told)]
+    assert names == ["CompileReport", "CompiledModel", "compile", "load"]
 
 
 @pytest.mark.slow

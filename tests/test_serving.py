@@ -58,7 +58,7 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.said.append(line)
-            if found := re.search(r"serving talker at (http://[\d.:]+)/v1", line):
+            if found := re.search(r"serving \S+ at (http://[\d.:]+)/v1", line):
                 return found.group(1)
         raise AssertionError("".join(self.said))
 

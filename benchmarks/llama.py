@@ -1,7 +1,7 @@
 """llama.cpp as a yardstick, through the libraries that the optional package ``llama-cpp-python`` brings.
 
-:class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize` and :func:`bits_per_weight` are for
-whole models, which :mod:`lbllm_compile.bench.llama` runs.
+:class:`Products` times ggml's matrix products; :func:`write_gguf`, :func:`quantize`, :func:`export_artifact`,
+:func:`bits_per_weight` and :class:`Scorer` are for whole models, which :mod:`lbllm_compile.bench.llama` runs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q2_k": 10, "tq2_0": 35}
 """ggml's tensor types."""
 
-FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "tq2_0": 37}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "tq2_0": 37}
 """llama.cpp's file types: the type most of a file's tensors are asked to get."""
+
+EXACT = "q8_0"
+"""The file type that has the weights of an artifact as they are."""
 
 BLOCK = 256
 """Columns of a ``q2_k`` or ``tq2_0`` block; rows that it does not divide fall back to a larger type."""
@@ -214,6 +217,29 @@ def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
         raise LbllmError(f"llama.cpp could not quantize {source} to {kind}")
 
 
+def export_artifact(artifact: Path, kinds: Sequence[str], threads: int, folder: Path) -> dict[str, Path]:
+    """GGUF files of an artifact, by their types: what ``export`` writes, and what llama.cpp makes of that.
+
+    Args:
+        artifact: the directory.
+        kinds: of :data:`FILE_TYPES`; ``f32`` has the weights as they are, too.
+        threads: to use.
+        folder: where the files go.
+
+    Raises:
+        LbllmError: GGUF cannot hold it, or llama.cpp cannot make a type of it.
+    """
+    from lbllm_compile.export import export
+
+    exact = folder / f"{EXACT}.gguf"
+    export(artifact, "gguf", exact)
+    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
+    for kind, file in files.items():
+        if kind != EXACT:
+            quantize(exact, file, kind, threads)
+    return files
+
+
 def bits_per_weight(path: Path) -> tuple[float, dict[str, float]]:
     """Bits per weight of the decoder linears of a GGUF file, as stored.
 
@@ -230,3 +256,34 @@ def bits_per_weight(path: Path) -> tuple[float, dict[str, float]]:
         name = tensor.tensor_type.name
         shares[name] = shares.get(name, 0.0) + int(tensor.n_elements) / weights
     return 8 * sum(int(t.n_bytes) for t in linears) / weights, shares
+
+
+class Scorer:
+    """A model in llama.cpp that gives the logits of all tokens.
+
+    Args:
+        path: a GGUF file.
+        most: tokens of a sequence.
+        threads: to use.
+    """
+
+    def __init__(self, path: Path, most: int, threads: int):
+        import llama_cpp
+
+        options = {"n_threads": threads, "n_threads_batch": threads, "logits_all": True, "verbose": False}
+        with silenced():
+            self._model = llama_cpp.Llama(str(path), n_ctx=most, **options)
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a text, special tokens read as such and none put in front."""
+        return self._model.tokenize(text.encode(), add_bos=False, special=True)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Of every token of a sequence, ``[S, V]``."""
+        self._model.reset()
+        self._model.eval(ids)
+        return np.array(self._model.scores[: len(ids)], np.float32)
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        self._model.close()

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,9 +49,6 @@ WORDS = ("the", "river", "bends", "where", "old", "stones", "keep", "warm", "and
 
 OWN = "lbllm-compile"
 """The name of this project's server among those that are compared."""
-
-EXACT = "q8_0"
-"""The type of GGUF file that has the weights of an artifact as they are."""
 
 HOST = "127.0.0.1"
 
@@ -145,24 +142,6 @@ def answers(address: Address) -> bool:
         connection.close()
 
 
-def files_for_llama(artifact: Path, kinds: Sequence[str], threads: int, folder: Path) -> dict[str, Path]:
-    """The artifact as GGUF files in a folder, by their types.
-
-    Raises:
-        LbllmError: GGUF cannot hold it, or llama.cpp cannot make a type of it.
-    """
-    from lbllm_compile.export import export
-
-    harness.CONSOLE.print(f"[dim]writing GGUF files: {', '.join(kinds)}[/dim]")
-    exact = folder / f"{EXACT}.gguf"
-    export(artifact, "gguf", exact)
-    files = {kind: folder / f"{kind}.gguf" for kind in kinds}
-    for kind, file in files.items():
-        if kind != EXACT:
-            llama.quantize(exact, file, kind, threads)
-    return files
-
-
 def ask(address: Address, prompt: str, tokens: int) -> int:
     """One request; how many tokens it was answered with."""
     fields = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
@@ -254,7 +233,9 @@ def main() -> None:
     parser.add_argument(
         "--llama-server", default=shutil.which("llama-server"), metavar="PROGRAM", help="llama.cpp's server"
     )
-    parser.add_argument("--types", nargs="*", choices=sorted(llama.FILE_TYPES), default=[EXACT, "q4_0"], metavar="TYPE")
+    parser.add_argument(
+        "--types", nargs="*", choices=sorted(llama.FILE_TYPES), default=[llama.EXACT, "q4_0"], metavar="TYPE"
+    )
     parser.add_argument("--quick", action="store_true", help="check that everything runs; the figures mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of to stdout")
     options = parser.parse_args()
@@ -266,7 +247,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             if options.llama_server and options.types:
-                files = files_for_llama(options.artifact, options.types, max(options.threads), Path(folder))
+                files = llama.export_artifact(options.artifact, options.types, max(options.threads), Path(folder))
                 for kind, file in files.items():
                     servers[f"llama.cpp {kind}"] = functools.partial(served_by_llama, options.llama_server, file)
             else:

@@ -160,6 +160,7 @@ class LayerProgram:
     def expected(self) -> np.ndarray:
         """What the same kernels give when they are called one by one."""
         import torch
+        from lbllm_compile.codegen.cpu.build import PACKED
 
         x = total = torch.from_numpy(self._x)
         clip = torch.ones(2)
@@ -168,7 +169,7 @@ class LayerProgram:
             for index, (linear, quantizer) in enumerate(zip(self.linears, self.quantizers, strict=True)):
                 taken = value[:, : quantizer.in_features].contiguous()
                 codes = self.kernels.quantizer(quantizer)(taken, clip)
-                value = self.kernels.linear(linear)(*codes, self._packed[index])
+                value = self.kernels.linear(linear)(*codes, {PACKED: self._packed[index]})
             total = total + value
         return total.numpy()
 
@@ -184,7 +185,7 @@ def measure(shape: Shape, cold: bool, trials: int, quick: bool) -> list[dict[str
     Raises:
         LbllmError: the program does not give what its kernels give.
     """
-    from .contenders import COLD_BYTES, timed
+    from lbllm_compile.bench.linears import COLD_BYTES
 
     single = LayerProgram(shape, 1, trials)
     layers = (2 if quick else -(-COLD_BYTES // single.bytes)) if cold else 1
@@ -195,13 +196,13 @@ def measure(shape: Shape, cold: bool, trials: int, quick: bool) -> list[dict[str
         call = own.build(Path(folder))
         if not np.array_equal(call(), own.expected()):
             raise LbllmError("the program of many layers does not give what its kernels give")
-        runs[OWN] = timed([call])
+        runs[OWN] = turns.timed([call])
         if not llama.missing():
             matrices = [(file_type(columns), rows, columns) for rows, columns in shape.matrices]
             sizes[THEIRS] = sum(llama.row_bytes(kind, columns) * rows for kind, rows, columns in matrices)
             count = (2 if quick else -(-COLD_BYTES // sizes[THEIRS])) if cold else 1
             products = llama.Products(matrices * count, 1, 1, thread_count())
-            runs[THEIRS] = timed(products.calls)
+            runs[THEIRS] = turns.timed(products.calls)
         times = turns.alternate(runs, quick)
     counts = {OWN: layers, THEIRS: count if THEIRS in runs else 0}
     return [

@@ -35,11 +35,11 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words
 from rich.table import Table
 
-from lbllm_compile.bench import decoding
+from lbllm_compile.bench import decoding, llama
 from lbllm_compile.bench.decoders import LLAMA_CPP, NATIVE, TORCH, TORCH_BF16, Child, Loading
 from lbllm_compile.report.terminal import make_progress
 
-from . import harness, llama, subjects
+from . import harness, subjects
 from .decoders import MODULE, WITHOUT_FEW
 
 OWN = NATIVE

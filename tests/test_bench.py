@@ -21,7 +21,7 @@ from test_zoo import stages
 from typer.testing import CliRunner
 
 from lbllm_compile import artifact, cli, export, frontend
-from lbllm_compile.bench import command, decoding, linears, llama
+from lbllm_compile.bench import command, decoders, decoding, linears, llama
 from lbllm_compile.bench.command import BenchError, BenchOptions, Report
 from lbllm_compile.bench.turns import Spread, alternate
 from lbllm_compile.report.terminal import make_console
@@ -167,6 +167,48 @@ def test_what_cannot_be_exported_is_asked_for(compiled, monkeypatch):
             command.bench(BenchOptions(compiled, (name,)))
 
 
+def test_what_others_run_is_written_once_and_removed(tmp_path, monkeypatch):
+    written: list[tuple[str, Path]] = []
+
+    def write(directory: Path, form: str, out: Path) -> None:
+        written.append((form, out))
+        out.touch()
+
+    monkeypatch.setattr(export, "export", write)
+    monkeypatch.setattr(llama, "missing", lambda: "")
+    every = BenchOptions(tmp_path, ("torch", "torch-bf16", "llama.cpp"))
+    with command._sources(every, command.NoProgress()) as sources:
+        assert [form for form, _ in written] == ["hf-dense", "gguf"]
+        assert sources["torch"] == sources["torch-bf16"] == str(written[0][1])
+        assert sources["llama.cpp"] == str(written[1][1]) and sources["native"] == str(tmp_path)
+        assert all(path.exists() for _, path in written)
+    assert not any(path.parent.exists() for _, path in written)
+    given = tmp_path / "q4.gguf"
+    given.touch()
+    named = BenchOptions(tmp_path, ("torch-bf16", "llama.cpp"), original="m.py", gguf=given)
+    with command._sources(named, command.NoProgress()) as sources:
+        assert sources["torch-bf16"] == "m.py" and sources["llama.cpp"] == str(given) and len(written) == 2
+    assert given.exists()
+
+
+def test_decoders_that_know_other_tokens_are_fed_the_same():
+    class Fed:
+        def __init__(self, vocabulary: int):
+            self.vocabulary, self.ids = vocabulary, []
+
+        def reset(self) -> None:
+            self.ids.clear()
+
+        def feed(self, ids):
+            self.ids += ids.tolist()
+
+    small, large = Fed(7), Fed(10)
+    for decoder in (small, large):
+        times = decoders.turn(decoder, 5, 3, vocabulary=7)
+        assert len(times["steps"]) == 3 and len(decoder.ids) == 8
+    assert small.ids == large.ids and max(large.ids) < 7
+
+
 def test_distinct_linears_are_counted_and_named():
     found = linears.distinct(stages("llama")[1])
     rows = {tuple(linears.names(infos)): (linear, len(infos)) for linear, infos in found.items()}
@@ -199,8 +241,17 @@ def test_measurements_fit_the_context(context, expected):
     assert (settings.prompt, settings.steps, settings.prefill) == expected
 
 
+needs_llama = pytest.mark.skipif(bool(llama.missing()), reason=llama.missing() or "-")
+
+
 @pytest.mark.parametrize(
-    "against", [(), pytest.param(("torch", "torch-bf16"), marks=pytest.mark.slow)], ids=["alone", "torch"]
+    "against",
+    [
+        (),
+        pytest.param(("torch", "torch-bf16"), marks=pytest.mark.slow),
+        pytest.param(("llama.cpp",), marks=(pytest.mark.slow, needs_llama)),
+    ],
+    ids=["alone", "torch", "llama.cpp"],
 )
 def test_an_artifact_is_timed_whole_and_by_its_linears(compiled, against):
     report = command.bench(BenchOptions(compiled, against, threads=(1,), quick=True))
@@ -212,9 +263,11 @@ def test_an_artifact_is_timed_whole_and_by_its_linears(compiled, against):
     paths = {name for row in run["linears"] for name in row["linears"]}
     assert {"lm_head", "model.layers.*.mlp.down_proj"} <= paths
     assert {row["tokens"] for row in run["linears"]} == {1, 16}
-    assert all(row["seconds"].keys() == {"own", "kernel", *against} for row in run["linears"])
+    torch_alone = {*against} - {"llama.cpp"}
+    assert all(row["seconds"].keys() == {"own", "kernel"} | torch_alone for row in run["linears"])
     compared = {v["what"] for v in document["verdicts"]}
-    assert compared >= {"decode", "prefill", "load", "lm_head, 1 token"} if against else not compared
+    assert ({"decode", "prefill", "load"} <= compared) == bool(against)
+    assert ("lm_head, 1 token" in compared) == bool(torch_alone)
     assert "1 thread: distinct linears" in shown(report)
 
 

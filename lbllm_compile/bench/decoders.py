@@ -25,7 +25,7 @@ from lbllm_compile.bench import turns
 from lbllm_compile.codegen.errors import LbllmError
 
 if TYPE_CHECKING:
-    from lbllm_compile.native.language import LanguageModel
+    from lbllm_compile.native.language import InputBounds, LanguageModel
     from lbllm_compile.native.program import NativeProgram
 
 MODULE = "lbllm_compile.bench.decoders"
@@ -93,10 +93,8 @@ class NativeDecoder:
         """A native program's."""
         from lbllm_compile.native.program import NativeModel
 
-        description = program.description
-        rows = description.bounds.vocabulary
-        vocabulary = int(description.config["vocab_size"]) if rows is None else rows
-        return cls(NativeModel(program, tokenizer=None), vocabulary, capacity)
+        model = NativeModel(program, tokenizer=None)
+        return cls(model, _vocabulary(program.description.bounds, model.config), capacity)
 
     def reset(self) -> None:
         self._session = self._model.session(1, self._capacity)
@@ -132,6 +130,18 @@ class TorchDecoder:
         return out.logits[0, -1].float().numpy()
 
 
+def _vocabulary(bounds: InputBounds, config: Mapping[str, Any]) -> int:
+    """How many tokens a model knows.
+
+    Raises:
+        LbllmError: nothing says that.
+    """
+    known = config.get("vocab_size") if bounds.vocabulary is None else bounds.vocabulary
+    if not isinstance(known, int):
+        raise LbllmError("neither the model's graph nor its configuration says how many tokens it knows")
+    return known
+
+
 def _native(loading: Loading) -> Decoder:
     """The native program of an artifact, which is prepared where none is stored; else its graph in torch."""
     from lbllm_compile.native import program as native
@@ -143,10 +153,11 @@ def _native(loading: Loading) -> Decoder:
     if stored is not None:
         return NativeDecoder.of_program(stored, loading.capacity)
     from lbllm_compile import runtime
+    from lbllm_compile.lowering.bounds import input_bounds
     from lbllm_compile.report.terminal import make_console, make_progress
 
     model = runtime.load(source, target=loading.target, progress=make_progress(make_console(stderr=True)))
-    return NativeDecoder(model, int(model.config["vocab_size"]), loading.capacity)
+    return NativeDecoder(model, _vocabulary(input_bounds(model.program), model.config), loading.capacity)
 
 
 def _llama(loading: Loading) -> Decoder:
@@ -192,13 +203,18 @@ def memory() -> dict[str, int]:
     return {MEMORY_FIELDS[name]: 1024 * int(text.split()[0]) for name, _, text in lines if name in MEMORY_FIELDS}
 
 
-def turn(decoder: Decoder, prompt: int, steps: int) -> dict[str, Any]:
+def turn(decoder: Decoder, prompt: int, steps: int, vocabulary: int | None = None) -> dict[str, Any]:
     """Times a prompt and the tokens behind it, all drawn at random but the same for everyone.
+
+    Args:
+        decoder: what is timed.
+        prompt, steps: how many tokens.
+        vocabulary: tokens to draw from; all that the decoder knows by default.
 
     Returns:
         ``prefill`` and ``steps``: seconds of the prompt and of each token behind it.
     """
-    ids = np.random.default_rng(0).integers(0, decoder.vocabulary, prompt + steps)
+    ids = np.random.default_rng(0).integers(0, vocabulary or decoder.vocabulary, prompt + steps)
     decoder.reset()
     times = []
     for piece in (ids[:prompt], *ids[prompt:, None]):
@@ -236,7 +252,8 @@ def serve(loaders: Mapping[str, Loader] = LOADERS) -> None:
     except LbllmError as error:
         print(json.dumps({"failure": str(error)}), file=replies, flush=True)
         return
-    answer: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "bare": bare}
+    seconds = time.perf_counter() - start
+    answer: dict[str, Any] = {"load_seconds": seconds, "bare": bare, "vocabulary": decoder.vocabulary}
     print(json.dumps(answer), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -252,8 +269,8 @@ class Child:
         module: the child's, which calls :func:`serve`.
 
     Attributes:
-        loaded: ``load_seconds``, from the imported packages to a model that can be fed, and ``bare``: the
-            :func:`memory` before it.
+        loaded: ``load_seconds``, from the imported packages to a model that can be fed, ``bare``, the :func:`memory`
+            before it, and ``vocabulary``, how many tokens it knows.
 
     Raises:
         LbllmError: it cannot be loaded.

@@ -82,13 +82,14 @@ def in_turns(
             for name, loading in competing.items():  # one after the other: loading takes memory for a while
                 children[name] = stack.enter_context(Child(loading, module))
                 task.advance(name)
+        known = min(child.loaded["vocabulary"] for child in children.values())
         with progress.task(f"decoding and prefill in turns, {threads}", settings.rounds + settings.warm) as task:
             for index in range(settings.rounds + settings.warm):
                 for name, child in children.items():
                     time.sleep(settings.pause)
                     # behind its prompt, decoding is warm; it in turn warms the threads for the long prompt
-                    decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps})
-                    prompt = child.ask({"prompt": settings.prefill, "steps": 0})
+                    decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps, "vocabulary": known})
+                    prompt = child.ask({"prompt": settings.prefill, "steps": 0, "vocabulary": known})
                     if index >= settings.warm:
                         times[name].rounds.append(decoded["steps"])
                         times[name].prefill.append(prompt["prefill"])

@@ -38,11 +38,13 @@ from lbllm_compile.codegen.program import compile as compile_module
 from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
+from lbllm_compile.codegen.program.queries import quotient, same_sizes
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import one_torch_thread
-from lbllm_compile.codegen.tvm_api import compile_functions
+from lbllm_compile.codegen.tvm_api import compile_functions, symbolic_dimension
+from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import get_attribute, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from proven_kernels import kernels_of
@@ -344,20 +346,18 @@ def test_a_wrong_program_stops_a_compile(sums_are_differences, tmp_path, monkeyp
 
 
 def test_a_reshape_is_solved_with_symbols():
-    class Symbol:
-        def same_as(self, other):
-            return self is other
-
-        def __mul__(self, other):
-            return ("product", self, other)
-
-    batch, length = Symbol(), Symbol()
-    assert infer([batch, length, 72], [batch, length, -1, 18]) == [batch, length, 4, 18]
-    assert infer([batch, 6, 4], [batch, -1]) == [batch, 24]
-    assert infer([batch, length, 8], [batch, 8, -1]) == [batch, 8, length]
+    translator = types.SimpleNamespace(quotient=quotient)
+    batch, length = symbolic_dimension("batch"), symbolic_dimension("length")
+    for old, new, expected in (
+        ([batch, length, 72], [batch, length, -1, 18], [batch, length, 4, 18]),
+        ([batch, 6, 4], [batch, -1], [batch, 24]),
+        ([batch, length, 8], [batch, 8, -1], [batch, 8, length]),
+        ([length * batch * 4, 72], [4, -1, 72], [4, batch * length, 72]),
+    ):
+        assert same_sizes(infer(translator, old, new), expected)
     for old, new in (([batch, 7], [-1, 2]), ([batch, 4], [length, -1])):
         with pytest.raises(UntranslatableError, match="cannot be solved"):
-            infer(old, new)
+            infer(translator, old, new)
 
 
 def test_a_layout_aligns_its_tensors():
@@ -682,6 +682,18 @@ def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch
     assert sum("is damaged" in said for said in notes.said) == 2
     notes = Notes()
     assert native.find(stored[0], progress=notes) is not None and notes.said == []
+
+
+def test_the_same_graph_of_weights_of_other_shapes_has_another_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    before = stages("llama")[1]
+    other = before.copy()
+    name = next(n.target for n in other.graph.nodes if n.op == "get_attr" and n.target.endswith("norm.weight"))
+    set_attribute(other.module, name, get_attribute(other.module, name)[None])
+    assert graph_json.dumps(other.module) == graph_json.dumps(before.module)
+    ids = np.array([[3, 1, 4, 1, 5]])
+    logits = [build(item, Path(tempfile.mkdtemp(dir=tmp_path))).session(1).logits(ids) for item in (before, other)]
+    assert np.array_equal(*logits) and len(list(native.programs_directory().glob("*.library"))) == 2
 
 
 def test_a_library_that_two_store_at_once_is_one_of_theirs(tmp_path, monkeypatch):

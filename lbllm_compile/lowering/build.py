@@ -226,10 +226,12 @@ def _library(
 ) -> tuple[dict[str, int], tuple[Function, ...]]:
     """Puts the program's library at ``place``; returns the working memory its functions take, and the functions.
 
-    A library depends on the graph and the schedules and not on the weights, so one that was compiled before for the
-    same graph is used again.
+    A library depends on the graph, the schedules and the shapes of the weights, and not on what is in them, so one that
+    was compiled before for the same ones is used again.
     """
-    facts = (graph_json.dumps(program.module), kernels.records(), *machine_facts(kernels.target.name))
+    layouts = (translation.layout, translation.state, translation.fixed)
+    shapes = [dataclasses.astuple(spec) for layout in layouts for spec in layout.tensors.values()]
+    facts = (graph_json.dumps(program.module), shapes, kernels.records(), *machine_facts(kernels.target.name))
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     stored = programs_directory() / f"{key}.library"
     backend = backend_of(kernels.target)

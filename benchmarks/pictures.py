@@ -30,6 +30,8 @@ from torch import Tensor
 from lbllm_compile import explain, inspect
 from lbllm_compile.html_report.page import PAGE
 
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+
 GROUP = 64
 """Weights in the drawing of the format."""
 
@@ -165,7 +167,7 @@ def photograph(page: Path, out: Path) -> list[Path]:
     Raises:
         LbllmError: there is no Chromium.
     """
-    from tests.browser import CHROMIUM, Page
+    from .browser import CHROMIUM, Page
 
     if CHROMIUM is None:
         raise LbllmError("a picture of the report needs Chromium (Debian, Ubuntu: apt install chromium)")
@@ -184,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--linear", default="0.mlp.down_proj", help="what explain shows (default: %(default)s)")
     parser.add_argument("--pass", dest="pass_name", default="lower", help="whose dump is shown (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=0, help="decoder layer of the dump (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "pictures")
+    parser.add_argument("--out", type=Path, default=PICTURES)
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     drawn = {"format": format_drawing()}

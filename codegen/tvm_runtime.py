@@ -72,10 +72,8 @@ def _kept() -> tuple[Path, re.Match[str]] | None:
 def _packaged() -> Path | None:
     """The runtime library of the installed package; None where it is not installed."""
     found = importlib.util.find_spec("tvm")
-    if found is None or not found.submodule_search_locations:
-        return None
-    (folder,) = found.submodule_search_locations
-    return Path(folder) / "lib" / _LIBRARY
+    folders = (found.submodule_search_locations if found else None) or []  # any folder called tvm is a package
+    return next((file for folder in folders if (file := Path(folder) / "lib" / _LIBRARY).is_file()), None)
 
 
 def _library() -> Path:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-WITHOUT_COMPILER = """
+from lbllm_compile.codegen.errors import COMPILE_PACKAGES
+
+_WITHOUT = """
 import sys
-absent = {"torch", "transformers", "tvm", "safetensors", "networkx", "plotly"}
+absent = set(sys.argv.pop(1).split(","))
 class Without:
     def __init__(self, finders):
         self.finders = finders
@@ -23,7 +25,7 @@ class Without:
                 yield from finder.find_distributions(context)
 sys.meta_path[:] = [Without(list(sys.meta_path))]
 """
-"""What such a process runs first."""
+"""What such a process runs first, which takes its first argument."""
 
 _COMMAND = """
 from lbllm_compile.cli import main
@@ -34,4 +36,10 @@ main()
 
 def command(*arguments: str) -> list[str]:
     """What to start for ``lbllm-compile`` with some arguments."""
-    return [sys.executable, "-c", WITHOUT_COMPILER + _COMMAND, *arguments]
+    return script(_COMMAND, *arguments)
+
+
+def script(code: str, *arguments: str) -> list[str]:
+    """What to start for Python code with some arguments."""
+    absent = set(COMPILE_PACKAGES) - {"pydantic"}  # typer and serving need it, too
+    return [sys.executable, "-c", _WITHOUT + code, ",".join(absent), *arguments]

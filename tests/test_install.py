@@ -166,14 +166,13 @@ def test_what_needs_the_compiler_says_so_where_it_is_not_installed() -> None:
     """Every verb runs, or names in one sentence what to install; so does what the package offers."""
     lines = [*lines_of(get_command(cli.app)), ["model.py"]]
     assert {*RUNNING, "compile", "inspect", "export", "tune"} <= {line[0] for line in lines}
-    script = runtime_only.WITHOUT_COMPILER + _VERBS
-    said = run([sys.executable, "-c", script, *map(" ".join, lines)], ROOT).splitlines()
+    said = run(runtime_only.script(_VERBS, *map(" ".join, lines)), ROOT).splitlines()
     told = "which an install for running alone does not have; install it with `pip install 'lbllm-compile[compile]'`"
-    absent = "2 lbllm-compile: there is no artifact at 'nowhere'; name the directory that a compile wrote"
+    nowhere = "2 lbllm-compile: there is no artifact at 'nowhere'; name the directory that a compile wrote"
     for line, answer in zip(lines, said, strict=False):
         verb = "compile" if line == ["model.py"] else line[0]
         if verb in RUNNING:
-            assert answer == ("0 " if verb == "doctor" else absent), line
+            assert answer == ("0 " if verb == "doctor" else nowhere), line
         else:
             assert re.fullmatch(rf"2 lbllm-compile: `{verb}` needs the package \w+, {re.escape(told)}", answer), line
     names = [line.split()[0] for line in said[len(lines) :] if line.endswith(told)]

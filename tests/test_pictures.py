@@ -19,6 +19,7 @@ def test_the_drawing_shows_the_levels_and_bits_of_a_fitted_group() -> None:
     near = (weights[:, None] - levels.float() * scale.float()).abs()
     assert near.gather(1, codes[:, None]).squeeze(1).equal(near.min(1).values)
     svg = pictures.format_drawing()
+    assert (pictures.PICTURES / "format.svg").read_text(encoding="utf-8") == svg
     assert len(shapes(svg, "circle")) == len(weights)
     cells = [r.get("fill") == pictures.INK for r in shapes(svg, "rect") if r.get("width") == "10"]
     assert cells == [*(codes >= 2).tolist(), *((codes == 1) | (codes == 2)).tolist()]

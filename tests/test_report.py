@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import stages
 import torch
-from browser import CHROMIUM, Page
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 
+from benchmarks.browser import CHROMIUM, Page
 from lbllm_compile import artifact, explain, inspect
 from lbllm_compile.html_report import command, contents, page, story, tradeoff, weights
 from lbllm_compile.lowering.executor import requirements

@@ -434,7 +434,8 @@ def watched(found: NativeProgram, monkeypatch, **changes) -> tuple[NativeProgram
 @pytest.mark.parametrize(
     ("batch", "length", "name"),
     [
-        *((*size, "few_tokens") for size in ((1, 2), (2, 1), (16, 1), (3, 5), (1, 16))),
+        *((*size, "token_of_few") for size in ((2, 1), (16, 1))),
+        *((*size, "few_tokens") for size in ((1, 2), (3, 5), (1, 16))),
         *((*size, "tokens") for size in ((1, 17), (17, 1), (4, 5))),
     ],
 )
@@ -443,7 +444,7 @@ def test_few_tokens_are_computed_by_the_kernels_for_few_tokens(batch, length, na
     ids = np.random.default_rng(batch).integers(1, TOY_VOCABULARY, (batch, length + 2))
     mask = np.ones((batch, length), np.int64)
     mask[-1, : length // 3] = 0
-    functions = tuple(f for f in toy().description.functions if f.name != "few_tokens")
+    functions = tuple(f for f in toy().description.functions if f.name not in ("token_of_few", "few_tokens"))
     chosen, names = watched(toy(), monkeypatch)
     sessions = [chosen.session(batch), watched(toy(), monkeypatch, functions=functions)[0].session(batch)]
     for session in sessions:
@@ -468,7 +469,7 @@ def test_the_benchmark_can_do_without_the_function_for_few_tokens():
 def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
     lowered = stages("llama")[1]
     needed, kernels = requirements(lowered), kernels_of(lowered)
-    entries = [entry for entry in CpuBackend.entry_points if entry.length is None]
+    entries = [entry for entry in CpuBackend.entry_points if entry.batch is None]
     module = translate.translate(lowered, kernels, entries).functions()
     found = {}
     for entry in entries:
@@ -476,7 +477,7 @@ def test_the_program_for_few_tokens_calls_kernels_of_that_bucket():
         names = {name.removesuffix("_residual") for name in called(module, entry.name)}
         found[entry.name] = names & linears
         assert found[entry.name] == {kernels.linear(spec).tir(entry.bucket).name for spec in needed.linears}
-    assert found["few_tokens"].isdisjoint(found["tokens"])
+    assert found["few_tokens"].isdisjoint(found["tokens"]) and found["token_of_few"] == found["few_tokens"]
 
 
 def test_indices_of_kernels_stay_within_their_32_bits(monkeypatch):

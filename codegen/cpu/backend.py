@@ -25,11 +25,12 @@ class CpuBackend:
     kind: TargetKind = CpuKind()
     searches = True
 
-    # Decoding of one sequence, in few launches and (to prove that) kernel by kernel; a short prompt or a small batch of
-    # sequences; any prompt or batch; and all logits.
+    # Decoding of one sequence, in few launches and (to prove that) kernel by kernel; of a few, whose attention has few
+    # queries for each; a short prompt; any prompt or batch; and all logits.
     entry_points: Sequence[EntryPoint] = (
         EntryPoint("token", 1, 1, True, ONE.name, blocks=True),
         EntryPoint("token_by_kernel", 1, 1, True, ONE.name, joined=False),
+        EntryPoint("token_of_few", None, 1, True, FEW.name, most=FEW.highest),
         EntryPoint("few_tokens", None, None, True, FEW.name, most=FEW.highest),
         EntryPoint("tokens", None, None, True, MANY.name),
         EntryPoint("logits", None, None, False, MANY.name),

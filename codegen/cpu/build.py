@@ -337,7 +337,7 @@ class KernelSet:
 
         Args:
             spec: the attention.
-            queries: tokens of a call where that is known.
+            queries: tokens of each sequence of a call, where that is known.
             parallel: split it over the thread pool; few tokens are not worth a launch of their own.
         """
         from ..kernels import attention

@@ -36,7 +36,7 @@ def tile_rows(spec: AttentionSpec, queries: int | None) -> int:
 
     Args:
         spec: the attention.
-        queries: tokens of a call where that is known.
+        queries: tokens of each sequence of a call, where that is known.
     """
     return SUMS if queries is None else min(SUMS, queries * spec.repeat)
 

@@ -42,7 +42,8 @@ class Translator(Protocol):
         te: tensor expressions (TVM's ``te``), for what is no operator: see :meth:`compute`.
         tir: scalar expressions (TVM's ``tirx``), of which tensor expressions and sizes are made.
         kernels: the proven kernels.
-        length: tokens of a call, where that is known.
+        length: tokens of each sequence of a call, where that is known.
+        rows: tokens of all sequences of a call, where that is known.
         blocks: the function runs in few launches.
     """
 
@@ -53,6 +54,9 @@ class Translator(Protocol):
 
     @property
     def length(self) -> int | None: ...
+
+    @property
+    def rows(self) -> int | None: ...
 
     @property
     def blocks(self) -> bool: ...

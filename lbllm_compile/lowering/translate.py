@@ -417,6 +417,11 @@ class _Translator:
         return self.entry.length
 
     @property
+    def rows(self) -> int | None:
+        batch, length = self.entry.batch, self.entry.length
+        return None if batch is None or length is None else batch * length
+
+    @property
     def blocks(self) -> bool:
         return self.entry.blocks
 
@@ -446,7 +451,7 @@ class _Translator:
         spec = quantize_spec(node)
         arguments = Arguments(node, self.value)
         x, self.leading[node], count = flat(self, arguments.x)
-        kernel = self.kernels.quantizer(spec).tir(parallel=self.length is None)
+        kernel = self.kernels.quantizer(spec).tir(parallel=self.rows is None)
         kind = "int16" if spec.bits == 16 else "int8"
         factors = [arguments.clip, *([] if arguments.knees is None else [arguments.knees])]
         outputs = ([count, spec.in_features], kind), ([count, spec.scales], "float32")

@@ -139,7 +139,7 @@ def _index(t: Translator, a: Arguments) -> Value:
 
 def _written(t: Translator, x: Value, places: Value, rows: Value, adds: bool) -> Value:
     """``x [N, W]`` with ``rows [P, W]`` at, or added at, ``places [P]``."""
-    kernel = t.kernels.scatter(t.dtype(x), adds, parallel=t.length is None)
+    kernel = t.kernels.scatter(t.dtype(x), adds, parallel=t.rows is None)
     return t.call(kernel, [x, places, rows], (t.shape(x), t.dtype(x)))
 
 

@@ -60,7 +60,7 @@ def _linear(t: Translator, a: Arguments) -> Value:
     if not (isinstance(rows, int) and isinstance(columns, int)):
         raise refusal(a, "a linear by a matrix of dynamic size has no translation")
     matrix, leading, count = flat(t, x)
-    kernel = t.kernels.dense(rows, columns, t.length == 1)
+    kernel = t.kernels.dense(rows, columns, t.rows == 1)
     result = t.call(kernel, [matrix, weight], ([count, rows], "float32"))
     result = t.reshape(result, [*leading, rows])
     return result if a.bias is None else t.emit(t.op.add(result, a.bias))

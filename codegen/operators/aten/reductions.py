@@ -178,7 +178,7 @@ def _ordered(t: Translator, x: Value, axis: int, first: Any, descending: bool) -
     sizes = t.shape(x)
     shape = [*sizes[:axis], first, *sizes[axis + 1 :]]
     lines = [count(sizes[:axis]), sizes[axis], count(sizes[axis + 1 :])]
-    kernel = t.kernels.order(t.dtype(x), descending, parallel=t.length is None)
+    kernel = t.kernels.order(t.dtype(x), descending, parallel=t.rows is None)
     order = t.reshape(t.call(kernel, [t.reshape(x, lines)], (lines, "int64")), sizes)
 
     def value(v: Any, places: Any) -> Any:

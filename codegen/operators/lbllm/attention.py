@@ -98,7 +98,7 @@ def _translate(t: Translator, a: Arguments) -> Any:
         state = [state[0], state[0], state[2], state[2]]
     output = ([*t.shape(query)[:3], spec.value_width], "float32")
     # Within a launch that is there anyway, heads are worth sharing out even for one token.
-    kernel = t.kernels.attention(spec, t.length, parallel=t.length is None or t.blocks)
+    kernel = t.kernels.attention(spec, t.length, parallel=t.rows is None or t.blocks)
     # A kernel that reads one of them takes both.
     heads_own = [slopes if sinks is None else sinks, sinks if slopes is None else slopes] if spec.per_head else []
     return t.call(kernel, [query, key, value, *state, mask, *heads_own], output)

@@ -28,7 +28,7 @@ def _translate(t: Translator, a: Arguments) -> Any:
         raise refusal(a, "a program's convolutions with a state are in float32")
     spec = ConvolutionSpec(t.shape(x)[1], t.shape(weight)[-1], bias is not None)
     # A kernel that changes the state must not be run by every thread of a launch, as those that share nothing out are.
-    kernel = t.kernels.convolution(spec, parallel=t.length is None or t.blocks)
+    kernel = t.kernels.convolution(spec, parallel=t.rows is None or t.blocks)
     return t.call(kernel, tensors, (t.shape(x), "float32"))
 
 

@@ -70,7 +70,7 @@ def _translate_grouped(t: Translator, a: Arguments) -> Value:
     if t.dtype(x) != "float32" or t.dtype(weight) != "float32":
         raise refusal(a, "experts of another type than float32 have no translation")
     count, (_, rows, columns) = t.shape(x)[0], t.shape(weight)
-    kernel = t.kernels.dense(rows, columns, t.length == 1)
+    kernel = t.kernels.dense(rows, columns, t.rows == 1)
     return t.call_by_expert(kernel, [x], [weight], a.offsets, ([count, rows], "float32"))
 
 

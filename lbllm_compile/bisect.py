@@ -273,7 +273,10 @@ def _parted(where: str, sentence: str, parting: Parting, folder: Path) -> Fault:
         after=dump.render(parting.after).lstrip("\n"),
         tensors=TENSORS,
     )
-    _write(folder, text, {"input": parting.inputs, "before": sides[0], "after": changed})
+    tensors: dict[str, Mapping[str, Any]] = {"input": parting.inputs, "before": sides[0], "after": changed}
+    if parting.counted is not None:
+        tensors["counted"] = {"places": parting.counted}
+    _write(folder, text, tensors)
     node, source = parting.node.name, dump.source_line(parting.origin)
     return Fault(where, sentence, parting.layer, node, source, parting.error, parting.allowed, folder)
 
@@ -376,7 +379,8 @@ def output(text, weights):
 
 before = output(BEFORE, part("before/"))
 after = output(AFTER, {{**part("before/"), **part("after/")}})
-error = difference(before, after)
+# Places of the elements that count, where not all of them do: values at padding mean nothing.
+error = difference(before, after, stored.get("counted/places"))
 print(f"before: {{before.flatten()[:4].tolist()}} ...")
 print(f"after:  {{after.flatten()[:4].tolist()}} ...")
 print(f"relative error {{error:.3g}}, allowed {{ALLOWED:.3g}}")

@@ -32,7 +32,7 @@ class ContractError(LbllmError):
     """A pass produced a graph that does not hold together or changed outputs more than it promised.
 
     ``str(error)`` is one sentence; ``error.excerpt`` has the graph text around the offending node; ``error.parting``
-    has the smallest piece of both programs that shows a change of outputs.
+    has the smallest piece of both programs that shows a change of outputs, None where none could be cut.
     """
 
     exit_code = 1
@@ -44,9 +44,12 @@ class ContractError(LbllmError):
 
 
 class ReplacementError(PassError):
-    """What a pass put in the place of a node gives something else; ``error.parting`` has the piece of both programs."""
+    """What a pass put in the place of a node gives something else.
 
-    def __init__(self, message: str, parting: Parting):
+    ``error.parting`` has the piece of both programs, None where none could be cut.
+    """
+
+    def __init__(self, message: str, parting: Parting | None):
         super().__init__(message)
         self.parting = parting
 
@@ -201,22 +204,29 @@ def check_outputs(
     kind = item.contract.kind
     if kind == "calibrating":
         if error == float("inf"):
-            found = parting.find(before, after, probe, sys.float_info.max)
+            found, failure = _cut(parting.find, before, after, probe, sys.float_info.max)
             raise ContractError(
                 f"after the pass '{item.name}' the model's output on the probe is not finite", parting=found
-            )
+            ) from failure
         return error
     allowed = 0.0 if kind == "exact" else item.contract.bound
     if error <= allowed:
         return error
-    found = parting.find(before, after, probe, min(allowed, item.contract.each))
+    broken = f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g}"
+    found, failure = _cut(parting.find, before, after, probe, min(allowed, item.contract.each))
+    if found is None:
+        raise ContractError(broken) from failure
     node = found.node if found.node.op != "output" else found.node.all_input_nodes[0]
-    raise ContractError(
-        f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g};"
-        f" the first node that differs is {describe(node)}",
-        dump.excerpt(after, node),
-        found,
-    )
+    raise ContractError(f"{broken}; the first node that differs is {describe(node)}", dump.excerpt(after, node), found)
+
+
+def _cut(cut: Callable[..., Parting], *arguments: Any) -> tuple[Parting | None, Exception | None]:
+    """The piece that shows a broken contract; or why none can be cut, which must not take the place of what is said of
+    the contract: a program that a pass broke may do anything."""
+    try:
+        return cut(*arguments), None
+    except Exception as failure:
+        return None, failure
 
 
 def check_replaced(
@@ -229,6 +239,9 @@ def check_replaced(
 ) -> float:
     """Holds each replaced node against its replacement, on the same inputs (:mod:`.ir.compare`).
 
+    Args:
+        compared: the part of a value that counts: a selection of its elements.
+
     Returns:
         The largest relative error; 0 without a probe.
 
@@ -239,10 +252,10 @@ def check_replaced(
     for name, error in found.items():
         if not error <= bound:
             node = next(n for n in before.graph.nodes if n.name == name)
+            piece, failure = _cut(parting.at, before, after, name, replaced[name], probe, bound, compared)
             raise ReplacementError(
-                f"{describe(node)} differs by {error:.2g} from what takes its place; report this",
-                parting.at(before, after, name, replaced[name], probe, bound),
-            )
+                f"{describe(node)} differs by {error:.2g} from what takes its place; report this", piece
+            ) from failure
     return max(found.values(), default=0.0)
 
 

@@ -20,6 +20,7 @@ from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import contracts, merge, pipeline, registry
 from lbllm_compile.passes.base import CALIBRATING, EXACT, Contract, Pass, PassContext, PassResult, bounded
 from lbllm_compile.passes.ir import parting
+from lbllm_compile.passes.ir.attention import ATTENTIONS
 from lbllm_compile.passes.ir.program import LAYER, Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from proven_kernels import kernels_of
@@ -177,6 +178,55 @@ def test_what_a_replacement_does_wrong_is_written_as_a_script(tmp_path: Path, mo
     result = run(fault.folder)
     assert result.returncode == 1, result.stderr
     assert "relative error 0.001, allowed 1e-05" in result.stdout
+
+
+def test_a_cached_attention_is_judged_where_there_are_tokens(tmp_path: Path) -> None:
+    """What is computed at padding means nothing, so once the fault is mended the script is content. Here it is one more
+    than before, and elsewhere a thousandth."""
+    before = applied(simulated("llama"), "merge,lower")[0]
+    after = applied(before, "cache")[0]
+    names = [n.name for n in calls(before.graph, *ATTENTIONS)]
+    cached = calls(after.graph, torch.ops.lbllm.cached_attention.default)
+    wrong = scaled(cached[1])
+    mask, more = next(n for n in after.placeholders() if n.target == "attention_mask"), wrong
+    for target, arguments in (
+        (_aten.eq.Scalar, lambda last: (mask, 0)),
+        (_aten.unsqueeze.default, lambda last: (last, 1)),
+        (_aten.unsqueeze.default, lambda last: (last, 3)),
+        (_aten.add.Tensor, lambda last: (wrong, last)),
+    ):
+        with after.graph.inserting_after(more):
+            more = after.graph.call_function(target, arguments(more))
+    wrong.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+    replaced = dict(zip(names, cached, strict=True)) | {names[1]: more}
+    after.module.recompile()
+    probe = inputs(2, 9)
+    tokens = probe["attention_mask"].bool()
+    with pytest.raises(contracts.ReplacementError) as caught:
+        contracts.check_replaced(before, after, replaced, probe, 1e-4, lambda v: v.transpose(1, 2)[tokens])
+    found = caught.value.parting
+    assert found is not None and found.layer == 1 and found.error == pytest.approx(1e-3, rel=1e-2)
+    assert found.counted is not None and len(found.counted) % int(tokens.sum()) == 0
+    fault = bisect._parted("cache", str(caught.value), found, tmp_path / "fault")
+    assert exit_code(tmp_path / "fault") == 1 and fault.error == found.error
+    script = tmp_path / "fault" / bisect.SCRIPT
+    text = script.read_text()
+    script.write_text(text.replace(", 1.001)", ", 1.0)"))
+    assert exit_code(tmp_path / "fault") == 0
+    # It would not be, did padding count.
+    script.write_text(script.read_text().replace(', stored.get("counted/places")', ""))
+    assert exit_code(tmp_path / "fault") == 1
+
+
+@pytest.mark.parametrize("item", [Twist(), Overflow()], ids=lambda item: item.name)
+def test_a_broken_contract_is_told_where_no_piece_can_be_cut(monkeypatch: pytest.MonkeyPatch, item: Pass) -> None:
+    def failing(*arguments: Any) -> parting.Parting:
+        raise RuntimeError("no such value")
+
+    monkeypatch.setattr(parting, "find", failing)
+    with pytest.raises(contracts.ContractError, match=f"the pass '{item.name}'") as caught:
+        pipeline.run(annotated(), [item], PassContext(probe=inputs(2, 9)))
+    assert caught.value.parting is None and "no such value" in str(caught.value.__cause__)
 
 
 class Entry(EntryPoint):

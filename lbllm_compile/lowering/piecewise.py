@@ -60,9 +60,9 @@ def hold(program: Program, kernels: Kernels, probe: Mapping[str, Any], progress:
         probe: inputs by placeholder.
         progress: told what goes on.
     """
-    found = list(pieces(program, probe))
+    count, found = pieces(program, probe)
     seen: set[Any] = set()
-    with progress.task("holding operators against what runs", len(found)) as task:
+    with progress.task("holding operators against what runs", count) as task:
         for piece in found:
             for kind, run in ((KERNEL, on_kernels), (NATIVE, natively)):
                 if kind == KERNEL and not calls_of_role(piece.program.graph, "kernel"):

@@ -13,7 +13,7 @@ Simulated quantization is computed in the integer arithmetic that it stands for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Parting:
         allowed: the largest that it may have.
         before, after: the piece of each program that computes the value from these, of ``kind="module"``.
         inputs: values of both pieces' placeholders by name.
+        counted: places of the elements that the error is of in the flattened value, int64; None for all.
     """
 
     node: fx.Node
@@ -50,6 +51,7 @@ class Parting:
     before: Program
     after: Program
     inputs: Mapping[str, Any]
+    counted: Tensor | None = None
 
     @property
     def layer(self) -> int | None:
@@ -62,9 +64,16 @@ def first_output(value: Any) -> Tensor:
     return (value[0] if isinstance(value, (tuple, list)) else value).float()
 
 
-def difference(before: Tensor, after: Tensor) -> float:
-    """The relative error of a value, in which both may have the same infinities (as masks do) and NaNs."""
+def difference(before: Tensor, after: Tensor, counted: Tensor | None = None) -> float:
+    """The relative error of a value, in which both may have the same infinities (as masks do) and NaNs.
+
+    Args:
+        before, after: the value in both programs.
+        counted: as in a :class:`Parting`.
+    """
     if before.shape == after.shape:
+        if counted is not None:
+            before, after = before.flatten()[counted], after.flatten()[counted]
         same = ~before.isfinite() & ((before == after) | (before.isnan() & after.isnan()))
         before, after = (value.masked_fill(same, 0) for value in (before, after))
     return relative_error(before, after)
@@ -90,10 +99,25 @@ def find(before: Program, after: Program, probe: Mapping[str, Any], allowed: flo
     return pair.cut(*worst, allowed)
 
 
-def at(before: Program, after: Program, name: str, node: fx.Node, probe: Mapping[str, Any], allowed: float) -> Parting:
-    """Cuts out ``node`` of the program after and the node called ``name`` before, whose place it takes."""
+def at(
+    before: Program,
+    after: Program,
+    name: str,
+    node: fx.Node,
+    probe: Mapping[str, Any],
+    allowed: float,
+    compared: Callable[[Tensor], Tensor],
+) -> Parting:
+    """Cuts out ``node`` of the program after and the node called ``name`` before, whose place it takes.
+
+    Args:
+        compared: selects the elements of the value that count.
+    """
     pair = _Pair.of(before, after, probe, {node: name})
-    return pair.cut(node, pair.error(node), allowed)
+    value = pair.value(name)
+    places = compared(torch.arange(value.numel()).reshape(value.shape)).flatten()
+    counted = None if len(places) == value.numel() else places
+    return pair.cut(node, pair.error(node, counted), allowed, counted)
 
 
 @dataclass(frozen=True)
@@ -113,13 +137,21 @@ class Piece:
     value: Tensor
 
 
-def pieces(program: Program, probe: Mapping[str, Any]) -> Iterator[Piece]:
-    """Every node of a program that has a value of its own, alone with what it takes on a probe."""
+def pieces(program: Program, probe: Mapping[str, Any]) -> tuple[int, Iterator[Piece]]:
+    """Every node of a program that has a value of its own, alone with what it takes on a probe.
+
+    Returns:
+        How many they are, and them, each cut out when it is asked for.
+    """
     pair = _Pair.of(program, program, probe)
-    for node, name in pair.common.items():
-        if node.op != "output":
+    nodes = [node for node in pair.common if node.op != "output"]
+
+    def cut_out() -> Iterator[Piece]:
+        for node in nodes:
             cut = pair.after.cut(node, pair.common)
-            yield Piece(node, cut, pair.inputs(cut, pair.given[1]), pair.value(name))
+            yield Piece(node, cut, pair.inputs(cut, pair.given[1]), pair.value(pair.common[node]))
+
+    return len(nodes), cut_out()
 
 
 @dataclass
@@ -186,11 +218,11 @@ class _Pair:
         kept = self.values[name]
         return kept if isinstance(kept, Tensor) else kept.read()
 
-    def error(self, node: Node) -> float:
+    def error(self, node: Node, counted: Tensor | None = None) -> float:
         """Of a common node of the program after, given what the program before has in front of it."""
         piece = self.after.cut(node, self.common)
         found = first_output(exact.run(piece, self.inputs(piece, self.given[1])))
-        return difference(first_output(self.value(self.common[node])), found)
+        return difference(first_output(self.value(self.common[node])), found, counted)
 
     def made_up_for(self, node: Node) -> bool:
         """Whether those that read a node are closer to what they were with its value after; then it is no longer
@@ -206,14 +238,14 @@ class _Pair:
         self.common = common
         return False
 
-    def cut(self, node: Node, error: float, allowed: float) -> Parting:
+    def cut(self, node: Node, error: float, allowed: float, counted: Tensor | None = None) -> Parting:
         """The pieces of both programs that compute a common node."""
         theirs = {self.before.nodes[name]: name for name in self.common.values()}
         origin = self.before.nodes[self.common[node]]
         before = self.before.cut(origin, theirs)
         after = self.after.cut(node, self.common)
         inputs = {**self.inputs(before, self.given[0]), **self.inputs(after, self.given[1])}
-        return Parting(node, origin, error, allowed, before, after, inputs)
+        return Parting(node, origin, error, allowed, before, after, inputs, counted)
 
     def inputs(self, piece: Program, given: Mapping[str, Any]) -> dict[str, Any]:
         """Values of a piece's placeholders, in memory of their own, because a program may change its state."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .errors import KernelError
+from .errors import DisprovedError
 from .format import QuantizedWeight, codes_to_planes
 from .spec import LinearSpec, QuantizeSpec
 
@@ -196,6 +196,8 @@ def quantizer_failure(call: Callable[..., None], spec: QuantizeSpec, counts: lis
     return None
 
 
-def disproved(what: str, failure: str) -> KernelError:
+def disproved(what: str, failure: str) -> DisprovedError:
     """The error for a kernel that disagrees with the reference."""
-    return KernelError(f"the generated kernel of {what} is wrong on this machine ({failure}); please report this CPU")
+    return DisprovedError(
+        f"the generated kernel of {what} is wrong on this machine ({failure}); please report this CPU"
+    )

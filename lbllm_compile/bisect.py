@@ -26,14 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_compile import artifact, calibration, reproduce
+from lbllm_compile import artifact, calibration, frontend, reproduce
+from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.checkpoint import check_writable
 from lbllm_compile.codegen.backend import Kernels
 from lbllm_compile.codegen.cache import write_failure
-from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.errors import DisprovedError, LbllmError
 from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.frontend import language_model_inputs
-from lbllm_compile.job import read_job
+from lbllm_compile.job import Job, read_job
 from lbllm_compile.kernels import build_kernels
 from lbllm_compile.lowering import piecewise
 from lbllm_compile.lowering.bounds import input_bounds
@@ -45,6 +46,7 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.contracts import ContractError, ReplacementError, describe
 from lbllm_compile.passes.ir import dump
+from lbllm_compile.passes.ir.compare import same_bits
 from lbllm_compile.passes.ir.parting import Parting
 from lbllm_compile.passes.ir.program import LAYER, Program
 from lbllm_compile.passes.pipeline import PassRecord
@@ -52,6 +54,9 @@ from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime import loader
 
 SCRIPT, TENSORS = "fault.py", "fault.safetensors"
+
+_FIRST_LINE = "# Written by lbllm-compile bisect."
+"""Says of a script that it is ours, and may be replaced."""
 
 
 class BisectError(LbllmError):
@@ -131,6 +136,7 @@ def bisect(options: CompileOptions, out: Path | None, *, whole: bool = False, pr
 
     Raises:
         BisectError: the folder holds other files, or an option contradicts the artifact.
+        ReproduceError: the folder lies in or over the artifact.
         ContractError: a pass left a graph that does not hold together, of which no piece can be run.
         LbllmError: something the user named is missing or wrong.
     """
@@ -144,11 +150,20 @@ def bisect(options: CompileOptions, out: Path | None, *, whole: bool = False, pr
 
 
 def _of_model(
-    options: CompileOptions, out: Path | None, whole: bool, progress: Progress, *, lowered: bool = True
+    options: CompileOptions,
+    out: Path | None,
+    whole: bool,
+    progress: Progress,
+    *,
+    lock: Mapping[str, Any] | None = None,
 ) -> Findings:
     """
     Args:
-        lowered: the graph that comes out is looked at, too.
+        lock: of the artifact that was compiled with these options, whose graph has been looked at; without one the
+            graph that comes out is.
+
+    Raises:
+        ReproduceError: model or calibration data are not those of the lock.
     """
 
     def places(name: str) -> tuple[Path, Path]:
@@ -157,7 +172,7 @@ def _of_model(
         return folder, folder
 
     job = read_job(options, progress, places)
-    data = job.calibration_data(progress) if whole else job.rehearsal_data(progress)
+    data = _data(job, whole, lock, progress)
     passes = job.passes if whole else [item.rehearsal() for item in job.passes]
     context = PassContext(
         calibration=data.calibration,
@@ -181,26 +196,53 @@ def _of_model(
             raise
         where = pipeline.render_pass(passes[len(records)])
         return Findings(job.model.name, records, [], _parted(where, str(error), error.parting, job.out))
-    if not lowered or "lower" not in [item.name for item in passes]:
+    if lock is not None or "lower" not in [item.name for item in passes]:
         return Findings(job.model.name, records, [], None)
-    kernels = build_kernels(program, job.targets, trials=0, progress=progress).host
+    try:
+        kernels = build_kernels(program, job.targets, trials=0, progress=progress).host
+    except DisprovedError as error:
+        return Findings(job.model.name, records, [], _disproved(error))
     return Findings(job.model.name, records, *_held(program, kernels, data.probe, job.out, progress))
+
+
+def _data(job: Job, whole: bool, lock: Mapping[str, Any] | None, progress: Progress) -> CalibrationSet:
+    """What the passes run on.
+
+    Raises:
+        ReproduceError: model or calibration data are not those of the lock.
+    """
+    if lock is not None:
+        _check_same(lock, {"model": frontend.program_hash(job.program), "calibration": str(lock.get("calibration"))})
+    data = job.calibration_data(progress) if whole else job.rehearsal_data(progress)
+    # What the model writes itself follows from the model, and writing all of it takes long.
+    if lock is not None and data.source != calibration.OWN_SAMPLES:
+        _check_same(lock, job.fingerprint(data if whole else job.calibration_data(progress)))
+    return data
+
+
+def _check_same(lock: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    if changed := reproduce.changed_sources(lock, facts):
+        raise reproduce.ReproduceError(changed[0].sentence)
 
 
 def _of_artifact(directory: Path, out: Path | None, whole: bool, progress: Progress) -> Findings:
     folder = out or Path(f"{directory.resolve().name}-fault")
+    reproduce.check_beside(directory, folder)
     check_free(folder)
     loaded = artifact.load(directory)
-    kernels = loader.build_kernels(loaded, progress=progress)
+    try:
+        kernels = loader.build_kernels(loaded, progress=progress)
+    except DisprovedError as error:
+        return Findings(str(directory), [], [], _disproved(error))
     checks, fault = _held(loaded.program, kernels, _probe(loaded.program), folder, progress)
     if fault is not None:
         return Findings(str(directory), [], checks, fault)
     try:
         options = reproduce.options_of(directory)
+        found = _of_model(options, folder, whole, progress, lock=artifact.read_lock(directory))
     except (reproduce.ReproduceError, artifact.ArtifactError) as error:
         warn(progress, None, f"the passes were not run again: {error}")
         return Findings(str(directory), [], checks, None)
-    found = _of_model(options, folder, whole, progress, lowered=False)
     return dataclasses.replace(found, subject=str(directory), checks=checks)
 
 
@@ -246,24 +288,38 @@ def _held(
     return list(checks.values()), None
 
 
+def _disproved(error: DisprovedError) -> Fault:
+    """A kernel that its proof refuses, on inputs of the proof's own, so that no piece of the graph shows it."""
+    return Fault(piecewise.KERNEL, str(error), None, "", "", math.nan, math.nan, None)
+
+
 def check_free(folder: Path) -> None:
-    """Checks that a script may be written to ``folder``, where an older one is replaced; writes nothing.
+    """Checks that a script may be written to ``folder``, where an older one of ours is replaced; writes nothing.
 
     Raises:
         BisectError: it holds other files, or cannot be written.
     """
     if not check_writable(folder, "folder for the script", "--out"):
         return
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in (SCRIPT, TENSORS) or not p.is_file())
+    ours = (SCRIPT, TENSORS) if _is_ours(folder / SCRIPT) else ()
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours or not p.is_file())
     if foreign:
         raise BisectError(f"'{folder}' holds other files ('{foreign[0]}'); pass an empty --out")
+
+
+def _is_ours(script: Path) -> bool:
+    try:
+        with script.open("rb") as file:
+            return file.readline(len(_FIRST_LINE) + 2).rstrip() == _FIRST_LINE.encode()
+    except OSError:
+        return False
 
 
 def _parted(where: str, sentence: str, parting: Parting, folder: Path) -> Fault:
     """Writes the piece that shows what a pass did wrong; returns what is to be said of it."""
     sides = [dict(piece.parameters()) for piece in (parting.before, parting.after)]
     # What both have alike is stored once.
-    changed = {path: t for path, t in sides[1].items() if path not in sides[0] or not _same(t, sides[0][path])}
+    changed = {path: t for path, t in sides[1].items() if path not in sides[0] or not same_bits(t, sides[0][path])}
     text = _PARTED.format(
         title=_quoted(sentence),
         where=_quoted(where),
@@ -313,16 +369,13 @@ def _write(folder: Path, text: str, tensors: Mapping[str, Mapping[str, Any]]) ->
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The script first: it says that what lies beside it is ours.
+        (folder / SCRIPT).write_text(f"{_FIRST_LINE}\n{text}", encoding="utf-8")
         save_file(named, folder / TENSORS)
-        (folder / SCRIPT).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise BisectError(
             f"cannot write the script to '{folder}': {write_failure(error)}; pass another --out"
         ) from error
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _quoted(text: str) -> str:

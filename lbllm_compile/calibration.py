@@ -64,6 +64,9 @@ _MODULE_BATCHES = (16, 2)
 _MODULE_ROWS = 64
 """Rows of such a batch."""
 
+OWN_SAMPLES = "the model's own samples"
+"""What is said of calibration data that follow from the model and the seed."""
+
 PROBE_SHAPE = (2, 16)
 """Sequences and tokens of the probe batch."""
 
@@ -152,7 +155,7 @@ def collect(
     counts = (math.ceil(tokens / length), math.ceil(validation_tokens / length))
     if source is None and model.calibration_text is None:
         sequences = _cached_samples(model, counts, length, seed, torch.device(device), cache_dir, progress)
-        origin = "the model's own samples"
+        origin = OWN_SAMPLES
     else:
         texts = model.calibration_text() if source is None else read_texts(source)  # type: ignore[misc]
         origin = source or model.calibration_origin or f"calibration_text() of {model.source}"

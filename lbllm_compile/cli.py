@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from lbllm_compile.report.terminal import BarProgress, PlainProgress
 
 EXIT_BUG = 1
-EXIT_DIFFERENT = 1
 EXIT_USER = 2
+EXIT_DIFFERENT = 3
 EXIT_INTERRUPTED = 130
 
 # What typer raises for a wrong command line: the class behind all of its specific ones.
@@ -646,7 +646,7 @@ def bisect_command(
     whole: Annotated[bool, typer.Option("--whole", help="the passes do all of their work, as in a compile")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find the first pass, kernel or operator of MODEL, or of an artifact, that is wrong; exit code 1 if one is."""
+    """Find the first pass, kernel or operator of MODEL, or of an artifact, that is wrong; exit code 3 if one is."""
     with _terminal(as_json) as ui:
         from lbllm_compile import bisect
 
@@ -673,7 +673,7 @@ def reproduce_command(
     fresh: Annotated[bool, typer.Option("--fresh", help=_plainly(_OPTIONS["fresh"].flag.help))] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile an artifact again from its lbllm.lock, and say what differs; exit code 1 if it is another model."""
+    """Compile an artifact again from its lbllm.lock, and say what differs; exit code 3 if it is another model."""
     with _terminal(as_json) as ui:
         from lbllm_compile import reproduce
 

@@ -144,12 +144,19 @@ class Job:
             "source": None if self.model.in_memory else _name(self.model.source),
             "calibration_source": _words(data.source, text or self.model.source),
             "calibration_text": None if text is None else _name(text),
+            "calibration_object": self._calibration_object,
             "recipe": self.choices.recipe,
             "preset": self.choices.preset,
             "target": self.options.target,
             "versions": artifact.versions(),
             "check": dict(check),
         }
+
+    @property
+    def _calibration_object(self) -> str | None:
+        """Which option gave what to calibrate on as objects, None where none did."""
+        names = ("texts", "calibration_inputs")
+        return next((name for name in names if getattr(self.options, name) is not None), None)
 
     def replaced(self, facts: Mapping[str, str], data: CalibrationSet) -> str:
         """What sets the artifact apart that this one will replace, in one line; empty where there is none.

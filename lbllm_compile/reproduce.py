@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,12 +28,15 @@ from lbllm_compile.artifact import ArtifactError
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress, warn
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.inspect import stored_passes
 from lbllm_compile.job import check_apart
 from lbllm_compile.manifest import check_files, read_manifest
 from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes.contracts import relative_error
+from lbllm_compile.passes.ir import spool
+from lbllm_compile.passes.ir.compare import same_bits
 from lbllm_compile.report import terminal
 
 SHOWN = 20
@@ -79,6 +83,11 @@ class Difference:
     @property
     def decides(self) -> bool:
         return self.kind in ("source", "graph", "tensor", "file", "output")
+
+    @property
+    def sentence(self) -> str:
+        """What there is to say of it in one line."""
+        return f"the {self.name} is not what it was ({self.then}, now {self.now})"
 
 
 @dataclass(frozen=True)
@@ -135,19 +144,20 @@ def reproduce(
         LbllmError: what stops a compile.
     """
     if out is not None:
-        _check_beside(directory, out)
+        check_beside(directory, out)
     lock, options = artifact.read_lock(directory), options_of(directory, model, calibration)
     work = work_dir or cache_directory() / "reproduce" / read_manifest(directory)[1][:32]
     options = dataclasses.replace(options, work_dir=work, fresh=fresh, no_sheet=True)
 
     def changed(facts: Mapping[str, str]) -> None:
-        for difference in _sources(lock, facts):
-            what = f"the {difference.name} is not what it was ({difference.then}, now {difference.now})"
-            warn(progress, None, f"{what}, so the result will differ")
+        for difference in changed_sources(lock, facts):
+            warn(progress, None, f"{difference.sentence}, so the result will differ")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_torch_threads(lock["threads"]))
-        place = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lbllm-reproduce-"))) / "out"
+        if (place := out) is None:
+            unkept = tempfile.TemporaryDirectory(prefix="lbllm-reproduce-", dir=spool.directory())
+            place = Path(stack.enter_context(unkept)) / "out"
         driver.compile(dataclasses.replace(options, out=place), progress=progress, check=changed)
         return dataclasses.replace(compare(directory, place), out=out)
 
@@ -171,14 +181,31 @@ def options_of(directory: Path, model: str | None = None, calibration: str | Non
         recipe=lock["recipe"],
         preset=lock["preset"],
         pipeline=lock["pipeline"],
-        calibration=calibration or _found(lambda: origin.calibration_of(directory, digest, lock), "--calibration"),
+        calibration=calibration or _calibration(directory, digest, lock, model),
         context=config.get(COMPILED_CONTEXT),
         device="cuda" if lock["device"] == "cuda" and torch.cuda.is_available() else "cpu",
         seed=int(lock["seed"]),
     )
 
 
-def _check_beside(directory: Path, out: Path) -> None:
+def _calibration(directory: Path, digest: str, lock: Mapping[str, Any], model: str | None) -> str | None:
+    """The text to calibrate on again; None for what the model brings, or writes itself."""
+    if lock.get("calibration_object") != "calibration_inputs":
+        return _found(lambda: origin.calibration_of(directory, digest, lock), "--calibration")
+    if model is None:  # one that is named brings them, and where they are others it is said
+        raise ReproduceError(
+            "what the artifact was made from is not used: its calibration inputs were objects in memory; give --model"
+            " a model.py whose calibration_inputs() has them"
+        )
+    return None
+
+
+def check_beside(directory: Path, out: Path) -> None:
+    """Checks that what is to be written does not lie in or over an artifact.
+
+    Raises:
+        ReproduceError: it does.
+    """
     try:
         check_apart(directory, None, out)
     except LbllmError:
@@ -219,20 +246,21 @@ def compare(then: Path, now: Path) -> Reproduction:
     graphs, found_graphs = _graphs(then, now)
     tensors, found_tensors = _tensors(then, now)
     differences = [
-        *_sources(*locks),
+        *changed_sources(*locks),
         *found_graphs,
         *found_tensors,
         *_files(then, now),
-        *_values("output", [_words(lock.get("check")) for lock in locks]),
+        *_values("output", [_texts(lock.get("check")) for lock in locks]),
         *_values("setting", [{name: str(lock.get(name)) for name in _SETTINGS} for lock in locks]),
         *_kernels(then, now),
-        *_values("version", [_words(lock.get("versions")) for lock in locks]),
+        *_values("version", [_texts(lock.get("versions")) for lock in locks]),
         *_machines(then, now),
     ]
     return Reproduction(then, now, graphs, tensors, differences)
 
 
-def _words(values: Any) -> dict[str, str]:
+def _texts(values: Any) -> dict[str, str]:
+    """What a lock has under a name, if that is an object, with its values as texts."""
     return {key: str(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
 
 
@@ -251,8 +279,13 @@ def _machines(then: Path, now: Path) -> list[Difference]:
     return _values("machine", known) if len(known) == 2 else []
 
 
-def _sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Of model and calibration data, what has another hash."""
+def changed_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Of model and calibration data, what has another hash.
+
+    Args:
+        then: contents of a lock.
+        now: of another; or what a compile is decided by (:meth:`.job.Job.fingerprint`).
+    """
     rows = []
     for name, words in _SOURCES.items():
         if then.get(name) != now.get(name):
@@ -267,10 +300,16 @@ def _graphs(then: Path, now: Path) -> tuple[int, list[Difference]]:
     files = [p.file for p in stored_passes(then)]
     others = [p.file for p in stored_passes(now)]
     if files != others:
-        counts = f"{len(files)} passes", f"{len(others)} passes"
-        return len(files), [Difference("graph", "graphs after passes", counts[0], counts[1])]
+        pairs = enumerate(zip_longest(files, others), 1)
+        number, first = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+        names = ("none" if name is None else Path(name).stem[4:] for name in first)
+        old, new = (
+            f"{len(of)} passes, number {number}: {name}" for of, name in zip((files, others), names, strict=True)
+        )
+        rows, files = [Difference("graph", "passes", old, new)], []
+    else:
+        rows = []
     unlike = [name for name in (*files, "graph.json") if listed[0][name] != listed[1][name]]
-    rows = []
     for name in dict.fromkeys([*unlike[:1], *(n for n in unlike if n == "graph.json")]):
         nodes = [{node["name"]: node for node in artifact.read_object(d, name)["nodes"]} for d in (then, now)]
         apart = [n for n in dict.fromkeys([*nodes[0], *nodes[1]]) if nodes[0].get(n) != nodes[1].get(n)]
@@ -295,17 +334,12 @@ def _tensors(then: Path, now: Path) -> tuple[int, list[Difference]]:
         kinds = [_kind(old), _kind(new)]
         if old is None or new is None or kinds[0] != kinds[1]:
             rows.append(Difference("tensor", name, kinds[0], kinds[1]))
-        elif not _same(old, new):
+        elif not same_bits(old, new):
             count = int((old != new).sum())
             greatest = float((old.double() - new.double()).abs().max())
             words = f"{count} of {old.numel()} differ, by {greatest:.3g} at most"
             rows.append(Difference("tensor", name, kinds[0], words, relative_error(old, new)))
     return len(names), sorted(rows, key=lambda row: -float("inf") if row.error is None else -row.error)
-
-
-def _same(old: Tensor, new: Tensor) -> bool:
-    """Whether two tensors of the same dtype and shape hold the same, to the bit."""
-    return torch.equal(old.contiguous().view(-1).view(torch.uint8), new.contiguous().view(-1).view(torch.uint8))
 
 
 def _tensor(directory: Path, file: str | None, name: str) -> Tensor | None:
@@ -340,9 +374,8 @@ def _kernels(then: Path, now: Path) -> list[Difference]:
     for directory in (then, now):
         chosen = {}
         for record in artifact.read_records(directory):
-            spec = record["spec"]
-            shape = f"{spec.get('out_features')}x{spec.get('in_features')} {spec.get('kind')}"
-            name = f"{shape}, {record['tokens']} tokens, {record['target']}, {record.get('threads', '?')} threads"
+            linear = _linear(LinearSpec(**record["spec"]))
+            name = f"{linear}, {record['tokens']} tokens, {record['target']}, {record.get('threads', '?')} threads"
             chosen[name] = json.dumps(record["schedule"], sort_keys=True)
         sides.append(chosen)
     rows = _values("kernel", sides)
@@ -352,6 +385,13 @@ def _kernels(then: Path, now: Path) -> list[Difference]:
     if unlike:
         rows.append(Difference("kernel", "generated texts", f"{len(texts[0])} files", f"{len(unlike)} of them differ"))
     return rows
+
+
+def _linear(spec: LinearSpec) -> str:
+    """A linear in words, others in other words."""
+    scales = "token" if spec.per_token else "group"
+    words = f"{spec.out_features}x{spec.in_features} {spec.kind}, group {spec.group}"
+    return f"{words}, {spec.act_bits} bits with a scale a {scales}{', bias' if spec.bias else ''}"
 
 
 def render(result: Reproduction) -> list[RenderableType]:

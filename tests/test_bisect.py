@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lbllm_compile.codegen import operators
+from lbllm_compile.codegen import operators, prove
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import contracts, merge, pipeline, registry
 from lbllm_compile.passes.base import CALIBRATING, EXACT, Contract, Pass, PassContext, PassResult, bounded
@@ -248,7 +248,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_command_finds_a_planted_fault_and_its_script_shows_it(model: Path) -> None:
     line = ["bisect", str(model), "--pipeline", "canonicalize,annotate,twist{layer=2},smooth"]
     result = invoke(*line, "--json")
-    assert result.exit_code == 1, result.stderr
+    assert result.exit_code == 3, result.stderr
     document = json.loads(result.stdout)
     assert [record["name"] for record in document["records"]] == ["canonicalize", "annotate"]
     fault = document["fault"]
@@ -262,7 +262,7 @@ def test_the_command_finds_a_planted_fault_and_its_script_shows_it(model: Path) 
     (model.parent / "small-fault" / bisect.SCRIPT).write_text(text.replace(", 1.001)", ", 1.0)"))
     assert run(model.parent / "small-fault").returncode == 0
     again = invoke(*line)
-    assert again.exit_code == 1 and "Found: the pass 'twist' promised" in again.stdout
+    assert again.exit_code == 3 and "Found: the pass 'twist' promised" in again.stdout
     (model.parent / "small-fault" / "mine.txt").write_text("")
     refused = invoke(*line)
     assert (
@@ -362,5 +362,33 @@ def test_an_artifact_is_held_against_its_graph(tmp_path: Path, monkeypatch: pyte
     result = invoke("bisect", "out")
     assert result.exit_code == 0 and "the passes were not run again" in result.stderr
     assert "Nothing in 'out' drifts past its contract." in result.stdout and "native program" in result.stdout
+    for inside in ("out", "out/fault", "."):
+        refused = invoke("bisect", "out", "--out", inside)
+        assert refused.exit_code == 2 and "lies in or over the artifact 'out'" in refused.stderr
     result = invoke("bisect", "out", "--group", "32")
     assert result.exit_code == 2 and "'out' is an artifact, which says how it was compiled" in result.stderr
+
+
+def test_a_kernel_that_its_proof_refuses_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    artifact.save(stages("llama")[1], tmp_path / "out", lock={})
+    monkeypatch.setattr(prove, "linear_failure", lambda *_: "3 of 5 outputs differ")
+    result = invoke("bisect", "out", "--json")
+    assert result.exit_code == 3, result.stderr
+    fault = json.loads(result.stdout)["fault"]
+    assert (
+        fault["where"] == piecewise.KERNEL and "is wrong on this machine (3 of 5 outputs differ)" in fault["sentence"]
+    )
+    assert fault["folder"] is None and not (tmp_path / "out-fault").exists()
+
+
+@pytest.mark.parametrize("name", [bisect.SCRIPT, bisect.TENSORS])
+def test_a_file_of_the_users_is_not_replaced_for_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('"""Mine."""\n')
+    with pytest.raises(bisect.BisectError, match=f"holds other files \\('{name}'\\)"):
+        bisect.check_free(tmp_path)
+    assert (tmp_path / name).read_text() == '"""Mine."""\n'
+    (tmp_path / name).unlink()
+    bisect._write(tmp_path, "print(1)", {"input": {"x": torch.ones(2)}})
+    bisect.check_free(tmp_path)

@@ -787,6 +787,7 @@ def test_an_object_is_compiled_and_resumes_like_a_file(tmp_path):
     torch.testing.assert_close(lbllm_compile.load(report.out)(x=inputs), chosen.model(inputs))
     lock = json.loads((report.out / "lbllm.lock").read_text())
     assert lock["source"] is None and lock["calibration_source"] == "the given inputs"
+    assert lock["calibration_object"] == "calibration_inputs"
     again = dataclasses.replace(chosen, model=Averaged())
     other = dataclasses.replace(chosen, model=Averaged().requires_grad_(False))
     other.model.linear.weight.mul_(2)

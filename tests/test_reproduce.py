@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from lbllm_compile.codegen.progress import NoProgress
+from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.passes.ir.compare import same_bits
 from safetensors.torch import load_file, save_file
 from test_cli import invoke
 
-from lbllm_compile import artifact, driver, reproduce
+from lbllm_compile import artifact, driver, origin, reproduce
 from lbllm_compile.manifest import MANIFEST
 from lbllm_compile.options import CompileOptions
 
@@ -118,6 +120,15 @@ def test_a_changed_model_is_said_first_and_what_became_of_it(compiled: Path, tmp
     assert not (compiled.parent / "out.lbllm-work").exists()
 
 
+def relist(place: Path, contents: dict[str, str]) -> None:
+    """Puts other contents into files of an artifact."""
+    manifest = json.loads((place / MANIFEST).read_text())
+    for name, text in contents.items():
+        (place / name).write_text(text)
+        manifest["files"][name] = artifact._entry(place / name)
+    (place / MANIFEST).write_text(json.dumps(manifest))
+
+
 def edited(compiled: Path, place: Path) -> Path:
     """A copy with another bias in the last place, another graph, another schedule and other versions."""
     shutil.copytree(compiled, place)
@@ -169,10 +180,7 @@ def test_code_of_an_artifact_from_elsewhere_is_not_run(compiled: Path, tmp_path:
 
 def test_a_lock_that_says_too_little_is_told(compiled: Path, tmp_path: Path) -> None:
     place = shutil.copytree(compiled, tmp_path / "out")
-    (place / "lbllm.lock").write_text("{}")
-    manifest = json.loads((place / MANIFEST).read_text())
-    manifest["files"]["lbllm.lock"] = artifact._entry(place / "lbllm.lock")
-    (place / MANIFEST).write_text(json.dumps(manifest))
+    relist(place, {"lbllm.lock": "{}"})
     result = invoke("reproduce", str(place))
     assert result.exit_code == 2 and "does not say its pipeline; compile the model again" in result.stderr
 
@@ -193,3 +201,120 @@ def test_an_artifacts_passes_are_run_again_where_its_model_is(compiled: Path, tm
     assert [record["name"] for record in document["records"]][-3:] == ["activate", "lower", "cleanup"]
     assert {check["name"]: check["error"] for check in document["checks"]} == {"kernel": 0.0}
     assert document["fault"] is None and not (tmp_path / "fault").exists()
+
+
+CHANGES = {
+    "model (two.py)": ("manual_seed(1)", "manual_seed(2)"),
+    "calibration (calibration_inputs() of two.py)": ("linspace(-1, i, 160)", "linspace(-2, i, 160)"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_passes_are_not_run_again_on_another_model(compiled: Path, tmp_path: Path, what: str) -> None:
+    source = compiled.parent / "models" / "two.py"
+    text = source.read_text()
+    assert CHANGES[what][0] in text
+    source.write_text(text.replace(*CHANGES[what]))
+    try:
+        result = invoke("bisect", str(compiled), "--out", str(tmp_path / "fault"), "--json")
+    finally:
+        source.write_text(text)
+    assert result.exit_code == 0, result.stderr
+    assert f"the passes were not run again: the {what} is not what it was" in result.stderr
+    document = json.loads(result.stdout)
+    assert document["records"] == [] and document["checks"]
+
+
+OBJECTS = {
+    "texts": (
+        {"calibration_object": "texts", "calibration_text": None},
+        "objects in memory; name it with --calibration",
+    ),
+    "inputs": (
+        {"calibration_object": "calibration_inputs"},
+        "give --model a model.py whose calibration_inputs() has them",
+    ),
+    "an older lock": (
+        {"calibration_source": "text.txt"},
+        "which text it was calibrated on; name it with --calibration",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_other_data_never_take_the_place_of_what_was_an_object(tmp_path: Path, name: str) -> None:
+    lock, sentence = OBJECTS[name]
+    with pytest.raises(reproduce.ReproduceError) as caught:
+        reproduce._calibration(tmp_path, "0" * 64, lock, None)
+    assert sentence in str(caught.value)
+
+
+def test_what_needs_no_text_is_asked_for_none(tmp_path: Path) -> None:
+    for lock in ({"calibration_text": None}, {"calibration_source": "the model's own samples"}):
+        assert reproduce._calibration(tmp_path, "0" * 64, lock, None) is None
+    assert reproduce._calibration(tmp_path, "0" * 64, {"calibration_object": "calibration_inputs"}, "two.py") is None
+
+
+def test_sources_are_where_they_were_or_else_beside_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, beside = tmp_path / "there", tmp_path / "beside"
+    for folder in (there, beside):
+        (folder / "model").mkdir(parents=True)
+        for name in ("two.py", "text.txt"):
+            (folder / name).write_text("")
+    places: dict[str, str] = {}
+    monkeypatch.setattr(artifact, "compiled_from", lambda digest: places)
+
+    def found(source: str) -> list[str | None]:
+        places.update(source=str(there / source), calibration=str(there / "text.txt"))
+        lock = {"source": source, "calibration_text": "text.txt"}
+        text = origin.calibration_of(beside / "out", "", lock)
+        return [str(Path(place).parent) for place in (origin.source_of(beside / "out", "", lock), text) if place]
+
+    assert found("model") == found("two.py") == [str(there)] * 2
+    (there / "model").rmdir()
+    (there / "text.txt").unlink()
+    assert found("model") == [str(beside)] * 2
+    (there / "two.py").unlink()  # what lies beside the artifact under its name is not what was compiled here
+    with pytest.raises(origin.OriginError, match="is code"):
+        found("two.py")
+    (beside / "text.txt").unlink()
+    with pytest.raises(origin.OriginError, match="is not on this machine"):
+        found("model")
+
+
+def test_linears_that_differ_in_anything_are_told_apart() -> None:
+    specs = [
+        LinearSpec("bit", 64, 128, 32),
+        LinearSpec("bit", 64, 128, 64),
+        LinearSpec("bit", 64, 128, 32, 8),
+        LinearSpec("bit", 64, 128, 32, per_token=True),
+        LinearSpec("bit", 64, 128, 32, bias=True),
+        LinearSpec("int8", 64, 128, 32),
+    ]
+    assert len({reproduce._linear(spec) for spec in specs}) == len(specs)
+
+
+def test_other_passes_are_named_and_the_graph_that_runs_is_compared(compiled: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(compiled, tmp_path / "renamed")
+    old = next((place / "passes").glob("*_activate.json"))
+    new = old.rename(old.with_name(old.name.replace("activate", "smooth")))
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["files"][f"passes/{new.name}"] = manifest["files"].pop(f"passes/{old.name}")
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    relist(
+        place, {"graph.json": (place / "graph.json").read_text().replace("aten.relu.default", "aten.sigmoid.default")}
+    )
+    passes, runs = [d for d in reproduce.compare(compiled, place).differences if d.kind == "graph"]
+    count = len(list((place / "passes").glob("*.json")))
+    assert passes.name == "passes" and passes.then.startswith(f"{count} passes, number ")
+    assert passes.then.endswith(": activate") and passes.now.endswith(": smooth")
+    assert runs.name.startswith("the graph that runs: 1 nodes, first 'relu")
+
+
+def test_equal_is_equal_to_the_bit() -> None:
+    nan, zero = torch.tensor([float("nan"), 1.0]), torch.zeros(())
+    assert same_bits(nan, nan.clone()) and same_bits(zero, zero.clone())
+    assert not same_bits(zero, -zero) and not same_bits(nan, nan[:1])
+    assert not same_bits(zero, torch.zeros((), dtype=torch.int32))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..cache import write_atomically
 from ..cuda.text import signature
-from ..errors import KernelError
+from ..errors import DisprovedError, KernelError
 
 ASCENDING, DESCENDING = 0, 1
 """Orders in which the threads of a block run between barriers; larger numbers are seeds of a shuffled order."""
@@ -106,8 +106,8 @@ void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, a
         """Launches the kernel and returns its outputs by name.
 
         Raises:
-            KernelError: the kernel has a race, a divergent barrier or an access outside its buffers; the message names
-                block and thread.
+            DisprovedError: the kernel has a race, a divergent barrier or an access outside its buffers; the message
+                names block and thread.
         """
         folder = Path(self._folder.name)
         job, result = folder / "job", folder / "result"
@@ -126,7 +126,7 @@ void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, a
             raise KernelError(f"the emulation of {self.signature.symbol} did not end in {_TIMEOUT_S:.0f} s") from None
         if process.returncode:
             reason = process.stderr.strip() or f"the emulator ended with code {process.returncode}"
-            raise KernelError(f"{self.signature.symbol} is wrong: {reason}")
+            raise DisprovedError(f"{self.signature.symbol} is wrong: {reason}")
         data = result.read_bytes()
         outputs, start = {}, 0
         for parameter in self.signature.parameters:

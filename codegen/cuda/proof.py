@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import prove, reference
 from ..cache import write_atomically
-from ..errors import KernelError
+from ..errors import DisprovedError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
 from .dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
@@ -44,7 +44,7 @@ def prove_emulated(kernel: EmittedKernel, cache_dir: Path) -> str:
         What the artifact says about the proof.
 
     Raises:
-        KernelError: a result differs, or the kernel races, diverges or leaves its buffers.
+        DisprovedError: a result differs, or the kernel races, diverges or leaves its buffers.
     """
     if compiler() is None:
         return NOT_RUN
@@ -74,13 +74,13 @@ def check_outputs(symbol: str, name: str, actual: Mapping[str, Tensor], expected
     """Compares the outputs of one run bit for bit.
 
     Raises:
-        KernelError: they differ.
+        DisprovedError: they differ.
     """
     for output, (columns, wanted) in expected.items():
         got = actual[output] if columns is None else actual[output][:, columns]
         if not prove.agree(got.contiguous(), wanted):
             wrong = int((got != wanted).sum())
-            raise KernelError(f"{symbol} is wrong: {wrong} of {got.numel()} of its {output} differ for {name}")
+            raise DisprovedError(f"{symbol} is wrong: {wrong} of {got.numel()} of its {output} differ for {name}")
 
 
 def _linear_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]]:

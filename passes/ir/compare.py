@@ -25,6 +25,13 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype and shape and hold the same, to the bit, NaNs and signs of zeros too."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+
+
 def errors(
     before: Program,
     after: Program,

@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def thread_count() -> int:
-    """Threads of the kernels' pool: ``TVM_NUM_THREADS`` where set, else the CPUs this process may use."""
+    """Threads of the kernels' pool: ``TVM_NUM_THREADS`` where set, else :func:`usable_cpus`."""
     configured = os.environ.get("TVM_NUM_THREADS", "")
     if configured.isdigit() and int(configured) > 0:
         return int(configured)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return usable_cpus()
 
 
 def shares_work(threads: int) -> bool:

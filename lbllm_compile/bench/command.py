@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from lbllm_compile.bench.turns import Spread
 from lbllm_compile.codegen.errors import LbllmError, suggestion
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, host
-from lbllm_compile.codegen.threads import in_words, thread_count
+from lbllm_compile.codegen.threads import in_words, thread_count, usable_cpus
 from lbllm_compile.native.language import context_length
 from lbllm_compile.report import terminal
 
@@ -125,11 +124,12 @@ class Verdict:
     """How an artifact compares in one figure.
 
     Attributes:
-        what: is compared, e.g. ``decode`` or ``model.layers.*.mlp.down_proj, 1 token``.
+        what: is compared, e.g. ``decode`` or ``model.layers.*.mlp.down_proj (576x1536, W(1+1) g64, A4), 1 token``.
         threads: of both.
         against: the contender.
         times_as_fast: its time over the artifact's; of memory, its bytes over the artifact's.
-        clear: the middle halves of the measurements lie apart.
+        clear: the middle halves of the measurements lie apart, and there are enough to say so.
+        measurements: of the artifact or of the contender, whichever are fewer.
     """
 
     what: str
@@ -137,14 +137,22 @@ class Verdict:
     against: str
     times_as_fast: float
     clear: bool
+    measurements: int
 
     @property
     def slower(self) -> bool:
         return self.times_as_fast < 1
 
+    @property
+    def doubt(self) -> str:
+        """Why the difference may be none; empty where it is clear."""
+        if self.clear:
+            return ""
+        return "within the spread" if self.measurements >= turns.FEWEST_TO_COMPARE else "too few measurements"
+
     def __str__(self) -> str:
         word = ("MORE: " if self.what == "memory" else "SLOWER: ") if self.slower else ""
-        return f"{word}{self.times_as_fast:.2f}x" + ("" if self.clear else ", within the spread")
+        return f"{word}{self.times_as_fast:.2f}x" + (f", {self.doubt}" if self.doubt else "")
 
 
 def bench(options: BenchOptions, progress: Progress | None = None) -> Report:
@@ -301,25 +309,40 @@ def verdicts_of(report: Report) -> list[Verdict]:
     """How the artifact compares with every contender, in every figure."""
     found = []
     for run in report.runs:
-        threads = run["threads"]
-        for other in run["models"][1:]:
-            own = run["models"][0]
-            for what, (_, more_is_better) in WHOLE.items():
-                if what in own and what in other:
-                    found.append(_verdict(what, threads, other["contender"], own[what], other[what], more_is_better))
+        for row in run["models"][1:]:
+            found += _model_verdicts(run, row).values()
         for row in run["linears"]:
-            seconds, what = row["seconds"], f"{', '.join(row['linears'])}, {_tokens(row['tokens'])}"
-            for name in seconds.keys() & {TORCH, TORCH_BF16}:
-                found.append(_verdict(what, threads, name, seconds["own"], seconds[name], False))
+            found += _linear_verdicts(run, row).values()
     return found
+
+
+def _model_verdicts(run: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Verdict]:
+    """How the artifact compares with one contender, by figure."""
+    own = run["models"][0]
+    return {
+        what: _verdict(what, run["threads"], other["contender"], own[what], other[what], more_is_better)
+        for what, (_, more_is_better) in WHOLE.items()
+        if what in own and what in other
+    }
+
+
+def _linear_verdicts(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Verdict]:
+    """How one linear compares, by contender."""
+    seconds = row["seconds"]
+    what = f"{', '.join(row['linears'])} ({row['shape']}, {row['computed']}), {_tokens(row['tokens'])}"
+    return {
+        name: _verdict(what, run["threads"], name, seconds["own"], seconds[name], False)
+        for name in AGAINST
+        if name in seconds
+    }
 
 
 def _verdict(
     what: str, threads: int, against: str, own: Mapping[str, Any], other: Mapping[str, Any], more_is_better: bool
 ) -> Verdict:
     ratio = own["median"] / other["median"]
-    clear = not Spread(**own).meets(Spread(**other))
-    return Verdict(what, threads, against, ratio if more_is_better else 1 / ratio, clear)
+    clear, fewest = Spread(**own).apart(Spread(**other)), min(own["count"], other["count"])
+    return Verdict(what, threads, against, ratio if more_is_better else 1 / ratio, clear, fewest)
 
 
 def render(report: Report) -> list[RenderableType]:
@@ -328,11 +351,9 @@ def render(report: Report) -> list[RenderableType]:
     verdicts = verdicts_of(report)
     parts: list[RenderableType] = []
     for run in report.runs:
-        threads = run["threads"]
-        own = {(v.what, v.against): v for v in verdicts if v.threads == threads}
         if run["models"]:
-            parts += [_models_table(report, run, own), Text()]
-        parts += [_linears_table(report, run, own), Text()]
+            parts += [_models_table(report, run), Text()]
+        parts += [_linears_table(run), Text()]
     if report.settings is None:
         parts.append(Text("Only language models decode, so the model as a whole was not timed."))
     slower = [v for v in verdicts if v.slower]
@@ -344,23 +365,23 @@ def render(report: Report) -> list[RenderableType]:
 
 def _sentence(verdict: Verdict) -> str:
     """E.g. ``SLOWER: decode with 2 threads is 0.83 times as fast as torch-bf16 (within the spread)``."""
-    spread = "" if verdict.clear else " (within the spread)"
+    doubt = f" ({verdict.doubt})" if verdict.doubt else ""
     with_threads = in_words(verdict.threads)
     if verdict.what == "memory":
-        return f"MORE: memory with {with_threads} is {1 / verdict.times_as_fast:.2f} times {verdict.against}'s{spread}"
+        return f"MORE: memory with {with_threads} is {1 / verdict.times_as_fast:.2f} times {verdict.against}'s{doubt}"
     fast = f"{verdict.times_as_fast:.2f} times as fast as {verdict.against}"
-    return f"SLOWER: {verdict.what} with {with_threads} is {fast}{spread}"
+    return f"SLOWER: {verdict.what} with {with_threads} is {fast}{doubt}"
 
 
-def _models_table(report: Report, run: Mapping[str, Any], verdicts: Mapping[tuple[str, str], Verdict]) -> Any:
+def _models_table(report: Report, run: Mapping[str, Any]) -> Any:
     settings = report.settings or {}
     rows = []
-    for row in run["models"]:
+    for index, row in enumerate(run["models"]):
+        verdicts = _model_verdicts(run, row) if index else {}
         cells = []
         for what in WHOLE:
-            scale = _SHOWN.get(what, 1.0)
-            verdict = verdicts.get((what, row["contender"]))
-            cells.append(_cell(row.get(what), scale) + (f" ({verdict})" if verdict else ""))
+            verdict = f" ({verdicts[what]})" if what in verdicts else ""
+            cells.append(_cell(row.get(what), _SHOWN.get(what, 1.0)) + verdict)
         rows.append([str(report.directory) if row["contender"] == NATIVE else row["contender"], *cells])
     title = (
         f"{in_words(run['threads'])}: {settings['steps']} tokens behind {settings['prompt']}, a prompt of"
@@ -369,12 +390,11 @@ def _models_table(report: Report, run: Mapping[str, Any], verdicts: Mapping[tupl
     return terminal.table(title, ["", *(name for name, _ in WHOLE.values())], rows)
 
 
-def _linears_table(report: Report, run: Mapping[str, Any], verdicts: Mapping[tuple[str, str], Verdict]) -> Any:
+def _linears_table(run: Mapping[str, Any]) -> Any:
     others = [name for name in AGAINST if any(name in row["seconds"] for row in run["linears"])]
     rows = []
     for row in run["linears"]:
-        what = f"{', '.join(row['linears'])}, {_tokens(row['tokens'])}"
-        seconds, share = row["seconds"], row["roofline_share"]
+        seconds, share, verdicts = row["seconds"], row["roofline_share"], _linear_verdicts(run, row)
         rows.append(
             [
                 ", ".join(row["linears"]),
@@ -385,7 +405,7 @@ def _linears_table(report: Report, run: Mapping[str, Any], verdicts: Mapping[tup
                 _cell(seconds["own"], 1e6),
                 _cell(seconds.get("kernel"), 1e6),
                 "" if share is None else f"{100 * share:.0f} %",
-                *(f"{_cell(seconds[name], 1e6)} ({verdicts[what, name]})" for name in others),
+                *(f"{_cell(seconds[name], 1e6)} ({verdicts[name]})" for name in others),
             ]
         )
     title = f"{in_words(run['threads'])}: distinct linears, microseconds a call; medians and quartiles"
@@ -422,7 +442,7 @@ def threads_from(text: str | None) -> tuple[int, ...]:
         counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise BenchError(f"--threads cannot be '{text}'; give numbers joined by commas, e.g. 1,2") from error
-    most = os.cpu_count() or 1
+    most = usable_cpus()
     if max(counts) > most:
-        raise BenchError(f"--threads cannot be {max(counts)}: there are {most} CPUs here")
+        raise BenchError(f"--threads cannot be {max(counts)}: this process may use {most} of the CPUs here")
     return counts

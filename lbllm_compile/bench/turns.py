@@ -23,6 +23,9 @@ MOST_CALLS = 200
 """Of a turn."""
 
 ROUNDS = 5
+FEWEST_TO_COMPARE = 3
+"""Values of either side that quartiles say something about."""
+
 TURN_SECONDS = 0.05
 """How long a turn's calls take, where the calls of all rounds are more than the fewest."""
 
@@ -55,6 +58,10 @@ class Spread:
     def meets(self, other: Spread) -> bool:
         """Whether the middle halves of both overlap."""
         return self.lower <= other.upper and other.lower <= self.upper
+
+    def apart(self, other: Spread) -> bool:
+        """Whether both are of :data:`FEWEST_TO_COMPARE` values or more, and their middle halves do not overlap."""
+        return min(self.count, other.count) >= FEWEST_TO_COMPARE and not self.meets(other)
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> Runs:

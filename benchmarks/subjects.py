@@ -19,6 +19,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.threads import in_words
 
 from lbllm_compile.bench import turns
+from lbllm_compile.bench.decoders import original
 
 from . import harness, llama
 
@@ -99,20 +100,6 @@ class Subject:
     bits: float
     parameters: int
     gguf: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def original(name: str) -> Any:
-    """The float32 model of transformers that a compile takes.
-
-    Raises:
-        LbllmError: there is no such model, or it is no language model.
-    """
-    from lbllm_compile import frontend
-
-    loaded = frontend.load(name)
-    if loaded.kind != "causal-lm":
-        raise LbllmError(f"'{name}' is no language model; name the one that the artifact was compiled from")
-    return loaded.module
 
 
 def random_source(shape: str, directory: Path) -> Path:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -20,11 +25,13 @@ from lbllm_compile.passes.base import PassContext
 from test_export import LOCK
 from test_zoo import stages
 from typer.testing import CliRunner
+from zoo import ZOO
 
 from lbllm_compile import artifact, cli, export, frontend
 from lbllm_compile.bench import command, decoders, decoding, linears, llama
 from lbllm_compile.bench.command import BenchError, BenchOptions, Report
 from lbllm_compile.bench.turns import Spread, alternate
+from lbllm_compile.native.language import InputBounds
 from lbllm_compile.report.terminal import make_console
 
 HOST = Target.parse("cpu")
@@ -247,6 +254,68 @@ def test_decoders_that_know_other_tokens_are_fed_the_same():
         times = decoders.turn(decoder, 5, 3, vocabulary=7)
         assert len(times["steps"]) == 3 and len(decoder.ids) == 8
     assert small.ids == large.ids and max(large.ids) < 7
+
+
+def test_a_process_that_ends_says_so(tmp_path, monkeypatch):
+    (tmp_path / "ends.py").write_text("""print('{"vocabulary": 1}', flush=True)""")
+    monkeypatch.syspath_prepend(tmp_path)
+    with decoders.Child(decoders.Loading(decoders.TORCH, "", 1, 1), "ends") as child:
+        child._process.wait()
+        with pytest.raises(LbllmError, match="the process of torch ended"):
+            child.ask("memory")
+    assert child._process.stdout.closed
+    with pytest.raises(KeyError), decoders.Child(decoders.Loading(decoders.TORCH, "", 1, 1), "ends") as child:
+        child._process.wait()
+        with contextlib.suppress(LbllmError):
+            child.ask("memory")
+        raise KeyError
+
+
+def test_torch_runs_folders_in_its_types(tmp_path):
+    model = ZOO["llama"].build()
+    model.save_pretrained(tmp_path)
+    for kind, dtype in ((decoders.TORCH, torch.float32), (decoders.TORCH_BF16, torch.bfloat16)):
+        loaded = decoders.original(str(tmp_path), kind)
+        assert {tensor.dtype for tensor in loaded.parameters()} == {dtype} and not loaded.training
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "is not a model configuration"),
+        ('{"model_type": "nothing"}', "cannot be loaded as a language model"),
+        ('{"model_type": "llama", "architectures": ["None"]}', "cannot be loaded as a language model"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "x.C"}}', "cannot be loaded as a language model"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', r"already quantized \(gptq\); give the original weights"),
+    ],
+)
+def test_a_folder_that_torch_cannot_run_is_one_sentence(tmp_path, capsys, monkeypatch, config, said):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "x.py").write_text("raise SystemExit('run')")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    loading = dataclasses.asdict(decoders.Loading(decoders.TORCH, str(tmp_path), 1, torch.get_num_threads()))
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(loading) + "\ny\n"))
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    decoders.serve()
+    (answer,) = capsys.readouterr().out.splitlines()
+    assert re.search(said, json.loads(answer)["failure"]) and "\n" not in json.loads(answer)["failure"]
+
+
+def test_artifacts_are_no_originals(compiled):
+    with pytest.raises(LbllmError, match=r"already quantized \(lbllm\); give the original weights"):
+        decoders.original(str(compiled))
+
+
+def test_vocabularies_are_found_in_nested_configurations():
+    unknown = InputBounds(None, None)
+    assert decoders._vocabulary(unknown, {"text_config": {"vocab_size": 7}}) == 7
+    assert decoders._vocabulary(unknown, {"vocab_size": 8}) == 8
+    assert decoders._vocabulary(InputBounds(9, None), {"vocab_size": 8}) == 9
+    with pytest.raises(LbllmError, match="how many tokens it knows"):
+        decoders._vocabulary(unknown, {})
+    nested = transformers.Gemma3Config(text_config={"vocab_size": 11})
+    assert decoders.TorchDecoder(types.SimpleNamespace(config=nested)).vocabulary == 11
 
 
 def test_distinct_linears_are_counted_and_named():

@@ -8,7 +8,9 @@ torch that decodes, or an artifact whose program is not stored yet: the memory o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import signal
 import subprocess
@@ -112,7 +114,7 @@ class TorchDecoder:
 
     def __init__(self, model: Any):
         self._model = model
-        self.vocabulary = int(model.config.vocab_size)
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.reset()
 
     def reset(self) -> None:
@@ -136,7 +138,8 @@ def _vocabulary(bounds: InputBounds, config: Mapping[str, Any]) -> int:
     Raises:
         LbllmError: nothing says that.
     """
-    known = config.get("vocab_size") if bounds.vocabulary is None else bounds.vocabulary
+    text = config.get("text_config") or config  # as get_text_config() of transformers finds it
+    known = text.get("vocab_size") if bounds.vocabulary is None else bounds.vocabulary
     if not isinstance(known, int):
         raise LbllmError("neither the model's graph nor its configuration says how many tokens it knows")
     return known
@@ -168,22 +171,34 @@ def _llama(loading: Loading) -> Decoder:
 
 def _torch(loading: Loading) -> Decoder:
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from lbllm_compile import frontend
-    from lbllm_compile.frontend.loading import quiet_transformers
 
     torch.set_num_threads(loading.threads)
-    dtype = torch.bfloat16 if loading.kind == TORCH_BF16 else torch.float32
-    if (Path(loading.source) / "config.json").is_file():
-        options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-        with quiet_transformers():
-            return TorchDecoder(AutoModelForCausalLM.from_pretrained(loading.source, **options).eval())
-    model = frontend.load(loading.source)
+    return TorchDecoder(original(loading.source, loading.kind))
+
+
+def original(source: str, kind: str = TORCH) -> Any:
+    """The model of transformers that one of torch's kinds runs, from a folder or else from what a compile takes.
+
+    Raises:
+        LbllmError: there is no such model, or it is no language model.
+    """
+    import torch
+
+    from lbllm_compile import frontend
+
+    dtype = torch.bfloat16 if kind == TORCH_BF16 else torch.float32
+    if _described(source).is_file():
+        return frontend.load_directory(_described(source).parent, dtype)
+    model = frontend.load(source)
     if model.kind != "causal-lm":
-        raise LbllmError(f"'{loading.source}' is no language model; name the one that the artifact was compiled from")
+        raise LbllmError(f"'{source}' is no language model; name the one that the artifact was compiled from")
     # transformers itself refuses this for what was read from GGUF, although it is plain float32 by now
-    return TorchDecoder(torch.nn.Module.to(model.module, dtype))
+    return torch.nn.Module.to(model.module, dtype)
+
+
+def _described(source: str) -> Path:
+    """The configuration of a model that is a folder."""
+    return Path(source).expanduser() / "config.json"
 
 
 Loader = Callable[[Loading], Decoder]
@@ -204,12 +219,13 @@ def memory() -> dict[str, int]:
 
 
 def turn(decoder: Decoder, prompt: int, steps: int, vocabulary: int | None = None) -> dict[str, Any]:
-    """Times a prompt and the tokens behind it, all drawn at random but the same for everyone.
+    """Times a prompt and the tokens behind it, drawn at random, the same for all that draw from as many tokens.
 
     Args:
         decoder: what is timed.
         prompt, steps: how many tokens.
-        vocabulary: tokens to draw from; all that the decoder knows by default.
+        vocabulary: tokens to draw from; all that the decoder knows by default. Decoders that are compared get the
+            smallest of theirs.
 
     Returns:
         ``prefill`` and ``steps``: seconds of the prompt and of each token behind it.
@@ -229,9 +245,10 @@ def _prepare_imports(loading: Loading) -> None:
     if loading.kind in (TORCH, TORCH_BF16):
         import transformers
 
-        described = Path(loading.source) / "config.json"
-        for name in json.loads(described.read_bytes())["architectures"] if described.is_file() else ():
-            getattr(transformers, name)  # imports its module
+        # What is wrong with a configuration, loading says.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):
+            for name in json.loads(_described(loading.source).read_bytes())["architectures"]:
+                getattr(transformers, name)  # imports its module
     elif loading.kind == LLAMA_CPP:
         import llama_cpp as llama_cpp
     else:
@@ -241,13 +258,13 @@ def _prepare_imports(loading: Loading) -> None:
 def serve(loaders: Mapping[str, Loader] = LOADERS) -> None:
     """Loads a decoder and answers requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
-    loading = Loading(**json.loads(sys.stdin.readline()))
-    replies = sys.stdout
-    sys.stdout = sys.stderr  # what a model.py prints is no answer
-    _prepare_imports(loading)
-    bare = memory()
-    start = time.perf_counter()
+    requests, replies = sys.stdin, sys.stdout
+    sys.stdin, sys.stdout = io.StringIO(), sys.stderr  # a model.py reads no requests, and what it prints is no answer
+    loading = Loading(**json.loads(requests.readline()))
     try:
+        _prepare_imports(loading)
+        bare = memory()
+        start = time.perf_counter()
         decoder = loaders[loading.kind](loading)
     except LbllmError as error:
         print(json.dumps({"failure": str(error)}), file=replies, flush=True)
@@ -255,7 +272,7 @@ def serve(loaders: Mapping[str, Loader] = LOADERS) -> None:
     seconds = time.perf_counter() - start
     answer: dict[str, Any] = {"load_seconds": seconds, "bare": bare, "vocabulary": decoder.vocabulary}
     print(json.dumps(answer), file=replies, flush=True)
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         answer = memory() if request == "memory" else turn(decoder, **request)
         print(json.dumps(answer), file=replies, flush=True)
@@ -317,10 +334,12 @@ class Child:
     def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
         if error is not None:
             self._process.terminate()
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait()
-        if self._process.stdout:
+        assert self._process.stdin and self._process.stdout
+        try:
+            with contextlib.suppress(BrokenPipeError):  # a request that it did not read before it ended
+                self._process.stdin.close()
+        finally:
+            self._process.wait()
             self._process.stdout.close()
 
 

@@ -18,7 +18,17 @@ A ``model.py`` is Python and runs as such; what lies beside it can be imported m
 with a model is never run.
 """
 
-from lbllm_compile.frontend.loading import HUB, UserModel, bind_inputs, clean_config, hub_id, load, load_gguf, prepare
+from lbllm_compile.frontend.loading import (
+    HUB,
+    UserModel,
+    bind_inputs,
+    clean_config,
+    hub_id,
+    load,
+    load_directory,
+    load_gguf,
+    prepare,
+)
 from lbllm_compile.frontend.messages import CaptureError, ModelError
 from lbllm_compile.frontend.objects import Given, attach, load_given
 from lbllm_compile.frontend.tracing import LM_INPUTS, capture, language_model_inputs, program_hash, weights_hash
@@ -38,6 +48,7 @@ __all__ = [
     "hub_id",
     "language_model_inputs",
     "load",
+    "load_directory",
     "load_gguf",
     "load_given",
     "prepare",

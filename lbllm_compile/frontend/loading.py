@@ -249,7 +249,7 @@ def check_tokenizer(tokenizer: Any, where: str) -> None:
 
 
 def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     what = f"the directory '{source}'" if local else f"the hub model '{source}'"
     if local:
@@ -261,8 +261,7 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
         _configure_generation(module, source, what, local)
     else:
         # A hub model may have weights in another form; of a directory this tells what is missing.
-        options = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
-        module = _from_pretrained(AutoModelForCausalLM, what, source, **options)
+        module = _as_transformers_loads(source, what, local)
     tokenizer = None
     if not local or any((Path(source) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         try:
@@ -271,6 +270,24 @@ def _load_pretrained(source: str, name: str, local: bool = True) -> UserModel:
         except Exception as error:
             raise ModelError(f"the tokenizer of {what} cannot be loaded: {reason_of(error, frame=False)}") from error
     return prepare(UserModel(module, "causal-lm", name, source if local else HUB + source, tokenizer))
+
+
+def load_directory(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The language model of a Hugging Face directory in a type, as transformers itself loads and runs it: not to be
+    compiled but to be compared with.
+
+    Raises:
+        ModelError: it is not a usable model, or quantized already, as an artifact is.
+    """
+    _refuse_quantized(directory)
+    return _as_transformers_loads(str(directory), f"the directory '{directory}'", True, dtype).eval()
+
+
+def _as_transformers_loads(source: str, what: str, local: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    options = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
+    return _from_pretrained(AutoModelForCausalLM, what, source, dtype, **options)
 
 
 def _configure_generation(module: Any, source: str, what: str, local: bool) -> None:
@@ -419,12 +436,14 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     return module, tokenizer
 
 
-def _from_pretrained(loader: Any, what: str, source: str | None, **options: Any) -> nn.Module:
-    """``loader.from_pretrained`` in float32, refusing a checkpoint that lacks weights (they would be random)."""
+def _from_pretrained(
+    loader: Any, what: str, source: str | None, dtype: torch.dtype = torch.float32, **options: Any
+) -> nn.Module:
+    """``loader.from_pretrained`` in a type, refusing a checkpoint that lacks weights (they would be random)."""
     try:
         with quiet_transformers():
             module, info = loader.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:
         raise ModelError(f"{what} cannot be loaded as a language model: {reason_of(error, frame=False)}") from error

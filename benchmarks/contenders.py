@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from lbllm_compile.codegen import prove
+from lbllm_compile.codegen.backend import bucket_of
 from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import quantize_rows
@@ -89,10 +90,6 @@ class Problem:
             raise LbllmError(f"{name} gives wrong results")
 
 
-def _bucket(tokens: int) -> cpu.Bucket:
-    return next(bucket for bucket in cpu.BUCKETS if bucket.lowest <= tokens <= bucket.highest)
-
-
 def generated(problem: Problem, target: Target) -> Iterator[Contender]:
     """Our kernels, one for each weight layout, each with its best schedule for exactly this problem.
 
@@ -100,7 +97,7 @@ def generated(problem: Problem, target: Target) -> Iterator[Contender]:
     """
     quantize = _quantizer(problem, target)
     winners: list[tuple[float, Contender]] = []
-    bucket = _bucket(problem.tokens)
+    bucket = bucket_of(problem.tokens, cpu.BUCKETS)
     for implementation in cpu.implementations(problem.spec, target):
         space = [s for s in implementation.schedules(bucket) if s.parallel == (thread_count() > 1)]
         space = space[:1] if problem.quick else space

@@ -330,6 +330,12 @@ def bucket_named(name: str, buckets: Iterable[Bucket]) -> Bucket:
     return known[name]
 
 
+def bucket_of(tokens: int, buckets: Iterable[Bucket]) -> Bucket:
+    """The bucket whose kernels a call of so many tokens runs on; the last has pieces of longer ones."""
+    *others, last = buckets
+    return next((bucket for bucket in others if tokens <= bucket.highest), last)
+
+
 class Backend(Protocol):
     """Everything that depends on the kind of machine.
 

@@ -17,12 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lbllm_compile.bench.linears import DENSE, OWN, Linear, Timer, names
+import torch
+
+from lbllm_compile.bench.linears import DENSE, OWN, Floats, Linear, Timer, names
 from lbllm_compile.bench.turns import Spread
 from lbllm_compile.codegen.backend import backend_of
-from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
+from lbllm_compile.frontend import language_model_inputs
+from lbllm_compile.lowering.translate import translates
 from lbllm_compile.options import OptionError
 from lbllm_compile.passes.activate import Activate, quantizer_scheme
 from lbllm_compile.passes.annotate import Annotate, decoder_linears, shared_scheme
@@ -30,7 +34,8 @@ from lbllm_compile.passes.base import Checkpoints, Pass, PassContext
 from lbllm_compile.passes.ir.annotations import LINEAR, LinearInfo
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, bias_of, operands_of
-from lbllm_compile.passes.merge import Merge
+from lbllm_compile.passes.ir.scheme import Scheme
+from lbllm_compile.passes.merge import Merge, joined_linears
 from lbllm_compile.passes.ptq import Ptq
 from lbllm_compile.recipe import Preset
 
@@ -39,6 +44,9 @@ STAGE = "fallback"
 
 TOKENS = 1
 """At once, in the calls that are compared."""
+
+PROBE_TOKENS = 8
+"""Tokens on which passes look at shapes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class Together:
 
     linear: Linear
     parts: tuple[Linear, ...]
+
+
+class _Unheard(NoProgress):
+    """Of passes that say the same again when the compile runs them."""
 
 
 def check(passes: Sequence[Pass], targets: Sequence[Target]) -> Target:
@@ -101,13 +113,32 @@ def applied(
         rows = stored[1]["rows"]
     else:
         found = candidates(program, passes)
-        rows = measured(found, target, preset, progress, in_torch=program.kind != "causal-lm")
+        floats = Floats.of(program.kind, _becomes_native(program, passes, target))
+        rows = measured(found, target, preset, progress, floats)
         checkpoints.save(STAGE, 0, {}, {"rows": rows})
     slower = tuple(path for row in rows if row["slower"] for path in row["paths"])
     return [
         dataclasses.replace(item, slower=(*item.slower, *slower)) if isinstance(item, Annotate) else item
         for item in passes
     ], rows
+
+
+def _becomes_native(program: Program, passes: Sequence[Pass], target: Target) -> bool:
+    """Whether a captured program becomes a native program.
+
+    What a pipeline puts in the place of linears always can; so this looks at what it makes of the rest, all linears
+    being float, for which nothing has to be calibrated.
+    """
+    if program.kind != "causal-lm":
+        return False
+    probe = language_model_inputs(torch.arange(PROBE_TOKENS)[None])
+    context = PassContext(probe=probe, progress=_Unheard())
+    for item in passes:
+        if isinstance(item, Annotate):
+            program = Annotate(keep_dense=("*",)).apply(program, context).program
+        elif item.name in ("canonicalize", "lower", "cache", "cleanup"):
+            program = item.apply(program, context).program
+    return translates(program, backend_of(target).build([], [], target, trials=0))
 
 
 def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[LinearInfo]]:
@@ -122,7 +153,13 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
         quantized = quantizer_scheme(shared_scheme(behind), activate.bits, activate.group, activate.ranges == "knees")
         bits, group, knees = quantized.act_bits, quantized.act_group, quantized.codebook == "knees"
         assert bits is not None and group is not None
-        for joined in _joined(behind, ptq.group, merges):
+
+        def scheme_of(node: Node, quantized: Scheme = quantized) -> Scheme:
+            """What the linear will be quantized by."""
+            own: Scheme = node.meta[LINEAR].scheme
+            return dataclasses.replace(quantized, group=own.group or ptq.group, levels=own.levels)
+
+        for joined in joined_linears(behind, scheme_of) if merges else [[node] for node in behind]:
             parts = [Linear(*operands_of(node)[1].meta["val"].shape[-2:]) for node in joined]
             columns = parts[0].columns
             quantizer = QuantizeSpec(columns, group, bits, knees)
@@ -130,28 +167,14 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
                 "bit",
                 sum(part.rows for part in parts),
                 columns,
-                joined[0].meta[LINEAR].scheme.group or ptq.group,
+                scheme_of(joined[0]).group,
                 quantizer.value_bits,
                 per_token=group == 0,
-                bias=_has_bias(joined[0]),
+                bias=bias_of(joined[0]) is not None,
             )
             together = Together(Linear(spec.out_features, columns, spec, quantizer), tuple(parts))
             found[together] += [node.meta[LINEAR] for node in joined]
     return found
-
-
-def _joined(behind: Sequence[Node], group: int, merges: bool) -> list[list[Node]]:
-    """Linears behind one quantizer in the sets that become one kernel each."""
-    sets: dict[Any, list[Node]] = defaultdict(list)
-    for node in behind:
-        info = node.meta[LINEAR]
-        alone = node if not merges or info.experts else None
-        sets[alone, info.scheme.group or group, info.scheme.levels, _has_bias(node)].append(node)
-    return list(sets.values())
-
-
-def _has_bias(node: Node) -> bool:
-    return not node.meta[LINEAR].experts and bias_of(node) is not None
 
 
 def measured(
@@ -159,8 +182,7 @@ def measured(
     target: Target,
     preset: Preset,
     progress: Progress,
-    *,
-    in_torch: bool,
+    floats: Floats,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`applied`.
 
@@ -169,7 +191,7 @@ def measured(
         target: whose kernels are timed; their schedules are searched as long as the preset says.
         preset: of the compile.
         progress: told what goes on.
-        in_torch: float linears run in torch, not as generated kernels.
+        floats: what computes linears that stay float.
 
     Raises:
         KernelError: a kernel cannot be built.
@@ -182,11 +204,11 @@ def measured(
         budget_s=preset.tune_seconds,
         progress=progress,
     )
-    timer = Timer(kernels)
+    timer = Timer(kernels, floats)
     rows = []
     with progress.task("W(1+1) or float, the faster", len(found)) as task:
         for together, infos in found.items():
-            times = timer.against_dense(together.linear, together.parts, TOKENS, in_torch=in_torch)
+            times = timer.against_dense(together.linear, together.parts, TOKENS)
             rows.append(row(together, infos, times[OWN], times[DENSE]))
             task.advance(rows[-1]["shape"])
     return rows

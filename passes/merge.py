@@ -24,7 +24,7 @@ Result::
     %q = getitem(%split, 0)
     %k = getitem(%split, 1)
 
-Linears merge when they share the input node, ``in_features`` and scheme, and all or none of them have a bias. Every
+Linears merge when they share the input node and the scheme, and all or none of them have a bias. Every
 output is the same sum as before, to the bit once it is computed in integers, and up to fp32 rounding in the simulation:
 each is held against the linear it replaces, on the input that has on the probe. What reads an output now reads a slice
 of a wider tensor, and torch may sum a strided tensor (a norm over queries, say) in another order than a dense one:
@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -52,6 +52,7 @@ from .contracts import check_replaced
 from .ir.annotations import LINEAR
 from .ir.program import LAYER, Program, get_attribute
 from .ir.rewrite import Node, bias_of, calls, is_call, make_attribute, make_call, operands_of, relax_views
+from .ir.scheme import Scheme
 
 _aten = torch.ops.aten
 
@@ -80,12 +81,27 @@ class Merge(Pass):
 
 def _mergeable(graph: fx.Graph) -> list[list[Node]]:
     """Sets of two or more linears that can become one, each in graph order."""
+    quantized = [node for node in calls(graph, _aten.linear.default) if _is_quantized(node)]
+    return [s for s in joined_linears(quantized, completed) if len(s) > 1]
+
+
+def _is_quantized(linear: Node) -> bool:
+    x, weight = operands_of(linear)
+    return is_call(x, torch.ops.lbllm.fake_quantize.default) and is_call(weight, torch.ops.lbllm.unpack_weight.default)
+
+
+def joined_linears(linears: Iterable[Node], scheme_of: Callable[[Node], Scheme]) -> list[list[Node]]:
+    """Linears in the sets that become one, each in graph order; stacked experts stay alone.
+
+    Args:
+        linears: that are quantized, or will be.
+        scheme_of: gives the scheme of one, complete.
+    """
     sets: dict[tuple[object, ...], list[Node]] = defaultdict(list)
-    for node in calls(graph, _aten.linear.default):
-        x, weight = operands_of(node)
-        if is_call(x, torch.ops.lbllm.fake_quantize.default) and is_call(weight, torch.ops.lbllm.unpack_weight.default):
-            sets[x, Arguments(weight).in_features, completed(node), bias_of(node) is not None].append(node)
-    return [s for s in sets.values() if len(s) > 1]
+    for node in linears:
+        alone = None if is_call(node, _aten.linear.default) else node
+        sets[alone, operands_of(node)[0], scheme_of(node), bias_of(node) is not None].append(node)
+    return list(sets.values())
 
 
 def _merge(program: Program, linears: Sequence[Node]) -> dict[str, Node]:

@@ -16,20 +16,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lbllm_compile.codegen import operators
 from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.operators import registry
+from lbllm_compile.codegen.progress import LbllmWarning
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from test_export import LOCK
-from test_zoo import stages
+from test_zoo import inputs, stages
 from typer.testing import CliRunner
-from zoo import ZOO
+from zoo import ZOO, captured
 
-from lbllm_compile import artifact, cli, export, frontend
+from lbllm_compile import artifact, cli, export, frontend, runtime
 from lbllm_compile.bench import command, decoders, decoding, linears, llama
 from lbllm_compile.bench.command import BenchError, BenchOptions, Report
+from lbllm_compile.bench.linears import Floats
 from lbllm_compile.bench.turns import Spread, alternate
 from lbllm_compile.native.language import InputBounds
 from lbllm_compile.report.terminal import make_console
@@ -337,11 +341,61 @@ def test_knees_and_floats_are_told():
 def test_the_roofline_is_told_where_it_is_known():
     large, tiny = LinearSpec("bit", 2048, 1024, 64), LinearSpec("bit", 8, 64, 32)
     kernels = backend_of(HOST).build([large, tiny], [], HOST, trials=0)
-    timer = linears.Timer(kernels)
+    timer = linears.Timer(kernels, Floats.KERNELS)
     of_large = linears.Linear(2048, 1024, large, QuantizeSpec(1024, 64))
     assert 0 < timer.roofline(of_large, 1) < timer.roofline(linears.Linear(2048, 1024), 1)
     assert timer.roofline(linears.Linear(8, 64, tiny, QuantizeSpec(64, 32)), 1) is None, "it stays in caches"
     assert timer.roofline(linears.Linear(2048, 1024), 512) is None, "what float products can reach is not measured"
+
+
+def test_floats_are_timed_where_they_run(monkeypatch):
+    kernels = backend_of(HOST).build([], [], HOST, trials=0)
+    linear, threads = linears.Linear(8, 64), []
+    product = torch.nn.functional.linear
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return product(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for floats, tokens, expected in [
+            (Floats.KERNELS, 1, set()),
+            (Floats.TORCH, 1, {2}),
+            (Floats.SESSION, 1, {1}),
+            (Floats.SESSION, 32, {2}),
+        ]:
+            timer = linears.Timer(kernels, floats, quick=True)
+            threads.clear()
+            assert timer.times(linear, tokens).keys() == {"own"}
+            assert {*threads} == expected
+            assert timer.computed(linear) == ("float" if floats is Floats.KERNELS else "float in torch")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_language_model_without_a_native_program_runs_floats_in_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    context = PassContext(probe=inputs(1, 9))
+    program = captured("llama")[1]
+    for item in pipeline.parse('canonicalize,annotate{keep_dense="*"},lower,cache,cleanup'):
+        program = item.apply(program, context).program
+    artifact.save(program, tmp_path / "out", lock=LOCK)
+    attention = operators.find(torch.ops.lbllm.cached_attention.default)
+    monkeypatch.setitem(registry._registered, attention.target, dataclasses.replace(attention, translate=None))
+    with pytest.warns(LbllmWarning):
+        assert runtime.load(tmp_path / "out").native is None
+    request = linears.Request(str(tmp_path / "out"), "cpu", (1,), (), quick=True)
+
+    def computed() -> set[str]:
+        _, *rows = linears.rows(request, command.NoProgress())
+        return {row["computed"] for row in rows}
+
+    assert computed() == {"float in torch"}
+    monkeypatch.setattr(linears, "find", lambda *_: object())
+    assert computed() == {"float"}
 
 
 @pytest.mark.parametrize(("context", "expected"), [(None, (32, 64, 512)), (40, (20, 20, 40)), (1, (1, 1, 1))])
@@ -384,7 +438,10 @@ def test_a_module_is_timed_linear_by_linear(plain):
     report = command.bench(BenchOptions(plain, threads=(1,), quick=True))
     (run,) = report.runs
     assert report.settings is None and run["models"] == []
-    assert {(row["shape"], row["computed"]) for row in run["linears"]} == {("12x24", "float"), ("8x12", "float")}
+    assert {(row["shape"], row["computed"]) for row in run["linears"]} == {
+        ("12x24", "float in torch"),
+        ("8x12", "float in torch"),
+    }
     assert "Only language models decode" in shown(report)
 
 

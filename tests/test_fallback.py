@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lbllm_compile.codegen import operators
+from lbllm_compile.codegen.operators import registry
+from lbllm_compile.codegen.operators.translator import refusal
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import SLOWER, Annotate, layer_count
+from lbllm_compile.passes.base import NoCheckpoints
 from lbllm_compile.passes.ir.annotations import linears
 from test_driver import SMALL, model_file, options  # noqa: F401  # a fixture
 from test_zoo import stages
 from zoo import ZOO, captured
 
 from lbllm_compile import driver, fallback, frontend, inspect, plan, recipe
-from lbllm_compile.bench.linears import DENSE, OWN, Linear, Timer, distinct
+from lbllm_compile.bench.linears import DENSE, OWN, Floats, Linear, Timer, distinct
 from lbllm_compile.bench.turns import Spread
 from lbllm_compile.checkpoint import WorkDir
 from lbllm_compile.options import CompileOptions, OptionError
@@ -26,6 +32,8 @@ from lbllm_compile.report import summary
 PIPELINE = "canonicalize,annotate,observe,ptq{group=32},activate{group=32},head,merge,lower,cache,cleanup"
 
 HOST = (Target.parse("cpu"),)
+
+aten, lbllm = torch.ops.aten, torch.ops.lbllm
 
 UNTUNED = SMALL.model_copy(update={"tune_trials": 0})
 
@@ -100,14 +108,36 @@ def test_what_is_within_the_spread_becomes_bits():
     assert not fallback.row(together, [], around(1e-6), around(2e-6))["slower"]
 
 
-@pytest.mark.parametrize("in_torch", [False, True])
-def test_kernels_are_timed_against_float_ones(in_torch):
+@pytest.mark.parametrize("floats", Floats)
+def test_kernels_are_timed_against_float_ones(floats):
     found = dict(list(fallback.candidates(captured("llama")[1], pipeline.parse(PIPELINE)).items())[:1])
-    rows = fallback.measured(found, HOST[0], UNTUNED, NoProgress(), in_torch=in_torch)
+    rows = fallback.measured(found, HOST[0], UNTUNED, NoProgress(), floats)
     (row,) = rows
     assert row["microseconds"] > 0 and row["dense_microseconds"] > 0 and isinstance(row["slower"], bool)
     assert len(row["paths"]) == 3 * layer_count(stages("llama")[1])
     assert row["linears"] == [f"model.layers.*.self_attn.{part}_proj" for part in "qkv"]
+
+
+@pytest.mark.parametrize("why", ["", "an operator", "a form", "no language model"])
+def test_what_computes_floats_is_known_before_the_compile(why, monkeypatch):
+    program, passes = captured("llama")[1], pipeline.parse(PIPELINE)
+    attention, add = (operators.find(x) for x in (lbllm.cached_attention.default, aten.add.Tensor))
+    if why == "an operator":
+        monkeypatch.setitem(registry._registered, attention.target, dataclasses.replace(attention, translate=None))
+    elif why == "a form":
+        refuse = dataclasses.replace(add, translate=lambda _, arguments: refused(arguments))
+        monkeypatch.setitem(registry._registered, add.target, refuse)
+    elif why:
+        program = dataclasses.replace(program, kind="module")
+    assert fallback._becomes_native(program, passes, HOST[0]) == (not why)
+    timed: list[Floats] = []
+    monkeypatch.setattr(fallback, "measured", lambda *given: timed.append(given[-1]) or [])
+    fallback.applied(program, passes, HOST, UNTUNED, NoCheckpoints(), NoProgress())
+    assert timed == [Floats.KERNELS if not why else Floats.SESSION if program.kind == "causal-lm" else Floats.TORCH]
+
+
+def refused(arguments: Any) -> Any:
+    raise refusal(arguments, "this form of the operator has no translation")
 
 
 def test_a_compile_says_what_stays_float_and_why(model_file, tmp_path, monkeypatch):  # noqa: F811

@@ -9,6 +9,7 @@ quantized linear includes quantizing its input, although linears that read the s
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import json
 import signal
@@ -24,17 +25,19 @@ from lbllm_compile import artifact
 from lbllm_compile.bench import turns
 from lbllm_compile.bench.turns import Runs, Spread
 from lbllm_compile.codegen import prove
-from lbllm_compile.codegen.backend import Kernels, TirKernel, backend_of
+from lbllm_compile.codegen.backend import Kernels, TirKernel, backend_of, bucket_of
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.codegen.reference import value_dtype
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
-from lbllm_compile.codegen.threads import thread_count
+from lbllm_compile.codegen.threads import one_torch_thread, thread_count
 from lbllm_compile.codegen.tune import worker
 from lbllm_compile.codegen.tune.machine import ThisMachine
 from lbllm_compile.codegen.tune.roofline import Roofline
 from lbllm_compile.codegen.tvm_api import compile_functions, prepared
 from lbllm_compile.lowering.executor import linear_spec, quantize_spec, quantizer_of
+from lbllm_compile.lowering.session import FEW_TOKENS
+from lbllm_compile.native.program import find
 from lbllm_compile.passes.ir.annotations import LINEAR, LinearInfo
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS, LINEARS, constant, is_constant, operands_of
@@ -49,12 +52,35 @@ COLD_BYTES = 208 << 20
 MOST_COPIES = 1024
 
 OWN, KERNEL, DENSE = "own", "kernel", "dense"
-"""Contenders that are generated: a whole linear, one without quantizing its input, and one that stays float."""
+"""Contenders that are the model's own: a whole linear, one without quantizing its input, and one that stays float."""
 
 Call = Callable[[], object]
 
 TORCH_DTYPES = {"torch": torch.float32, "torch-bf16": torch.bfloat16}
 """Contenders of torch: what they compute in."""
+
+
+class Floats(enum.Enum):
+    """What computes the linears that stay float."""
+
+    KERNELS = enum.auto()
+    """Generated kernels of a native program."""
+    SESSION = enum.auto()
+    """Torch in a language model without one, where few tokens have one of its threads."""
+    TORCH = enum.auto()
+    """Torch in another module."""
+
+    @classmethod
+    def of(cls, kind: str, native: bool) -> Floats:
+        """Of a model of this :attr:`.Program.kind`.
+
+        Args:
+            kind: the program's.
+            native: it runs as a native program.
+        """
+        if native:
+            return cls.KERNELS
+        return cls.SESSION if kind == "causal-lm" else cls.TORCH
 
 
 @dataclass(frozen=True)
@@ -72,7 +98,7 @@ class Linear:
     quantizer: QuantizeSpec | None = None
 
     def __str__(self) -> str:
-        """How it is computed, e.g. ``W(1+1) g64, A4``."""
+        """In what it is computed, e.g. ``W(1+1) g64, A4``."""
         if self.spec is None or self.quantizer is None:
             return "float"
         weights = f"W(1+1) g{self.spec.group}" if self.spec.kind == "bit" else "int8"
@@ -108,11 +134,13 @@ class Timer:
 
     Args:
         kernels: cover the linears.
+        floats: what computes those that stay float.
         quick: too short to mean anything.
     """
 
-    def __init__(self, kernels: Kernels, quick: bool = False):
+    def __init__(self, kernels: Kernels, floats: Floats, quick: bool = False):
         self._kernels = kernels
+        self._floats = floats
         self._quick = quick
         self._backend = backend_of(kernels.target)
         self._compiled: dict[str, Any] = {}
@@ -133,34 +161,33 @@ class Timer:
         return self._in_turns(runs)
 
     @torch.no_grad()
-    def against_dense(
-        self, linear: Linear, parts: Sequence[Linear], tokens: int, *, in_torch: bool
-    ) -> dict[str, Spread]:
+    def against_dense(self, linear: Linear, parts: Sequence[Linear], tokens: int) -> dict[str, Spread]:
         """Seconds of a call with so many tokens: :data:`OWN`, and :data:`DENSE`, all of its parts in float.
 
         Args:
             linear: what is computed.
             parts: linears that it can be computed by, one after the other.
             tokens: at once.
-            in_torch: parts run in torch, not as generated kernels.
         """
         runs = dict(self._own(linear, tokens))
-        dense = [self._torch(part, tokens, torch.float32) if in_torch else self._dense(part, tokens) for part in parts]
-        together = [functools.partial(_call_all, calls) for calls in zip(*dense, strict=False)]
-        return self._in_turns({OWN: runs[OWN], DENSE: turns.timed(together)})
+        return self._in_turns({OWN: runs[OWN], DENSE: self._float(parts, tokens)})
+
+    def computed(self, linear: Linear) -> str:
+        """How a linear is computed, e.g. ``W(1+1) g64, A4`` or ``float in torch``."""
+        return f"{linear} in torch" if linear.spec is None and self._floats is not Floats.KERNELS else str(linear)
 
     def _in_turns(self, runs: Mapping[str, Runs]) -> dict[str, Spread]:
         return {name: Spread.of(taken) for name, taken in turns.alternate(runs, self._quick).items()}
 
     def _own(self, linear: Linear, tokens: int) -> Iterator[tuple[str, Runs]]:
-        """The generated kernels."""
+        """What computes the linear in the model."""
         spec, quantizer = linear.spec, linear.quantizer
         if spec is None or quantizer is None:
-            yield OWN, turns.timed(self._dense(linear, tokens))
+            yield OWN, self._float([linear], tokens)
             return
         case = prove.linear_cases(spec)[0]
         kernel = self._kernels.linear(spec)
-        function = self._function(kernel.tir(self._bucket(tokens)))
+        function = self._function(kernel.tir(bucket_of(tokens, self._backend.space().buckets).name))
         values = torch.empty(tokens, spec.in_features, dtype=value_dtype(quantizer.value_bits))
         scale = torch.empty(tokens, quantizer.scales)
         x, *factors = next(prove.quantizer_inputs(quantizer))
@@ -178,6 +205,15 @@ class Timer:
         both: list[Call] = [lambda call=call: (quantize(), call()) for call in calls]
         yield OWN, turns.timed(both)
         yield KERNEL, turns.timed(calls)
+
+    def _float(self, linears: Sequence[Linear], tokens: int) -> Runs:
+        """Linears that stay float, one after the other, as the model computes them."""
+        if self._floats is Floats.KERNELS:
+            calls = [self._dense(linear, tokens) for linear in linears]
+        else:
+            calls = [self._torch(linear, tokens, torch.float32) for linear in linears]
+        runs = turns.timed([functools.partial(_call_all, together) for together in zip(*calls, strict=False)])
+        return _on_one_thread(runs) if self._floats is Floats.SESSION and tokens <= FEW_TOKENS else runs
 
     def _dense(self, linear: Linear, tokens: int) -> list[Call]:
         """Calls of the generated kernel of a linear that stays float, each with a copy of its weights."""
@@ -219,10 +255,6 @@ class Timer:
             self._limits[act_bits] = Roofline(bandwidth, products)
         return self._limits[act_bits]
 
-    def _bucket(self, tokens: int) -> str:
-        buckets = self._backend.space().buckets
-        return next(bucket for bucket in buckets if tokens <= bucket.highest).name
-
     def _function(self, kernel: TirKernel) -> Any:
         """A compiled kernel."""
         if kernel.name not in self._compiled:
@@ -240,6 +272,14 @@ class Timer:
 def _call_all(calls: Sequence[Call]) -> None:
     for call in calls:
         call()
+
+
+def _on_one_thread(runs: Runs) -> Runs:
+    def run(count: int) -> list[float]:
+        with one_torch_thread():
+            return runs(count)
+
+    return run
 
 
 def _random(rows: int, columns: int) -> Tensor:
@@ -271,7 +311,8 @@ class Request:
 
 def rows(request: Request, progress: Progress) -> Iterator[Mapping[str, Any]]:
     """First the artifact's facts, ``linears`` being the number of rows; then a row a distinct linear and number of
-    tokens, JSON-able, whose times are in seconds.
+    tokens, JSON-able, whose times are in seconds. A language model whose native program is not stored yet counts as one
+    without.
 
     Raises:
         ArtifactError, KernelError: the artifact cannot be loaded or run.
@@ -281,7 +322,8 @@ def rows(request: Request, progress: Progress) -> Iterator[Mapping[str, Any]]:
     kernels = build_kernels(loaded, request.target, progress)
     found = distinct(program)
     yield {"linears": len(found) * len(request.tokens)}
-    timer = Timer(kernels, request.quick)
+    native = find(loaded.directory, request.target, progress) is not None
+    timer = Timer(kernels, Floats.of(program.kind, native), request.quick)
     for linear, infos in found.items():
         for tokens in request.tokens:
             times = timer.times(linear, tokens, request.against)
@@ -290,7 +332,7 @@ def rows(request: Request, progress: Progress) -> Iterator[Mapping[str, Any]]:
                 "linears": names(infos),
                 "count": sum(info.matrices for info in infos),
                 "shape": f"{linear.rows}x{linear.columns}",
-                "computed": str(linear),
+                "computed": timer.computed(linear),
                 "tokens": tokens,
                 "seconds": {name: dataclasses.asdict(spread) for name, spread in times.items()},
                 "roofline_seconds": least,

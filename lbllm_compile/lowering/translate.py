@@ -123,6 +123,15 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
     return Translated(functions, weights.tensors, layout, state, fixed, inputs, bounds)
 
 
+def translates(program: Program, kernels: Kernels) -> bool:
+    """Whether a lowered graph becomes a program, as far as that shows before one is compiled."""
+    try:
+        translate(program, kernels).functions()
+    except UntranslatableError:
+        return False
+    return True
+
+
 def translate_graph(program: Program, kernels: Kernels, inputs: Sequence[TensorSpec], name: str = "graph") -> Any:
     """Translates a graph with any inputs, and no KV state, into one function, which takes weights as a tuple.
 

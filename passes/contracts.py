@@ -212,12 +212,14 @@ def check_outputs(
     allowed = 0.0 if kind == "exact" else item.contract.bound
     if error <= allowed:
         return error
-    broken = f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g}"
     found, failure = _cut(parting.find, before, after, probe, min(allowed, item.contract.each))
-    if found is None:
-        raise ContractError(broken) from failure
-    node = found.node if found.node.op != "output" else found.node.all_input_nodes[0]
-    raise ContractError(f"{broken}; the first node that differs is {describe(node)}", dump.excerpt(after, node), found)
+    node = None if found is None else found.node if found.node.op != "output" else found.node.all_input_nodes[0]
+    raise ContractError(
+        f"the pass '{item.name}' promised {item.contract} but changed the probe's output by {error:.3g};"
+        f" the first node that differs is {describe(node)}",
+        dump.excerpt(after, node) if node is not None else "",
+        found,
+    ) from failure
 
 
 def _cut(cut: Callable[..., Parting], *arguments: Any) -> tuple[Parting | None, Exception | None]:

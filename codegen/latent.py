@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import KernelError
+from .errors import DisprovedError
 from .format import LEVELS
 from .levels import FREE, LevelRule
 
@@ -126,7 +126,8 @@ def _kernels(group: int) -> Any:
     """The fused functions for a group size, compiled for this machine and proven.
 
     Raises:
-        KernelError: TVM is missing, or a kernel disagrees with its formula.
+        KernelError: TVM is missing.
+        DisprovedError: a kernel disagrees with its formula.
     """
     # Loads TVM: seconds that a look at the catalogue of passes need not spend.
     from .kernels.latent import latent_kernels
@@ -160,7 +161,7 @@ def _kernels(group: int) -> Any:
     if not (
         all(torch.equal(a, b) for a, b in exact) and all(torch.allclose(a, b, rtol=1e-5, atol=1e-4) for a, b in close)
     ):
-        raise KernelError(
+        raise DisprovedError(
             f"the generated training kernels for groups of {group} are wrong on this machine; please report this CPU"
         )
     return kernels

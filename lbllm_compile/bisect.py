@@ -196,6 +196,8 @@ def _of_model(
             raise
         where = pipeline.render_pass(passes[len(records)])
         return Findings(job.model.name, records, [], _parted(where, str(error), error.parting, job.out))
+    except DisprovedError as error:
+        return Findings(job.model.name, records, [], _disproved(error))
     if lock is not None or "lower" not in [item.name for item in passes]:
         return Findings(job.model.name, records, [], None)
     try:

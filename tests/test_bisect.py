@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lbllm_compile.codegen import operators, prove
+from lbllm_compile.codegen.errors import DisprovedError
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import contracts, merge, pipeline, registry
 from lbllm_compile.passes.base import CALIBRATING, EXACT, Contract, Pass, PassContext, PassResult, bounded
@@ -289,6 +290,18 @@ def test_a_graph_that_does_not_hold_together_stays_its_own_error(monkeypatch: py
     monkeypatch.setattr(Twist, "apply", malformed)
     result = invoke("bisect", str(model), "--pipeline", "canonicalize,annotate,twist")
     assert result.exit_code == 1 and "the pass 'twist' left a malformed graph" in result.stderr
+
+
+def test_a_kernel_that_a_pass_trains_on_is_found(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    def refused(self: Twist, program: Program, context: PassContext) -> PassResult:
+        raise DisprovedError("the generated training kernels are wrong")
+
+    monkeypatch.setattr(Twist, "apply", refused)
+    result = invoke("bisect", str(model), "--pipeline", "canonicalize,annotate,twist", "--json")
+    assert result.exit_code == 3, result.stderr
+    document = json.loads(result.stdout)
+    assert [record["name"] for record in document["records"]] == ["canonicalize", "annotate"]
+    assert document["fault"]["sentence"] == "the generated training kernels are wrong"
 
 
 def test_an_exact_promise_is_held_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,8 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
             return dataclasses.replace(quantized, group=own.group or ptq.group, levels=own.levels)
 
         for joined in joined_linears(behind, scheme_of) if merges else [[node] for node in behind]:
+            weight_group = scheme_of(joined[0]).group
+            assert weight_group is not None
             parts = [Linear(*operands_of(node)[1].meta["val"].shape[-2:]) for node in joined]
             columns = parts[0].columns
             quantizer = QuantizeSpec(columns, group, bits, knees)
@@ -167,7 +169,7 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
                 "bit",
                 sum(part.rows for part in parts),
                 columns,
-                scheme_of(joined[0]).group,
+                weight_group,
                 quantizer.value_bits,
                 per_token=group == 0,
                 bias=bias_of(joined[0]) is not None,

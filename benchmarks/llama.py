@@ -206,7 +206,12 @@ def quantize(source: Path, destination: Path, kind: str, threads: int) -> None:
         destination: replaced if it exists.
         kind: one of :data:`FILE_TYPES`.
         threads: to use.
+
+    Raises:
+        LbllmError: llama.cpp's libraries are not here, or cannot do it.
     """
+    if why := missing():
+        raise LbllmError(f"llama.cpp's libraries, which make {kind} of a GGUF file, are not here; {why}")
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()

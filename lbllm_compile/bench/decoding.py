@@ -111,13 +111,15 @@ def fresh_processes(
         LbllmError: a decoder cannot be loaded, or its process ended.
     """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in competing}
+    known: list[int] = []  # vocabularies; of all of them only behind the first process of each
     threads = in_words(next(iter(competing.values())).threads)
     with progress.task(f"fresh processes, {threads}", (settings.processes + settings.warm) * len(competing)) as task:
         for index in range(settings.processes + settings.warm):  # the first may have read files
             for name, loading in competing.items():
                 time.sleep(settings.pause)
                 with Child(loading, module) as child:
-                    decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps})
+                    known.append(child.loaded["vocabulary"])
+                    decoded = child.ask({"prompt": settings.prompt, "steps": settings.steps, "vocabulary": min(known)})
                     row = {
                         "load_seconds": child.loaded["load_seconds"],
                         "first_logits_seconds": child.loaded["load_seconds"] + decoded["prefill"],

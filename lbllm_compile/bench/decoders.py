@@ -250,7 +250,7 @@ def _prepare_imports(loading: Loading) -> None:
             for name in json.loads(_described(loading.source).read_bytes())["architectures"]:
                 getattr(transformers, name)  # imports its module
     elif loading.kind == LLAMA_CPP:
-        import llama_cpp as llama_cpp
+        import llama_cpp as llama_cpp  # pyright: ignore[reportMissingImports]
     else:
         from lbllm_compile.native import program as program
 

@@ -30,7 +30,7 @@ def missing() -> str:
 
 def facts() -> dict[str, str]:
     """Version of the package, and which instructions its libraries were built for."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     features = llama_cpp.llama_print_system_info().decode()
     return {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": features.strip(" |")}
@@ -63,7 +63,7 @@ class Decoder:
     """
 
     def __init__(self, path: Path, capacity: int, threads: int):
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         try:
             with silenced():

@@ -95,7 +95,7 @@ class Check:
         name: what it is.
         count: how many of them.
         error: the largest relative error.
-        allowed: the largest that it may have; of several that have bounds of their own the one of the largest error.
+        allowed: the largest that it may have.
     """
 
     name: str

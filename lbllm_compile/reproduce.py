@@ -34,9 +34,8 @@ from lbllm_compile.job import check_apart
 from lbllm_compile.manifest import check_files, read_manifest
 from lbllm_compile.native.language import COMPILED_CONTEXT
 from lbllm_compile.options import CompileOptions
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import spool
-from lbllm_compile.passes.ir.compare import same_bits
+from lbllm_compile.passes.ir.compare import relative_error, same_bits
 from lbllm_compile.report import terminal
 
 SHOWN = 20

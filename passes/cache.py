@@ -218,8 +218,11 @@ class Cache(Pass):
             raise PassError(f"{describe(node)} has dropout; capture the model in eval mode")
         heads = shapes[call.query][1]
         operands = (call.key, call.value)
-        kept = max(shapes[_source(node, n, shapes, heads, call.grouped)[0]][1] for n in operands)
-        (key, key_bits), (value, value_bits) = (_source(node, n, shapes, heads, call.grouped, kept) for n in operands)
+        sources = [_source(node, n, shapes, heads, call.grouped) for n in operands]
+        kept = {shapes[source][1] for source, _ in sources}
+        if len(kept) > 1:
+            sources = [_source(node, n, shapes, heads, call.grouped, max(kept)) for n in operands]
+        (key, key_bits), (value, value_bits) = sources
         if key_bits != value_bits:
             raise PassError(f"{describe(node)} has keys of {key_bits} bits and values of {value_bits}; use the same")
         if self.bits and key_bits and self.bits != key_bits:
@@ -278,7 +281,8 @@ def _say_repeated(cached: list[Node], shapes: dict[Node, torch.Size], context: P
     """Says how many numbers a token costs where the state keeps heads that are repetitions of fewer."""
     found = []
     for node in cached:
-        kept = [(shapes[n][1], min(_heads_behind(n, shapes))) for n in (Arguments(node).key, Arguments(node).value)]
+        chains = [_shaped_from(n, shapes) for n in (Arguments(node).key, Arguments(node).value)]
+        kept = [(shapes[c[0]][1], min(shapes[n][1] for n in c if len(shapes[n]) == 4)) for c in chains]
         if any(heads > least for heads, least in kept):
             found.append(max(heads / least for heads, least in kept))
     if found:
@@ -290,13 +294,13 @@ def _say_repeated(cached: list[Node], shapes: dict[Node, torch.Size], context: P
         )
 
 
-def _heads_behind(node: Node, shapes: dict[Node, torch.Size]) -> Iterator[int]:
-    """How many heads keys or values have, and had before each operation on shapes alone that made them."""
-    yield shapes[node][1]
-    while moves(node, *REPEAT) and len(shapes[Arguments(node).self]) >= 4:
-        node = Arguments(node).self
-        if len(shapes[node]) == 4:
-            yield shapes[node][1]
+def _shaped_from(node: Node, shapes: dict[Node, torch.Size]) -> list[Node]:
+    """Keys or values, and what they were before each operation on shapes alone that made them, as long
+    as it has at least four dimensions."""
+    chain = [node]
+    while moves(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
+        chain.append(Arguments(chain[-1]).self)
+    return chain
 
 
 def _latent(key: Node, value: Node, shapes: dict[Node, torch.Size]) -> int | None:
@@ -411,9 +415,7 @@ def _source(
     Raises:
         PassError: what lies between is not a repeat of heads.
     """
-    chain = [operand]
-    while moves(chain[-1], *REPEAT) and len(shapes[Arguments(chain[-1]).self]) >= 4:
-        chain.append(Arguments(chain[-1]).self)
+    chain = _shaped_from(operand, shapes)
     # What lies further back may be only a part of the chain's shape operations, such as the choice of some heads.
     bases = [n for n in reversed(chain) if len(shapes[n]) == 4 and shapes[n][1] >= least]
     found = next((n for n in bases if _is_repeat(n, operand, chain, shapes, heads, gqa)), None)

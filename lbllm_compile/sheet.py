@@ -18,8 +18,8 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import BuiltKernels
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import spool
+from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.records import NOT_MEASURED, ORIGINAL_BYTES
 from lbllm_compile.runtime import Sampling, load

@@ -66,8 +66,9 @@ from ..codegen import reference
 from ..codegen.operators import Arguments, first_argument, set_argument
 from ..codegen.progress import warn
 from .base import Contract, Pass, PassContext, PassError, PassResult, bounded
-from .contracts import check_replaced, describe, relative_error
+from .contracts import check_replaced, describe
 from .ir.attention import ATTENTIONS, MASKED, AttentionCall
+from .ir.compare import relative_error
 from .ir.convolution import cache_convolutions
 from .ir.program import LAYER, STATE, Program, StateSpec, get_attribute, set_attribute
 from .ir.rewrite import (

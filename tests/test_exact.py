@@ -4,8 +4,8 @@ import pytest
 import torch
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import exact
+from lbllm_compile.passes.ir.compare import relative_error
 from test_zoo import inputs, stages
 from zoo import ZOO
 

@@ -11,8 +11,8 @@ import tokenizers
 import torch
 import transformers
 from lbllm_compile.passes.base import PassContext
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import weight_only
+from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import make_call
 from lbllm_compile.passes.lower import stored_weights

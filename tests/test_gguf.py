@@ -14,8 +14,8 @@ import transformers
 from graphs import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import weight_only
+from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.lower import stored_weights
 from rtn import quantize, simulate

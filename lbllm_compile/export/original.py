@@ -25,8 +25,8 @@ from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT
 from lbllm_compile.frontend.loading import skeleton_of, with_state
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
-from lbllm_compile.passes.contracts import relative_error
 from lbllm_compile.passes.ir import spool, weight_only
+from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call
 from lbllm_compile.passes.lower import stored_weights

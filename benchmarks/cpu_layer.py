@@ -112,7 +112,7 @@ class LayerProgram:
 
         linear = self.kernels.linear(self.linears[0]).tir("1").name
         compiled = compile_program(
-            self._functions(), self.kernels.target.llvm, self.kernels.lanes, ["layers"], segment=linear
+            self._functions(), self.kernels.target.llvm, self.kernels.lanes, {"layers": {}}, segment=linear
         )
         compiled.executable.export_library(str(folder / "program.so"))
         machine = Machine(folder / "program.so")

@@ -236,6 +236,7 @@ def export_artifact(artifact: Path, kinds: Sequence[str], threads: int, folder: 
     """
     from lbllm_compile.export import export
 
+    folder.mkdir(exist_ok=True)
     exact = folder / f"{EXACT}.gguf"
     export(artifact, "gguf", exact)
     files = {kind: folder / f"{kind}.gguf" for kind in kinds}

@@ -1,11 +1,13 @@
 """How good a compiled model is, stage by stage: perplexity and divergence from the float model, time and peak memory.
 
     python -m benchmarks.quality --text FILE [--model MODEL] [--calibration FILE] [--preset default] [--json FILE]
+    python -m benchmarks.quality --text FILE --pipeline TEXT [--pipeline TEXT …]
 
-Rows *in simulation* run a pipeline's program in float32 with simulated quantization; the rows of the *artifact* compile
-one and evaluate it on its kernels. A row is measured in a process of its own, which takes the passes that earlier rows
-have finished from the work directory; its time is that of all its passes, its memory the most that any process held
-which ran one of them. An artifact is compiled from the start. Interrupted, the same command resumes.
+Without ``--pipeline`` the rows are those of the recipe ``lbllm``, with it one in simulation for each, which must have a
+``ptq``. Rows *in simulation* run a pipeline's program in float32 with simulated quantization; the rows of the
+*artifact* compile one and evaluate it on its kernels. A row is measured in a process of its own, which takes the passes
+that earlier rows have finished from the work directory; its time is that of all its passes, its memory the most that
+any process held which ran one of them. An artifact is compiled from the start. Interrupted, the same command resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Row:
 
     Attributes:
         name: what it shows.
-        pipeline: text of the passes; of a row in simulation, of those behind the preparation.
+        pipeline: text of the passes.
         compiled: whether an artifact is compiled and evaluated, rather than the simulated program.
     """
 
@@ -53,13 +55,6 @@ def recipe_passes(preset: str, group: int | None = None) -> list[Pass]:
     from lbllm_compile import recipe
 
     return recipe.passes(recipe.Choices(preset=preset, group=group), "cpu")
-
-
-def preparation(preset: str) -> tuple[Pass, ...]:
-    """The passes in front of every row in simulation."""
-    from lbllm_compile.ablate import Parts
-
-    return Parts.of(recipe_passes(preset)).preparation
 
 
 def rows(preset: str, group: int) -> Iterator[Row]:
@@ -81,7 +76,7 @@ def rows(preset: str, group: int) -> Iterator[Row]:
     four = replace(untrained, **{name: getattr(given, name) for name in ("epochs", "steps")})
 
     def simulated(name: str, *items: Pass) -> Row:
-        return Row(f"g{group}, {name}", pipeline.render(items))
+        return Row(f"g{group}, {name}", pipeline.render([*parts.preparation, *items]))
 
     yield simulated("A16, stage 1 alone", parts.ptq)
     yield simulated("A16, stages 1 and 2", *trained)
@@ -117,9 +112,11 @@ def measure_here(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     )
     job = read_job(chosen, progress, ablate.places(chosen))
     excerpt = evaluate.Excerpt.of(job.program, options.text, options.seq_len, options.chunks)
-    study = Study(job, preparation(options.preset), excerpt, progress)
+    passes = pipeline.parse(row.pipeline)
+    preparation = ablate.Parts.of(passes).preparation
+    study = Study(job, preparation, excerpt, progress)
     try:
-        measured = study.measure(pipeline.parse(row.pipeline))
+        measured = study.measure(passes[len(preparation) :])
     finally:
         study.work.release()
     found = {"seconds": measured.seconds, "peak_memory": measured.peak_memory, "calibration": study.calibration}
@@ -174,7 +171,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     for row in document["rows"]:
         where = "artifact" if row["compiled"] else "simulation"
         lines.append(f"| {row['name']} | {where} | {' | '.join(_cells(row))} |")
-    lines += ["", f"The pipelines, in simulation behind `{document['preparation']}`:", ""]
+    lines += ["", "The pipelines:", ""]
     lines += [f"* {row['name']}: `{row['pipeline']}`" for row in document["rows"]]
     return "\n".join(lines) + "\n"
 
@@ -203,11 +200,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("quality-work"), help="where everything finished is kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument(
+        "--pipeline", action="append", metavar="TEXT", help="a row in simulation, in place of those of the recipe"
+    )
     parser.add_argument("--only", metavar="TEXT", default="", help="the rows whose names hold this text")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        wanted = [row for group in options.groups for row in rows(options.preset, group)]
+        wanted = wanted_rows(options)
         if options.child is not None:
             print(json.dumps(measure_here(wanted[options.child], options)))
             return
@@ -219,12 +219,30 @@ def main() -> None:
     print(markdown(document))
 
 
-def _measure(wanted: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+def wanted_rows(options: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for.
+
+    Raises:
+        LbllmError: a pipeline's text is wrong, or it has no ``ptq``.
+    """
     from lbllm_compile.passes import pipeline
 
+    if options.pipeline:
+        given = {text: pipeline.parse(text) for text in options.pipeline}
+        for text, passes in given.items():
+            if all(item.name != "ptq" for item in passes):
+                raise LbllmError(
+                    f"--pipeline '{text}' has no 'ptq', which a row begins with; write one behind 'observe', as in"
+                    " --pipeline 'canonicalize,annotate,observe,ptq{group=64}'"
+                )
+        return [Row(text, pipeline.render(given[text])) for text in options.pipeline]
+    return [row for group in options.groups for row in rows(options.preset, group)]
+
+
+def _measure(wanted: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
     options.work.mkdir(parents=True, exist_ok=True)
     document = {"model": options.model, "preset": options.preset, "seed": options.seed, "threads": _threads()}
-    document |= {"preparation": pipeline.render(preparation(options.preset)), "rows": []}
+    document["rows"] = []
     for index, row in enumerate(wanted):
         if options.only not in row.name:
             continue

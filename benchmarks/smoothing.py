@@ -21,7 +21,7 @@ from lbllm_compile.passes.base import batches_of
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from torch import Tensor, fx
 
-from . import harness
+from . import calibrated
 
 OPTIONS = (
     (False, 0.0, False),
@@ -41,9 +41,6 @@ KEYS = {
     (True, True): "before rotation, centered",
 }
 
-SEQUENCES, LENGTH = 64, 256
-"""Calibration sequences and their tokens."""
-
 MEAN_SEQUENCES = 8
 """Calibration sequences on which the keys' means in front of the rotary embedding are taken."""
 
@@ -51,10 +48,8 @@ MEAN_SEQUENCES = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
-    parser.add_argument("--model", default="examples/smollm2.py")
-    parser.add_argument("--calibration", help="as of a compile; without it the model writes its own")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--chunks", type=int, default=8)
+    calibrated.add_options(parser)
+    calibrated.add_text_options(parser)
     options = parser.parse_args()
     try:
         measure(options)
@@ -64,37 +59,20 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Prints the table."""
-    from lbllm_compile.passes import pipeline
     from lbllm_compile.passes.activate import insert_quantizers
-    from lbllm_compile.passes.base import PassContext
     from lbllm_compile.passes.smooth import Smooth
 
-    from lbllm_compile import calibration, frontend
-    from lbllm_compile.evaluate import Excerpt
-    from lbllm_compile.report.terminal import make_progress
-    from lbllm_compile.variants import Scorer
-
-    progress = make_progress(harness.CONSOLE)
-    model = frontend.load(options.model)
-    program = frontend.capture(model)
-    data = calibration.collect(
-        model, program, options.calibration, tokens=SEQUENCES * LENGTH, length=LENGTH, progress=progress
-    )
-    context = PassContext(calibration=data.calibration, probe=data.probe, progress=progress)
-    program, _ = pipeline.run(program, pipeline.parse("canonicalize,annotate"), context)
-    excerpt = Excerpt.of(program, options.text, options.seq_len, options.chunks)
-    scorer = Scorer(program, excerpt.pieces, progress)
+    program, context, scorer = calibrated.scored(options)
     formats = {"A4, KV16": (4, 64, 16), "A4, KV4": (4, 64, 4)}
-    print(f"{excerpt.facts}; calibrated on {data.source}\n")
     print(f"| keys | strength | {' | '.join(formats)} |\n|---|---|{'---|' * len(formats)}")
     for centered, strength, unrotated in OPTIONS:
-        item = Smooth(strength=strength, center_keys=centered and not unrotated, sequences=SEQUENCES)
+        item = Smooth(strength=strength, center_keys=centered and not unrotated, sequences=calibrated.SEQUENCES)
         smoothed = item.apply(program, context).program
         cells = []
         for bits, group, kv in formats.values():
             quantized = insert_quantizers(smoothed, bits, group, kv)
             if unrotated:
-                quantize_before_rotation(quantized, data.calibration[0] if centered else None)
+                quantize_before_rotation(quantized, context.calibration[0] if centered else None)
             figures = scorer.score(quantized)
             cells.append("not finite" if figures is None else f"{figures['ppl']:.2f} (KL {figures['kld_mean']:.3f})")
         print(f"| {KEYS[centered, unrotated]} | {strength:g} | {' | '.join(cells)} |", flush=True)

@@ -11,7 +11,7 @@ its ``machine``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,6 +24,8 @@ from .targets import Target, TargetKind, register_kind
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from .sampling import Draw
 
 Array = Any
 """Memory of a machine as a tensor: slices, reshapes, casts and is assigned to as numpy's arrays are, which it is on
@@ -57,8 +59,11 @@ class EntryPoint:
         last: give the logits of the last token only.
         bucket: token bucket whose kernels are called.
         most: tokens of all sequences together that a call takes at most; None for any number.
-        blocks: takes weights and state as blocks, and runs in few launches.
+        blocks: takes weights and state as blocks, and runs in few launches. Either ``batch`` or ``most`` is given.
         joined: kernels take over what is before or behind them: quantizers norms, linears additions.
+        static: no size changes from call to call: the mask has a column for every slot of the KV state, and the number
+            of past tokens is an input, int32 ``[1]``. Where a call has several tokens it is ``[2]``, with the number of
+            the call's last tokens that are none of the padding in front of them.
     """
 
     name: str
@@ -69,6 +74,7 @@ class EntryPoint:
     most: int | None = None
     blocks: bool = False
     joined: bool = True
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,13 @@ class TirKernel:
     Attributes:
         name: its symbol; kernels of one name are the same.
         make: generates it as TIR, which takes a good part of a second.
+        by_expert: the kernel of several matrices, given their shapes and how many rows there are, where it is another
+            one than :func:`.program.experts.by_expert` makes of this one.
     """
 
     name: str
     make: Callable[[], Any]
+    by_expert: Callable[[Sequence[Sequence[int]], int], TirKernel] | None = None
 
     @classmethod
     def made(cls, name: str, function: Any) -> TirKernel:
@@ -93,7 +102,7 @@ class EagerLinear(Protocol):
     """The proven kernels of one :class:`LinearSpec`, called on tensors."""
 
     def pack(self, weight: Any, bias: Tensor | None = None) -> Any:
-        """A weight (``QuantizedWeight``, or int8 rows and their scales) and its bias in the kernels' layout."""
+        """A weight (:data:`.format.Weight`) and its bias in the kernels' layout."""
         ...
 
     def __call__(self, values: Tensor, x_scale: Tensor, packed: Any) -> Tensor:
@@ -104,7 +113,7 @@ class EagerLinear(Protocol):
 class EagerQuantizer(Protocol):
     """The proven kernels of one :class:`QuantizeSpec`, called on tensors."""
 
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, clip: Tensor, *shape: Tensor) -> tuple[Tensor, Tensor]:
         """Values and scales of ``[M, K]``."""
         ...
 
@@ -137,7 +146,7 @@ class QuantizeKernel(EagerQuantizer, Protocol):
     """The proven kernels of one :class:`QuantizeSpec`."""
 
     def tir(self, parallel: bool) -> TirKernel:
-        """The kernel ``(x, clip, [knees,] values, scale)``; ``parallel``: shares its rows out by itself."""
+        """The kernel ``(x, clip, [table's shape,] values, scale)``; ``parallel``: shares its rows out by itself."""
         ...
 
 
@@ -160,6 +169,8 @@ class Kernels(EagerKernels, Protocol):
     def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
         """``(query, key, value, key_codes, key_params, value_codes, value_params, key_mask, out)``.
 
+        That of a static entry point takes the number of past tokens, int32 ``[1]``, behind the mask.
+
         Args:
             spec: the attention.
             queries: tokens of a call where that is known.
@@ -168,7 +179,7 @@ class Kernels(EagerKernels, Protocol):
         ...
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
-        """``(rows, scale, ids, out)``."""
+        """``(rows, scale, ids, out)``; of a table of 4-bit codes ``(codes, levels, scale, ids, out)``."""
         ...
 
     def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
@@ -273,6 +284,89 @@ class Machine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor ``[heads, capacity, ...]`` of the KV state of one sequence.
+
+    Attributes:
+        offset: of its beginning in the state, in bytes a slot.
+        heads: how many.
+        bytes: of a slot of a head.
+    """
+
+    offset: int
+    heads: int
+    bytes: int
+
+
+class DecodedSequence(Protocol):
+    """One sequence in a device's memory, which a program of a static entry point decodes token by token.
+
+    Attributes:
+        capacity: tokens that there is room for.
+        past: tokens decoded so far.
+    """
+
+    capacity: int
+    past: int
+
+    def step(self, token: int | None = None, draw: Draw | None = None) -> None:
+        """Decodes one token, and waits for nothing: this one, or the one that the step before has chosen. Chooses the
+        next one: that of the draw, or of the greatest logit."""
+        ...
+
+    def step_by_launch(self, token: int | None = None, draw: Draw | None = None) -> None:
+        """As :meth:`step`, kernel by kernel."""
+        ...
+
+    def feed(self, tokens: Sequence[int], draw: Draw | None = None) -> None:
+        """Decodes several tokens, and waits for nothing: in parts of many at once where that is worth it. Chooses the
+        token behind the last one as :meth:`step` does."""
+        ...
+
+    def feed_by_launch(self, tokens: Sequence[int], draw: Draw | None = None) -> None:
+        """As :meth:`feed`, kernel by kernel."""
+        ...
+
+    def choice(self) -> tuple[int, float]:
+        """The token that the last step has chosen, and its logit: the one of :func:`.sampling.drawn`, or that of the
+        greatest logit, the first of equal ones. Where a logit is no number, or the greatest is infinite, the token is
+        of such a one whatever was drawn."""
+        ...
+
+    def logits(self) -> np.ndarray:
+        """The last step's logits, float32 ``[V]``; zeros before the first one."""
+        ...
+
+    def state(self) -> bytes:
+        """The whole KV state."""
+        ...
+
+    def rewind(self, past: int) -> None:
+        """Forgets all tokens but the first ones; state of fixed size does not go back."""
+        ...
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more tokens.
+
+        Raises:
+            KernelError: the device has none; then nothing has changed.
+        """
+        ...
+
+
+class SequenceMachine(Protocol):
+    """A program of a static entry point in a device's memory, with its weights."""
+
+    def sequence(self, capacity: int) -> DecodedSequence:
+        """An empty sequence.
+
+        Raises:
+            KernelError: the device has no room for it.
+        """
+        ...
+
+
 class Implementation(Protocol):
     """The kernels of one linear that read one layout of its weights."""
 
@@ -317,6 +411,10 @@ class SearchSpace(Protocol):
         """A schedule, which is a dataclass, from its fields."""
         ...
 
+    def measured_as(self, target: Target, bucket: Bucket) -> Target:
+        """The target that results for so many tokens are stored under: another one where its kernels are the same."""
+        ...
+
 
 def bucket_named(name: str, buckets: Iterable[Bucket]) -> Bucket:
     """The bucket of that name.
@@ -341,13 +439,15 @@ class Backend(Protocol):
 
     Attributes:
         kind: the targets it serves.
-        entry_points: the functions of its programs; of those that take a call, the first is the best for it. Without
-            any, its kernels are compiled for machines elsewhere (:meth:`emit`) and no program runs here.
+        entry_points: the functions of its programs; of those that take a call, the first is the best for it.
+        eager: whether its kernels are called on tensors, too, so that a compile checks itself on them. Those of other
+            backends are compiled for machines elsewhere (:meth:`emit`), and programs of them checked when they load.
         searches: whether it has a :meth:`space` to search schedules in.
     """
 
     kind: TargetKind
     entry_points: Sequence[EntryPoint]
+    eager: bool
     searches: bool
 
     def present(self, target: Target) -> bool:
@@ -420,11 +520,16 @@ class Backend(Protocol):
         """
         ...
 
-    def compile(self, module: Any, target: Target) -> CompiledProgram:
+    def compile(self, module: Any, kernels: Any) -> CompiledProgram:
         """Schedules the loops of a module of :class:`.program.builder.ProgramBuilder`, and compiles all of it.
+
+        Args:
+            module: translated with ``kernels``.
+            kernels: from :meth:`build`.
 
         Raises:
             KernelError: the program cannot be built.
+            UntranslatableError: the module has something that this backend's programs cannot hold.
         """
         ...
 
@@ -432,10 +537,75 @@ class Backend(Protocol):
         """What a stored program depends on besides the model, its schedules and this package's code."""
         ...
 
+    def compiler(self, target: Target) -> str:
+        """What compiles programs, where :meth:`facts` does not say it: those of another one are not taken for its own.
+
+        Raises:
+            KernelError: there is none.
+        """
+        ...
+
     def machine(self, file: Path) -> Machine:
         """Loads what :meth:`CompiledProgram.export` wrote.
 
         Raises:
+            KernelError: it cannot be loaded.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long a token of a model would take on a device that is not here: a prediction, not a measurement.
+
+    Attributes:
+        device: which.
+        seconds: of a token, in all.
+        gaps_s: of these, between launches.
+        limit: what most of the rest waits for, e.g. ``"bandwidth"``.
+    """
+
+    device: str
+    seconds: float
+    gaps_s: float
+    limit: str
+
+
+@runtime_checkable
+class PredictingBackend(Protocol):
+    """A :class:`Backend` that knows how long a token would take on devices that it is for."""
+
+    def predict(
+        self, linears: Mapping[LinearSpec, int], quantizers: Collection[QuantizeSpec], layers: int
+    ) -> Sequence[Prediction]:
+        """How long it would take on each.
+
+        Args:
+            linears: of the model, how many of each there are.
+            quantizers: of their inputs.
+            layers: its decoder layers.
+
+        Raises:
+            KernelError: there is no kernel for one of the linears or quantizers.
+        """
+        ...
+
+
+@runtime_checkable
+class SequenceBackend(Protocol):
+    """A :class:`Backend` whose programs have one static entry point, and decode sequences one by one."""
+
+    def sequences(self, file: Path, weights: Path, state: Sequence[StateTensor], target: Target) -> SequenceMachine:
+        """Loads what :meth:`CompiledProgram.export` wrote, in place of :meth:`Backend.machine`.
+
+        Args:
+            file: the program.
+            weights: the file of its weights.
+            state: the tensors of its KV state.
+            target: the device.
+
+        Raises:
+            TargetError: this machine has no such device.
             KernelError: it cannot be loaded.
         """
         ...
@@ -465,6 +635,27 @@ def backend_named(kind: str) -> Backend:
     if kind not in _BACKENDS:
         raise TargetError(f"no backend serves targets of the kind {kind!r}; register one with register_backend()")
     return _BACKENDS[kind]
+
+
+def predicting(targets: Iterable[Target] | None = None) -> list[PredictingBackend]:
+    """The backends of targets, or of all that are known, that predict."""
+    kinds = [*_BUILT_IN, *_BACKENDS] if targets is None else [target.kind for target in targets]
+    found = (backend_named(kind) for kind in dict.fromkeys(kinds))
+    return [backend for backend in found if isinstance(backend, PredictingBackend)]
+
+
+def predictions(
+    linears: Mapping[LinearSpec, int],
+    quantizers: Collection[QuantizeSpec],
+    layers: int,
+    targets: Iterable[Target] | None = None,
+) -> list[Prediction]:
+    """What the backends of targets, or all that are known, predict of a model: see :class:`PredictingBackend`.
+
+    Raises:
+        KernelError: there is no kernel for one of the linears or quantizers.
+    """
+    return [p for backend in predicting(targets) for p in backend.predict(linears, quantizers, layers)]
 
 
 def backend_of(target: Target) -> Backend:

@@ -10,6 +10,8 @@ as int8 times one fp16 *scale*. An element picks one of the four by two bits (LB
 The index into the sorted levels is the *code* (0..3). All functions accept leading batch dimensions (stacked experts).
 
 Bits are packed along ``K``, eight to a byte, least significant bit first; padding bits of the last byte are zero.
+
+Token embeddings and output heads have int8 rows (:func:`quantize_rows`) or 4-bit codes (:class:`Int4Weight`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +34,9 @@ LEVEL_MAX = 127
 
 SCALE_MIN = 2.0**-24
 """Smallest positive fp16 number: a non-zero group never gets a smaller scale."""
+
+TABLE_LEVELS = 16
+"""Levels that 4-bit codes pick from."""
 
 
 def pack_plane(bits: Tensor) -> Tensor:
@@ -55,9 +61,21 @@ def codes_to_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def planes_to_codes(sign: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
     """Joins packed planes into level codes ``uint8 [..., K]`` (0..3)."""
-    upper = unpack_plane(sign, in_features).to(torch.uint8)
-    inner = unpack_plane(bitmap, in_features)
-    return torch.where(inner, 1 + upper, 3 * upper)
+    codes = _CODES.to(sign.device)[sign.int() | bitmap.int() << 8]
+    return codes.view(torch.uint8)[..., :in_features]
+
+
+def _codes_of_bytes() -> Tensor:
+    """The codes of eight columns as the bytes of one int64, at the sign plane's byte plus 256 times the bitmap's.
+
+    NumPy computes it: torch would start its threads as this is imported, and processes forked from then on would hang.
+    """
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    codes = np.where(bits[:, None], 1 + bits, 3 * bits)
+    return torch.from_numpy(codes.view(np.int64).ravel())
+
+
+_CODES = _codes_of_bytes()
 
 
 def quantize_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,3 +231,88 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = peak / LEVEL_MAX
     safe = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
     return (weight.float() / safe).round().clamp_(-LEVEL_MAX, LEVEL_MAX).to(torch.int8), scale
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Packs 4-bit codes ``uint8 [..., K]`` into ``uint8 [..., ceil(K / 2)]``, the even column in the low bits."""
+    pairs = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of :func:`pack_codes`: ``uint8 [..., ceil(K / 2)]`` to ``uint8 [..., K]``."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :in_features]
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A matrix of 4-bit codes for a token embedding or an output head: ``table[code] * scale``.
+
+    Each code picks one of 16 int8 levels, which all of the matrix shares. They need not be evenly spaced.
+
+    Attributes:
+        packed: ``uint8 [N, ceil(K / 2)]``: two codes a byte, the even column in the low bits, padding zero.
+        table: ``int8 [16]``, ascending.
+        scale: ``float16 [N, G]``, finite; negative where the levels serve the group better mirrored.
+        in_features: ``K``.
+        group: input columns per scale, one of :data:`GROUPS`.
+    """
+
+    packed: Tensor
+    table: Tensor
+    scale: Tensor
+    in_features: int
+    group: int
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[-2]
+
+    def codes(self) -> Tensor:
+        """Codes, ``uint8 [N, K]``."""
+        return unpack_codes(self.packed, self.in_features)
+
+    def integer_levels(self) -> Tensor:
+        """The int8 level of every element, ``int8 [N, K]``."""
+        return self.table[self.codes().int()]
+
+    def dequantize(self) -> Tensor:
+        """The matrix as ``float32 [N, K]``: int8 level times fp16 scale, exact in fp32."""
+        scale = self.scale.float().repeat_interleave(self.group, -1)[..., : self.in_features]
+        return self.integer_levels().float() * scale
+
+    def rows(self, chosen: Tensor | slice) -> Int4Weight:
+        """Some of the rows."""
+        return replace(self, packed=self.packed[chosen], scale=self.scale[chosen])
+
+    def validate(self, name: str = "weight") -> None:
+        """Checks every rule of the format.
+
+        Raises:
+            FormatError: naming ``name`` and the rule that is broken.
+        """
+        if self.group not in GROUPS:
+            raise FormatError(f"{name}: group size {self.group} is not one of {GROUPS}")
+        if self.packed.dim() != 2:
+            raise FormatError(f"{name}.codes has the shape {tuple(self.packed.shape)}, which is no matrix")
+        n, k = self.out_features, self.in_features
+        expected = {
+            "codes": (self.packed, torch.uint8, (n, -(-k // 2))),
+            "table": (self.table, torch.int8, (TABLE_LEVELS,)),
+            "scale": (self.scale, torch.float16, (n, group_count(k, self.group))),
+        }
+        for field, (tensor, dtype, shape) in expected.items():
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise FormatError(
+                    f"{name}.{field} is {tensor.dtype} {tuple(tensor.shape)}, the format needs {dtype} {shape}"
+                )
+        if k % 2 and bool((self.packed[..., -1] >> 4).any()):
+            raise FormatError(f"{name}: the padding code behind column {k} is set")
+        if bool((self.table[1:] < self.table[:-1]).any()):
+            raise FormatError(f"{name}: the levels of the table are not sorted")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise FormatError(f"{name}: a group scale is NaN or infinite")
+
+
+Weight = QuantizedWeight | Int4Weight | tuple[Tensor, Tensor]
+"""A matrix that integer linears multiply: W(1+1), 4-bit, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""

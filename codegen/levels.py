@@ -2,7 +2,13 @@
 
 The format stores four sorted int8 levels and a scale per group, and kernels multiply whatever is stored. A *rule* says
 which sets of four are allowed, by what free parameters stand behind them, and so decides what stage 1 fits, what
-training moves and what a stored weight is held to. :data:`FREE` allows any four. A rule that is linear in its
+training moves and what a stored weight is held to. Three ship:
+
+* :data:`FREE` allows any four;
+* :data:`ADDITIVE` has the sums of two binary planes' scales about an offset, ``m, m + a1, m + a2, m + a1 + a2``;
+* :data:`DUAL` has those without an offset, as in DB-LLM (arXiv 2402.11960).
+
+Levels of the last two are *additive*: ``level_0 + level_3 == level_1 + level_2``. A rule that is linear in its
 parameters, with whole coefficients, is a :class:`LinearRule` and takes nothing but its coefficients; any other derives
 from :class:`LevelRule`.
 
@@ -12,6 +18,7 @@ included, names them as entry points of the group :data:`ENTRY_POINT_GROUP`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -52,6 +59,11 @@ class LevelRule(ABC):
     """
 
     name: str
+
+    @property
+    def additive(self) -> bool:
+        """Whether sorted levels of any parameters have ``level_0 + level_3 == level_1 + level_2``."""
+        return False
 
     @abstractmethod
     def parameters(self, levels: Tensor) -> Tensor:
@@ -134,70 +146,24 @@ class FreeRule(LevelRule):
 
 
 @dataclass(frozen=True)
-class LinearRule(LevelRule):
-    """Levels that are sums of parameters with whole coefficients; so whole parameters make whole levels.
+class WholeRule(LevelRule):
+    """A rule of which whole parameters make whole levels, so that levels are stored by rounding parameters."""
 
-    Attributes:
-        coefficients: one row per level, one column per parameter: ``((1, 0, -1), (1, -1, 0), (1, 1, 0), (1, 0, 1))``
-            are two pairs about a shared offset.
+    @abstractmethod
+    def solve(self, levels: Tensor) -> Tensor:
+        """:meth:`parameters`, in double."""
 
-    Raises:
-        LevelRuleError: there are not four rows alike, columns depend on each other, or sorting loses the rule.
-    """
-
-    coefficients: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        widths = {len(row) for row in self.coefficients}
-        if len(self.coefficients) != LEVELS or len(widths) != 1 or not 1 <= min(widths) <= LEVELS:
-            raise LevelRuleError(
-                f"the level rule '{self.name}' needs {LEVELS} rows of coefficients, each for the same 1 to {LEVELS}"
-                " parameters"
-            )
-        if any(not isinstance(value, int) for row in self.coefficients for value in row):
-            raise LevelRuleError(f"the level rule '{self.name}' has a coefficient that is no whole number")
-        if torch.linalg.matrix_rank(self._matrix) < min(widths):
-            raise LevelRuleError(f"the level rule '{self.name}' has a parameter that the others make superfluous")
-        drawn = torch.randn((_SORTED_SAMPLES, *widths), generator=torch.Generator().manual_seed(0), dtype=torch.double)
-        levels = self.levels(drawn).sort(-1).values
-        if not torch.allclose(self.levels(self._solve(levels)), levels):
-            raise LevelRuleError(
-                f"the level rule '{self.name}' loses its form when its levels are sorted; give it an offset, or"
-                " coefficients whose order does not matter"
-            )
-
-    @cached_property
-    def _matrix(self) -> Tensor:
-        return torch.tensor(self.coefficients, dtype=torch.double)
-
-    @cached_property
-    def _inverse(self) -> Sequence[Sequence[float]]:
-        """The pseudo-inverse ``[P, 4]``."""
-        return torch.linalg.pinv(self._matrix).tolist()
-
-    @cached_property
-    def _slack(self) -> float:
+    @property
+    @abstractmethod
+    def slack(self) -> float:
         """How much further out a level can come to lie when all parameters are rounded."""
-        return 0.5 * float(self._matrix.abs().sum(1).max())
-
-    def _solve(self, levels: Tensor) -> Tensor:
-        """Least-squares parameters, in double. Sums are in one order, so a group's do not depend on its neighbours."""
-        return _combine(levels.double(), self._inverse)
 
     def parameters(self, levels: Tensor) -> Tensor:
-        return self._solve(levels).to(levels.dtype)
-
-    def levels(self, parameters: Tensor) -> Tensor:
-        return _combine(parameters, self.coefficients)
-
-    def refit(self, normal: Tensor, right: Tensor, levels: Tensor) -> Tensor:
-        matrix = self._matrix.to(normal)
-        reduced = matrix.t() @ normal @ matrix
-        return levels + torch.linalg.solve(reduced, right @ matrix) @ matrix.t()
+        return self.solve(levels).to(levels.dtype)
 
     def quantize(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Takes of a few scales the one whose whole parameters come closest: what is stored already stays as it is."""
-        parameters = self._solve(levels)
+        parameters = self.solve(levels)
         exact = self.levels(parameters)
         peak = exact.abs().amax(-1)
         best = torch.zeros_like(exact), torch.full_like(peak, torch.inf, dtype=torch.float16)
@@ -224,14 +190,153 @@ class LinearRule(LevelRule):
         Rounding parameters moves the largest stored level by up to the slack. Where fp16 numbers lie closer than that,
         limits below the largest int8 level cover it; where they lie further apart, the next numbers do.
         """
-        slack = math.ceil(self._slack)
+        slack = math.ceil(self.slack)
         for below in range(2 * slack + 6):
             yield _nearest(peak / (LEVEL_MAX - below)), below > slack + 1
         yield from ((_raised(_nearest(peak / LEVEL_MAX), steps), True) for steps in range(1, slack + 2))
 
     def holds(self, quantized: Tensor) -> Tensor:
-        nearest = self.levels(self._solve(quantized))
+        nearest = self.levels(self.solve(quantized))
         return ((nearest - quantized.double()).abs() < 1e-6).all(-1)
+
+
+@dataclass(frozen=True)
+class LinearRule(WholeRule):
+    """Levels that are sums of parameters with whole coefficients.
+
+    Attributes:
+        coefficients: one row per level, one column per parameter: ``((1, 0, -1), (1, -1, 0), (1, 1, 0), (1, 0, 1))``
+            are two pairs about a shared offset.
+
+    Raises:
+        LevelRuleError: there are not four rows alike, columns depend on each other, or sorting loses the rule.
+    """
+
+    coefficients: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.coefficients}
+        if len(self.coefficients) != LEVELS or len(widths) != 1 or not 1 <= min(widths) <= LEVELS:
+            raise LevelRuleError(
+                f"the level rule '{self.name}' needs {LEVELS} rows of coefficients, each for the same 1 to {LEVELS}"
+                " parameters"
+            )
+        if any(not isinstance(value, int) for row in self.coefficients for value in row):
+            raise LevelRuleError(f"the level rule '{self.name}' has a coefficient that is no whole number")
+        # Whoever imports this may have another default device, even one without values, as transformers has.
+        with torch.device("cpu"):
+            self._check_form(min(widths))
+
+    def _check_form(self, width: int) -> None:
+        if torch.linalg.matrix_rank(self._matrix) < width:
+            raise LevelRuleError(f"the level rule '{self.name}' has a parameter that the others make superfluous")
+        drawn = torch.randn((_SORTED_SAMPLES, width), generator=torch.Generator().manual_seed(0), dtype=torch.double)
+        levels = self.levels(drawn).sort(-1).values
+        if not torch.allclose(self.levels(self.solve(levels)), levels):
+            raise LevelRuleError(
+                f"the level rule '{self.name}' loses its form when its levels are sorted; give it an offset, or"
+                " coefficients whose order does not matter"
+            )
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        return torch.tensor(self.coefficients, dtype=torch.double, device="cpu")
+
+    @cached_property
+    def _inverse(self) -> Sequence[Sequence[float]]:
+        """The pseudo-inverse ``[P, 4]``."""
+        return torch.linalg.pinv(self._matrix).tolist()
+
+    @property
+    def additive(self) -> bool:
+        # Two pairs with the same sum lie about the same middle, one within the other.
+        first, *others = self._matrix
+        return any(bool((first + other == self._matrix.sum(0) / 2).all()) for other in others)
+
+    @property
+    def slack(self) -> float:
+        return 0.5 * float(self._matrix.abs().sum(1).max())
+
+    def solve(self, levels: Tensor) -> Tensor:
+        """Least squares. Sums are in one order, so a group's do not depend on its neighbours."""
+        return _combine(levels.double(), self._inverse)
+
+    def levels(self, parameters: Tensor) -> Tensor:
+        return _combine(parameters, self.coefficients)
+
+    def refit(self, normal: Tensor, right: Tensor, levels: Tensor) -> Tensor:
+        matrix = self._matrix.to(normal)
+        reduced = matrix.t() @ normal @ matrix
+        return levels + torch.linalg.solve(reduced, right @ matrix) @ matrix.t()
+
+
+_ORDERS = (
+    ((0, 0), (1, 0), (0, 1), (1, 1)),
+    ((1, 0), (0, 0), (1, 1), (0, 1)),
+    ((1, 0), (1, 1), (0, 0), (0, 1)),
+    ((1, 1), (1, 0), (0, 1), (0, 0)),
+)
+"""Ascending levels of :class:`DualRule` as sums of its scales, by the place that 0 takes among them."""
+
+
+@dataclass(frozen=True)
+class DualRule(WholeRule):
+    """Two binary planes, each with a scale: the levels are ``0, a1, a2`` and ``a1 + a2``, in ascending order.
+
+    Scales of different signs are DB-LLM's flexible dual binarization (arXiv 2402.11960), whose levels start as ``-s, 0,
+    s, 2s``. Which scale is the larger one is a group's *orientation*: ``-2s, -s, 0, s`` is the other. With scales of
+    one sign all levels are on one side of 0.
+    """
+
+    name: str = "dual"
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    @property
+    def slack(self) -> float:
+        return 1.0
+
+    def solve(self, levels: Tensor) -> Tensor:
+        wanted = levels.double()
+        best = torch.zeros_like(wanted[..., :2])
+        least = torch.full_like(wanted[..., 0], torch.inf)
+        for inverse in _dual_inverses():
+            found = _combine(wanted, inverse)
+            error = (self.levels(found) - wanted).square().sum(-1)
+            # Errors of levels that follow the rule are rounding alone; of several orders the first then stays.
+            better = error < least
+            best, least = torch.where(better.unsqueeze(-1), found, best), torch.where(better, error, least)
+        return torch.where(torch.isinf(least).unsqueeze(-1), torch.nan, best)
+
+    def levels(self, parameters: Tensor) -> Tensor:
+        first, second = parameters.unbind(-1)
+        lowest = first.clamp(max=0) + second.clamp(max=0)
+        highest = first.clamp(min=0) + second.clamp(min=0)
+        inner = torch.minimum(first.abs(), second.abs()), torch.maximum(first.abs(), second.abs())
+        return torch.stack([lowest, *(lowest + width for width in inner), highest], -1)
+
+    def refit(self, normal: Tensor, right: Tensor, levels: Tensor) -> Tensor:
+        """Takes of the orders of 0 and the sums the best one whose levels ascend; ``levels`` where there is none."""
+        normal, base = normal.double(), levels.double()
+        target = right.double() + (normal @ base.unsqueeze(-1)).squeeze(-1)
+        best, least = base, torch.zeros_like(base[:, 0])
+        for order in _ORDERS:
+            matrix = torch.tensor(order, dtype=torch.double, device=normal.device)
+            reduced = matrix.t() @ normal @ matrix
+            found = torch.linalg.solve(reduced, target @ matrix) @ matrix.t()
+            moved = found - base
+            cost = ((normal @ moved.unsqueeze(-1)).squeeze(-1) * moved - 2 * right * moved).sum(-1)
+            better = (cost < least) & (found.diff(dim=-1) >= 0).all(-1)
+            best, least = torch.where(better.unsqueeze(-1), found, best), torch.where(better, cost, least)
+        return best.to(levels.dtype)
+
+
+@functools.cache
+def _dual_inverses() -> Sequence[Sequence[Sequence[float]]]:
+    """The pseudo-inverse ``[2, 4]`` of each of the orders."""
+    return [torch.linalg.pinv(torch.tensor(order, dtype=torch.double, device="cpu")).tolist() for order in _ORDERS]
 
 
 def _combine(values: Tensor, rows: Sequence[Sequence[float]]) -> Tensor:
@@ -260,7 +365,13 @@ def _raised(scale: Tensor, steps: int) -> Tensor:
 FREE = FreeRule()
 """Four levels, each for itself: the rule where no other is named."""
 
-_REGISTERED: dict[str, LevelRule] = {FREE.name: FREE}
+ADDITIVE = LinearRule("additive", ((1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)))
+"""``m, m + a1, m + a2, m + a1 + a2``: two binary planes with a scale each, about an offset."""
+
+DUAL = DualRule()
+"""``0, a1, a2, a1 + a2``: the same without an offset."""
+
+_REGISTERED: dict[str, LevelRule] = {rule.name: rule for rule in (FREE, ADDITIVE, DUAL)}
 
 
 def register(rule: LevelRule) -> LevelRule:
@@ -275,7 +386,7 @@ def register(rule: LevelRule) -> LevelRule:
 
 
 def names() -> list[str]:
-    """Every rule that a scheme may name, the built-in one first."""
+    """Every rule that a scheme may name, the built-in ones first."""
     points = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
     return list(dict.fromkeys(itertools.chain(_REGISTERED, sorted(points))))
 

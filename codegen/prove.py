@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .errors import DisprovedError
-from .format import QuantizedWeight, codes_to_planes
+from .format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight, codes_to_planes, pack_codes
 from .spec import LinearSpec, QuantizeSpec
 
 TOKENS = 37
@@ -24,8 +24,6 @@ TOKENS = 37
 
 DISTINCT_ROWS = 509
 """Most different rows of a proof's weight: a prime, so that no tile size divides the distance of equal rows."""
-
-Weight = QuantizedWeight | tuple[Tensor, Tensor]
 
 
 def agree(actual: Tensor, expected: Tensor) -> bool:
@@ -91,7 +89,27 @@ def _bit_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> 
         codes[0::3], codes[1::3] = 0, 3
         levels[..., 0], levels[..., 3] = -128, 127
         scale = _mixture((n, groups), (0.0, 2.0**-24, 1.0, 65504.0), generator).half()
+    if spec.additive:
+        levels[..., 1:3] = torch.stack(_additive_pair(*levels.int().unbind(-1)), -1).to(torch.int8)
     return QuantizedWeight(*codes_to_planes(codes), levels, scale, k, spec.group)
+
+
+def _additive_pair(low: Tensor, first: Tensor, _: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner levels, lower and upper, that make sorted levels additive; one of the four stays."""
+    other = low + high - first
+    return torch.minimum(first, other), torch.maximum(first, other)
+
+
+def _int4_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> Int4Weight:
+    n, k, groups = min(spec.out_features, DISTINCT_ROWS), spec.in_features, spec.groups
+    codes = torch.randint(TABLE_LEVELS, (n, k), generator=generator, dtype=torch.uint8)
+    table = torch.randint(-127, 128, (TABLE_LEVELS,), generator=generator).sort().values.to(torch.int8)
+    scale = (torch.rand(n, groups, generator=generator) - 0.5).half() * 0.01
+    if extreme:
+        codes[0::3], codes[1::3] = 0, TABLE_LEVELS - 1
+        table[0], table[-1] = -128, 127
+        scale = _mixture((n, groups), (0.0, 2.0**-24, -1.0, 65504.0), generator).half()
+    return Int4Weight(pack_codes(codes), table, scale, k, spec.group)
 
 
 def _int8_weight(spec: LinearSpec, extreme: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,14 +126,12 @@ def _take_rows(weight: Weight, rows: Tensor) -> Weight:
     if isinstance(weight, QuantizedWeight):
         sign, bitmap = weight.sign[rows], weight.bitmap[rows]
         return QuantizedWeight(sign, bitmap, weight.levels[rows], weight.scale[rows], weight.in_features, weight.group)
+    if isinstance(weight, Int4Weight):
+        return weight.rows(rows)
     return weight[0][rows], weight[1][rows]
 
 
-def _expected(spec: LinearSpec, values: Tensor, x_scale: Tensor, weight: Weight) -> Tensor:
-    """The reference without bias."""
-    if isinstance(weight, QuantizedWeight):
-        return reference.bit_linear(values, x_scale, weight)
-    return reference.int8_linear(values, x_scale, *weight, None, spec.group)
+_WEIGHTS = {"bit": _bit_weight, "int4": _int4_weight, "int8": _int8_weight}
 
 
 def linear_cases(spec: LinearSpec, seed: int = 0) -> list[LinearCase]:
@@ -127,10 +143,9 @@ def linear_cases(spec: LinearSpec, seed: int = 0) -> list[LinearCase]:
         x_scale = torch.rand(TOKENS, spec.x_scales, generator=generator) + 1e-3
         if extreme:
             x_scale = _mixture((TOKENS, spec.x_scales), (0.0, 1e-30 / 15, 1.0, 1e30), generator)
-        make = _bit_weight if spec.kind == "bit" else _int8_weight
-        distinct: Weight = make(spec, extreme, generator)
+        distinct: Weight = _WEIGHTS[spec.kind](spec, extreme, generator)
         rows = torch.arange(spec.out_features) % DISTINCT_ROWS
-        expected = _expected(spec, values, x_scale, distinct)[:, rows]
+        expected = reference.linear(values, x_scale, distinct, None, spec.group)[:, rows]
         bias = torch.randn(spec.out_features, generator=generator) if spec.bias else None
         if bias is not None:
             expected = expected + bias
@@ -161,31 +176,34 @@ def linear_failure(call: Callable[..., object], packed: Tensor, case: LinearCase
 def quantizer_inputs(spec: QuantizeSpec, seed: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """Inputs ``(x [TOKENS, K], clip [2])`` a quantizer must agree on: ordinary, huge, tiny, constant and one-sided.
 
-    With knees the third is ``knees [2]``.
+    With knees the third is ``knees [2]``, with planes ``plane_scales [4]``.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, spec.in_features, generator=generator)
     x[1], x[2], x[3], x[4] = 0.0, x[2].abs(), -x[3].abs(), 1.0
     x[5] = x[5].round()
     x[6, ::29] *= 100.0
-    for factor, clip, knees in (
-        (1.0, (1.0, 1.0), (0.3, 0.3)),
-        (1.0, (0.9, 0.3), (0.05, 0.9)),
-        (1e37, (1.0, 1.0), (0.999, 0.01)),
-        (1e-32, (0.7, 1.0), (0.5, 0.25)),
-        (1e-40, (1.0, 1.0), (0.2, 0.2)),
+    for factor, clip, knees, plane_scales in (
+        (1.0, (1.0, 1.0), (0.3, 0.3), reference.UNIFORM_PLANES),
+        (1.0, (0.9, 0.3), (0.05, 0.9), (0.9, 1.7, 3.1, 7.3)),
+        (1e37, (1.0, 1.0), (0.999, 0.01), (1.3, 2.1, 4.7, 16.0)),
+        (1e-32, (0.7, 1.0), (0.5, 0.25), (0.1, 0.1, 0.2, 0.4)),
+        (1e-40, (1.0, 1.0), (0.2, 0.2), reference.UNIFORM_PLANES),
     ):
         inputs = x * factor, torch.tensor(clip)
-        yield (*inputs, torch.tensor(knees)) if spec.knees else inputs
+        yield (*inputs, torch.tensor(knees if spec.knees else plane_scales)) if spec.tabled else inputs
 
 
-def quantized(spec: QuantizeSpec, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
-    """What a quantizer must give for one of its inputs."""
-    return reference.quantize_activation(x, clip, spec.bits, spec.group, *knees)
+def quantized(spec: QuantizeSpec, x: Tensor, clip: Tensor, *shape: Tensor) -> tuple[Tensor, Tensor]:
+    """What a quantizer must give for one of its inputs; ``shape`` is what shapes its table, if it has one."""
+    if spec.planes:
+        return reference.quantize_activation(x, clip, spec.bits, spec.group, None, *shape)
+    return reference.quantize_activation(x, clip, spec.bits, spec.group, *shape)
 
 
 def quantizer_failure(call: Callable[..., None], spec: QuantizeSpec, counts: list[int]) -> str | None:
-    """What a quantizer gets wrong, or None. ``call(x, clip, values, scale)`` runs it, with knees behind ``clip``."""
+    """What a quantizer gets wrong, or None. ``call(x, clip, values, scale)`` runs it, with what shapes a table behind
+    ``clip``."""
     for x, *factors in quantizer_inputs(spec):
         values, scale = quantized(spec, x, *factors)
         for m in counts:

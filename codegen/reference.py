@@ -9,8 +9,8 @@ quantized dynamically to *values* (small signed integers) times one fp32 *scale*
   kernels rely on it.
 * 8 and 16 bit, symmetric: ``peak = max(hi, -lo)``, ``scale = max(peak, 1e-30) / q`` with ``q = 127`` or ``32767``,
   ``value = clamp(round(x / scale), -q, q)``.
-* 4 bit with *knees*: ``scale`` as for 8 bits, and a code picks one of 16 int8 values of the group's own *table*
-  (:func:`knee_table`); ``value`` is the entry next to ``x``.
+* 4 bit with *knees* or *plane scales*: ``scale`` as for 8 bits, and a code picks one of 16 int8 values of the group's
+  own *table* (:func:`knee_table`, :func:`plane_table`); ``value`` is the entry next to ``x``.
 
 All divisions are fp32 IEEE divisions, rounding is half to even, and no multiply and add are contracted. The sum that
 rounds stays in fp32 until it is clamped, so that large quotients saturate. Inputs must be finite: for NaN or infinite
@@ -23,6 +23,7 @@ one correctly rounded fp32 fused multiply-add per group, so every kernel that ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import FormatError
-from .format import QuantizedWeight
+from .format import Int4Weight, QuantizedWeight, Weight
 from .sizes import group_count
 
 RANGE_MAX = 1.5e38
@@ -49,8 +50,17 @@ CORE_CODES = 8
 TAIL_CODES = 4
 """Codes beyond each knee."""
 
+PLANES = 4
+"""Binary planes that a 4-bit code is made of."""
+
+UNIFORM_PLANES = (1.0, 2.0, 4.0, 8.0)
+"""Plane scales with which codes are evenly spaced."""
+
+PLANE_SCALE_MAX = 16.0
+"""Largest scale of a plane: twice what the largest one has where codes are evenly spaced."""
+
 _HEAD_ROWS = 4096
-"""Rows of an int8 matrix that are multiplied at a time: in float64 a vocabulary of them is larger than a layer."""
+"""Rows of a head that are multiplied at a time: in float64 a vocabulary of them is larger than a layer."""
 
 
 def value_dtype(bits: int) -> torch.dtype:
@@ -72,13 +82,13 @@ def clipped_range(grouped: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class KneeTable:
-    """What the codes of one group mean with knees.
+class CodeTable:
+    """What the codes of one group mean with knees or plane scales.
 
     Attributes:
         values: float32 ``[..., 16]``, ascending integers in [-127, 127].
         scale: float32 ``[...]``: what they are multiples of.
-        zero: float32 ``[...]``: place of zero among the core's eight codes, an integer from 0 to 7.
+        zero: float32 ``[...]``: the code of zero, an integer; with knees its place among the core's eight codes.
     """
 
     values: Tensor
@@ -91,7 +101,7 @@ class KneeTable:
         return (self.values[..., 1:] + self.values[..., :-1]) * 0.5 * self.scale.unsqueeze(-1)
 
 
-def knee_table(high: Tensor, low: Tensor, knees: Tensor) -> KneeTable:
+def knee_table(high: Tensor, low: Tensor, knees: Tensor) -> CodeTable:
     """The tables of groups with the ranges ``low <= 0 <= high [...]``.
 
     LBLLM (arXiv 2604.19167, equation 2) cuts a token's range at two learned knees into a negative tail, a core and a
@@ -127,16 +137,53 @@ def knee_table(high: Tensor, low: Tensor, knees: Tensor) -> KneeTable:
     outward = torch.arange(1, TAIL_CODES + 1, dtype=torch.float32, device=high.device)
     above = (core[..., -1:] * (TAIL_CODES - outward) + top * outward) / TAIL_CODES
     below = (core[..., :1] * (TAIL_CODES - outward) + bottom * outward) / TAIL_CODES
-    return KneeTable(torch.cat([below.round().flip(-1), core, above.round()], -1), scale, zero)
+    return CodeTable(torch.cat([below.round().flip(-1), core, above.round()], -1), scale, zero)
 
 
-def knee_codes(grouped: Tensor, table: KneeTable) -> Tensor:
+def plane_places(plane_scales: Tensor) -> Tensor:
+    """Where codes 0 to 15 lie, in steps: sums of the scales ``[4]`` of the planes in which a code has a one, the lowest
+    plane's first; float32 ``[16]``."""
+    codes = torch.arange(1 << PLANES, device=plane_scales.device)
+    places = torch.zeros(len(codes), device=plane_scales.device)
+    for plane in range(PLANES):
+        places = torch.where((codes >> plane & 1) == 1, places + plane_scales[plane], places)
+    return places
+
+
+def plane_table(high: Tensor, low: Tensor, plane_scales: Tensor) -> CodeTable:
+    """The tables of groups with the ranges ``low <= 0 <= high [...]``.
+
+    A 4-bit code is four binary planes, ``q = q_0 + 2 q_1 + 4 q_2 + 8 q_3``. BWA (ACL 2025 Findings 459, arXiv
+    2504.05352) replaces 1, 2, 4 and 8 by fitted scales. Its full text was not at hand: that all tokens share the
+    scales, that zero stays a code and that ``x`` has the code of the entry next to it is ours. Positions are integers
+    times the 8-bit scale, as with knees. In fp32, with ``top = high / scale`` and ``bottom = low / scale``::
+
+        step     = max(top - bottom, 1e-30) / 15
+        zero     = clamp(round(-bottom / step), 0, 15)
+        place[q] = sum of plane_scales[b] over the planes b in which q has a one, from b = 0 on
+        value[q] = clamp(round((place[q] - place[zero]) * step), -127, 127)
+
+    Args:
+        high, low: float32 ``[...]``, as :func:`clipped_range` gives them.
+        plane_scales: float32 ``[4]``, each positive and at least the sum of those before it, so that values ascend;
+            ``UNIFORM_PLANES`` are evenly spaced codes.
+    """
+    scale = torch.maximum(high, -low).clamp_min(RANGE_MIN) / INT8_MAX
+    top, bottom = high / scale, low / scale
+    step = (top - bottom).clamp_min(RANGE_MIN) / INT4_MAX
+    zero = (-bottom / step).round().clamp(0, INT4_MAX)
+    places = plane_places(plane_scales)
+    offset = places[zero.long()].unsqueeze(-1)
+    return CodeTable(((places - offset) * step.unsqueeze(-1)).round().clamp(-INT8_MAX, INT8_MAX), scale, zero)
+
+
+def table_codes(grouped: Tensor, table: CodeTable) -> Tensor:
     """Codes 0 to 15 of ``grouped [..., G, group]``, int64."""
     return torch.searchsorted(table.thresholds.contiguous(), grouped.contiguous())
 
 
 def quantize_activation(
-    x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None
+    x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None, plane_scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Quantizes ``x [..., K]`` (fp32) per token and group (see the module docstring).
 
@@ -146,21 +193,29 @@ def quantize_activation(
         bits: 4, 8 or 16.
         group: channels per scale; 0 means one scale for the whole token.
         knees: float32 ``[2]``, for 4 bits alone: see :func:`knee_table`.
+        plane_scales: float32 ``[4]``, for 4 bits without knees alone: see :func:`plane_table`.
 
     Returns:
         ``(values, scale)``: int8 (int16 for 16 bits) ``[..., K]`` and float32 ``[..., G]``.
 
     Raises:
-        FormatError: knees with other than 4 bits.
+        FormatError: knees or plane scales with other than 4 bits, or both.
     """
     k = x.shape[-1]
     grouped = in_groups(x.float(), group or k)
     high, low = clipped_range(grouped, clip)
+    table = None
     if knees is not None:
-        if bits != 4:
-            raise FormatError(f"{bits}-bit activations have no knees; only those of 4 bits do")
         table = knee_table(high, low, knees)
-        values, scale = table.values.gather(-1, knee_codes(grouped, table)), table.scale
+    elif plane_scales is not None:
+        table = plane_table(high, low, plane_scales)
+    if table is not None:
+        if bits != 4:
+            name = "plane scales" if knees is None else "knees"
+            raise FormatError(f"{bits}-bit activations have no {name}; only those of 4 bits do")
+        if knees is not None and plane_scales is not None:
+            raise FormatError("4-bit activations have knees or plane scales, not both")
+        values, scale = table.values.gather(-1, table_codes(grouped, table)), table.scale
     elif bits == 4:
         scale = (high - low).clamp_min(RANGE_MIN) / INT4_MAX
         zero = (-low / scale).round().clamp(0, INT4_MAX).unsqueeze(-1)
@@ -187,12 +242,11 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
     back = total - product
-    error = (product - (total - back)) + (addend - back)
+    # No number where an operand is infinite or no number itself, and then there is nothing to round.
+    error = (product - (total - back) + (addend - back)).nan_to_num_(0.0)
     bits = total.view(torch.int64)
-    inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
-    away = (error > 0) == (total > 0)
-    odd = torch.where(away, bits + 1, bits - 1)
-    return torch.where(inexact_even, odd, bits).view(torch.float64).float()
+    outwards = (error.sign_() * total.sign()).to(torch.int64)
+    return (bits + outwards * (1 - (bits & 1))).view(torch.float64).float()
 
 
 def _scaled_group_sum(accumulators: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,6 +275,26 @@ def bit_linear(values: Tensor, x_scale: Tensor, weight: QuantizedWeight, bias: T
     return out.reshape(*values.shape[:-1], weight.out_features)
 
 
+def _by_rows(
+    values: Tensor,
+    x_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    count: int,
+    some: Callable[[slice], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """A product with a matrix of ``count`` rows, of which ``some`` gives a part and its scales ``[N, G or 1]``."""
+    k = values.shape[-1]
+    flat, x_scale = values.reshape(-1, k), x_scale.reshape(-1, x_scale.shape[-1])
+    parts = []
+    for start in range(0, count, _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        integers, w_scale = some(rows)
+        accumulators = _integer_accumulators(flat, integers, group or k)
+        parts.append(_scaled_group_sum(accumulators, x_scale, w_scale, None if bias is None else bias[rows]))
+    return torch.cat(parts, -1).reshape(*values.shape[:-1], count)
+
+
 def int8_linear(
     values: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, group: int
 ) -> Tensor:
@@ -228,14 +302,26 @@ def int8_linear(
 
     ``group`` is the activations' (0: the whole token is one group); the weight has one fp32 scale a row.
     """
-    k = values.shape[-1]
-    parts = []
-    for start in range(0, weight.shape[0], _HEAD_ROWS):
-        rows = slice(start, start + _HEAD_ROWS)
-        accumulators = _integer_accumulators(values.reshape(-1, k), weight[rows], group or k)
-        part = None if bias is None else bias[rows]
-        parts.append(_scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), w_scale[rows, None], part))
-    return torch.cat(parts, -1).reshape(*values.shape[:-1], weight.shape[0])
+    return _by_rows(values, x_scale, group, bias, weight.shape[0], lambda rows: (weight[rows], w_scale[rows, None]))
+
+
+def int4_linear(values: Tensor, x_scale: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+    """``[..., K]`` quantized activations times a matrix of 4-bit codes, float32 ``[..., N]``."""
+
+    def some(rows: slice) -> tuple[Tensor, Tensor]:
+        part = weight.rows(rows)
+        return part.integer_levels(), part.scale
+
+    return _by_rows(values, x_scale, weight.group, bias, weight.out_features, some)
+
+
+def linear(values: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None, group: int) -> Tensor:
+    """``[..., K]`` quantized activations times a matrix of any kind; ``group`` is that of the linear."""
+    if isinstance(weight, QuantizedWeight):
+        return bit_linear(values, x_scale, weight, bias)
+    if isinstance(weight, Int4Weight):
+        return int4_linear(values, x_scale, weight, bias)
+    return int8_linear(values, x_scale, *weight, bias, group)
 
 
 def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,15 @@ ALIGNMENT = 64
 CAPACITY_MULTIPLE = 16
 """Capacities of KV caches are multiples of this: attention kernels read blocks of keys whole."""
 
-BATCH, LENGTH, TOTAL, CAPACITY = "batch", "length", "total", "capacity"
-"""Names of sizes that inputs choose: sequences, new tokens, past and new tokens, slots of the KV state."""
+BATCH, LENGTH, TOTAL, CAPACITY, ROWS = "batch", "length", "total", "capacity", "rows"
+"""Names of sizes that inputs choose: sequences, new tokens, past and new tokens, slots of the KV state, sequences that
+this has room for."""
+
+WEIGHTS, STATE, FIXED_STATE = "weights", "state", "fixed_state"
+"""Names of a program's blocks of bytes: weights, KV state and, where it has some, state of fixed size."""
+
+PAST = "past"
+"""The input of a lowered graph that is the number of past tokens."""
 
 MIN_CAPACITY = 64
 """Tokens that a fresh KV cache has room for at least."""
@@ -36,3 +43,23 @@ MOST_ELEMENTS = 2**31 - 1
 def group_count(in_features: int, group: int) -> int:
     """Number of groups along ``K``, the short tail included."""
     return -(-in_features // group)
+
+
+def matrix_bytes(out_features: int, in_features: int, group: int) -> int:
+    """Bytes of a W(1+1) matrix as stored: two planes, four int8 levels and an fp16 scale a group, padding included."""
+    return out_features * (2 * -(-in_features // 8) + 6 * group_count(in_features, group))
+
+
+def int8_bytes(out_features: int, in_features: int) -> int:
+    """Bytes of int8 rows as stored, with an fp32 scale each."""
+    return out_features * (in_features + 4)
+
+
+def int4_bytes(out_features: int, in_features: int, group: int) -> int:
+    """Bytes of a 4-bit matrix as stored: two codes a byte, an fp16 scale a group, and 16 int8 levels."""
+    return out_features * (-(-in_features // 2) + 2 * group_count(in_features, group)) + 16
+
+
+def capacity_for(tokens: int) -> int:
+    """Slots of a KV cache that is to have room for so many tokens."""
+    return -(-max(tokens, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE

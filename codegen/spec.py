@@ -3,48 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import KernelError
 from .sizes import ACTIVATION_BITS, GROUPS, KV_BITS, group_count
 
+KINDS = ("bit", "int4", "int8")
+"""Kinds of linears."""
+
+
+def weights_in_words(kind: str, group: int) -> str:
+    """The weights of a kind of linear, e.g. ``W(1+1) g64``."""
+    return {"bit": f"W(1+1) g{group}", "int4": f"int4 g{group}", "int8": "int8"}[kind]
+
 
 @dataclass(frozen=True, order=True)
 class LinearSpec:
-    """One ``bit_linear`` or ``int8_linear``: ``[M, in_features]`` quantized values to float32 ``[M, out_features]``.
+    """One ``bit_linear``, ``int4_linear`` or ``int8_linear``: ``[M, in_features]`` quantized values to float32
+    ``[M, out_features]``.
 
     Attributes:
-        kind: ``"bit"`` (W(1+1) weights) or ``"int8"`` (int8 weights with one fp32 scale a row).
+        kind: ``"bit"`` (W(1+1) weights), ``"int4"`` (4-bit codes of a table, with one fp16 scale a group) or ``"int8"``
+            (int8 weights with one fp32 scale a row).
         out_features: ``N``.
         in_features: ``K``.
-        group: inputs per integer accumulator. For ``"bit"`` the weight's group; for ``"int8"`` the activations' group,
-            0 when the whole token is one.
-        act_bits: of the values: 4, 8 or 16; 8 where 4-bit activations have knees.
+        group: inputs per integer accumulator. For ``"int8"`` the activations' group, 0 when the whole token is one; for
+            the other kinds the weight's.
+        act_bits: of the values: 4, 8 or 16; 8 where 4-bit codes index a table.
         per_token: one activation scale a token (``x_scale`` has one column) instead of one per group.
         bias: a float32 bias ``[N]`` is added last.
+        additive: of ``"bit"`` weights with 4-bit values, of which kernels may use it: every group's levels are additive
+            (:mod:`.levels`).
 
     Raises:
         KernelError: a field is outside what the operators define.
     """
 
-    kind: Literal["bit", "int8"]
+    kind: Literal["bit", "int4", "int8"]
     out_features: int
     in_features: int
     group: int
     act_bits: int = 4
     per_token: bool = False
     bias: bool = False
+    additive: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bit", "int8"):
-            raise KernelError(f"a linear of kind {self.kind!r} does not exist; use 'bit' or 'int8'")
+        if self.kind not in KINDS:
+            raise KernelError(f"a linear of kind {self.kind!r} does not exist; use {', '.join(map(repr, KINDS))}")
         if self.out_features < 1 or self.in_features < 1:
             raise KernelError(f"a {self.out_features}x{self.in_features} linear is empty")
         if self.group not in GROUPS and not (self.kind == "int8" and self.group == 0):
             raise KernelError(f"group size {self.group} is not one of {GROUPS}")
         if self.act_bits not in ACTIVATION_BITS:
             raise KernelError(f"{self.act_bits}-bit activations do not exist; use one of {ACTIVATION_BITS}")
+        if self.additive and (self.kind != "bit" or self.act_bits != 4):
+            raise KernelError("additive levels are told apart only where W(1+1) weights meet 4-bit values")
 
     @property
     def groups(self) -> int:
@@ -56,6 +72,21 @@ class LinearSpec:
         """Columns of ``x_scale``."""
         return 1 if self.per_token else self.groups
 
+    @property
+    def weights(self) -> str:
+        """Its weights in words, e.g. ``W(1+1) g64``."""
+        return weights_in_words(self.kind, self.group)
+
+    @property
+    def marks(self) -> str:
+        """What names of its kernels say of the levels and the bias."""
+        return ("_additive" if self.additive else "") + ("_bias" if self.bias else "")
+
+
+def complete(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`LinearSpec` in JSON, also of one written before additive levels were told apart."""
+    return {"additive": False, **fields}
+
 
 @dataclass(frozen=True, order=True)
 class QuantizeSpec:
@@ -65,7 +96,8 @@ class QuantizeSpec:
         in_features: ``K``.
         group: channels per scale, 0 for one scale a token.
         bits: 4, 8 or 16.
-        knees: 4-bit codes index a table of 8-bit values.
+        knees: 4-bit codes index a table of 8-bit values that two knees shape.
+        planes: likewise, a table that the scales of four binary planes shape.
 
     Raises:
         KernelError: a field is outside what the operator defines.
@@ -75,6 +107,7 @@ class QuantizeSpec:
     group: int
     bits: int = 4
     knees: bool = False
+    planes: bool = False
 
     def __post_init__(self) -> None:
         if self.in_features < 1:
@@ -85,11 +118,18 @@ class QuantizeSpec:
             raise KernelError(f"{self.bits}-bit activations do not exist; use one of {ACTIVATION_BITS}")
         if self.knees and self.bits != 4:
             raise KernelError(f"{self.bits}-bit activations have no knees; only those of 4 bits do")
+        if self.planes and (self.bits != 4 or self.knees):
+            raise KernelError("only 4-bit activations without knees have plane scales")
+
+    @property
+    def tabled(self) -> bool:
+        """Whether codes index a table."""
+        return self.knees or self.planes
 
     @property
     def value_bits(self) -> int:
         """Bits of the values, which a linear multiplies."""
-        return 8 if self.knees else self.bits
+        return 8 if self.tabled else self.bits
 
     @property
     def scales(self) -> int:
@@ -172,7 +212,18 @@ class ConvolutionSpec:
 
 @dataclass(frozen=True, order=True)
 class EmbeddingSpec:
-    """One ``int8_embedding``: a table of ``rows`` rows with ``columns`` int8 columns and an fp32 scale a row."""
+    """One ``int8_embedding`` or ``int4_embedding``: a table of ``rows`` rows with ``columns`` columns.
+
+    Attributes:
+        rows: of the table.
+        columns: int8 ones with an fp32 scale a row, or 4-bit codes.
+        group: columns per fp16 scale of 4-bit codes; 0 for int8 columns.
+    """
 
     rows: int
     columns: int
+    group: int = 0
+
+    def __str__(self) -> str:
+        """For names of kernels."""
+        return f"{self.rows}x{self.columns}" + (f"_int4_g{self.group}" if self.group else "")

@@ -21,9 +21,11 @@ from typing import Any
 from torch import Tensor
 
 from .errors import KernelError
+from .targets import host
 from .threads import thread_count
 
 os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
+host.grants_tiles()  # whatever kernels run in this process may use them
 
 try:
     import tvm
@@ -288,7 +290,7 @@ def cuda_source(function: PrimFunc, name: str, arch: str) -> str:
     Args:
         function: launches one kernel.
         name: the kernel's symbol becomes ``<name>_kernel``.
-        arch: e.g. ``"sm_90"``.
+        arch: e.g. ``"sm_90"``; the text for a virtual one, e.g. ``"compute_90"``, is the same.
 
     Returns:
         The kernel, from ``extern "C" __global__`` on, without TVM's preamble of headers (these kernels need none).
@@ -296,7 +298,7 @@ def cuda_source(function: PrimFunc, name: str, arch: str) -> str:
     Raises:
         KernelError: TVM rejects the function.
     """
-    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "llvm"})
+    target = tvm.target.Target({"kind": "cuda", "arch": arch.replace("compute_", "sm_")}, host={"kind": "llvm"})
     previous = tvm_ffi.get_global_func(_CUDA_COMPILER, allow_missing=True)
     try:
         module = tvm.IRModule({name: function.with_attr("global_symbol", name)})

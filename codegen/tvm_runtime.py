@@ -23,9 +23,11 @@ import numpy as np
 
 from .cache import cache_directory, known_sha256, write_atomically
 from .errors import KernelError
+from .targets import host
 from .threads import thread_count
 
 os.environ.setdefault("TVM_NUM_THREADS", str(thread_count()))
+host.grants_tiles()  # whatever kernels run in this process may use them
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
 """Numbers of the virtual machine's own interface: the device type, and an allocator that keeps what it has freed."""

@@ -30,6 +30,7 @@ from lbllm_compile.passes.activate import Activate
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.distill import Distill
 from lbllm_compile.passes.finetune import Finetune
+from lbllm_compile.passes.outliers import Outliers
 from lbllm_compile.passes.ptq import Ptq
 from lbllm_compile.report import terminal
 from lbllm_compile.variants import Measured, Study
@@ -119,7 +120,8 @@ def comparisons(parts: Parts) -> list[Comparison]:
         "EM": dataclasses.replace(ptq, init="em", compensate=False),
         "EM+GPTQ": dataclasses.replace(ptq, init="em", compensate=True),
     }
-    bits = f"A{quantize.bits}"
+    # A16 is the name of activations that are not quantized at all.
+    bits = "int16" if quantize.bits == 16 else f"A{quantize.bits}"
     first = starts["EM+GPTQ"]
     trained = (first, distill)
 
@@ -132,9 +134,22 @@ def comparisons(parts: Parts) -> list[Comparison]:
         f"{bits}, group scales, clip": scaled(activate, ptq.group),
         f"{bits}, token scales": scaled(quantize, 0),
         f"{bits}, token scales, clip": scaled(activate, 0),
-        f"{bits}, token scales, knees": scaled(activate, 0, "knees"),
     }
+    if quantize.bits == 4:  # others have none
+        ranges[f"{bits}, token scales, knees"] = scaled(activate, 0, "knees")
+    plain = dataclasses.replace(first, outliers=False)
+    outliers = Comparison(
+        "outliers",
+        "the loudest channels of inputs",
+        {
+            f"{name}, {level}": (item, *tail)
+            for name, item in (("as all others", plain), ("8 bits", first))
+            for level, tail in (("A16", ()), (bits, (quantize,)))
+        },
+    )
+    moved = any(isinstance(item, Outliers) and item.columns for item in parts.preparation)
     return [
+        *([outliers] if moved else []),
         Comparison(
             "weights",
             "stage 1: how planes and levels are fitted",

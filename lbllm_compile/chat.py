@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, choose
-from lbllm_compile.native.language import LanguageModel, Steps, encode, encode_turns, has_chat_template
+from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, Steps, next_tokens
+from lbllm_compile.native.language import LanguageModel, encode, encode_turns, has_chat_template
 
 READ_TOKENS = 256
 """Tokens of a prompt that are read at once: an interrupt is heard between two such parts."""
@@ -135,14 +135,14 @@ class Conversation:
         text, count, stopped = AnswerText(self._model.decode, self._stop), 0, frozenset(self._model.stop_tokens())
         began = time.perf_counter()
         first = began
-        logits, ended = None, False
-        for i in range(0, len(rest), READ_TOKENS):
+        parts = [rest[i : i + READ_TOKENS] for i in range(0, len(rest), READ_TOKENS)]
+        token, ended = None, False
+        for part in parts:
             if ended := interrupted():
                 break
-            logits = self._feed(session, rest[i : i + READ_TOKENS])
+            token = self._feed(session, part, chooses=part is parts[-1])
         first = time.perf_counter()
-        while logits is not None and not ended and count < self._sampling.max_new_tokens:
-            (token,) = choose(logits, self._sampling, self._generator).tolist()
+        while token is not None and not ended and count < self._sampling.max_new_tokens:
             if token in stopped:
                 break
             count += 1
@@ -151,7 +151,7 @@ class Conversation:
             ended = interrupted()
             if text.stopped or ended or count == self._sampling.max_new_tokens:
                 break
-            logits = self._feed(session, [token])
+            token = self._feed(session, [token])
         if tail := text.end():
             yield tail
         now = time.perf_counter()
@@ -169,10 +169,15 @@ class Conversation:
         del self._held[shared:]
         return self._session, shared
 
-    def _feed(self, session: Steps, ids: list[int]) -> np.ndarray:
-        logits = session.step(np.array([ids], np.int64))
+    def _feed(self, session: Steps, ids: list[int], chooses: bool = True) -> int | None:
+        """Feeds tokens; the next one, where one is to be chosen."""
+        fed, token = np.array([ids], np.int64), None
+        if chooses:
+            token = int(next_tokens(session, fed, self._sampling, self._generator)[0])
+        else:
+            session.step(fed)
         self._held += ids
-        return logits
+        return token
 
 
 @contextlib.contextmanager

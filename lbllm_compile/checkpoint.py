@@ -43,21 +43,23 @@ class WorkDir:
         path: the directory; made when absent.
         fingerprint: named facts that decide the result; all must match what the directory was made for.
         fresh: start over, dropping what an earlier compile left here.
+        option: what chooses the directory, in messages.
 
     Raises:
         WorkDirError: the directory holds something else, is locked by a running compile, or has finished pieces of a
             different compile (the message names what changed).
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False):
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False, option: str = "--work-dir"):
         self.path = path
         self.reused = 0
-        _make(path)
+        self._option = option
+        _make(path, option)
         self._lock = FileLock(path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise WorkDirError(f"another compile is using {path}; wait for it, or pass another --work-dir") from None
+            raise WorkDirError(f"another compile is using {path}; wait for it, or pass another {option}") from None
         try:
             self._claim(dict(fingerprint), fresh)
         except BaseException:
@@ -80,7 +82,7 @@ class WorkDir:
             if changed and self.finished():
                 raise WorkDirError(
                     f"{self.path} holds an unfinished compile with another {', '.join(changed)};"
-                    " pass --fresh to start over, or another --work-dir"
+                    f" pass --fresh to start over, or another {self._option}"
                 )
             if not changed:
                 return
@@ -125,7 +127,7 @@ class WorkDir:
             temporary.unlink(missing_ok=True)
             raise WorkDirError(
                 f"cannot keep finished work in {self.path}: {write_failure(error)}; make room or pass another"
-                " --work-dir, and run the same command again to resume"
+                f" {self._option}, and run the same command again to resume"
             ) from error
 
     def forget(self, prefix: str) -> None:
@@ -160,14 +162,14 @@ def finished(path: Path) -> dict[str, int]:
     return {s.name: len(list(s.glob("*.safetensors"))) for s in sorted(stages.iterdir()) if s.is_dir()}
 
 
-def check_work_dir(path: Path) -> None:
-    """Checks that ``path`` can be a work directory; writes nothing.
+def check_work_dir(path: Path, option: str = "--work-dir") -> None:
+    """Checks that ``path``, which ``option`` chooses, can be a work directory; writes nothing.
 
     Raises:
         WorkDirError: it holds other things, or cannot be written.
     """
-    if check_writable(path, "work directory", "--work-dir"):
-        _refuse_foreign(path)
+    if check_writable(path, "work directory", option):
+        _refuse_foreign(path, option)
 
 
 def check_writable(path: Path, role: str, option: str) -> bool:
@@ -184,19 +186,19 @@ def check_writable(path: Path, role: str, option: str) -> bool:
     return existing == path.absolute()
 
 
-def _make(path: Path) -> None:
+def _make(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error
-    _refuse_foreign(path)
+        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another {option}") from error
+    _refuse_foreign(path, option)
 
 
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(path: Path, option: str) -> None:
     ours = {FINGERPRINT, LOCK, "stages"}
     try:
         foreign = [p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(_UNFINISHED)]
     except OSError as error:
-        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another --work-dir") from error
+        raise WorkDirError(f"cannot use {path} as work directory: {error.strerror}; pass another {option}") from error
     if foreign:
-        raise WorkDirError(f"{path} is not a work directory (it holds '{foreign[0]}'); pass another --work-dir")
+        raise WorkDirError(f"{path} is not a work directory (it holds '{foreign[0]}'); pass another {option}")

@@ -214,7 +214,7 @@ def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 _MODELLING = (
     "target", "recipe", "preset", "pipeline", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense",
-    "context", "device",
+    "bits", "max_kl", "context", "device",
 )  # fmt: skip
 """What decides what a model becomes."""
 
@@ -466,24 +466,66 @@ def serve(
 
 @app.command("eval")
 def eval_command(
+    context: typer.Context,
     directory: ArtifactDir,
-    text: ScoredText,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score")] = None,
     seq_len: SequenceLength = None,
     chunks: Chunks = 32,
     teacher: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help=_plainly("the original [default: what the artifact was compiled from]")),
     ] = None,
+    greedy_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=_plainly("greedy tokens behind each chunk's beginning, to count loops; 0: none [default: 256]"),
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help=_plainly("tasks of lm-evaluation-harness, whose data it downloads; needs the extra [eval]"),
+        ),
+    ] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="folder with more tasks, as YAML files")] = None,
+    limit: Annotated[int | None, typer.Option(help=_plainly("documents of each task at most [default: all]"))] = None,
+    shots: Annotated[
+        int | None, typer.Option(help=_plainly("examples in front of each question [default: the task's own number]"))
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option("--target", "-t", help="what scores the text; not tasks", autocompletion=completion.targets),
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score an artifact on a text: perplexity, divergence from the original model, bits per weight."""
+    """Score an artifact on a text, on tasks, or on both, beside the original: perplexity, divergence, loops, size."""
+    names = [name.strip() for name in tasks.split(",")] if tasks else []
+    if text is None and not names:
+        raise UsageError("eval scores a text or tasks; give --text FILE, --tasks NAME,…, or both")
+    if text is None:
+        _refuse_given(context, ("seq_len", "chunks", "greedy_tokens", "target"), "--text FILE")
+    if not names:
+        _refuse_given(context, ("task_folder", "limit", "shots"), "--tasks NAME,…")
     with _terminal(as_json) as ui:
         from lbllm_compile import evaluate
+        from lbllm_compile import tasks as harness
 
-        figures = evaluate.evaluate(
-            directory, text, seq_len=seq_len, chunks=chunks, teacher=teacher, progress=ui.progress
-        )
-        ui.show(*evaluate.render(directory, figures))
+        figures: dict[str, Any] = {}
+        # A wrong name is told before a text is scored, whose figures would be lost.
+        manager = harness.check(names, limit, shots, task_folder) if names else None
+        if text is not None:
+            figures |= evaluate.evaluate(
+                directory, text, seq_len=seq_len, chunks=chunks, teacher=teacher, greedy_tokens=greedy_tokens,
+                target=target, progress=ui.progress,
+            )  # fmt: skip
+            ui.show(*evaluate.render(directory, figures))
+        if names:
+            figures |= harness.score(
+                directory, names, manager=manager, limit=limit, shots=shots, teacher=teacher, progress=ui.progress
+            )
+            ui.show(*harness.render(directory, figures))
         ui.emit(figures)
 
 
@@ -507,11 +549,25 @@ def bench_command(
         typer.Option(metavar="FILE", help=_plainly("what llama.cpp runs [default: the artifact's weights as Q8_0]")),
     ] = None,
     rounds: Annotated[int, typer.Option(help="turns of each that count")] = 5,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="time nothing: predict what a token takes on GPUs that are not here")
+    ] = False,
     target: RunTarget = "cpu",
     as_json: Json = False,
 ) -> None:
     """Time an artifact here, whole and linear by linear, in turns with others; says where it is slower."""
     with _terminal(as_json) as ui:
+        if predict:
+            if against or threads or original or gguf:
+                raise UsageError("--predict times nothing; leave out --against, --threads, --original and --gguf")
+            from lbllm_compile import plan as planning
+            from lbllm_compile.bench.predicted import predicted
+
+            predictions, without = predicted(directory)
+            ui.show(planning.predicted_table(predictions, without))
+            rows = [dataclasses.asdict(prediction) for prediction in predictions]
+            ui.emit({"predicted": rows, "predicted_without": without})
+            return
         from lbllm_compile.bench import command
 
         names = tuple(name.strip() for name in against.split(",")) if against else ()
@@ -523,7 +579,8 @@ def bench_command(
 
 @app.command()
 @_takes(
-    "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "context", "device", "work_dir",
+    "recipe", "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "context", "device",
+    "work_dir",
     "seed",
     "fresh",
 )  # fmt: skip
@@ -545,6 +602,38 @@ def ablate(
 
         result = ablation.ablate(options, text, seq_len=seq_len, chunks=chunks, only=names, progress=ui.progress)
         ui.show(*ablation.render(result))
+        ui.emit(result.to_json())
+
+
+@app.command("compare")
+@_takes(
+    "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl", "context",
+    "device", "seed", "fresh",
+)  # fmt: skip
+def compare_command(
+    options: CompileOptions,
+    text: ScoredText,
+    recipes: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help=_plainly("recipes, joined by commas [default: all]"))
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=_plainly("folder for an artifact a recipe, kept and reused [default: NAME-compare]")),
+    ] = None,
+    seq_len: SequenceLength = None,
+    chunks: Chunks = 32,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL with several recipes, and say what each costs, leaves and gains. The same command resumes."""
+    with _terminal(as_json) as ui:
+        from lbllm_compile import compare
+        from lbllm_compile.recipe import RECIPES
+
+        names = [*RECIPES] if recipes is None else [name.strip() for name in recipes.split(",")]
+        result = compare.compare(
+            dataclasses.replace(options, out=out), names, text, seq_len=seq_len, chunks=chunks, progress=ui.progress
+        )
+        ui.show(*compare.render(result))
         ui.emit(result.to_json())
 
 
@@ -704,8 +793,13 @@ def passes(
         ui.emit({"passes": [e.to_json() for e in entries], "recipes": [dataclasses.asdict(r) for r in recipes]})
 
 
+_GGML_TYPES = ("q8_0", "f32", "f16", "bf16", "q5_1", "q4_1", "q4_0")
+"""Of :data:`lbllm_compile.export.ggml.TYPES`, which need torch."""
+
+
 @app.command("export")
 def export_command(
+    context: typer.Context,
     directory: ArtifactDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder or file to make")],
     form: Annotated[
@@ -725,17 +819,36 @@ def export_command(
             autocompletion=completion.one_of(("float32", "bfloat16", "float16")),
         ),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help=_plainly(f"of W(1+1) matrices in gguf: {', '.join(_GGML_TYPES)} [default: {_GGML_TYPES[0]}]"),
+            autocompletion=completion.one_of(_GGML_TYPES),
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare artifact and written weights on")] = None,
     seq_len: SequenceLength = None,
     chunks: Chunks = 32,
     as_json: Json = False,
 ) -> None:
     """Write an artifact's weights for other engines, which compute with float activations."""
+    if text is None:
+        _refuse_given(context, ("seq_len", "chunks"), "--text FILE")
     with _terminal(as_json) as ui:
         from lbllm_compile import export
 
         report = export.export(
-            directory, form, out, dtype=dtype, text=text, seq_len=seq_len, chunks=chunks, progress=ui.progress
+            directory,
+            form,
+            out,
+            dtype=dtype,
+            type=kind,
+            text=text,
+            seq_len=seq_len,
+            chunks=chunks,
+            progress=ui.progress,
         )
         ui.show(*export.render(report))
         ui.emit(report.to_json())
@@ -766,13 +879,14 @@ def tune_search(
     kind: Annotated[
         str | None,
         typer.Option(
-            help=_plainly("their weights: bit or int8 [default: bit]"),
-            autocompletion=completion.one_of(("bit", "int8")),
+            help=_plainly("their weights: bit, int4 or int8 [default: bit]"),
+            autocompletion=completion.one_of(("bit", "int4", "int8")),
         ),
     ] = None,
     group: Group = None,
     act_bits: Annotated[
-        int | None, typer.Option(help=_plainly("activation bits: 4, 8 or 16 [default: 4, or 8 for int8 weights]"))
+        int | None,
+        typer.Option(help=_plainly("activation bits: 4, 8 or 16 [default: 4, or 8 for int4 and int8]")),
     ] = None,
     tokens: Annotated[
         str | None,
@@ -902,6 +1016,20 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         if "--debug" not in sys.argv:
             warnings.simplefilter("ignore")
         yield ui
+
+
+def _refuse_given(context: typer.Context, names: Sequence[str], lacking: str) -> None:
+    """Refuses options that have no effect for lack of another.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            counterpart = lacking.split()[0]
+            raise UsageError(f"{option} has no effect without {counterpart}; give {lacking}, too, or drop {option}")
 
 
 def _as_text(argument: str) -> str:

@@ -32,6 +32,7 @@ _EXTRAS = {
     "pyarrow": "--calibration FILE.parquet cannot be read (pip install 'lbllm-compile[data]')",
     "uvicorn": "artifacts cannot be served (pip install 'lbllm-compile[serve]')",
     "datasets": "--calibration hf:NAME cannot be read (pip install 'lbllm-compile[hub]')",
+    "lm_eval": "eval --tasks cannot run (pip install 'lbllm-compile[eval]')",
 }
 
 _RUNS_ALONE = (
@@ -169,19 +170,19 @@ def _compilers() -> Iterable[Finding]:
     from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 
     nvcc, nvrtc = cuda_compiler.find_tool("nvcc"), cuda_compiler.nvrtc_version()
-    neither = (
-        "CUDA targets cannot be compiled: install the CUDA toolkit, or pip install cuda-bindings nvidia-cuda-nvrtc"
-    )
+    neither = f"CUDA targets cannot be compiled: {cuda_compiler.NO_COMPILER}"
     if nvcc:
         lines = _lines([nvcc, "--version"])
         release = next((line for line in lines if "release" in line), "")
-        yield Finding("compilers", "nvcc", "ok", ", ".join(part for part in (release, nvcc) if part))
+        fault = cuda_compiler.nvcc_fault(release)
+        value = ", ".join(part for part in (release, nvcc) if part)
+        yield Finding("compilers", "nvcc", "note" if fault else "ok", value, fault)
     else:
         cost = "CUDA kernels are compiled with NVRTC instead" if nvrtc else neither
         yield Finding("compilers", "nvcc", "note", "not found", cost)
     if nvrtc or not nvcc:
-        cost = "" if nvrtc else neither
-        yield Finding("compilers", "NVRTC", "ok" if nvrtc else "note", nvrtc or "not found", cost)
+        cost = cuda_compiler.nvrtc_fault(nvrtc) if nvrtc else neither
+        yield Finding("compilers", "NVRTC", "note" if cost else "ok", nvrtc or "not found", cost)
 
 
 def _packages() -> Iterable[Finding]:

@@ -24,8 +24,9 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.pipeline import Listener, PassRecord
-from lbllm_compile.records import Clock, CompileReport, MeasuredPass, machine, peak_memory
+from lbllm_compile.records import Clock, CompileReport, MeasuredPass, machine
 from lbllm_compile.report.stages import verdicts
+from lbllm_compile.resident import peak_memory
 from lbllm_compile.runtime.model import CompiledModel
 
 _YOURS = "'{out}' holds a {name} of yours, so the compile's own is not kept"
@@ -117,7 +118,7 @@ def compile(
             places=job.places,
         )
         if native is not None:
-            keep_native(native, digest, kernels.host.target.name)
+            keep_native(native, digest, kernels.host.target)
         clock.lap("artifact")
         figures = sheet.measure(job.model, job.out, data, kernels, outputs, progress, sizes_only=options.no_sheet)
         clock.lap("speed and size sheet")

@@ -5,11 +5,20 @@ scored from the tokens before it. The original model ("teacher") scores the same
 
 * ``ppl`` and ``ppl_teacher`` are exp of the mean negative log-likelihood,
 * ``kld_mean`` and ``kld_p99`` are the mean and the 99th percentile over positions of KL(teacher || compiled), in nats,
-* ``top1_agreement`` is the share of positions at which both find the same token most likely.
+* ``ppl_ratio`` is ``ppl / ppl_teacher``,
+* ``top1_agreement`` is the share of positions at which both find the same token most likely,
+* ``flips`` is the share of positions at which the likeliest token is the right one in one of the two models alone,
+* ``loops`` and ``loops_teacher`` are the shares of greedy continuations that end in a loop
+  (:mod:`lbllm_compile.greedy`).
+
+``intervals`` has 95 % confidence intervals, of the percentile bootstrap over chunks: tokens of a chunk depend on one
+another, chunks hardly do. Chunks are drawn with replacement, ``RESAMPLES`` times, from a fixed seed, the same chunks
+for both models, so that what both find difficult cancels in ``ppl_ratio``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,22 +30,34 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from lbllm_compile import artifact, frontend, origin
+from lbllm_compile import artifact, frontend, greedy, origin
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.frontend import UserModel
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import readers, stored_int4, stored_weights
+from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime.loader import prepared
+from lbllm_compile.runtime.model import CompiledModel
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``[1, S]`` to logits ``[1, S, V]``."""
 
 SEQUENCE_LENGTH = 512
 """Tokens of a chunk where none are asked for and the model's context holds them."""
+
+RESAMPLES = 2000
+"""Draws of the bootstrap: enough for two digits of an interval's ends."""
+
+CONFIDENCE = 0.95
+"""The share of intervals that hold what more and more text of the same kind would give."""
+
+INTERVAL = f"{100 * CONFIDENCE:.0f} % interval"
 
 
 class EvaluationError(LbllmError):
@@ -51,6 +72,7 @@ class Scores:
     teacher_nll: list[Tensor] = field(default_factory=list)
     divergence: list[Tensor] = field(default_factory=list)
     agreement: list[Tensor] = field(default_factory=list)
+    flips: list[Tensor] = field(default_factory=list)
 
     def add(self, ids: Tensor, logits: Tensor, teacher: Tensor | None) -> None:
         """Scores one chunk: token ids ``[1, S]``, logits ``[1, S, V]`` of the compiled model and the teacher's."""
@@ -62,19 +84,46 @@ class Scores:
         log_p = torch.log_softmax(teacher[0, :-1].float(), -1)
         self.teacher_nll.append(-log_p.gather(-1, following).squeeze(-1))
         self.divergence.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).clamp_min(0.0))
-        self.agreement.append(log_p.argmax(-1) == log_q.argmax(-1))
+        first, teacher_first = log_q.argmax(-1), log_p.argmax(-1)
+        self.agreement.append(first == teacher_first)
+        right = following.squeeze(-1)
+        self.flips.append((first == right) != (teacher_first == right))
 
     def summary(self) -> dict[str, float | None]:
-        """``ppl``, ``ppl_teacher``, ``kld_mean``, ``kld_p99``, ``top1_agreement``; None without a teacher."""
-        figures: dict[str, float | None] = {"ppl": _perplexity(self.nll)}
+        """``ppl``, ``ppl_teacher``, ``ppl_ratio``, ``kld_mean``, ``kld_p99``, ``top1_agreement``, ``flips``; None
+        without a teacher."""
+        ppl = _perplexity(self.nll)
         if not self.divergence:
-            return {**figures, "ppl_teacher": None, "kld_mean": None, "kld_p99": None, "top1_agreement": None}
-        divergence = torch.cat(self.divergence)
-        figures["ppl_teacher"] = _perplexity(self.teacher_nll)
-        figures["kld_mean"] = float(divergence.mean())
-        figures["kld_p99"] = percentile(divergence, 0.99)
-        figures["top1_agreement"] = float(torch.cat(self.agreement).double().mean())
-        return figures
+            missing = ("ppl_teacher", "ppl_ratio", "kld_mean", "kld_p99", "top1_agreement", "flips")
+            return {"ppl": ppl, **dict.fromkeys(missing)}
+        teacher, divergence = _perplexity(self.teacher_nll), torch.cat(self.divergence)
+        return {
+            "ppl": ppl,
+            "ppl_teacher": teacher,
+            "ppl_ratio": ppl / teacher,
+            "kld_mean": float(divergence.mean()),
+            "kld_p99": percentile(divergence, 0.99),
+            "top1_agreement": float(torch.cat(self.agreement).double().mean()),
+            "flips": float(torch.cat(self.flips).double().mean()),
+        }
+
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """Confidence intervals of the figures of :meth:`summary` but percentiles, None where there is no figure; all
+        are None where fewer than two chunks were scored, which say nothing of how chunks differ."""
+        names = {"ppl": self.nll, "kld_mean": self.divergence, "top1_agreement": self.agreement, "flips": self.flips}
+        means = {name: _resampled_means(values) for name, values in {**names, "ppl_teacher": self.teacher_nll}.items()}
+        mean, teacher = means["ppl"], means["ppl_teacher"]
+        drawn = {
+            **means,
+            "ppl": None if mean is None else mean.exp(),
+            "ppl_teacher": None if teacher is None else teacher.exp(),
+            "ppl_ratio": None if mean is None or teacher is None else (mean - teacher).exp(),
+        }
+        tail = (1 - CONFIDENCE) / 2
+        return {
+            name: None if values is None else (percentile(values, tail), percentile(values, 1 - tail))
+            for name, values in drawn.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -104,12 +153,9 @@ class Excerpt:
         """
         check_numbers(seq_len, chunks)
         content = read_text(path)
-        if program.kind != "causal-lm" or program.tokenizer is None:
-            raise EvaluationError(
-                f"'{program.name}' is not a language model with a tokenizer, so it cannot be scored on text"
-            )
+        tokenizer = tokenizer_of(program)
         length = chunk_length(seq_len, context_length(program.config))
-        return cls(str(path), cut(program.tokenizer(content)["input_ids"], length, chunks))
+        return cls(str(path), cut(tokenizer(content)["input_ids"], length, chunks))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -117,6 +163,27 @@ class Excerpt:
         length = self.pieces[0].shape[1]
         tokens = len(self.pieces) * (length - 1)
         return {"text": self.text, "seq_len": length, "chunks": len(self.pieces), "tokens": tokens}
+
+    @property
+    def digest(self) -> str:
+        """Stands for the chunks, whatever text they are from."""
+        digest = hashlib.sha256(str(self.pieces[0].shape[1]).encode())
+        for piece in self.pieces:
+            digest.update(piece.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def tokenizer_of(program: Program) -> Any:
+    """The tokenizer of a language model.
+
+    Raises:
+        EvaluationError: the program is no language model, or has none.
+    """
+    if program.kind != "causal-lm" or program.tokenizer is None:
+        raise EvaluationError(
+            f"'{program.name}' is not a language model with a tokenizer, so it cannot be scored on text"
+        )
+    return program.tokenizer
 
 
 def percentile(values: Tensor, share: float) -> float:
@@ -184,6 +251,8 @@ def evaluate(
     seq_len: int | None = None,
     chunks: int = 32,
     teacher: str | None = None,
+    greedy_tokens: int | None = None,
+    target: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluates an artifact on a text file.
@@ -195,26 +264,88 @@ def evaluate(
         chunks: how many at most; a shorter text gives fewer.
         teacher: the original model, as a compile takes it. By default the one that the artifact was compiled from, if
             it is still where it was; otherwise the figures that need it are None.
+        greedy_tokens: length of the greedy continuations whose loops are counted; 0 makes none. By default
+            :data:`.greedy.CONTINUATION`, or what the model's context has room for.
+        target: what the artifact runs on; the original runs in torch on the CPU.
         progress: told what goes on.
 
     Returns:
-        ``text, seq_len, chunks, tokens, ppl, ppl_teacher, kld_mean, kld_p99, top1_agreement, bits_per_weight,
-        bits_per_weight_file``.
+        ``text, seq_len, chunks, tokens``; the figures of :meth:`Scores.summary` and, under ``intervals``, of
+        :meth:`Scores.intervals`; ``greedy_tokens, loops, loops_teacher``, None where there was no room for
+        :data:`.greedy.SHORTEST` tokens or none were asked for; and those of :func:`sizes`.
 
     Raises:
         EvaluationError: the text is not UTF-8 or too short, a chunk does not fit the model's context, the model has no
             tokenizer, the teacher does not fit.
         ArtifactError, KernelError: the artifact cannot be loaded or run.
+        TargetError: this machine cannot run the target.
     """
     progress = progress or NoProgress()
+    Target.parse(target).check_runs_here()
     check_numbers(seq_len, chunks)
     read_text(Path(text))
     loaded = artifact.load(directory)
     excerpt = Excerpt.of(loaded.program, Path(text), seq_len, chunks)
+    prompts = greedy.prompts(excerpt.pieces, context_length(loaded.program.config))
+    count = greedy_length(greedy_tokens, len(prompts[0]), context_length(loaded.program.config))
     original = find_teacher(loaded, teacher, progress)
-    model = prepared(loaded, progress=progress)
-    scores = compare(model.logits, original, excerpt.pieces, progress)
-    return {**excerpt.facts, **scores.summary(), **bits_per_weight(loaded.program)}
+    model = prepared(loaded, target=target, progress=progress)
+    scores = compare(model.logits, None if original is None else logits_of(original), excerpt.pieces, progress)
+    return {
+        **excerpt.facts,
+        **scores.summary(),
+        "intervals": scores.intervals(),
+        **loop_rates(model, original, prompts, count, progress),
+        **sizes(loaded.program, original),
+    }
+
+
+def greedy_length(asked: int | None, prompt: int, context: int | None) -> int:
+    """Tokens of a greedy continuation; 0 where there are none.
+
+    Args:
+        asked: None where the user did not say.
+        prompt: tokens in front.
+        context: tokens the model can attend to; None where unknown.
+
+    Raises:
+        EvaluationError: too few to tell a loop, or more than the context holds.
+    """
+    room = None if context is None else context - prompt
+    if asked is None:
+        count = greedy.CONTINUATION if room is None else min(greedy.CONTINUATION, room)
+        return count if count >= greedy.SHORTEST else 0
+    if asked and asked < greedy.SHORTEST:
+        raise EvaluationError(
+            f"--greedy-tokens cannot be {asked}: a loop shows in {greedy.SHORTEST} tokens or more; 0 leaves them out"
+        )
+    if room is not None and asked > room:
+        raise EvaluationError(
+            f"--greedy-tokens cannot be {asked}: behind a prompt of {prompt} tokens the model's context has room for"
+            f" {room}; ask for fewer"
+        )
+    return asked
+
+
+def loop_rates(
+    model: CompiledModel,
+    original: UserModel | None,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """``greedy_tokens``, ``loops`` and ``loops_teacher`` behind prompts of one length; None for what there is not."""
+    progress = progress or NoProgress()
+    if not count:
+        return {"greedy_tokens": None, "loops": None, "loops_teacher": None}
+    rate = None
+    if original is not None:
+        rate = greedy.original_rate(original, prompts, count, model.stop_tokens(), progress)
+    return {
+        "greedy_tokens": count,
+        "loops": greedy.compiled_rate(model, prompts, count, progress),
+        "loops_teacher": rate,
+    }
 
 
 def render(directory: Path, figures: Mapping[str, Any]) -> list[RenderableType]:
@@ -223,22 +354,50 @@ def render(directory: Path, figures: Mapping[str, Any]) -> list[RenderableType]:
     Raises:
         ArtifactError: what the passes measured is damaged.
     """
+    intervals = figures["intervals"]
+
+    def row(title: str, name: str, original: str | None = None) -> list[Any]:
+        ends = intervals.get(name)
+        shown = None if ends is None else " to ".join(terminal.figure(end) for end in ends)
+        return [title, figures[name], shown, figures[original] if original else None]
+
     rows = [
-        ["perplexity", figures["ppl"], figures["ppl_teacher"]],
-        ["KL divergence, mean", figures["kld_mean"], None],
-        ["KL divergence, 99th percentile", figures["kld_p99"], None],
-        ["same top token", figures["top1_agreement"], None],
-        ["bits per weight, decoder linears", figures["bits_per_weight"], None],
-        ["bits per weight, everything", figures["bits_per_weight_file"], None],
+        row("perplexity", "ppl", "ppl_teacher"),
+        row("times the original's", "ppl_ratio"),
+        row("KL divergence, mean", "kld_mean"),
+        row("KL divergence, 99th percentile", "kld_p99"),
+        row("same top token", "top1_agreement"),
+        row("right in one of the two alone (flips)", "flips"),
+        row("greedy continuations that loop", "loops", "loops_teacher"),
+        row("bits per weight, decoder linears", "bits_per_weight"),
+        row("bits per weight, everything", "bits_per_weight_file"),
+        ["MB, decoder linears", figures["bytes_decoder"] / 1e6, None, None],
+        ["MB, everything with embeddings", *_megabytes(figures)],
     ]
     title = (
         f"{directory} on {figures['text']}: {figures['chunks']} chunks of {figures['seq_len']} tokens,"
         f" {figures['tokens']} tokens scored"
     )
-    parts: list[RenderableType] = [terminal.table(title, ["", "compiled", "original"], rows)]
+    columns = ["", "compiled", INTERVAL, "original"]
+    parts: list[RenderableType] = [terminal.table(title, columns, rows), Text(_caption(figures))]
     for table in summary.layer_tables(artifact.measured_passes(directory)):
         parts += [Text(), table]
     return parts
+
+
+def _megabytes(figures: Mapping[str, Any]) -> tuple[float, None, float | None]:
+    original = figures["bytes_original"]
+    return figures["bytes_compiled"] / 1e6, None, None if original is None else original / 1e6
+
+
+def _caption(figures: Mapping[str, Any]) -> str:
+    """What the table's figures are."""
+    parts = [f"Intervals: percentile bootstrap over {figures['chunks']} chunks, {RESAMPLES} draws."]
+    if figures["greedy_tokens"]:
+        parts.append(f"Greedy: {figures['greedy_tokens']} tokens behind the beginning of each chunk.")
+    if figures["bytes_original"] is not None:
+        parts.append("The original's size is that in 16 bit.")
+    return " ".join(parts)
 
 
 def read_text(path: Path) -> str:
@@ -258,8 +417,8 @@ def read_text(path: Path) -> str:
     return content
 
 
-def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progress) -> Logits | None:
-    """The original model as a function from ids to logits; None where it was not named and is not to be found.
+def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progress) -> UserModel | None:
+    """The original model; None where it was not named and is not to be found.
 
     Raises:
         EvaluationError: the named model is no language model over the same vocabulary.
@@ -283,36 +442,96 @@ def find_teacher(loaded: artifact.Artifact, named: str | None, progress: Progres
         warn(progress, None, f"'{source}' is not the very model that was compiled; comparing with it all the same")
     if model.config.get("vocab_size") != loaded.program.config.get("vocab_size"):
         raise EvaluationError(f"'{source}' has another vocabulary than the compiled model, so it cannot be its teacher")
+    return model
+
+
+def logits_of(model: UserModel) -> Logits:
+    """An original model as a function from ids to logits."""
     return lambda ids: model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def sizes(program: Program, original: UserModel | None) -> dict[str, Any]:
+    """``bytes_original``, the original's weights in 16 bit (None without it); ``bytes_compiled``, all weights of the
+    artifact, embedding and head included; ``bytes_decoder``, those of its decoder layers' linears; and the figures of
+    :func:`bits_per_weight`."""
+    parts = {f"{path}.{part}" for path in stored_weights(program) for part in WEIGHT} | _kept_float(program)
+    parts |= {path for path, _ in program.parameters() if path.startswith(_outliers(program))}
+    stored = {path: tensor.numel() * tensor.element_size() for path, tensor in program.parameters()}
+    whole = None
+    if original is not None:
+        tied = {p.data_ptr(): p.numel() for p in original.module.parameters()}
+        whole = ORIGINAL_BYTES * sum(tied.values())
+    return {
+        "bytes_original": whole,
+        "bytes_compiled": sum(stored.values()),
+        "bytes_decoder": sum(size for path, size in stored.items() if path in parts),
+        **bits_per_weight(program),
+    }
+
+
+def _kept_float(program: Program) -> set[str]:
+    """Weights of the decoder layers' linears that were kept float."""
+    return {info.weight for _, info in linears(program) if info.role == "dense" and info.layer is not None}
+
+
+def _describing(program: Program) -> set[str]:
+    """Tensors that describe other weights than W(1+1) ones: scales of rows and codes, clip factors, what shapes codes,
+    and orders of channels."""
+    weights = {"weight", "codes"}
+    return {path for path, read in readers(program).items() if all(name not in weights for _, name in read)}
+
+
+def _outliers(program: Program) -> tuple[str, ...]:
+    """What the paths of tensors of outlier columns begin with."""
+    return tuple(f"{info.weight}." for _, info in linears(program) if info.role == "outliers")
 
 
 def bits_per_weight(program: Program) -> dict[str, float | None]:
     """Bits per weight as stored: over the linears of decoder layers, and over everything in the artifact's weights.
 
-    Linears are the W(1+1) ones and those that were kept float; None where there are neither.
+    Linears are the W(1+1) ones, with their outlier columns, and those that were kept float; None where there are
+    neither.
     """
     matrices = stored_weights(program).values()
     decoder_weights = sum(math.prod(w.sign.shape[:-1]) * w.in_features for w in matrices)
     decoder_bits = sum(w.stored_bits for w in matrices)
-    kept = {info.weight for _, info in linears(program) if info.role == "dense" and info.layer is not None}
+    kept = _kept_float(program)
     other_weights = other_bits = 0
     planes = {f"{path}.{part}" for path in stored_weights(program) for part in WEIGHT}
-    for path, tensor in program.parameters():
+    stored = dict(program.parameters())
+    # A head that was tied to an embedding with int8 rows is stored again, but is no further weights.
+    codes = {
+        f"{path}.codes": 0 if f"{path}.rows" in stored else w.out_features * w.in_features
+        for path, w in stored_int4(program).items()
+    }
+    outliers, describing = _outliers(program), _describing(program)
+    for path, tensor in stored.items():
         if path in planes:
             continue
         bits = 8 * tensor.numel() * tensor.element_size()
-        if path in kept:
-            decoder_weights += tensor.numel()
+        if path in kept or path.startswith(outliers):
+            decoder_weights += 0 if path in describing else tensor.numel()
             decoder_bits += bits
             continue
         other_bits += bits
-        # scales of int8 rows, clip factors and knees describe other weights
-        other_weights += 0 if path.endswith((".row_scale", ".input_clip", ".input_knees")) else tensor.numel()
+        other_weights += codes.get(path, 0 if path in describing else tensor.numel())
     whole = (decoder_bits + other_bits) / max(1, decoder_weights + other_weights)
     return {
         "bits_per_weight": decoder_bits / decoder_weights if decoder_weights else None,
         "bits_per_weight_file": whole,
     }
+
+
+def _resampled_means(values: Sequence[Tensor]) -> Tensor | None:
+    """Means over tokens in ``RESAMPLES`` draws of chunks with replacement, float64 ``[RESAMPLES]``; None where there
+    are fewer than two chunks. The draws are the same for all figures of the same chunks."""
+    if len(values) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    sums = torch.stack([chunk.double().sum() for chunk in values])
+    counts = torch.tensor([chunk.numel() for chunk in values], dtype=torch.float64)
+    return sums[drawn].sum(-1) / counts[drawn].sum(-1)
 
 
 def _perplexity(nll: Sequence[Tensor]) -> float:

@@ -26,7 +26,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import LEVELS, QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
-from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.codegen.spec import LinearSpec, complete
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.inspect import linear_rows, read_graph, stored_passes
 from lbllm_compile.kernels import TIMES
@@ -94,6 +94,7 @@ def explain(directory: Path, linear: str, *, tir: bool = False, asm: bool = Fals
     report, measured = artifact.read_report(directory), artifact.measured_passes(directory)
     (row,) = [row for row in linear_rows(program) if row["linear"] == node.meta[LINEAR].path]
     tensors = _Tensors(directory)
+    weight = node.meta[LINEAR].weight if row["linear"] == path else f"{path}.weight"
     spec = linear_spec(program, node) if node.target in INTEGER_LINEARS else None
     # Without the searches' results, as where the compile took schedules over, there are no times.
     times = report.kernels if report else ()
@@ -109,7 +110,7 @@ def explain(directory: Path, linear: str, *, tir: bool = False, asm: bool = Fals
     facts = {
         "linear": path,
         "layer": row["layer"],
-        "shape": [tensors.rows(path), row["in"]],
+        "shape": [tensors.rows(weight), row["in"]],
         "node": node.name,
         "merged": [other for other in _paths(row["linear"]) if other != path],
         **{key: row[key] for key in ("role", "operator", "weights", "input", "scheme", "why")},
@@ -162,9 +163,9 @@ class _Tensors:
         with self._opened(path) as shard:
             return shard.get_tensor(path)
 
-    def rows(self, path: str) -> int | None:
-        """Output features of a linear."""
-        for name in (f"{path}.weight.sign", f"{path}.weight.rows", f"{path}.weight"):
+    def rows(self, weight: str) -> int | None:
+        """Output features of the linear of a weight."""
+        for name in (f"{weight}.sign", f"{weight}.codes", f"{weight}.rows", weight):
             if name in self:
                 with self._opened(name) as shard:
                     return shard.get_slice(name).get_shape()[-2]
@@ -185,13 +186,16 @@ class _Tensors:
 
 def _passes(directory: Path, path: str, layer: int | None, measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
     """What every pass did to a linear: how it is computed from then on where that is new, and what was measured."""
-    figures = {item.name: item for item in measured}
+    # A pipeline may name a pass twice; the graphs and the figures of both are in its order.
+    figures: dict[str, list[MeasuredPass]] = {}
+    for item in measured:
+        figures.setdefault(item.name, []).append(item)
     rows: list[dict[str, Any]] = []
     before = ""
     for stored in stored_passes(directory):
         program = read_graph(directory, stored.file)
         now = _computed(program, path)
-        told = _told(figures[stored.name], path, layer) if stored.name in figures else {}
+        told = _told(figures[stored.name].pop(0), path, layer) if figures.get(stored.name) else {}
         if now != before or told:
             rows.append({"pass": stored.name, "becomes": now if now != before else None, "measured": told})
         before = now
@@ -254,12 +258,12 @@ def _weights(tensors: _Tensors, path: str, node: fx.Node) -> dict[str, Any]:
 
 
 def _input(tensors: _Tensors, node: fx.Node, measured: Sequence[MeasuredPass]) -> dict[str, Any]:
-    """How the input is quantized: the factors that clip it, its knees, and its range before the clip."""
+    """How the input is quantized: the factors that clip it, what shapes its codes, and its range before the clip."""
     if node.target not in INTEGER_LINEARS:
         return {}
     quantizer = Arguments(quantizer_of(node))
     told: dict[str, Any] = {"bits": quantizer.bits, "group": quantizer.group}
-    for name, operand in (("clip", quantizer.clip), ("knees", quantizer.knees)):
+    for name, operand in (("clip", quantizer.clip), ("knees", quantizer.knees), ("planes", quantizer.plane_scales)):
         if isinstance(operand, fx.Node) and str(operand.target) in tensors:
             told[name] = [round(v, 4) for v in tensors.read(str(operand.target)).tolist()]
             if name == "clip":
@@ -301,15 +305,15 @@ def kernels_of(
 
 
 def _is_of(record: Mapping[str, Any], spec: LinearSpec) -> bool:
-    return dict(record["spec"]) == dataclasses.asdict(spec)
+    return complete(record["spec"]) == dataclasses.asdict(spec)
 
 
 def _tir(directory: Path, kernels: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The text of the kernels as the artifact keeps it, by file."""
     spec = LinearSpec(**kernels[0]["spec"])
-    scales, bias = "t" if spec.per_token else "g?", "_bias" if spec.bias else ""
+    scales = "t" if spec.per_token else "g?"
     name = rf"{spec.kind}_(?:[a-z]+_)?{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}"
-    wanted = re.compile(rf"kernels/{name}{scales}{bias}(?:_[\w:]+)?\.(?:py|cu)")
+    wanted = re.compile(rf"kernels/{name}{scales}{spec.marks}(?:_[\w:]+)?\.(?:py|cu)")
     files = [file for file in artifact.listed_files(directory) if wanted.fullmatch(file)]
     if not files:
         raise ExplainError(f"'{directory}' keeps no text of the kernels of {spec}; compile the model again")

@@ -21,6 +21,7 @@ import torch
 
 from lbllm_compile.bench.linears import DENSE, OWN, Floats, Linear, Timer, names
 from lbllm_compile.bench.turns import Spread
+from lbllm_compile.codegen import levels as level_rules
 from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
@@ -36,6 +37,7 @@ from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, bias_of, operands_of
 from lbllm_compile.passes.ir.scheme import Scheme
 from lbllm_compile.passes.merge import Merge, joined_linears
+from lbllm_compile.passes.outliers import Outliers
 from lbllm_compile.passes.ptq import Ptq
 from lbllm_compile.recipe import Preset
 
@@ -70,14 +72,19 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> Target:
     """The target whose kernels decide.
 
     Raises:
-        OptionError: no target runs here, or the pipeline makes no kernels of linears.
+        OptionError: no target runs here, or the pipeline makes no kernels of linears that are known before it runs.
     """
-    target = next((target for target in targets if backend_of(target).entry_points), None)
+    target = next((target for target in targets if backend_of(target).eager), None)
     if target is None:
         raise OptionError("--fallback dense times kernels, and none of the targets runs on this machine; leave it out")
     missing = {"annotate", "ptq", "activate", "lower"} - {item.name for item in passes}
     if missing:
         raise OptionError(f"--fallback dense needs the pass '{sorted(missing)[0]}' in the pipeline; leave it out")
+    if any(item.name == "budget" for item in passes):
+        raise OptionError(
+            "--fallback dense times kernels before the compile, and a budget (--bits, --max-kl) chooses groups, which"
+            " kernels depend on, in it; leave one of them out"
+        )
     return target
 
 
@@ -146,12 +153,15 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
     ptq = next(item for item in passes if isinstance(item, Ptq))
     activate = next(item for item in passes if isinstance(item, Activate))
     merges = any(isinstance(item, Merge) for item in passes)
+    outliers = next((item for item in passes if isinstance(item, Outliers)), Outliers(columns=0))
     for item in passes[: next(i for i, item in enumerate(passes) if isinstance(item, Annotate)) + 1]:
         program = item.apply(program, PassContext()).program
     found: dict[Together, list[LinearInfo]] = defaultdict(list)
     for behind in decoder_linears(program.graph).values():
-        quantized = quantizer_scheme(shared_scheme(behind), activate.bits, activate.group, activate.ranges == "knees")
-        bits, group, knees = quantized.act_bits, quantized.act_group, quantized.codebook == "knees"
+        keeps = ptq.outliers and outliers.left(program, behind) is None
+        quantized = quantizer_scheme(shared_scheme(behind), activate.bits, activate.group, activate.ranges)
+        bits, group = quantized.act_bits, quantized.act_group
+        tables = {name: quantized.codebook == name for name in ("knees", "planes")}
         assert bits is not None and group is not None
 
         def scheme_of(node: Node, quantized: Scheme = quantized) -> Scheme:
@@ -160,11 +170,13 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
             return dataclasses.replace(quantized, group=own.group or ptq.group, levels=own.levels)
 
         for joined in joined_linears(behind, scheme_of) if merges else [[node] for node in behind]:
-            weight_group = scheme_of(joined[0]).group
+            scheme = scheme_of(joined[0])
+            weight_group, rule = scheme.group, level_rules.get(scheme.levels)
             assert weight_group is not None
             parts = [Linear(*operands_of(node)[1].meta["val"].shape[-2:]) for node in joined]
-            columns = parts[0].columns
-            quantizer = QuantizeSpec(columns, group, bits, knees)
+            # The product of the outliers is added; it is not part of what is timed.
+            columns = parts[0].columns - (outliers.count(parts[0].columns) if keeps else 0)
+            quantizer = QuantizeSpec(columns, group, bits, **tables)
             spec = LinearSpec(
                 "bit",
                 sum(part.rows for part in parts),
@@ -173,6 +185,7 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
                 quantizer.value_bits,
                 per_token=group == 0,
                 bias=bias_of(joined[0]) is not None,
+                additive=quantizer.value_bits == 4 and rule.additive,
             )
             together = Together(Linear(spec.out_features, columns, spec, quantizer), tuple(parts))
             found[together] += [node.meta[LINEAR] for node in joined]

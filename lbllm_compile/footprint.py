@@ -97,6 +97,8 @@ class Work:
         groups: of levels, in all decoder matrices.
         text: bytes that writing the calibration text takes besides the weights; None where none is written.
         half: whether it is written by bfloat16 weights.
+        latents: float32 numbers per weight where all layers train together: 1 where planes follow from a latent, 3
+            where it trains, too.
     """
 
     tokens: int
@@ -109,6 +111,7 @@ class Work:
     groups: int
     text: int | None
     half: bool
+    latents: int = 0
 
 
 def memory(model: Model, work: Work) -> dict[str, int]:
@@ -139,7 +142,7 @@ def memory(model: Model, work: Work) -> dict[str, int]:
         training = _ACTIVATE_BYTES * layer + _SAVED_BY_AUTOGRAD * activations(work.activate)
         phases["stage 3, activate"] = max(training, RESIDENT + outside + logits(work.validate))
     if work.together:
-        levels = 6 * _LEVEL_BYTES * work.groups
+        levels = 6 * _LEVEL_BYTES * work.groups + 4 * work.latents * model.decoder
         recomputed = _SAVED_BY_AUTOGRAD * activations(work.together)
         phases["training all layers together"] = (
             _TOGETHER_BYTES * model.decoder + levels + logits(work.together) + recomputed
@@ -162,8 +165,9 @@ def spooled(model: Model, work: Work, width: int) -> int:
 
 
 def saved(model: Model, work: Work) -> int:
-    """Bytes that a training of all layers keeps in the work directory."""
-    return 4 * _LEVEL_BYTES * work.groups if work.together else 0
+    """Bytes that a training of all layers keeps in the work directory: what trains, its best state, two moments."""
+    latents = model.decoder if work.latents > 1 else 0
+    return 4 * (_LEVEL_BYTES * work.groups + 4 * latents) if work.together else 0
 
 
 def _training(model: Model, work: Work, layer: int) -> int:

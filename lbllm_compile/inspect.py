@@ -24,7 +24,7 @@ from lbllm_compile.codegen.operators import Arguments, first_argument
 from lbllm_compile.passes.ir import dump, graph_json
 from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program, set_attribute
-from lbllm_compile.passes.ir.rewrite import activation_knees
+from lbllm_compile.passes.ir.scheme import codebook_of
 from lbllm_compile.report import graph, network, overview, summary, terminal
 
 FORMATS = ("txt", "json", "dot")
@@ -269,9 +269,13 @@ def _weights_text(node: fx.Node) -> str:
         return f"W(1+1) g{Arguments(node).group}"
     if dump.target_text(node) == "lbllm.int8_linear":
         return "int8 per row"
+    if dump.target_text(node) == "lbllm.int4_linear":
+        return f"int4 g{Arguments(node).group}"
     operators = {dump.target_text(n): n for n in node.all_input_nodes}
     if "lbllm.unpack_weight" in operators:
         return f"W(1+1) g{Arguments(operators['lbllm.unpack_weight']).group}, simulated"
+    if "lbllm.unpack_int4" in operators:
+        return f"int4 g{Arguments(operators['lbllm.unpack_int4']).group}, simulated"
     return "int8 per row, simulated" if "lbllm.unpack_rows" in operators else "float"
 
 
@@ -281,5 +285,6 @@ def _input_text(node: fx.Node) -> str:
     if dump.target_text(source) not in ("lbllm.fake_quantize", "lbllm.quantize_activation"):
         return "float"
     bits, group = Arguments(source).pick("bits", "group")
-    knees = ", knees" if activation_knees(source) else ""
-    return f"A{bits} per token" + (f" and {group}" if group else "") + knees
+    codebook = codebook_of(source)
+    table = "" if codebook == "none" else f", {codebook}"
+    return f"A{bits} per token" + (f" and {group}" if group else "") + table

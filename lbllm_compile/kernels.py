@@ -58,7 +58,7 @@ def build_kernels(
     """
     progress = progress or NoProgress()
     needed = requirements(program)
-    runnable = next((target for target in targets if backend_of(target).entry_points), None)
+    runnable = next((target for target in targets if backend_of(target).eager), None)
     chosen = runnable or Target.parse("cpu")
     host = backend_of(chosen).build(
         needed.linears,
@@ -75,7 +75,7 @@ def build_kernels(
     sources = {f"{name}.py": text for name, text in host.sources().items()} if runnable else {}
     binaries: dict[str, bytes] = {}
     proofs: dict[str, Sequence[str]] = {}
-    elsewhere = [target for target in targets if not backend_of(target).entry_points]
+    elsewhere = [target for target in targets if not backend_of(target).eager]
     for kind in dict.fromkeys(target.kind for target in elsewhere):
         of_kind = [target for target in elsewhere if target.kind == kind]
         emitted = backend_named(kind).emit(needed.linears, needed.quantizers, of_kind, progress=progress)
@@ -102,7 +102,8 @@ def measured(kernels: Kernels) -> list[dict[str, Any]]:
     rows = []
     for record in kernels.records():
         spec = LinearSpec(**record["spec"])
-        key = Key.here(spec, record["tokens"], kernels.target, record["threads"], VERSION, version)
+        target = Target.parse(record["target"])
+        key = Key.here(spec, record["tokens"], target, record["threads"], VERSION, version)
         found = database.find(key)
         if found is not None and found.schedule == record["schedule"]:
             times = {name: getattr(found, name) for name in TIMES}

@@ -56,6 +56,8 @@ class CompileOptions:
         group, act_bits, kv_bits: override the recipe's.
         scheme: entries of :mod:`lbllm_compile.passes.ir.scheme`, for single linears; later ones win.
         keep_dense: linears that stay float, whatever the scheme says; ``*`` leaves the whole model as it is.
+        bits, max_kl: a limit under which the group of every linear is chosen, or that it stays float, see
+            :mod:`lbllm_compile.passes.budget`.
         fallback: ``dense`` keeps linears float whose kernels are slower than float ones on this machine, see
             :mod:`lbllm_compile.fallback`.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
@@ -78,24 +80,29 @@ class CompileOptions:
     ] = "cpu"
     recipe: Annotated[
         str | None,
-        Flag("named pipeline: lbllm or lbllm-paper [default: lbllm]", FORMAT, choices=("lbllm", "lbllm-paper")),
+        Flag(
+            "named pipeline: lbllm, lbllm-paper, bwa or db-llm [default: lbllm]",
+            FORMAT,
+            choices=("lbllm", "lbllm-paper", "bwa", "db-llm"),
+        ),
     ] = None
     pipeline: Annotated[str | None, Flag("the passes as text; `plan MODEL` shows the recipe's", FORMAT)] = None
     group: Annotated[
         int | None,
         Flag(
-            "input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper]",
+            "input columns that share four levels: 32, 64, 128 or 256 [default: 64; 128 in lbllm-paper and bwa]",
             FORMAT,
             choices=GROUPS,
         ),
     ] = None
     act_bits: Annotated[
-        int | None, Flag("activation bits: 4, 8 or 16 [default: 4]", FORMAT, choices=ACTIVATION_BITS)
+        int | None, Flag("activation bits: 4, 8 or 16 [default: 4; 16 in db-llm]", FORMAT, choices=ACTIVATION_BITS)
     ] = None
     kv_bits: Annotated[
         int | None,
         Flag(
-            "bits of the key/value cache: 4, 8 or 16 [default: 4; 16 with --keep-dense '*']",
+            "bits of the key/value cache: 4, 8 or 16 [default: 4; 16 with --keep-dense '*' and in db-llm without"
+            " --act-bits]",
             FORMAT,
             choices=KV_BITS,
         ),
@@ -108,6 +115,14 @@ class CompileOptions:
         tuple[str, ...],
         Flag("linears to keep float, e.g. 'model.layers.0.*'; repeatable", FORMAT, metavar="PATTERN"),
     ] = ()
+    bits: Annotated[
+        float | None,
+        Flag("choose each linear's group, or float, for the least harm at so many bits a weight, e.g. 2.5", FORMAT),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        Flag("choose them for the fewest bits at so much KL divergence behind stage 1, in nats, e.g. 0.5", FORMAT),
+    ] = None
     fallback: Annotated[
         str | None,
         Flag("dense: linears whose kernels are slower here than float ones stay float [default: W(1+1) all]", FORMAT),
@@ -185,6 +200,7 @@ class _Values(NamedTuple):
 _VALUES: dict[Any, _Values] = {
     str: _Values("text", (str, os.PathLike), os.fspath),
     int: _Values("a whole number", (numbers.Integral,), int),
+    float: _Values("a number", (numbers.Real,), float),
     bool: _Values("True or False", (bool,), bool),
     Path: _Values("a path", (str, os.PathLike), Path),
     tuple[str, ...]: _Values(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +27,27 @@ from torch import nn
 
 from lbllm_compile import footprint, frontend, recipe
 from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
+from lbllm_compile.codegen.backend import Prediction, predicting, predictions
+from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.levels import FREE
-from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count
-from lbllm_compile.codegen.targets import parse_targets
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, int4_bytes, int8_bytes, matrix_bytes
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.doctor import memory
 from lbllm_compile.job import check_named, check_print_after, device_of, given
 from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
-from lbllm_compile.passes.activate import quantizer_scheme
+from lbllm_compile.passes.activate import Activate, quantizer_scheme
 from lbllm_compile.passes.base import Pass, PassContext
+from lbllm_compile.passes.budget import MEASURED_TOKENS
 from lbllm_compile.passes.calibrate import sensitivity
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
+from lbllm_compile.passes.finetune import Finetune
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.annotations import LinearInfo
 from lbllm_compile.passes.ir.program import CPU, get_attribute
 from lbllm_compile.passes.ir.scheme import Scheme, parse
+from lbllm_compile.passes.outliers import Outliers
 from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import terminal
 
@@ -144,6 +151,10 @@ class Plan:
         memory_available, disk_available, spool_available: bytes here; None where unknown.
         seconds: estimate by stage.
         speed: measured.
+        predicted: how long a token would take on devices of the targets that are not here; empty where no backend
+            says.
+        predicted_without: linears that stay float, which this leaves out.
+        unpredicted: why a backend that predicts says nothing of this compile; empty where it does, or none is asked.
     """
 
     model: str
@@ -165,6 +176,9 @@ class Plan:
     spool_available: int
     seconds: dict[str, float]
     speed: Speed
+    predicted: tuple[Prediction, ...] = ()
+    predicted_without: int = 0
+    unpredicted: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -190,7 +204,7 @@ def make_plan(options: CompileOptions) -> Plan:
     Raises:
         LbllmError: what would stop the compile at its start: a wrong option, a missing file, an unknown target.
     """
-    targets = tuple(t.name for t in parse_targets(options.target))
+    targets = parse_targets(options.target)
     passes = recipe.passes(recipe.choices(options), options.target)
     check_named(options, passes)
     comes_with = given(options)
@@ -211,8 +225,7 @@ def make_plan(options: CompileOptions) -> Plan:
     linears = tuple(_treatment(linear, passes) for linear in found)
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
-    embedding = _embedding_weights(model)
-    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, embedding, _keeps_head(model, found))
+    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, model, _keeps_head(model, found))
     tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
     text = _sampling_bytes(model, preset, options)
     size, work = footprint_of(model, found, passes, preset, artifact, text)
@@ -226,7 +239,7 @@ def make_plan(options: CompileOptions) -> Plan:
         layers=len({x.info.layer for x in found if x.info.layer is not None}),
         tokens=tokens,
         pipeline=pipeline.render(passes),
-        targets=targets,
+        targets=tuple(target.name for target in targets),
         linears=linears,
         artifact=artifact,
         peak_memory=max(phases.values()),
@@ -239,7 +252,64 @@ def make_plan(options: CompileOptions) -> Plan:
         spool_available=shutil.disk_usage(spool.directory()).free,
         seconds=_seconds(found, passes, model, tokens, preset, speed, options.calibration is None),
         speed=speed,
+        **_predicted(model.kind, found, passes, targets),
     )
+
+
+def _predicted(
+    kind: str, found: Sequence[_Linear], passes: Sequence[Pass], targets: Sequence[Target]
+) -> dict[str, Any]:
+    """What the targets' backends predict, by the fields of :class:`Plan`; linears that a compile merges read what they
+    would together."""
+    if not predicting(targets):
+        return {}
+    if kind != "causal-lm":
+        return {"unpredicted": "the model is no language model"}
+    if any(item.name == "budget" for item in passes):
+        return {"unpredicted": "which groups the pass 'budget' will choose is not known yet"}
+    if any(linear.info.experts for linear in found):
+        return {"unpredicted": "how many experts a token takes is not known here"}
+    layers = len({x.info.layer for x in found if x.info.layer is not None})
+    try:
+        parts = [_kernels(linear, passes) for linear in found]
+        linears = Counter(spec for part in parts for spec, _ in part)
+        quantizers = {spec for part in parts for _, spec in part}
+        predicted = tuple(predictions(linears, quantizers, layers, targets))
+    except KernelError as error:
+        return {"unpredicted": str(error)}
+    if not linears:
+        return {"unpredicted": "all linears stay float"}
+    return {"predicted": predicted, "predicted_without": sum(not part for part in parts)}
+
+
+def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, QuantizeSpec]]:
+    """What computes a linear, and its input; nothing where it stays float.
+
+    Raises:
+        KernelError: no kernel can be for it.
+    """
+    info, (*_, rows, columns), group = linear.info, linear.shape, _group(linear, passes)
+    quantizer = _quantizer(info.scheme, passes)
+    if info.role == "decoder" and group is not None and quantizer is not None:
+        outliers = _outliers(columns, passes)
+        tables = {name: quantizer.codebook == name for name in ("knees", "planes")}
+        assert quantizer.act_bits is not None and quantizer.act_group is not None
+        of_input = QuantizeSpec(columns - outliers, quantizer.act_group, quantizer.act_bits, **tables)
+        per_token = of_input.group == 0
+        found = [(LinearSpec("bit", rows, columns - outliers, group, of_input.value_bits, per_token), of_input)]
+        if outliers:
+            of_loud = QuantizeSpec(outliers, 0, max(8, _option(passes, "activate", "bits", 4)))
+            found.append((LinearSpec("int8", rows, outliers, 0, of_loud.bits, per_token=True), of_loud))
+        return found
+    bits = _option(passes, "head", "bits", 16)
+    if info.role == "head" and bits < 16:
+        group = _option(passes, "head", "group", DEFAULT_GROUP)
+        of_input = QuantizeSpec(columns, group if info.scheme.act_group is None else info.scheme.act_group, 8)
+        per_token = of_input.group == 0
+        if bits == 4:
+            return [(LinearSpec("int4", rows, columns, group, 8, per_token), of_input)]
+        return [(LinearSpec("int8", rows, columns, of_input.group, 8, per_token), of_input)]
+    return []
 
 
 def footprint_of(
@@ -288,6 +358,7 @@ def footprint_of(
         groups=sum(x.matrix_rows * group_count(x.shape[-1], _group(x, passes) or DEFAULT_GROUP) for x in decoder),
         text=text,
         half=samples_in_bfloat16(),
+        latents=max((_latents(item) for item in passes if isinstance(item, Finetune)), default=0),
     )
 
 
@@ -398,20 +469,43 @@ def _option(passes: Sequence[Pass], name: str, option: str, default: Any) -> Any
     return next((getattr(p, option, default) for p in passes if p.name == name), default)
 
 
+def _latents(training: Finetune) -> int:
+    """See :attr:`.footprint.Work.latents`."""
+    if not training.steps or training.planes == "frozen":
+        return 0
+    return 3 if training.lr_weight else 1
+
+
 def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
     info, (*_, rows, columns) = linear.info, linear.shape
     before = ORIGINAL_BYTES * linear.weights
     group = _group(linear, passes)
-    head = _option(passes, "head", "bits", None)
     if info.role == "decoder" and group is not None:
-        after = linear.matrix_rows * (2 * -(-columns // 8) + 6 * group_count(columns, group))
+        outliers = 0 if info.experts else _outliers(columns, passes)
+        limit = None if info.scheme.group else _option(passes, "budget", "bits", None)
+        if limit:
+            after = int(limit * linear.weights / 8)
+        else:
+            after = matrix_bytes(linear.matrix_rows, columns - outliers, group)
+            after += linear.matrix_rows * (outliers + 4) if outliers else 0
         levels = "" if info.scheme.levels == FREE.name else f" {info.scheme.levels}"
-        text = f"W(1+1) g{group}{levels}" + _activations(info.scheme, passes)
-    elif info.role == "head" and head == 8:
-        after, text = rows * (columns + 4), "int8 per row, A8"
+        size = f"W(1+1) g{group}" if limit is None else "W(1+1) or float, as the budget chooses"
+        kept = f", {outliers} columns int8 A8" if outliers else ""
+        text = f"{size}{levels}" + _activations(info.scheme, passes) + kept
+    elif info.role == "head" and (bits := _option(passes, "head", "bits", 16)) < 16:
+        after, text = _head_form(passes, bits, rows, columns)
+        text += ", A8"
     else:
         after, text = 4 * linear.weights, "float"
     return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
+
+
+def _head_form(passes: Sequence[Pass], bits: int, rows: int, columns: int) -> tuple[int, str]:
+    """Bytes of a matrix that the pass ``head`` stores in so many bits, and what that is in words."""
+    if bits == 8:
+        return int8_bytes(rows, columns), "int8 per row"
+    group = _option(passes, "head", "group", DEFAULT_GROUP)
+    return int4_bytes(rows, columns, group), f"int4 g{group}"
 
 
 def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:
@@ -420,24 +514,27 @@ def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:
     return default and (linear.info.scheme.group or default)
 
 
+def _outliers(columns: int, passes: Sequence[Pass]) -> int:
+    """Columns of a decoder linear that have 8 bits."""
+    if not _option(passes, "ptq", "outliers", True):
+        return 0
+    return next((item.count(columns) for item in passes if isinstance(item, Outliers)), 0)
+
+
+def _quantizer(scheme: Scheme, passes: Sequence[Pass]) -> Scheme | None:
+    """How the input of a decoder linear is quantized; None where the pipeline quantizes no inputs."""
+    options = [_option(passes, "activate", name, None) for name in ("bits", "group", "ranges")]
+    return None if None in options else quantizer_scheme(scheme, *options)
+
+
 def _activations(scheme: Scheme, passes: Sequence[Pass]) -> str:
     """How the input of a decoder linear is quantized, in words; scales are named where they are not the pipeline's."""
-    options = [_option(passes, "activate", name, None) for name in ("bits", "group", "ranges")]
-    if None in options:
+    made = _quantizer(scheme, passes)
+    if made is None:
         return ""
-    bits, default, ranges = options
-    made = quantizer_scheme(scheme, bits, default, ranges == "knees")
-    scales = " per token" if default and made.act_group == 0 else ""
-    return f", A{made.act_bits}{' with knees' if made.codebook == 'knees' else ''}{scales}"
-
-
-def _embedding_weights(model: frontend.UserModel) -> int:
-    """Weights of the token embedding, unless the head shares them."""
-    if model.kind != "causal-lm":
-        return 0
-    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()  # type: ignore[operator]
-    tied = head is not None and bool(getattr(model.module.config, "tie_word_embeddings", False))
-    return 0 if tied else embedding.weight.numel()
+    scales = " per token" if _option(passes, "activate", "group", 0) and made.act_group == 0 else ""
+    table = "" if made.codebook == "none" else f" with {made.codebook}"
+    return f", A{made.act_bits}{table}{scales}"
 
 
 def _keeps_head(model: frontend.UserModel, found: Sequence[_Linear]) -> bool:
@@ -447,10 +544,27 @@ def _keeps_head(model: frontend.UserModel, found: Sequence[_Linear]) -> bool:
     return all(linear.info.role != "head" for linear in found)
 
 
-def _rest_bytes(passes: Sequence[Pass], rest: int, embedding: int, keeps_head: bool) -> int:
-    """Bytes of what is no linear: the embedding as the pass ``head`` stores it, norms and biases in float32."""
-    per_weight = 1 if _option(passes, "head", "bits", None) == 8 and not keeps_head else 4
-    return embedding * per_weight + 4 * max(0, rest - embedding)
+def _rest_bytes(passes: Sequence[Pass], rest: int, model: frontend.UserModel, keeps_head: bool) -> int:
+    """Bytes of what is no linear: the embedding as the pass ``head`` stores it, norms and biases in float32.
+
+    Args:
+        rest: numbers that are no linear's.
+        keeps_head: the output head stays float.
+    """
+    if model.kind != "causal-lm":
+        return 4 * max(0, rest)
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and bool(getattr(model.module.config, "tie_word_embeddings", False))
+    weights = 0 if tied else embedding.weight.numel()
+    of_head = _option(passes, "head", "bits", 16)
+    bits = _option(passes, "head", "embedding", 8) if of_head == 4 else of_head
+    if keeps_head or bits == 16:
+        own = 4 * weights
+    elif tied and bits == of_head:
+        own = 0  # the head's
+    else:
+        own = _head_form(passes, bits, *embedding.weight.shape)[0]
+    return own + 4 * max(0, rest - weights)
 
 
 def _seconds(
@@ -473,12 +587,14 @@ def _seconds(
     work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
     work["distill"] = weights * _option(passes, "distill", "epochs", 0)
     for stage in ("activate", "finetune"):
-        steps = _option(passes, stage, "steps", None)
-        if steps is not None:
-            seen = steps * _option(passes, stage, "batch", 0) * preset.sequence_length / tokens
+        batches = [p.steps * p.batch for p in passes if isinstance(p, (Activate, Finetune)) and p.name == stage]
+        if batches:
+            seen = sum(batches) * preset.sequence_length / tokens
             work[stage] = seen * everything + weights * _option(passes, stage, "epochs", 0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
     result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
+    if any(item.name == "budget" for item in passes):
+        result["budget"] = _budget_seconds(weights, everything, layers, tokens, passes, speed)
     for stage in ("distill", "activate"):
         if work.get(stage) and _option(passes, stage, "epochs", 0):
             result[_TITLES[stage]] += everything * min(tokens, sensitivity.TOKENS) * speed.seconds(_CHANNELS)
@@ -491,6 +607,26 @@ def _seconds(
         result["native program"] = _PROGRAM_SECONDS * layers
     result["checks, artifact, sheet"] = 20 + 2 * 4096 * 2 * weights / speed.host
     return result
+
+
+_INPUTS = 4
+"""Inputs that the linears of a decoder layer read, in most architectures: of attention, its output and the MLP."""
+
+
+def _budget_seconds(
+    weights: int, everything: int, layers: int, tokens: int, passes: Sequence[Pass], speed: Speed
+) -> float:
+    """Every choice is fitted, run and weighed by gradients on a few tokens, one of each input in the whole model; the
+    choice for all is fitted as a whole, under ``max_kl`` twice at most."""
+    entries = parse(_option(passes, "budget", "choices", ""))
+    fitted = sum(not entry.dense for entry in entries)
+    few = min(tokens, sensitivity.TOKENS)
+    measured = min(tokens, MEASURED_TOKENS)
+    wholes = 2 if _option(passes, "budget", "max_kl", 0.0) else 1
+    fits = (fitted + wholes) * weights * tokens * speed.seconds(_COSTS["ptq"])
+    gradients = everything * few * speed.seconds(_CHANNELS)
+    runs = _INPUTS * weights * (fitted * few + layers * measured / 2) * speed.seconds(_CHAIN)
+    return fits + gradients + runs
 
 
 _TITLES = {
@@ -563,7 +699,28 @@ def render(plan: Plan) -> list[RenderableType]:
         ("targets", ", ".join(plan.targets)),
         ("pipeline", plan.pipeline),
     ]
-    return [linears, Text(), terminal.table("Needs", ["", ""], facts)]
+    predicted: list[RenderableType] = []
+    if plan.predicted:
+        predicted = [Text(), predicted_table(plan.predicted, plan.predicted_without)]
+    elif plan.unpredicted:
+        predicted = [Text(), Text(f"No prediction of how long a token takes: {plan.unpredicted}")]
+    return [linears, Text(), terminal.table("Needs", ["", ""], facts), *predicted]
+
+
+def predicted_table(predicted: Sequence[Prediction], without: int) -> RenderableType:
+    """Predictions for people.
+
+    Args:
+        without: how many linears they leave out, because these stay float.
+    """
+    rows = [
+        [p.device, f"{1e3 * p.seconds:.3g}", f"{1 / p.seconds:.0f}", f"{100 * p.gaps_s / p.seconds:.0f} %", p.limit]
+        for p in predicted
+    ]
+    columns = ["on", "ms a token", "tokens a second", "of it gaps between launches", "the rest waits for"]
+    left = f"; without {without} linears that stay float" if without else ""
+    title = f"PREDICTION, not measured: a token can take no less (docs/cuda-bounds.md){left}"
+    return terminal.table(title, columns, rows)
 
 
 def _fold(linears: Sequence[Treatment]) -> dict[tuple[str, str, tuple[int, ...], str, str], int]:

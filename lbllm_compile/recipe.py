@@ -7,6 +7,7 @@ pipeline text, so the text alone reproduces the compile.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,30 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lbllm_compile.codegen.errors import suggestion
+from lbllm_compile.codegen.levels import DUAL, FREE
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
 from lbllm_compile.options import OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
+
+ALIGN_BATCH = 4
+"""Sequences of a step where levels train in stage 2's place."""
+
+DEVIATION = 0.5
+"""A token's weight there: the geometric mean of both models' entropies."""
+
+
+class RecipeError(OptionError):
+    """An option does not go with a recipe.
+
+    Args:
+        reason: what does not go with what; kept for those who choose recipes in another way.
+        advice: what to do about it where ``--recipe`` chooses one.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,12 @@ class Recipe:
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
+        outliers: the loudest channels of inputs keep 8 bits, as many as the pass ``outliers`` has by default.
+        levels: level rule of the linears that no scheme gives another.
+        act_bits: of activations, where no others are asked for; with 16 the KV cache has 16, too.
+        distill: stage 2 trains planes and levels layer by layer, as the preset says.
+        align: in place of stage 2 the levels of all layers train together on the whole model's output, in as many
+            passes over the calibration set; planes follow them, and tokens that the models are unsure of weigh more.
         activate_epochs: passes over the calibration set in which stage 3 trains layer by layer.
         whole: stage 3 and ``finetune`` train all layers together, as the preset says.
     """
@@ -39,9 +66,14 @@ class Recipe:
     smooth: bool
     group: int
     per_token: bool
-    ranges: Literal["clip", "knees"]
+    ranges: Literal["clip", "knees", "planes"]
+    outliers: bool
+    distill: bool
     activate_epochs: int
     whole: bool
+    levels: str = FREE.name
+    act_bits: int = 4
+    align: bool = False
 
 
 RECIPES = {
@@ -52,6 +84,8 @@ RECIPES = {
         group=DEFAULT_GROUP,
         per_token=False,
         ranges="clip",
+        outliers=False,
+        distill=True,
         activate_epochs=0,
         whole=True,
     ),
@@ -62,8 +96,38 @@ RECIPES = {
         group=128,
         per_token=True,
         ranges="knees",
+        outliers=False,
+        distill=True,
         activate_epochs=1,
         whole=False,
+    ),
+    "bwa": Recipe(
+        "BWA, without training: planes and levels fitted under the inputs' Hessian, outlier channels of 8 bits; groups"
+        " of 128, activation scales per token, codes whose four binary planes have fitted scales, 4-bit KV cache, int8"
+        " lm_head",
+        smooth=False,
+        group=128,
+        per_token=True,
+        ranges="planes",
+        outliers=True,
+        distill=False,
+        activate_epochs=0,
+        whole=False,
+    ),
+    "db-llm": Recipe(
+        "DB-LLM: two binary planes a weight, each with a scale per group of 64, that train on the whole model's output,"
+        " unsure tokens first; 16-bit activations and KV cache unless --act-bits asks for less, int8 lm_head",
+        smooth=False,
+        group=64,
+        per_token=False,
+        ranges="clip",
+        outliers=False,
+        distill=False,
+        activate_epochs=0,
+        whole=True,
+        levels=DUAL.name,
+        act_bits=16,
+        align=True,
     ),
 }
 """Known recipes by name."""
@@ -141,9 +205,11 @@ class Choices:
     kv_bits: int | None = None
     scheme: tuple[str, ...] = ()
     keep_dense: tuple[str, ...] = ()
+    bits: float | None = None
+    max_kl: float | None = None
 
 
-_IN_PIPELINE = ("group", "act_bits", "kv_bits", "scheme", "keep_dense")
+_IN_PIPELINE = ("group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl")
 """Choices that pipeline text makes itself."""
 
 
@@ -212,15 +278,21 @@ def passes(choices: Choices, target: str) -> list[Pass]:
                 f"the pipeline simulates quantization ('{simulated[0]}') and never lowers it, and only lowered graphs"
                 " run; add 'lower' behind it"
             )
+        if {"budget", "outliers"} <= set(names):
+            raise OptionError(
+                "the pass 'budget' does not count the channels that 'outliers' keeps at 8 bits; leave out one of them"
+            )
         return given
     recipe = RECIPES[choices.recipe]
+    limit = _limit(choices)
     group = _one_of("group", choices.group, recipe.group, GROUPS)
-    act_bits = _one_of("act-bits", choices.act_bits, 4, ACTIVATION_BITS)
-    kv_bits = _one_of("kv-bits", choices.kv_bits, 16 if "*" in choices.keep_dense else 4, KV_BITS)
-    if recipe.ranges == "knees" and act_bits != 4:
-        raise OptionError(
-            f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have knees; use 4 or"
-            " --recipe lbllm"
+    act_bits = _one_of("act-bits", choices.act_bits, recipe.act_bits, ACTIVATION_BITS)
+    weight_only = act_bits == recipe.act_bits == 16
+    kv_bits = _one_of("kv-bits", choices.kv_bits, 16 if "*" in choices.keep_dense or weight_only else 4, KV_BITS)
+    if recipe.ranges != "clip" and act_bits != 4:
+        raise RecipeError(
+            f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have {recipe.ranges}",
+            "use 4 or --recipe lbllm",
         )
     activate = {
         "bits": act_bits,
@@ -228,25 +300,60 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         "group": 0 if recipe.per_token else group,
         "ranges": recipe.ranges,
         "epochs": recipe.activate_epochs,
-        "steps": size.activate_steps if recipe.whole else 0,
+        "steps": size.activate_steps if recipe.whole and not weight_only else 0,
     }
     make = pipeline.make
-    tuned = recipe.whole and size.finetune_steps
+    tuned = recipe.whole and size.finetune_steps and not weight_only
+    rules = [f"*: levels={recipe.levels}"] if recipe.levels != FREE.name else []
+    weighing = {"deviation": DEVIATION} if recipe.align else {}
+    steps = size.distill_epochs * math.ceil(size.sequences / ALIGN_BATCH)
+    align = {"steps": steps, "batch": ALIGN_BATCH, "planes": "nearest", **weighing}
     return [
         make("canonicalize", {}),
-        make("annotate", {"keep_dense": choices.keep_dense, "scheme": "; ".join(choices.scheme)}),
+        make("annotate", {"keep_dense": choices.keep_dense, "scheme": "; ".join([*rules, *choices.scheme])}),
         *([make("smooth", {})] if recipe.smooth else []),
+        *([make("budget", limit)] if limit else []),
+        *([make("outliers", {})] if recipe.outliers else []),
         make("observe", {}),
         make("ptq", {"group": group}),
-        make("distill", {"epochs": size.distill_epochs}),
+        *([make("distill", {"epochs": size.distill_epochs})] if recipe.distill else []),
+        *([make("finetune", align)] if recipe.align else []),
         make("activate", activate),
-        *([make("finetune", {"steps": size.finetune_steps})] if tuned else []),
+        *([make("finetune", {"steps": size.finetune_steps, **weighing})] if tuned else []),
         make("head", {}),
         make("merge", {}),
         make("lower", {"target": target}),
         make("cache", {}),
         make("cleanup", {}),
     ]
+
+
+def _limit(choices: Choices) -> dict[str, float]:
+    """The option of the pass ``budget`` that is asked for; empty where there is no limit.
+
+    Raises:
+        OptionError: it cannot be, or contradicts another option.
+    """
+    given = {name: getattr(choices, name) for name in ("bits", "max_kl") if getattr(choices, name) is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if not 0 < value < math.inf:
+            raise OptionError(f"{flag} cannot be {value:g}; give a number above 0, e.g. {_LIMITS[name]}")
+        if choices.group is not None:
+            raise OptionError(f"--group and {flag} contradict each other: {flag} chooses groups; give one of them")
+        if RECIPES[choices.recipe].outliers:
+            raise RecipeError(
+                f"{flag} cannot be given with the recipe '{choices.recipe}': it does not count the channels that keep 8"
+                " bits",
+                "use --recipe lbllm",
+            )
+    if len(given) > 1:
+        raise OptionError("--bits and --max-kl contradict each other; give one of them")
+    return given
+
+
+_LIMITS = {"bits": 2.5, "max_kl": 0.5}
+"""What may be asked for, in messages."""
 
 
 def _one_of(name: str, value: int | None, default: int, allowed: Sequence[int]) -> int:

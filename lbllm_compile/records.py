@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,9 +197,3 @@ class Clock:
 def machine() -> dict[str, str]:
     """What this process runs on."""
     return {"CPU": f"{host.cpu_name()}, {in_words(thread_count())} for kernels", "system": platform.platform()}
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held resident so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -390,6 +390,7 @@ def _linear(spec: LinearSpec) -> str:
     """A linear in words, others in other words."""
     scales = "token" if spec.per_token else "group"
     words = f"{spec.out_features}x{spec.in_features} {spec.kind}, group {spec.group}"
+    words += ", additive levels" if spec.additive else ""
     return f"{words}, {spec.act_bits} bits with a scale a {scales}{', bias' if spec.bias else ''}"
 
 

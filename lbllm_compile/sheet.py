@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_compile import evaluate
+from lbllm_compile import evaluate, greedy
 from lbllm_compile.calibration import CalibrationSet
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
@@ -20,8 +20,7 @@ from lbllm_compile.frontend import UserModel
 from lbllm_compile.kernels import BuiltKernels
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.compare import relative_error
-from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.records import NOT_MEASURED, ORIGINAL_BYTES
+from lbllm_compile.records import NOT_MEASURED
 from lbllm_compile.runtime import Sampling, load
 from lbllm_compile.runtime.model import CompiledModel
 
@@ -77,9 +76,8 @@ def measure(
         sizes_only: measure neither quality nor speed; ``NOT_MEASURED`` says so among the figures.
 
     Returns:
-        JSON-able figures: ``bytes_original`` (its weights in 16 bit), ``bytes_compiled`` (all weights of the artifact),
-        ``bits_per_weight`` (decoder linears as stored, None without any) and ``bits_per_weight_file``; ``cuda_kernels``
-        (how each architecture's were proven) where there are any; for a language model also
+        JSON-able figures: those of :func:`lbllm_compile.evaluate.sizes`; ``cuda_kernels`` (how each architecture's were
+        proven) where there are any; for a language model also
         ``text``, ``ppl_teacher``, ``ppl``, ``kld_mean``, ``top1_agreement`` and the tokens per second of greedy
         decoding with a KV cache, ``decode_original`` (eager torch, float32) and ``decode_compiled``; for another module
         ``relative_error`` on the validation inputs.
@@ -90,7 +88,7 @@ def measure(
     loaded = load(out, kernels=kernels.host)
     if check_outputs(loaded, data.probe) != check:
         raise SelfCheckError(f"the artifact at '{out}', loaded again, does not give what the compile gave; report this")
-    figures = _sizes(loaded.program, original)
+    figures = evaluate.sizes(loaded.program, original)
     for kind, proofs in kernels.proofs.items():
         figures[f"{kind}_kernels"] = ", ".join(proofs)
     if sizes_only:
@@ -110,13 +108,6 @@ def measure(
     return figures | _decoding_speeds(original, loaded, data.probe["input_ids"][0], progress)
 
 
-def _sizes(program: Program, original: UserModel) -> dict[str, Any]:
-    tied = {p.data_ptr(): p.numel() for p in original.module.parameters()}
-    compiled = sum(t.numel() * t.element_size() for _, t in program.parameters())
-    sizes = {"bytes_original": ORIGINAL_BYTES * sum(tied.values()), "bytes_compiled": compiled}
-    return sizes | evaluate.bits_per_weight(program)
-
-
 def _greedy(model: CompiledModel, prompt: Sequence[int], count: int) -> list[int | None]:
     """``count`` greedy tokens behind ``prompt``, not stopping at an end token."""
     return [step[0] for step in model.generate_ids([prompt], Sampling(max_new_tokens=count), stop=())]
@@ -131,7 +122,8 @@ def _decoding_speeds(
     with progress.task("decoding speed", ROUNDS) as task:
         for _ in range(ROUNDS):
             compiled = loaded.generate_ids([prompt.tolist()], Sampling(max_new_tokens=steps), stop=())
-            for name, tokens in (("decode_original", _eager_decoding(original, prompt)), ("decode_compiled", compiled)):
+            eager = greedy.original_tokens(original, prompt[None])
+            for name, tokens in (("decode_original", eager), ("decode_compiled", compiled)):
                 for _ in islice(tokens, WARM_UP):
                     pass
                 start = time.perf_counter()
@@ -141,13 +133,3 @@ def _decoding_speeds(
             task.advance(f"{best['decode_compiled']:.1f} tokens/s")
     spool.release()
     return best
-
-
-@torch.inference_mode()
-def _eager_decoding(original: UserModel, prompt: Tensor) -> Iterator[int]:
-    """Greedy tokens of the original module in eager torch, with its own KV cache."""
-    ids, cache = prompt[None], None
-    while True:
-        result = original.module(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids, cache = result.logits[:, -1:].argmax(-1), result.past_key_values
-        yield int(ids)

@@ -17,7 +17,7 @@ from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.errors import KernelError, LbllmError, TargetError
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.sizes import DEFAULT_GROUP
-from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.codegen.spec import KINDS, LinearSpec, weights_in_words
 from lbllm_compile.codegen.targets import Target, host, runnable_targets
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.codegen.tune.database import Database, Key, Merged, read_results
@@ -45,7 +45,8 @@ class TuneOptions:
         shapes: ``OUTxIN`` texts joined by commas.
         directory: an artifact whose linears to tune instead.
         target: a CPU target.
-        kind, group, act_bits: of the shapes; None for W(1+1) weights, groups as of a compile, and 4 bits (8 for int8).
+        kind, group, act_bits: of the shapes; None for W(1+1) weights, groups as of a compile, and 4 bits (8
+            for int4 and int8).
         tokens: names of token buckets joined by commas; None for all.
         trials: most candidates measured per linear and token bucket.
         budget: most time for all searches, e.g. ``90s``.
@@ -161,8 +162,8 @@ def specs_of(options: TuneOptions) -> list[LinearSpec]:
 
         return list(requirements(artifact.load(options.directory).program).linears)
     kind = options.kind or "bit"
-    if kind not in ("bit", "int8"):
-        raise TuneError(f"--kind {kind!r} does not exist; use bit or int8")
+    if kind not in KINDS:
+        raise TuneError(f"--kind {kind!r} does not exist; use {', '.join(KINDS)}")
     bits = options.act_bits or (4 if kind == "bit" else 8)
     return [
         LinearSpec(kind, rows, columns, options.group or DEFAULT_GROUP, bits)
@@ -213,7 +214,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> TuneReport:
             if spec in layouts:
                 candidates = [space.of_layout(candidates, layouts[spec])]
             for bucket in buckets:
-                key = Key.on(name, spec, bucket.name, target, threads, VERSION, space.version)
+                stored = space.measured_as(target, bucket)
+                key = Key.on(name, spec, bucket.name, stored, threads, VERSION, space.version)
                 wanted.append(Wanted(candidates, bucket, key))
         choices = choose(
             wanted,
@@ -233,9 +235,13 @@ def _layouts(options: TuneOptions, target: Target) -> dict[LinearSpec, str]:
     """Layouts that an artifact's weights must keep, because its schedules for other numbers of tokens stay."""
     if options.directory is None or options.tokens is None:
         return {}
-    records = artifact.read_records(options.directory)
-    ours = [record for record in records if record["target"] == target.name and "layout" in record["schedule"]]
-    return {LinearSpec(**record["spec"]): record["schedule"]["layout"] for record in ours}
+    space = backend_of(target).space()
+    ours = {(bucket.name, space.measured_as(target, bucket).name) for bucket in space.buckets}
+    return {
+        LinearSpec(**record["spec"]): record["schedule"]["layout"]
+        for record in artifact.read_records(options.directory)
+        if (record["tokens"], record["target"]) in ours and "layout" in record["schedule"]
+    }
 
 
 def _buckets(names: str | None, space: SearchSpace) -> list[Bucket]:
@@ -249,7 +255,7 @@ def render(report: TuneReport) -> list[RenderableType]:
     rows = [
         {
             "linear": row["shape"],
-            "weights": f"W(1+1) g{row['group']}" if row["kind"] == "bit" else "int8",
+            "weights": weights_in_words(row["kind"], row["group"]),
             "input": f"A{row['act_bits']}",
             "tokens": row["tokens"],
             "us": _figure(row["microseconds"]),

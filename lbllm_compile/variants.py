@@ -35,7 +35,7 @@ from lbllm_compile.passes.calibrate.simulate import lift
 from lbllm_compile.passes.calibrate.training import DivergenceError
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.records import peak_memory
+from lbllm_compile.resident import peak_memory
 
 _AFTER = "after-"
 """In front of the key of a finished pass: the stage of the work directory that holds its program."""
@@ -115,7 +115,7 @@ class Tree:
     def key_of(self, passes: Sequence[Pass]) -> str:
         """Stands for a pipeline behind the preparation, options at their defaults included."""
         text = pipeline.render([*self.preparation, *passes], full=True)
-        return _digest(text)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _stored(self, before: Reached, key: str) -> Reached | None:
         found = self.work.load(_AFTER + key, 0)
@@ -148,13 +148,6 @@ class Tree:
         self.work.forget(f"{key}-")
         peak = max(before.peak_memory, facts["peak_memory"])
         return Reached(key, program, before.seconds + record.seconds, peak)
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode())
-    return digest.hexdigest()[:16]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -241,7 +234,6 @@ class Study:
         self.excerpt = excerpt
         self._job = job
         self._progress = progress or NoProgress()
-        self._text = _digest(str(excerpt.facts["seq_len"]), *(piece.numpy().tobytes() for piece in excerpt.pieces))
         data = job.calibration_data(self._progress)
         # Every piece of work is kept under its pipeline, so that studies of other pipelines share the directory.
         facts = {k: v for k, v in job.fingerprint(data).items() if k != "pipeline"}
@@ -265,7 +257,7 @@ class Study:
 
     def measure(self, passes: Sequence[Pass]) -> Measured:
         """Runs a pipeline behind the preparation and scores its program, unless the work directory has the figures."""
-        stage = f"scores-{self._tree.key_of(passes)}-{self._text}"
+        stage = f"scores-{self._tree.key_of(passes)}-{self.excerpt.digest}"
         done = self.work.load(stage, 0)
         if done is None:
             done = {}, self._measure(passes)

@@ -28,7 +28,10 @@ Result::
 With ``ranges=knees``, four bits are not uniform over the range but in three regions, as in the paper (equation 2): a
 core and two tails, which meet at knees that train, too. They stand behind the group, ``fake_quantize(%x, %clip, 4, 0,
 %knees)``, and start where the error is smallest on calibration inputs. What is the paper's in them and what is ours is
-told at :func:`..codegen.reference.knee_table`. A linear then multiplies int8 values, as with 8-bit activations.
+told at :func:`..codegen.reference.knee_table`. With ``ranges=planes``, as in BWA, a code's four binary planes have
+scales in place of 1, 2, 4 and 8 (:func:`..codegen.reference.plane_table`), which are fitted to calibration inputs by
+least squares (:mod:`.calibrate.plane_scales`) and not trained: ``fake_quantize(%x, %clip, 4, 0, None, %plane_scales)``.
+Either way a linear multiplies int8 values, as with 8-bit activations.
 
 The state that does best on held-out sequences is kept, the untrained one included. Errors of the layers are reported as
 by ``distill`` (without ``epochs`` on a couple of held-out batches alone), and the divergence of the whole model's
@@ -50,12 +53,14 @@ from torch import Tensor, fx
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments, set_argument
 from ..codegen.operators.lbllm.linears import WEIGHT
+from ..codegen.reference import UNIFORM_PLANES
 from ..codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears, shared_scheme
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Together, Whole
 from .calibrate.chains import Chains, Trained, layer_errors, paired_layers, train_layers, with_tensors
-from .calibrate.knees import UNPLACED, place_knees
+from .calibrate.code_tables import fit_code_tables
+from .calibrate.knees import UNPLACED
 from .calibrate.layers import Layers, Stage
 from .calibrate.precision import Precision
 from .calibrate.ranges import input_ranges
@@ -64,14 +69,14 @@ from .calibrate.training import Group, step_scale, train_epochs
 from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import activation_knees, before_repeat, calls, is_call, make_attribute, make_call, operands_of
+from .ir.rewrite import before_repeat, calls, is_call, make_attribute, make_call, operands_of, table_shape
 from .ir.scheme import Scheme
 from .observe import nothing_to_quantize
 
 STREAM = 2 << 20
 """First generator stream of this pass; layer ``i`` uses ``STREAM + i``."""
 
-MEASURED = 2
+MEASURED = 1
 """Held-out batches on which the layers are measured where all train together: ``finetune``, which ends the
 calibration, measures them on all."""
 
@@ -91,8 +96,8 @@ class Activate(Pass):
             while the model's output drifts away, so ``steps`` alone are the default.
         steps: batches on which all layers then train together on the whole model's output.
         batch: sequences per step.
-        ranges: ``clip`` for codes that are uniform over a clipped range, ``knees`` for three uniform regions of it (4
-            bits only).
+        ranges: ``clip`` for codes that are uniform over a clipped range, ``knees`` for three uniform regions of it,
+            ``planes`` for codes whose binary planes have fitted scales (both for 4 bits only).
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
         lr_knees: of the knees' logits; 0 keeps the knees where they started.
         lr_levels: of levels, in standard deviations of the matrix; 0 keeps the levels. Layer by layer, all rates are
@@ -106,7 +111,7 @@ class Activate(Pass):
     epochs: Count = 0
     steps: Count = 8
     batch: Positive = 4
-    ranges: Literal["clip", "knees"] = "clip"
+    ranges: Literal["clip", "knees", "planes"] = "clip"
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
     lr_levels: Rate = 5e-3
@@ -121,12 +126,12 @@ class Activate(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         self._check(program)
         dense = nothing_to_quantize(self.name, program, context)
-        program = insert_quantizers(program, self.bits, self.group, self.kv, self.ranges == "knees")
+        program = insert_quantizers(program, self.bits, self.group, self.kv, self.ranges)
         if dense:
             return PassResult(program)
         pair = paired_layers(self.name, program, context)
-        if any(activation_knees(n) for n in calls(program.graph, _lbllm.fake_quantize.default)):
-            place_knees(program, context.calibration[0], context.progress)
+        if any(table_shape(n) for n in calls(program.graph, _lbllm.fake_quantize.default)):
+            fit_code_tables(program, context.calibration[0], context.progress)
         together = Together(
             steps=self.steps,
             every=max(self.steps, 1),
@@ -176,8 +181,8 @@ class Activate(Pass):
         for option, value in (("bits", self.bits), ("kv", self.kv)):
             if value not in ACTIVATION_BITS:
                 raise PassError(f"activate: {option} cannot be {value}; choose one of 4, 8, 16")
-        if self.ranges == "knees" and self.bits != 4:
-            raise PassError(f"activate: {self.bits}-bit activations have no knees; use bits=4 or ranges=clip")
+        if self.ranges != "clip" and self.bits != 4:
+            raise PassError(f"activate: {self.bits}-bit activations have no {self.ranges}; use bits=4 or ranges=clip")
         linears = [n for users in decoder_linears(program.graph).values() for n in users]
         if any(is_call(operands_of(n)[0], _lbllm.fake_quantize.default) for n in linears):
             raise PassError("the activations are quantized already; use 'activate' once")
@@ -249,12 +254,13 @@ class Activate(Pass):
         return tensors, metrics
 
 
-def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, knees: bool = False) -> Program:
+def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, ranges: str = "clip") -> Program:
     """Puts quantizers, without clipping, in front of the decoder linears and on a language model's keys and values.
 
     Args:
-        bits, group, knees: of the quantizers whose linears' schemes leave them open; :func:`.knees.place_knees` must
-            place knees. Only 4 bits have any, and a group other than 0 stands for that of the weights.
+        bits, group, ranges: of the quantizers whose linears' schemes leave them open;
+            :func:`.code_tables.fit_code_tables` must place knees and fit plane scales. Only 4 bits have any, and a
+            group other than 0 stands for that of the weights.
 
     Raises:
         PassError: linears that read the same input want different quantizers.
@@ -263,31 +269,52 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, kne
     graph = program.graph
     for source, linears in decoder_linears(graph).items():
         path = linears[0].meta[LINEAR].path
-        scheme = quantizer_scheme(shared_scheme(linears), bits, group, knees)
+        scheme = quantizer_scheme(shared_scheme(linears), bits, group, ranges)
         factors = {"clip": torch.ones(2)}
         if scheme.codebook == "knees":
             factors["knees"] = torch.full((2,), UNPLACED)
+        elif scheme.codebook == "planes":
+            factors["plane_scales"] = torch.tensor(UNIFORM_PLANES)
         for name, tensor in factors.items():
             set_attribute(program.module, f"{path}.input_{name}", tensor)
         with graph.inserting_before(linears[0]):
             clip, *rest = [make_attribute(graph, f"{path}.input_{name}", linears[0]) for name in factors]
-            arguments = (source, clip, scheme.act_bits, scheme.act_group, *rest)
+            table = (None, *rest) if scheme.codebook == "planes" else rest
+            arguments = (source, clip, scheme.act_bits, scheme.act_group, *table)
             quantized = make_call(graph, _lbllm.fake_quantize.default, arguments, linears[0])
         for linear in linears:
             set_argument(linear, "x" if linear.target is _lbllm.grouped_linear.default else "input", quantized)
+    _quantize_outliers(program, bits)
     if program.kind == "causal-lm":
         _quantize_keys_and_values(graph, kv_bits)
     program.module.recompile()
     return program
 
 
-def quantizer_scheme(scheme: Scheme, bits: int, group: int, knees: bool) -> Scheme:
+def quantizer_scheme(scheme: Scheme, bits: int, group: int, ranges: str) -> Scheme:
     """A quantizer's scheme with these options in place of what it leaves open."""
     bits = scheme.act_bits or bits
     of_weights = scheme.group if group and scheme.group else group
     act_group = of_weights if scheme.act_group is None else scheme.act_group
-    codebook = scheme.codebook or ("knees" if knees and bits == 4 else "none")
+    codebook = scheme.codebook or ("none" if ranges == "clip" or bits != 4 else ranges)
     return Scheme(act_bits=bits, act_group=act_group, codebook=codebook)
+
+
+def _quantize_outliers(program: Program, bits: int) -> None:
+    """Puts quantizers of 8 bits, or of ``bits`` where those are more, with one scale a token, in front of the linears
+    over outliers; those with the same input share one."""
+    graph = program.graph
+    quantized: dict[fx.Node, fx.Node] = {}
+    for linear in [n for n in graph.nodes if LINEAR in n.meta and n.meta[LINEAR].role == "outliers"]:
+        source, _ = operands_of(linear)
+        if source not in quantized:
+            path = f"{linear.meta[LINEAR].path}.input_clip"
+            set_attribute(program.module, path, torch.ones(2))
+            with graph.inserting_before(linear):
+                clip = make_attribute(graph, path, linear)
+                arguments = (source, clip, max(8, bits), 0)
+                quantized[source] = make_call(graph, _lbllm.fake_quantize.default, arguments, linear)
+        linear.replace_input_with(source, quantized[source])
 
 
 def _quantize_keys_and_values(graph: fx.Graph, bits: int) -> None:

@@ -379,7 +379,7 @@ SLOWER = "its kernel is slower than a float one"
 """Why a linear of ``slower`` stays float."""
 
 HEAD_KEYS = ("act-group",)
-"""Settings that an output head has; its weights are int8 rows, and its input has 8 bits."""
+"""Settings that an output head has; its weights are as the pass ``head`` says, and its input has 8 bits."""
 
 
 def choose(
@@ -391,11 +391,7 @@ def choose(
         PassError: a pattern matches nothing (the message suggests the nearest path) or nothing that its settings
             concern, or the settings of a linear contradict each other.
     """
-    names: dict[str, set[str]] = defaultdict(set)
-    for info in infos:
-        parts = info.path.split(".")
-        for length in range(1, len(parts) + 1):
-            names[".".join(parts[:length])].add(info.path)
+    modules = modules_of(infos)
     chosen = {info.path: info.scheme for info in infos}
     reasons: dict[str, str] = {}
 
@@ -405,7 +401,11 @@ def choose(
             reasons[path] = reason
 
     for entry in entries:
-        matched = _matched(names, entry.pattern, "scheme")
+        matched = matched_paths(modules, entry.pattern, "scheme")
+        if "outliers" in dict(entry.settings):
+            raise PassError(
+                f"scheme: '{entry}' cannot set outliers; use the pass 'outliers', which finds and moves them"
+            )
         if entry.dense:
             keep(matched, f"kept by the pattern '{entry.pattern}'")
             continue
@@ -418,9 +418,9 @@ def choose(
             except SchemeError as error:
                 raise PassError(f"scheme: '{info.path}' cannot have '{entry}': {error}") from error
     for pattern in keep_dense:
-        keep(_matched(names, pattern, "keep_dense"), f"kept by the pattern '{pattern}'")
+        keep(matched_paths(modules, pattern, "keep_dense"), f"kept by the pattern '{pattern}'")
     for path in slower:
-        keep(_matched(names, path, "slower"), SLOWER)
+        keep(matched_paths(modules, path, "slower"), SLOWER)
     result = []
     for info in infos:
         scheme = chosen[info.path]
@@ -430,11 +430,30 @@ def choose(
     return result
 
 
-def _matched(names: Mapping[str, set[str]], pattern: str, option: str) -> set[str]:
-    """Paths of the linears that a pattern matches, or that are inside what it matches."""
-    matched = {path for name, paths in names.items() if fnmatch.fnmatchcase(name, pattern) for path in paths}
+def modules_of(infos: Iterable[LinearInfo]) -> Mapping[str, set[str]]:
+    """Paths of the linears in every module, by its path; a linear is in itself, too."""
+    modules: dict[str, set[str]] = defaultdict(set)
+    for info in infos:
+        parts = info.path.split(".")
+        for length in range(1, len(parts) + 1):
+            modules[".".join(parts[:length])].add(info.path)
+    return modules
+
+
+def matched_paths(modules: Mapping[str, set[str]], pattern: str, option: str) -> set[str]:
+    """Paths of the linears that a shell pattern matches, or that are inside the modules that it matches.
+
+    Args:
+        modules: see :func:`modules_of`.
+        pattern: the pattern.
+        option: where it stands, for the message.
+
+    Raises:
+        PassError: there is none.
+    """
+    matched = {path for name, paths in modules.items() if fnmatch.fnmatchcase(name, pattern) for path in paths}
     if not matched:
-        known = [*names, *dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in names)]
+        known = [*modules, *dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in modules)]
         near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise PassError(f"{option}: the pattern '{pattern}' matches no linear{hint}")

@@ -41,7 +41,7 @@ from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, Pa
 from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
 from .calibrate.layers import Stage
 from .calibrate.precision import Precision
-from .calibrate.simulate import LatentWeight, Lifted
+from .calibrate.simulate import LatentWeight, Lifted, flips
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute
 from .ir.spool import release
@@ -108,7 +108,8 @@ class Distill(Pass):
         """Trains one layer; returns its packed weights and figures."""
         start = time.perf_counter()
         packed = {path: lifted.stored(path) for path in lifted.weights}
-        originals = {path: get_attribute(teacher.module, path) for path in lifted.weights}
+        # Columns of outliers, which are last, do not train.
+        originals = {path: get_attribute(teacher.module, path)[..., : packed[path].in_features] for path in packed}
         latents = {path: LatentWeight.of(packed[path], originals[path], lifted.rules[path]) for path in lifted.weights}
         scale = step_scale(self.epochs * len(chains.student))
         groups = []
@@ -145,10 +146,8 @@ class Distill(Pass):
         for path, latent in latents.items():
             weight = latent.fold() if outcome.step else packed[path]
             tensors.update({f"{path}.{name}": getattr(weight, name) for name in WEIGHT})
-            old, new = packed[path].codes(), weight.codes()
-            signs += int(((old >= 2) != (new >= 2)).sum())
-            bitmaps += int((((old == 1) | (old == 2)) != ((new == 1) | (new == 2))).sum())
-            count += old.numel()
+            changed = flips(packed[path], weight)
+            signs, bitmaps, count = signs + changed[0], bitmaps + changed[1], count + originals[path].numel()
         metrics = {
             "start": outcome.before,
             "after": outcome.after,

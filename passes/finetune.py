@@ -6,6 +6,11 @@ factors and knees, where activations have any, follow the divergence of its outp
 and bitmaps stay as they are. This step is beyond the paper, whose training ends with the layers (LBLLM, arXiv
 2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
 
+With ``planes=nearest`` planes change, too: an element takes the level that is nearest to its float weight, which was
+moved to where that is the level it came with, and so takes another as soon as levels have moved far enough. This is how
+the planes of DB-LLM's flexible dual binarization follow their scales (arXiv 2402.11960). With ``lr_weight`` the weights
+behind the planes train as well, straight through the choice of levels.
+
 Given::
 
     %w = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 576, 64)
@@ -17,7 +22,7 @@ Result::
     %q = aten.linear(%x, %w)
 
 The state with the lowest divergence on held-out sequences is kept, the starting state included. With ``deviation``
-above 0, tokens of which float and quantized model are unsure weigh more.
+above 0, tokens of which float and quantized model are unsure weigh more (:func:`.calibrate.alignment.kl_loss`).
 
 Needs ``ptq`` before it, the float program as ``context.teacher``, calibration and validation batches; the whole model's
 weights in memory, and the output of one batch.
@@ -32,7 +37,7 @@ from typing import ClassVar
 import torch
 
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
-from .calibrate.alignment import Together, Whole
+from .calibrate.alignment import Planes, Together, Whole
 from .calibrate.chains import layer_errors, paired_layers, with_tensors
 from .calibrate.precision import Precision
 from .calibrate.training import step_scale
@@ -55,6 +60,9 @@ class Finetune(Pass):
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
         lr_knees: of the knees' logits, where activations have knees; 0 keeps the knees.
+        planes: ``frozen``, or ``nearest`` where elements take the level nearest to their weight.
+        lr_weight: peak learning rate of the weights behind planes that change, in standard deviations of the matrix;
+            with 0 planes change with levels alone.
         deviation: how much more a token weighs the less sure both models are; 0 weighs all alike.
         every: steps between validations.
         precision: of the matrix products on the calibration set.
@@ -65,6 +73,8 @@ class Finetune(Pass):
     lr_levels: Rate = 5e-3
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
+    planes: Planes = "frozen"
+    lr_weight: Rate = 0.0
     deviation: Rate = 0.0
     every: Positive = 32
     precision: Precision = "auto"
@@ -80,6 +90,8 @@ class Finetune(Pass):
             return PassResult(program)
         if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
             raise PassError("finetune needs quantized weights; run 'ptq' before it")
+        if self.lr_weight and self.planes == "frozen":
+            raise PassError("finetune: lr_weight trains the weights behind planes that change; add planes=nearest")
         pair = paired_layers(self.name, program, context)
 
         def start() -> Whole:
@@ -95,6 +107,8 @@ class Finetune(Pass):
             lr_levels=self.lr_levels * scale,
             lr_clip=self.lr_clip * scale,
             lr_knees=self.lr_knees * scale,
+            planes=self.planes,
+            lr_weight=self.lr_weight * scale,
             title="finetune: training on the whole model's output",
             stream=STREAM,
         )

@@ -18,8 +18,9 @@ Result::
     %y = lbllm.bit_linear(%values, %x_scale, %sign, %bitmap, %levels, %scale, %bias, 64)
 
 Likewise ``lbllm.grouped_linear`` (stacked experts) becomes ``lbllm.grouped_bit_linear``, and linears and look-ups over
-``lbllm.unpack_rows`` become ``lbllm.int8_linear`` and ``lbllm.int8_embedding``. Linears and experts that ``annotate``
-kept float stay the operators they are.
+``lbllm.unpack_rows`` become ``lbllm.int8_linear`` and ``lbllm.int8_embedding``, those over ``lbllm.unpack_int4`` become
+``lbllm.int4_linear`` and ``lbllm.int4_embedding``. Linears and experts that ``annotate`` kept float stay the operators
+they are.
 
 Needs ``ptq`` and ``activate``: a decoder linear that is not quantized, or whose input is not, is an error, as is a
 leftover observer.
@@ -43,10 +44,10 @@ from ..codegen import levels as level_rules
 from ..codegen import operators as operators
 from ..codegen import reference
 from ..codegen.errors import FormatError
-from ..codegen.format import QuantizedWeight
+from ..codegen.format import Int4Weight, QuantizedWeight
 from ..codegen.operators import Arguments
 from ..codegen.operators.arguments import parameters
-from ..codegen.operators.lbllm.linears import WEIGHT
+from ..codegen.operators.lbllm.linears import INT4_WEIGHT, WEIGHT, WEIGHTS
 from .annotate import completed
 from .base import EXACT, Contract, Pass, PassContext, PassError, PassResult
 from .contracts import describe
@@ -54,8 +55,8 @@ from .ir.annotations import LINEAR, linears
 from .ir.program import IN_FEATURES, Program, Runner, get_attribute
 from .ir.rewrite import (
     LINEARS,
+    UNPACKED,
     Node,
-    activation_knees,
     bias_of,
     calls,
     calls_of_role,
@@ -65,11 +66,28 @@ from .ir.rewrite import (
     is_stored,
     make_call,
     operands_of,
+    quantizer_arguments,
     replace_call,
 )
+from .outliers import ORDER
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
+
+_EMBEDDINGS = {
+    _lbllm.unpack_rows.default: (_lbllm.int8_embedding.default, ("weight", "scale"), ()),
+    _lbllm.unpack_int4.default: (_lbllm.int4_embedding.default, INT4_WEIGHT, ("in_features", "group")),
+}
+"""What look-ups in simulated matrices become, and the arguments of these that are before the indices and behind."""
+
+_STORED_IN: dict[Any, tuple[str, ...]] = {
+    **{target: names for target, (_, names) in WEIGHTS.items()},
+    _lbllm.int8_embedding.default: ("weight", "scale"),
+    _lbllm.int4_embedding.default: INT4_WEIGHT,
+    _lbllm.quantize_activation.default: ("clip", "knees", "plane_scales"),
+    _aten.index_select.default: ("index",),
+}
+"""Arguments of lowered operators that are tensors which passes made."""
 
 _CHECKED_ROWS = 4
 """Tokens of the probe on which linears are compared."""
@@ -102,10 +120,11 @@ class Lower(Pass):
         lowered: dict[str, Node] = {}
         for node in calls(graph, _aten.embedding.default):
             lookup = Arguments(node)
-            if is_call(lookup.weight, _lbllm.unpack_rows.default):
-                rows = Arguments(lookup.weight).pick("weight", "scale")
-                replace_call(node, _lbllm.int8_embedding.default, (*rows, lookup.indices))
-                counts["int8_embedding"] = counts.get("int8_embedding", 0) + 1
+            if is_call(lookup.weight, *_EMBEDDINGS):
+                target, names, sizes = _EMBEDDINGS[lookup.weight.target]
+                table = Arguments(lookup.weight)
+                replace_call(node, target, (*table.pick(*names), lookup.indices, *table.pick(*sizes)))
+                counts[target._opname] = counts.get(target._opname, 0) + 1
         for quantizer in calls(graph, _lbllm.fake_quantize.default):
             _lower_input(program, quantizer, counts, lowered)
         graph.eliminate_dead_code()
@@ -127,7 +146,7 @@ def _check_quantized(graph: fx.Graph) -> None:
         raise PassError(f"the observer {describe(node)} is still in the graph; put 'ptq' between 'observe' and 'lower'")
     for node in calls(graph, *LINEARS):
         x, weight = operands_of(node)
-        quantized = is_call(weight, _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+        quantized = is_call(weight, *UNPACKED)
         info = node.meta.get(LINEAR)
         if not quantized and info is not None and info.role == "decoder":
             raise PassError(f"the weight of {describe(node)} is not quantized; put 'ptq' before 'lower'")
@@ -138,8 +157,7 @@ def _check_quantized(graph: fx.Graph) -> None:
 def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowered: dict[str, Node]) -> None:
     """Lowers one simulated activation quantizer and every linear that reads it; notes the new node by the old name."""
     graph = program.graph
-    arguments = Arguments(quantizer)
-    group, given = arguments.group, (*arguments.pick("x", "clip", "bits", "group"), *activation_knees(quantizer))
+    group, given = Arguments(quantizer).group, quantizer_arguments(quantizer)
     with graph.inserting_before(quantizer):
         pair = make_call(graph, _lbllm.quantize_activation.default, given, quantizer)
         values = make_call(graph, operator.getitem, (pair, 0), quantizer)
@@ -161,9 +179,9 @@ def _lower_input(program: Program, quantizer: Node, counts: dict[str, int], lowe
 
 def _in_features(program: Program, weight: Node) -> int:
     """``K`` of an unpacked weight."""
-    if is_call(weight, _lbllm.unpack_weight.default):
-        return Arguments(weight).in_features
-    return get_attribute(program.module, Arguments(weight).weight.target).shape[1]
+    if is_call(weight, _lbllm.unpack_rows.default):
+        return get_attribute(program.module, Arguments(weight).weight.target).shape[1]
+    return Arguments(weight).in_features
 
 
 def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops.OpOverload, tuple[object, ...]]:
@@ -178,14 +196,17 @@ def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops
     weight = operands_of(linear)[1]
     if is_call(weight, _lbllm.unpack_rows.default):
         return _lbllm.int8_linear.default, (*Arguments(weight).pick("weight", "scale"), bias_of(linear), group)
-    if not is_call(weight, _lbllm.unpack_weight.default):
+    if not is_call(weight, *UNPACKED):
         raise PassError(f"the weight of {describe(linear)} is not quantized but its input is; put 'ptq' before 'lower'")
-    planes, weight_group = Arguments(weight).pick(*WEIGHT), Arguments(weight).group
+    weight_group = Arguments(weight).group
     if group not in (0, weight_group):
         raise PassError(
             f"the input of {describe(linear)} has groups of {group}, its weight of {weight_group};"
             f" use activate{{group={weight_group}}} or activate{{group=0}}"
         )
+    if is_call(weight, _lbllm.unpack_int4.default):
+        return _lbllm.int4_linear.default, (*Arguments(weight).pick(*INT4_WEIGHT), bias_of(linear), weight_group)
+    planes = Arguments(weight).pick(*WEIGHT)
     if linear.target is _lbllm.grouped_linear.default:
         return _lbllm.grouped_bit_linear.default, (*planes, Arguments(linear).offsets, weight_group)
     return _lbllm.bit_linear.default, (*planes, bias_of(linear), weight_group)
@@ -205,7 +226,7 @@ class _Comparison(Runner):
         if is_call(n, _lbllm.fake_quantize.default):
             given = computed(n, self.env)
             rows = given.x.reshape(-1, given.x.shape[-1])[:_CHECKED_ROWS].float()
-            options = given.pick("clip", "bits", "group", "knees")
+            options = given.pick("clip", "bits", "group", "knees", "plane_scales")
             self.inputs[n] = reference.quantize_activation(rows, *options)
         elif n.name in self.lowered:
             self._compare(n, result)
@@ -256,8 +277,49 @@ def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
     return found
 
 
+def stored_int4(program: Program) -> dict[str, Int4Weight]:
+    """Every 4-bit matrix of a lowered program under its original path, e.g. ``lm_head.weight``.
+
+    Raises:
+        FormatError: a matrix is computed, or its size is not known; naming the node that reads it.
+    """
+    found: dict[str, Int4Weight] = {}
+    for node in calls(program.graph, _lbllm.int4_embedding.default, _lbllm.int4_linear.default):
+        a = Arguments(node)
+        in_features = node.meta.get(IN_FEATURES) if node.target is _lbllm.int4_linear.default else a.in_features
+        parts = a.pick(*INT4_WEIGHT)
+        if in_features is None:
+            raise FormatError(f"{describe(node)} does not say how many columns its weight has")
+        if not all(map(is_stored, parts)):
+            raise FormatError(f"the weight of {describe(node)} is no stored matrix")
+        tensors = (get_attribute(program.module, part.target) for part in parts)
+        path = parts[0].target.removesuffix(".codes")
+        found[path] = Int4Weight(*tensors, in_features=in_features, group=a.group)
+    return found
+
+
+def readers(program: Program) -> dict[str, list[tuple[Node, str]]]:
+    """What reads each stored tensor of a lowered program, by its path: operators, with the names of their arguments.
+
+    Those of merged linears read what is concatenated for them. Only what passes made is told: what this package's
+    operators read, and the orders of ``outliers``.
+    """
+    found: dict[str, list[tuple[Node, str]]] = {}
+    for node in program.graph.nodes:
+        if not is_call(node, *_STORED_IN):
+            continue
+        for name in _STORED_IN[node.target]:
+            value = getattr(Arguments(node), name)
+            for part in Arguments(value).tensors if is_call(value, _aten.cat.default) else [value]:
+                if not isinstance(part, fx.Node) or part.op != "get_attr":
+                    continue
+                if name != "index" or str(part.target).endswith(f".{ORDER}"):
+                    found.setdefault(str(part.target), []).append((node, name))
+    return found
+
+
 def check_weights(program: Program) -> None:
-    """Checks every W(1+1) matrix of a lowered program against the format and the level rule of its scheme.
+    """Checks every W(1+1) and 4-bit matrix of a lowered program against the format and its scheme's level rule.
 
     Raises:
         FormatError: naming the weight and what it breaks.
@@ -268,6 +330,8 @@ def check_weights(program: Program) -> None:
         info = node.meta.get(LINEAR)
         if info is not None:
             level_rules.get(info.scheme.levels).check(weights[path].levels, path)
+    for path, weight in stored_int4(program).items():
+        weight.validate(path)
 
 
 def _stored_parts(program: Program) -> Iterator[tuple[Node, str, tuple[Node, ...]]]:

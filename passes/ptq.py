@@ -24,6 +24,10 @@ The former weight ``<path>.weight`` becomes a module that holds ``sign``, ``bitm
 few tokens reached share the one of all experts' tokens. As many Hessians are held at a time as ``HESSIAN_BYTES`` allow,
 and for the next ones the inputs, which are in a file, are read again.
 
+Where a linear has outliers, the pass ``outliers`` has put them last. These columns make up for the errors of all others
+and become int8 rows, ``<path>.weight.outliers.rows`` and ``.row_scale``: a linear of their own, behind a slice of the
+input, whose product is added.
+
 Needs ``observe`` and calibration batches.
 """
 
@@ -31,7 +35,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +63,7 @@ from .calibrate.layers import (
 )
 from .calibrate.precision import Precision
 from .ir.annotations import LINEAR
+from .ir.annotations import linears as annotated_linears
 from .ir.program import Program, discard_attributes, get_attribute, prune_attributes, set_attribute
 from .ir.rewrite import make_attribute, make_call, operands_of
 from .ir.scheme import Scheme
@@ -67,6 +72,12 @@ from .observe import STAT, nothing_to_quantize
 
 BATCH = 8
 """Sequences run at a time."""
+
+OUTLIERS = "outliers"
+"""What is behind a weight's path in those of its columns that have 8 bits, and behind a linear's in theirs."""
+
+ROWS = ("rows", "row_scale")
+"""Tensors of int8 rows, as ``head`` names them."""
 
 HESSIAN_BYTES = 4 << 30
 """Most that the Hessians of stacked experts take which are held at a time, where more than one is needed."""
@@ -87,6 +98,7 @@ class Ptq(Pass):
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per group.
+        outliers: leave columns that the pass ``outliers`` has put last 8 bits, instead of four levels as all others.
         precision: of the layers' matrix products; statistics and fits are float32.
     """
 
@@ -95,6 +107,7 @@ class Ptq(Pass):
     damp: float = 0.01
     compensate: bool = True
     rounds: int = 1
+    outliers: bool = True
     precision: Precision = "auto"
 
     name: ClassVar[str] = "ptq"
@@ -106,6 +119,8 @@ class Ptq(Pass):
         if nothing_to_quantize(self.name, program, context):
             return PassResult(program, summary={"linears": 0})
         self._check(program, context)
+        if not self.outliers:
+            program = _without_outliers(program)
         layers = split(program)
         chain = Activations(calibration_batches(program, context.calibration, BATCH), context.device)
         chain.advance(layers.prologue)
@@ -164,13 +179,13 @@ class Ptq(Pass):
             chain.advance(part, visit, self.precision)
             for statistic in statistics.values():
                 if done is None:
-                    found, figures = self._fit(layer.module, statistic, chain)
+                    found, figures = self.fit_behind(layer.module, statistic, chain)
                     tensors.update(found)
                     metrics["linears"] += figures
                 for node in statistic.linears:
                     path = node.meta[LINEAR].weight
-                    group = _group(weight_scheme(node, self.group))
-                    weight = stored_weight(tensors, path, group, _in_features(layer.module, path)).dequantize()
+                    scheme = weight_scheme(node, self.group)
+                    weight = _dequantized(tensors, path, scheme, _in_features(layer.module, path))
                     for later in parts[position + 1 :]:
                         if any(n.op == "get_attr" and n.target == path for n in later.module.graph.nodes):
                             set_weight(later, path, weight)
@@ -179,7 +194,7 @@ class Ptq(Pass):
             discard_attributes(part.module)
         return tensors, metrics
 
-    def _fit(
+    def fit_behind(
         self, module: fx.GraphModule, statistic: Statistic, chain: Activations
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Fits the linears behind one observer; matrices that share a Hessian and a scheme are fitted as one."""
@@ -199,7 +214,7 @@ class Ptq(Pass):
             if hessian is None:
                 fits, extra = self._fit_experts(weights, statistic, scheme, chain)
             else:
-                factored = factor(hessian, _group(scheme), self.damp)
+                factored = factor(hessian, _group(scheme), self.damp, scheme.outliers)
                 if index == len(alike) - 1:
                     del hessian
                 found, extra = self._fit_rows(weights, factored, scheme)
@@ -208,16 +223,25 @@ class Ptq(Pass):
             for path, weight, parts in zip(paths, weights, fits, strict=True):
                 codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
                 shape = (*weight.shape[:-1], -1)
+                codes = codes.reshape(shape)
                 quantized = QuantizedWeight.from_codes(
-                    codes.reshape(weight.shape),
+                    codes,
                     levels.reshape(*shape, levels.shape[-1]),
                     _group(scheme),
                     level_rules.get(scheme.levels).quantize,
                 )
                 tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in WEIGHT})
+                if scheme.outliers:
+                    (whole,) = parts
+                    kept = zip(ROWS, (whole.kept, whole.kept_scale), strict=True)
+                    tensors.update({f"{path}.{OUTLIERS}.{name}": tensor.cpu() for name, tensor in kept})
                 norm = sum(float(p.norm.double().sum()) for p in parts)
                 error = sum(float(p.error.double().sum()) for p in parts)
-                row = {"linear": path.removesuffix(".weight"), "shape": list(weight.shape), "scheme": str(scheme)}
+                row = {
+                    "linear": path.removesuffix(".weight"),
+                    "shape": list(codes.shape),
+                    "scheme": str(scheme),
+                }
                 figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
         return tensors, figures
 
@@ -417,12 +441,29 @@ def _mean_error(rows: Sequence[Mapping[str, Any]]) -> float:
 def weight_scheme(linear: fx.Node, group: int) -> Scheme:
     """How the weight of a decoder linear is quantized: as its scheme says, in groups of ``group`` where it has none."""
     scheme = linear.meta[LINEAR].scheme
-    return Scheme(group=scheme.group or group, levels=scheme.levels)
+    return Scheme(group=scheme.group or group, levels=scheme.levels, outliers=scheme.outliers)
+
+
+def _without_outliers(program: Program) -> Program:
+    """The program with linears that have no outliers; the order of channels stays."""
+    program = program.copy()
+    for node, info in annotated_linears(program):
+        node.meta[LINEAR] = replace(info, scheme=replace(info.scheme, outliers=0))
+    return program
 
 
 def _group(scheme: Scheme) -> int:
     assert scheme.group is not None
     return scheme.group
+
+
+def _dequantized(tensors: Mapping[str, Tensor], path: str, scheme: Scheme, in_features: int) -> Tensor:
+    """The matrix that stored tensors stand for, outliers last; float32."""
+    main = stored_weight(tensors, path, _group(scheme), in_features - scheme.outliers).dequantize()
+    if not scheme.outliers:
+        return main
+    rows = _lbllm.unpack_rows(*(tensors[f"{path}.{OUTLIERS}.{name}"] for name in ROWS))
+    return torch.cat([main, rows], -1)
 
 
 def _check_stored(rows: Sequence[Mapping[str, Any]], linears: Sequence[fx.Node], group: int) -> None:
@@ -455,6 +496,9 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
     graph, module = program.graph, program.module
     unpacked: dict[str, fx.Node] = {}
     for observer, linears in decoder_linears(graph).items():
+        scheme = weight_scheme(linears[0], group)
+        columns = get_attribute(module, linears[0].meta[LINEAR].weight).shape[-1] - scheme.outliers
+        main, loud = _cut(observer, columns, scheme.outliers) if scheme.outliers else (Arguments(observer).x, None)
         for linear in linears:
             path, (x, weight) = linear.meta[LINEAR].weight, operands_of(linear)
             if path not in unpacked:
@@ -462,19 +506,53 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
                 others = [u for u in readers if LINEAR not in u.meta or u.meta[LINEAR].role != "decoder"]
                 if others:
                     raise PassError(f"the weight '{path}' is also used by '{others[0].name}'; exclude it by keep_dense")
-                in_features = get_attribute(module, path).shape[-1]
                 with graph.inserting_before(weight):
                     parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in WEIGHT)
-                    arguments = (*parts, in_features, weight_scheme(linear, group).group)
+                    arguments = (*parts, columns, weight_scheme(linear, group).group)
                     unpacked[path] = make_call(graph, _lbllm.unpack_weight.default, arguments, linear)
-            linear.replace_input_with(x, Arguments(observer).x)
+            linear.replace_input_with(x, main)
             set_argument(linear, "weight", unpacked[path])
+            if loud is not None:
+                _add_outliers(linear, loud)
         graph.erase_node(observer)
     for path in unpacked:
         for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == path]:
             graph.erase_node(node)
-        for name in WEIGHT:
+        own = [*WEIGHT, *(f"{OUTLIERS}.{name}" for name in ROWS)]
+        for name in [name for name in own if f"{path}.{name}" in stored]:
             set_attribute(module, f"{path}.{name}", stored[f"{path}.{name}"])
     prune_attributes(module)
     module.recompile()
     return program.with_module(module)
+
+
+def _cut(observer: fx.Node, columns: int, outliers: int) -> tuple[fx.Node, fx.Node]:
+    """The first ``columns`` channels of what an observer reads, and the outliers behind them."""
+    graph, x = observer.graph, Arguments(observer).x
+    with graph.inserting_before(observer):
+        main = make_call(graph, torch.ops.aten.slice.Tensor, (x, -1, 0, columns), observer)
+        loud = make_call(graph, torch.ops.aten.slice.Tensor, (x, -1, columns, columns + outliers), observer)
+    return main, loud
+
+
+def _add_outliers(linear: fx.Node, loud: fx.Node) -> None:
+    """Adds to a linear the product of the outliers of its input with their int8 columns."""
+    graph, info = linear.graph, linear.meta[LINEAR]
+    path = f"{info.weight}.{OUTLIERS}"
+    own = replace(
+        info,
+        path=f"{info.path}.{OUTLIERS}",
+        weight=path,
+        role="outliers",
+        reason="the loudest channels",
+        scheme=Scheme(),
+    )
+    with graph.inserting_after(linear):
+        total = make_call(graph, torch.ops.aten.add.Tensor, (linear, linear), linear)
+    linear.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    with graph.inserting_before(total):
+        rows = [make_attribute(graph, f"{path}.{name}", linear) for name in ROWS]
+        matrix = make_call(graph, _lbllm.unpack_rows.default, tuple(rows), linear)
+        meta = {LINEAR: own, **({"val": linear.meta["val"]} if "val" in linear.meta else {})}
+        product = make_call(graph, torch.ops.aten.linear.default, (loud, matrix), linear, meta)
+    total.args = (linear, product)

@@ -18,6 +18,8 @@ _BUILTIN = {
     "canonicalize": "canonicalize:Canonicalize",
     "annotate": "annotate:Annotate",
     "smooth": "smooth:Smooth",
+    "budget": "budget:Budget",
+    "outliers": "outliers:Outliers",
     "observe": "observe:Observe",
     "ptq": "ptq:Ptq",
     "distill": "distill:Distill",

@@ -36,8 +36,7 @@ calibration batches. The result is what later passes imitate: their teacher.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,7 +46,7 @@ from torch import Tensor, fx
 from ..codegen.operators import Arguments
 from .annotate import decoder_linears
 from .base import Contract, Pass, PassContext, PassError, PassResult, Positive, Share, bounded
-from .calibrate.layers import Activations, Values, calibration_batches, segments, split
+from .calibrate.moments import measure
 from .calibrate.precision import Precision
 from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
@@ -55,9 +54,6 @@ from .ir.program import Program, get_attribute, set_attribute
 from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
 from .ir.spool import spooled
 from .observe import nothing_to_quantize
-
-BATCH = 8
-"""Sequences run at a time."""
 
 QUIET = 1e-3
 """Smallest rms of a channel that counts, relative to the site's mean: a dead channel must not get an endless scale."""
@@ -98,7 +94,7 @@ class Smooth(Pass):
         keys = _keys(graph) if self.center_keys and program.kind == "causal-lm" else {}
         wanted = {s.name: -1 for s, fold in folds.items() if isinstance(fold, Fold) and self.strength > 0}
         wanted |= {key.name: 1 for key in keys}
-        statistics = self._measure(program, context, wanted)
+        statistics = measure(program, context, wanted, self.sequences, self.precision)
         rows: list[dict[str, Any]] = []
         for source, linears in sites.items():
             fold, row = folds[source], {"site": linears[0].meta[LINEAR].path}
@@ -116,62 +112,6 @@ class Smooth(Pass):
         program.module.recompile()
         smoothed = sum("into" in row for row in rows)
         return PassResult(program, rows, {"inputs": len(rows), "smoothed": smoothed, "centered_keys": len(centered)})
-
-    @torch.no_grad()
-    def _measure(self, program: Program, context: PassContext, wanted: Mapping[str, int]) -> dict[str, Moments]:
-        """Moments of the wanted values, by node name; ``wanted`` gives the dimension that is not averaged, besides the
-        last one: 1 for the heads of keys ``[B, H, S, D]``, -1 for none."""
-        batches = calibration_batches(program, context.calibration, BATCH)[: -(-self.sequences // BATCH)]
-        layers = split(program)
-        chain = Activations(batches, context.device)
-        chain.advance(layers.prologue)
-        found: dict[str, Moments] = {}
-
-        def take(values: Values, names: Sequence[str]) -> None:
-            for name in names:
-                found.setdefault(name, Moments()).add(values[name], wanted[name])
-
-        with context.progress.task("measuring channels", len(layers.layers)) as task:
-            for layer in layers.layers:
-                ready = [name for name in layer.inputs if name in wanted and name not in found]
-                for values in chain if ready else ():
-                    take(values, ready)
-                cuts = [n for n in layer.module.graph.nodes if n.name in wanted and n.op == "call_function"]
-                for part in segments(layer, cuts):
-                    names = [name for name in part.outputs if name in wanted]
-                    chain.advance(part, functools.partial(take, names=names), self.precision)
-                task.advance()
-        return found
-
-
-class Moments:
-    """Sums of a value and of its square over a calibration set.
-
-    Attributes:
-        mean, square: float32; see :meth:`add` for the shape.
-    """
-
-    def __init__(self) -> None:
-        self._sums: tuple[Tensor, Tensor] | None = None
-        self._count = 0
-
-    def add(self, x: Tensor, kept: int) -> None:
-        """Takes in ``x [..., K]``; dimension ``kept`` and the last one are not averaged."""
-        dims = [d for d in range(x.dim() - 1) if d != kept]
-        x = x.float()
-        sums = x.sum(dims), x.square().sum(dims)
-        self._sums = sums if self._sums is None else (self._sums[0] + sums[0], self._sums[1] + sums[1])
-        self._count += x[..., 0].numel() // (x.shape[kept] if kept >= 0 else 1)
-
-    @property
-    def mean(self) -> Tensor:
-        assert self._sums is not None
-        return self._sums[0].cpu() / self._count
-
-    @property
-    def square(self) -> Tensor:
-        assert self._sums is not None
-        return self._sums[1].cpu() / self._count
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 
 import pytest
-from lbllm_compile.codegen.cuda.device import device_count
+from lbllm_compile.codegen.targets import cuda
 
 LONG = 1800
 """Files with a test that may take so many seconds, by a ``timeout`` mark of its own, have a share to themselves."""
@@ -87,6 +87,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in slow:
             item.add_marker(pytest.mark.skip(reason="slow; run with --runslow"))
     on_device = [item for item in items if "gpu" in item.keywords]
-    if on_device and not device_count():
+    if on_device and not cuda.present().devices:
         for item in on_device:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -17,7 +17,7 @@ from lbllm_compile.codegen import prove
 from lbllm_compile.codegen.backend import EntryPoint, TirKernel
 from lbllm_compile.codegen.cpu.backend import CpuBackend
 from lbllm_compile.codegen.cpu.build import KernelSet
-from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.format import Weight
 from lbllm_compile.codegen.spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import T, compile_functions, pure_intrinsic
@@ -31,7 +31,7 @@ def linear(spec: LinearSpec) -> Any:
     """
     rows, columns, groups = spec.out_features, spec.in_features, spec.groups
     group = spec.group or columns
-    x_scales, w_scales = spec.x_scales, groups if spec.kind == "bit" else 1
+    x_scales, w_scales = spec.x_scales, 1 if spec.kind == "int8" else groups
 
     def finished(total, scales, n):
         return total + scales[n, w_scales] if spec.bias else total
@@ -78,8 +78,8 @@ class PlainLinear:
                 raise prove.disproved(str(spec), case.name)
         return built
 
-    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
-        if isinstance(weight, QuantizedWeight):
+    def pack(self, weight: Weight, bias: Tensor | None = None) -> dict[str, Tensor]:
+        if not isinstance(weight, tuple):
             levels, scales = weight.integer_levels().to(torch.int8), weight.scale.float()
         else:
             levels, scales = weight[0], weight[1].float()[:, None]
@@ -153,6 +153,9 @@ class PlainKind:
 
     def runs_here(self, target: Target) -> bool:
         return True
+
+    def lacks(self, target: Target) -> str:
+        return ""
 
 
 class PlainBackend(CpuBackend):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lbllm_compile.codegen import reference
+from lbllm_compile.codegen import prove, reference
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from torch import Tensor
 
@@ -20,18 +20,16 @@ class _Linear:
         weight, bias = packed
         assert values.shape[1] == self.spec.in_features and x_scale.shape[1] == self.spec.x_scales
         assert (bias is not None) == self.spec.bias
-        if self.spec.kind == "bit":
-            return reference.bit_linear(values, x_scale, weight, bias)
-        return reference.int8_linear(values, x_scale, *weight, bias, self.spec.group)
+        return reference.linear(values, x_scale, weight, bias, self.spec.group)
 
 
 @dataclass(frozen=True)
 class _Quantize:
     spec: QuantizeSpec
 
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
-        assert x.shape[1] == self.spec.in_features and len(knees) == self.spec.knees
-        return reference.quantize_activation(x, clip, self.spec.bits, self.spec.group, *knees)
+    def __call__(self, x: Tensor, clip: Tensor, *shape: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[1] == self.spec.in_features and len(shape) == self.spec.tabled
+        return prove.quantized(self.spec, x, clip, *shape)
 
 
 class ReferenceKernels:

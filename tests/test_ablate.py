@@ -9,6 +9,7 @@ import pytest
 import torch
 from lbllm_compile.codegen.format import LEVELS
 from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.activate import Activate
 from lbllm_compile.passes.calibrate.fit import even_grid, factor, fit
 from lbllm_compile.passes.calibrate.training import DivergenceError
 from lbllm_compile.passes.finetune import Finetune
@@ -182,6 +183,35 @@ def test_every_variant_is_a_pipeline_that_parses_back():
     assert [c.name for c in found] == ["weights", "distill", "trained", "joint", "activations", "finetune"]
     for passes in (p for c in found for p in c.variants.values()):
         assert tuple(pipeline.parse(pipeline.render(passes))) == passes
+
+
+CHOICES = [
+    *(recipe.Choices(recipe=name) for name in recipe.RECIPES),
+    *(recipe.Choices(act_bits=bits) for bits in (8, 16)),
+    recipe.Choices(recipe="db-llm", act_bits=4),
+]
+
+
+@pytest.fixture(scope="module")
+def of_groups():
+    """A model after stage 1, by its weights' group."""
+    return {group: quantized(group=group) for group in (32, 64, 128)}
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda c: f"{c.recipe}-{c.act_bits}")
+def test_every_recipe_has_variants_that_can_run_and_are_told_apart(choices, of_groups):
+    parts = Parts.of(recipe.passes(choices, "cpu"))
+    found = ablate.comparisons(parts)
+    shown = {c.name: c.variants for c in found}
+    assert [len(shown[name]) for name in ("weights", "distill", "trained", "joint", "finetune")] == [6, 4, 4, 2, 4]
+    assert len(shown["activations"]) == (6 if parts.quantize.bits == 4 else 5)
+    for comparison in found:
+        assert len({*comparison.variants.values()}) == len(comparison.variants)
+        for passes in comparison.variants.values():
+            assert tuple(pipeline.parse(pipeline.render(passes))) == passes
+            for item in passes:
+                if isinstance(item, Activate):
+                    item._check(of_groups[parts.ptq.group])
 
 
 @pytest.fixture(scope="module")

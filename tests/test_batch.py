@@ -11,6 +11,7 @@ import pytest
 import talker
 
 from lbllm_compile.native import batch as batches
+from lbllm_compile.native import description as described
 from lbllm_compile.native import program as native
 from lbllm_compile.native.batch import Batch, can_batch, is_exact
 from lbllm_compile.native.generate import GenerationError
@@ -96,7 +97,7 @@ def test_more_elements_than_a_call_can_index_are_refused(program, monkeypatch):
     session.step(np.array([[5, 6, 7]]))
     for _ in range(2):
         batch.join(session)
-    monkeypatch.setattr(native, "MOST_ELEMENTS", 64)
+    monkeypatch.setattr(described, "MOST_ELEMENTS", 64)
     with pytest.raises(GenerationError, match="too many for one call; use a shorter context"):
         batch.step([5, 6])
     with pytest.raises(GenerationError, match="too many for one call; use a shorter context"):

@@ -207,6 +207,23 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path):
     assert result.exit_code == 2 and "is not an lbllm artifact" in result.stderr
 
 
+def test_a_prediction_times_nothing(compiled, plain, monkeypatch):
+    monkeypatch.setattr(command, "bench", None)
+    result = CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict", "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["predicted"]
+    assert json.loads(result.stdout)["predicted_without"] == 0
+    assert [row["device"] for row in found] == ["H200", "H100", "A100", "L4", "RTX 4090", "T4"]
+    # Two layers of five launches and three launches besides; the linears of a model this small take next to nothing.
+    assert all(row["gaps_s"] == pytest.approx(1.3e-6 * 13) for row in found)
+    assert all(row["gaps_s"] < row["seconds"] < 3e-5 for row in found)
+    assert "PREDICTION, not measured" in CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict"]).stdout
+    result = CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict", "--against", "torch"])
+    assert result.exit_code == 2 and "--predict times nothing; leave out --against" in result.stderr
+    result = CliRunner().invoke(cli.app, ["bench", str(plain), "--predict"])
+    assert result.exit_code == 2 and "is of language models without experts" in result.stderr
+
+
 def test_what_cannot_be_exported_is_asked_for(compiled, monkeypatch):
     def refuse(*_: object) -> None:
         raise export.ExportError("GGUF is written for llama, not for this")

@@ -17,15 +17,18 @@ import torch
 from lbllm_compile.codegen import prove
 from lbllm_compile.codegen.cpu import space as cpu
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.sizes import int4_bytes, int8_bytes
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
 from lbllm_compile.passes.activate import insert_quantizers
 from lbllm_compile.passes.annotate import layer_count
 from lbllm_compile.passes.ir.rewrite import calls
-from stages import annotated, batches
+from stages import annotated, apply, batches, context
+from test_driver import SMALL
+from zoo import user_model
 
-from benchmarks import decode, limits, llama, serve, smoothing, subjects
-from lbllm_compile import export
+from benchmarks import decode, heads, levels, limits, llama, quality, serve, smoothing, subjects
+from lbllm_compile import calibration, export, frontend, recipe
 from lbllm_compile.bench import decoders
 from lbllm_compile.bench.decoding import Times
 
@@ -199,3 +202,81 @@ def test_quantizers_of_keys_move_in_front_of_the_rotary_embedding(centered):
     of_keys = torch.ops.aten.sub.Tensor if centered else torch.ops.aten.transpose.int
     expected = [of_keys, torch.ops.aten.transpose.int] * layer_count(annotated())
     assert Counter(quantizer.args[0].target for quantizer in quantizers) == Counter(expected)
+
+
+def test_a_pipeline_of_ones_own_is_scored_behind_its_own_preparation(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipe.PRESETS, "quick", SMALL)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    given = [f"canonicalize,annotate{dense},observe,ptq{{group=32}}" for dense in ("", '{keep_dense="*"}')]
+    options = Namespace(
+        pipeline=given,
+        model="examples/tiny_llama.py",
+        preset="quick",
+        calibration=str(text),
+        text=text,
+        seq_len=32,
+        chunks=2,
+        seed=0,
+        work=tmp_path / "work",
+    )
+    rows = quality.wanted_rows(options)
+    assert [row.name for row in rows] == given and not any(row.compiled for row in rows)
+    quantized, dense = (quality.measure_here(row, options) for row in rows)
+    assert quantized["ppl_teacher"] == dense["ppl_teacher"]
+    assert dense["kld_mean"] == 0 < quantized["kld_mean"]
+
+
+def test_a_pipeline_without_ptq_is_refused_in_its_own_words():
+    text = "canonicalize,annotate,head"
+    with pytest.raises(LbllmError, match=f"--pipeline '{text}' has no 'ptq', .*; write one behind 'observe'"):
+        quality.wanted_rows(Namespace(pipeline=["canonicalize,annotate,observe,ptq", text]))
+
+
+def test_level_rules_are_fitted_to_the_inputs_that_ptq_sees():
+    given = context(count=4)
+    program = apply(annotated(), "observe", given).program
+    found = list(levels.matrices(program, given.calibration, [0], rows=10**6))
+    rows = apply(program, "ptq{group=32}", given).rows
+    expected = {row["linear"] + ".weight": row["error"] for row in rows if row["layer"] == 0}
+    # The first input of a layer is the same on the quantized chain.
+    assert {m.path for m in found} == set(expected) and found[0].path in expected
+    assert found[0].error(32, "free") == pytest.approx(expected[found[0].path], rel=1e-4)
+    assert found[0].error(32, "free") < found[0].error(32, "dual")
+    few = list(levels.matrices(program, given.calibration, [0], rows=7))
+    assert [m.path for m in few] == [m.path for m in found] and all(len(m.weight) <= 7 for m in few)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("llama", {"rows": 0}, "--rows 0 leaves nothing of a matrix to fit; use 1 or more"),
+        ("llama", {"rules": ["free", "twin"]}, "there is no level rule 'twin'"),
+        ("llama", {"layers": [7, 9]}, "in the layers 7, 9; name others"),
+        ("mixtral", {}, "has stacked experts, which are not measured here"),
+    ],
+)
+def test_levels_that_cannot_be_measured_are_refused_before_calibration(model, changes, message, monkeypatch):
+    def collect(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(calibration, "collect", collect)
+    monkeypatch.setattr(frontend, "load", lambda _: user_model(model))
+    given = {"model": model, "calibration": None, "layers": [0], "groups": [64], "rules": ["free"], "rows": 96}
+    with pytest.raises(LbllmError, match=message):
+        levels.measure(Namespace(**given | changes))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_token_reads_the_head_and_not_the_embedding(name):
+    rows, columns = dict(annotated(name).parameters())["model.embed_tokens.weight"].shape
+    whole, coded = int8_bytes(rows, columns), int4_bytes(rows, columns, 32)
+    tied = name == "llama-tied"
+    for options, read, beside in [
+        ("bits=8", whole, 0 if tied else whole),
+        ("bits=4", coded, whole),
+        ("bits=4,embedding=4", coded, 0 if tied else coded),
+    ]:
+        program = apply(annotated(name), f"head{{{options},group=32,sequences=0}}").program
+        assert heads.sizes(program) == (read, read + beside), options

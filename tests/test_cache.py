@@ -15,6 +15,7 @@ from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache, _latent
+from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import STATE, Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from torch import Tensor, fx
@@ -610,6 +611,35 @@ def test_positions_that_the_graph_counts_go_on_behind_past_tokens(mangle):
     for prefill in (1, 6):
         decoded = decode(after, inputs, prefill)
         torch.testing.assert_close(decoded[seen], before.run(inputs)[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_what_goes_from_token_to_token_beside_attention_is_refused_where_it_does():
+    def sees_all(x, mask, length):
+        return aten.add.Tensor(x, aten.mean.dim(x, [1], True), alpha=0.3)
+
+    def sums_up(x, mask, length):
+        return aten.cumsum.default(x, 1)
+
+    for leak, where in ((sees_all, r"aten\.add\.Tensor"), (sums_up, r"aten\.cumsum")):
+        with pytest.raises(PassError, match=rf"gets another value of '\w+' \({where}.*token to token"):
+            cached(attention(mangle=leak, layers=2))
+
+
+def test_a_rounding_that_spreads_is_no_leak():
+    """A sum in another order, and steep functions behind it, in which its last bits become all."""
+
+    def steep(x, mask, length):
+        x = aten.mul.Tensor(x, aten.add.Scalar(aten.sum.default(aten.new_ones.default(x, [length])), 3e6))
+        for _ in range(4):
+            x = aten.sin.default(aten.mul.Scalar(x, 300.0))
+        return x
+
+    before = attention(mangle=steep, layers=2)
+    inputs = token_inputs()
+    whole, stepped = (item.run(inputs)[:, -1] for item in (before, cached(before)))
+    torch.testing.assert_close(whole, stepped, rtol=1e-4, atol=1e-4)
+    decoded = decode(cached(before), inputs, inputs["input_ids"].shape[1] - 1)[:, -1]
+    assert relative_error(whole, decoded) > 0.5
 
 
 def test_dropout_a_second_run_and_missing_attention_are_refused():

@@ -21,6 +21,7 @@ import transformers
 import zoo
 from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.passes import canonicalize, pipeline
 from lbllm_compile.passes.annotate import Annotate, LinearInfo, linears
@@ -115,7 +116,7 @@ def test_every_option_is_in_the_help_with_its_default(monkeypatch: pytest.Monkey
     for name, option in options().items():
         assert " ".join(option.flag.help.split()) in whole, name
         assert name == "model" or f"--{name.replace('_', '-')} " in whole
-    for default in ("lbllm", "64; 128 in lbllm-paper", "auto", "NAME-lbllm"):
+    for default in ("lbllm", "64; 128 in lbllm-paper and bwa", "auto", "NAME-lbllm"):
         assert f"[default: {default}]" in whole
     assert "[default: bit]" in shown_help("tune", "search")
 
@@ -127,7 +128,7 @@ def test_verbs_describe_the_options_they_share_alike(monkeypatch: pytest.MonkeyP
     lacking = {
         "plan": {"fallback", "out", "work_dir", "seed", "fresh", "no_sheet"} | look,
         "preflight": {"fallback", "out", "work_dir", "fresh", "no_sheet"} | look,
-        "ablate": {"target", "recipe", "pipeline", "fallback", "out", "no_sheet"} | look,
+        "ablate": {"target", "pipeline", "bits", "max_kl", "fallback", "out", "no_sheet"} | look,
     }
     for verb, absent in lacking.items():
         text = shown_help(verb)
@@ -331,7 +332,7 @@ def test_targets_doctor_and_passes_speak_json() -> None:
     assert cuda["means"] == ", ".join(t.name for t in parse_targets("cuda"))
     document = json.loads(invoke("passes", "--json").stdout)
     names = [p["name"] for p in document["passes"]]
-    assert names[:5] == ["canonicalize", "annotate", "smooth", "observe", "ptq"]
+    assert names[:6] == ["canonicalize", "annotate", "smooth", "budget", "outliers", "observe"]
     assert [r["name"] for r in document["recipes"]] == list(recipe.RECIPES)
     assert all(pipeline.parse(r["pipeline"]) and r["description"] for r in document["recipes"])
 
@@ -339,6 +340,7 @@ def test_targets_doctor_and_passes_speak_json() -> None:
 def test_every_recipe_is_offered() -> None:
     shown, offered = invoke("passes").stdout, invoke("compile", "--help").stdout
     assert all(f"--recipe {name}" in shown and name in offered for name in recipe.RECIPES)
+    assert "--recipe" in invoke("ablate", "--help").stdout
 
 
 @pytest.mark.parametrize("entry", catalogue.entries(), ids=lambda entry: entry.name)
@@ -370,14 +372,20 @@ def test_the_doctor_finds_the_compiler_that_a_compile_would_use(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cuda_compiler, "_nvrtc", lambda: None)
     (lacking, _) = (f for f in doctor._compilers() if f.name in ("nvcc", "NVRTC"))
-    assert (lacking.status, lacking.value) == ("note", "not found") and "pip install cuda-bindings" in lacking.cost
+    assert (lacking.status, lacking.value) == (
+        "note",
+        "not found",
+    ) and "pip install 'lbllm-compile[cuda]'" in lacking.cost
     monkeypatch.setattr(cuda_compiler, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda: (0, 12, 8)))
     found = {f.name: f for f in doctor._compilers()}
     assert (found["NVRTC"].status, found["NVRTC"].value) == ("ok", "12.8")
     assert found["nvcc"].cost == "CUDA kernels are compiled with NVRTC instead"
     monkeypatch.setenv(variable, str(tmp_path))
     found = {f.name: f for f in doctor._compilers()}
-    assert found["nvcc"].value == f"Cuda compilation tools, release 99.1, {nvcc}"
+    assert found["nvcc"].value == f"Cuda compilation tools, release 99.1, {nvcc}" and found["nvcc"].status == "ok"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.2, V13.2.78'\n")
+    found = {f.name: f for f in doctor._compilers()}
+    assert found["nvcc"].status == "note" and "miscompiles" in found["nvcc"].cost
 
 
 def facts(info: LinearInfo) -> tuple[str, int | None, int, str]:
@@ -401,6 +409,28 @@ def test_the_plan_says_what_annotate_does(name: str) -> None:
     assert planned == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "bits"),
+    [
+        ("llama", "bits=16", 32),
+        ("llama", "bits=8", 8),
+        ("llama", "bits=4", 8),
+        ("llama", "bits=4,embedding=4", 4),
+        ("llama-tied", "bits=8", 0),
+        ("llama-tied", "bits=4", 8),
+        ("llama-tied", "bits=4,embedding=4", 0),
+    ],
+)
+def test_the_plan_counts_the_embedding_beside_the_head(name: str, options: str, bits: int) -> None:
+    """One that is tied to the head takes nothing, unless its form is another."""
+    model = zoo.user_model(name)
+    rows, columns = model.module.get_input_embeddings().weight.shape
+    passes = pipeline.parse(f"head{{{options}}}")
+    rest = 10 + (0 if zoo.ZOO[name].tied else rows * columns)
+    scales = {8: 4 * rows, 4: 2 * rows * -(-columns // 64) + 16}.get(bits, 0)
+    assert plan._rest_bytes(passes, rest, model, keeps_head=False) == 40 + rows * columns * bits // 8 + scales
+
+
 def test_the_plan_divides_by_the_speed_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"meta": 1e15, "cpu": 1e9}
     monkeypatch.setattr(plan, "matmul_speed", lambda dtype, device: speeds[device.type])
@@ -413,6 +443,80 @@ def test_the_plan_divides_by_the_speed_of_what_computes(monkeypatch: pytest.Monk
     for stage in ("stage 1, ptq", "stage 2, distill", "finetune"):
         assert fast.seconds[stage] == pytest.approx(slow.seconds[stage] / 1e6)
     assert fast.seconds["checks, artifact, sheet"] == slow.seconds["checks, artifact, sheet"]
+
+
+def test_the_plan_predicts_for_targets_that_are_elsewhere() -> None:
+    tiny = str(ROOT / "examples" / "tiny_llama.py")
+    assert plan.make_plan(CompileOptions(tiny)).predicted == ()
+    found = plan.make_plan(CompileOptions(tiny, target="cpu,cuda:sm_90"))
+    assert [p.device for p in found.predicted][:2] == ["H200", "H100"]
+    gaps = 1.3e-6 * (5 * found.layers + 3)
+    assert all(gaps == pytest.approx(p.gaps_s) and p.gaps_s < p.seconds for p in found.predicted)
+    assert {row["device"] for row in found.to_json()["predicted"]} == {p.device for p in found.predicted}
+    titles = [getattr(part, "title", "") for part in plan.render(found)]
+    assert any("PREDICTION, not measured" in str(title) for title in titles)
+    assert plan.make_plan(CompileOptions(str(ROOT / "examples" / "mlp.py"), target="cuda:sm_90")).predicted == ()
+    for limit in ({"bits": 2.5}, {"max_kl": 0.5}):
+        assert plan.make_plan(CompileOptions(tiny, target="cuda:sm_90", **limit)).predicted == ()
+
+
+def planned(pipeline: str) -> plan.Plan:
+    """Of the tiny example for CUDA."""
+    return plan.make_plan(
+        CompileOptions(
+            str(ROOT / "examples" / "tiny_llama.py"), target="cuda:sm_90", pipeline=pipeline + ",lower,cache"
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tail", "reason"),
+    [
+        ("*.layers.0.mlp.down_proj: act=16", "head", "CUDA kernels take 4-bit and 8-bit activations"),
+        ("*.q_proj: act=4 codebook=knees", "head", "CUDA kernels take activations without knees"),
+        ("", "head{bits=4}", "CUDA has no kernel for a head of 4-bit codes"),
+    ],
+)
+def test_the_plan_predicts_nothing_where_a_linear_has_no_kernel(scheme: str, tail: str, reason: str) -> None:
+    found = planned(f'canonicalize,annotate{{scheme="{scheme}"}},observe,ptq,activate,{tail}')
+    assert found.predicted == () and reason in found.unpredicted
+    texts = [str(part) for part in plan.render(found)]
+    assert any(text.startswith(f"No prediction of how long a token takes: {reason}") for text in texts)
+
+
+def test_the_plan_predicts_every_linear_in_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[dict[LinearSpec, int], set[QuantizeSpec]]] = []
+
+    def predictions(linears: Any, quantizers: Any, *_: object) -> list[Any]:
+        given.append((dict(linears), set(quantizers)))
+        return []
+
+    monkeypatch.setattr(plan, "predictions", predictions)
+    scheme = "*.layers.0.mlp.down_proj: act=8 act-group=0; lm_head: act-group=0; *.layers.1.*: dense"
+    stages = "outliers{share=0.25},observe,ptq{group=32},activate{group=32},head"
+    found = planned(f'canonicalize,annotate{{scheme="{scheme}"}},{stages}')
+    ((counts, quantizers),) = given
+    assert counts == {
+        LinearSpec("bit", 128, 96, 32, 4): 2,
+        LinearSpec("bit", 64, 96, 32, 4): 2,
+        LinearSpec("bit", 256, 96, 32, 4): 2,
+        LinearSpec("bit", 128, 192, 32, 8, per_token=True): 1,
+        LinearSpec("int8", 128, 32, 0, 8, per_token=True): 2,
+        LinearSpec("int8", 64, 32, 0, 8, per_token=True): 2,
+        LinearSpec("int8", 256, 32, 0, 8, per_token=True): 2,
+        LinearSpec("int8", 128, 64, 0, 8, per_token=True): 1,
+        LinearSpec("int8", 259, 128, 0, 8, per_token=True): 1,
+    }
+    assert quantizers == {
+        QuantizeSpec(96, 32, 4), QuantizeSpec(192, 0, 8), QuantizeSpec(32, 0, 8), QuantizeSpec(64, 0, 8),
+        QuantizeSpec(128, 0, 8),
+    }  # fmt: skip
+    assert found.predicted_without == 7 and found.unpredicted == ""
+
+
+def test_a_prediction_says_how_many_linears_it_leaves_out() -> None:
+    assert "7 linears that stay float" in str(plan.predicted_table([], 7).title)  # type: ignore[attr-defined]
+    assert "float" not in str(plan.predicted_table([], 0).title)  # type: ignore[attr-defined]
 
 
 def test_the_plan_of_a_hub_model_reads_its_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +617,11 @@ def test_bars_on_a_terminal_nest() -> None:
     [
         (0.0, "0"),
         (1.5, "1.5"),
-        (1e-7, "1.000e-07"),
+        (92.0003, "92.00"),
+        (12345.6, "12346"),
+        (-0.25, "-0.25"),
+        (1e-7, "1e-07"),
+        (1.00002e-7, "1.000e-07"),
         (None, "-"),
         (True, "yes"),
         ([1, 2.5], "1, 2.5"),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lbllm_compile.codegen.progress import NoProgress
 from test_driver import MODEL, ROOT, SMALL
+
+from lbllm_compile import artifact, checkpoint, driver, preflight, recipe
+from lbllm_compile.options import CompileOptions
 
 KILLS = 10
 """Kills of each long test, at random points in time."""
@@ -23,64 +29,80 @@ SEEDS = range(10)
 
 PRESET = SMALL.model_copy(update={"distill_epochs": 2, "activate_steps": 6, "finetune_steps": 10, "tune_trials": 1})
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from lbllm_compile import artifact, checkpoint, driver, preflight, recipe
-from lbllm_compile.codegen.progress import NoProgress
-from lbllm_compile.options import CompileOptions
+FORKING = multiprocessing.get_context("forkserver")
+"""Children begin with what takes seconds to import."""
 
-model, out, moment = sys.argv[1:]
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if moment == "artifact":
-    artifact._write_weights = die
-elif moment.isdigit():
-    save, left = checkpoint.WorkDir.save, int(moment)
-    def counted(self, *piece):
-        global left
-        save(self, *piece)
-        left -= 1
-        if not left:
-            die()
-    checkpoint.WorkDir.save = counted
-
-class WorkDir(checkpoint.WorkDir):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        print("ready", flush=True)
-
-class Notes(NoProgress):
-    def note(self, text):
-        print(text, flush=True)
-
-driver.WorkDir = WorkDir
-preflight.rehearse = lambda *_, **__: None
-recipe.PRESETS["quick"] = recipe.Preset(**PRESET)
-driver.compile(CompileOptions(model=model, out=Path(out), preset="quick"), progress=Notes())
-"""
+FORKING.set_forkserver_preload(["torch", "transformers", "tvm", "lbllm_compile.driver", "lbllm_compile.kernels"])
 
 
-def start(model: Path, out: Path, moment: str = "never") -> subprocess.Popen[str]:
-    """A compile in a process of its own, without rehearsal; returns when it has the work directory."""
-    script = CHILD.replace("**PRESET", f"**{PRESET.model_dump()!r}")
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(model), str(out), moment],
-        cwd=ROOT,
-        env={**os.environ, "LBLLM_CACHE_DIR": str(model.parent / "cache")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None and child.stdout.readline() == "ready\n"
-    return child
+class Child:
+    """A compile in a process of its own, without rehearsal, that has the work directory.
+
+    Args:
+        model, out: of the compile.
+        moment: when it kills itself: ``artifact`` as it writes that, a number after so many finished pieces of work.
+
+    Attributes:
+        notes: what it has told, once it has ended.
+    """
+
+    def __init__(self, model: Path, out: Path, moment: str = "never"):
+        self._told, telling = FORKING.Pipe(duplex=False)
+        self.process = FORKING.Process(target=compile_and_tell, args=(model, out, moment, telling))
+        self.process.start()
+        telling.close()
+        self.notes: list[str] = []
+        assert self._told.recv() == READY
+
+    def killed(self, seconds: float) -> bool:
+        """Kills it after so many seconds; False where it has ended by then."""
+        self.process.join(seconds)
+        ended = self.process.exitcode is not None
+        self.process.kill()
+        return not ended
+
+    def finish(self) -> int:
+        """Waits for the end; the exit code."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self.notes.append(self._told.recv())
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
 
-def finish(child: subprocess.Popen[str]) -> int:
-    """Waits for the end."""
-    with child:
-        return child.wait()
+READY = "ready"
+
+
+def compile_and_tell(model: Path, out: Path, moment: str, telling: Connection) -> None:
+    """What a child does."""
+    os.environ["LBLLM_CACHE_DIR"] = str(model.parent / "cache")
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class WorkDir(checkpoint.WorkDir):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self.left = int(moment) if moment.isdigit() else 0
+            telling.send(READY)
+
+        def save(self, *piece: Any) -> None:
+            super().save(*piece)
+            self.left -= 1
+            if self.left == 0:
+                die()
+
+    class Notes(NoProgress):
+        def note(self, text: str) -> None:
+            telling.send(text)
+
+    if moment == "artifact":
+        artifact._write_weights = die
+    driver.WorkDir = WorkDir
+    preflight.rehearse = lambda *_, **__: None
+    recipe.PRESETS["quick"] = PRESET
+    driver.compile(CompileOptions(model=model, out=out, preset="quick"), progress=Notes())
 
 
 def compared(out: Path) -> dict[str, bytes]:
@@ -102,9 +124,9 @@ def pieces(out: Path) -> dict[str, int]:
 
 def whole(model: Path, out: Path) -> tuple[dict[str, bytes], float]:
     """What a compile that is left alone gives, and the seconds from when it has the work directory to its end."""
-    child = start(model, out)
+    child = Child(model, out)
     begin = time.monotonic()
-    assert finish(child) == 0
+    assert child.finish() == 0
     found, seconds = compared(out), time.monotonic() - begin
     assert {"model.safetensors", "graph.json", "lbllm.lock", "config.json", "program.json"} <= found.keys()
     assert sum(name.startswith("passes/") for name in found) == 13
@@ -118,16 +140,14 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
     out = tmp_path / "out"
     # The fifth piece of work is the state of stage 3's training.
     for moment in ("5", "artifact"):
-        assert finish(start(model, out, moment)) == -signal.SIGKILL
+        assert Child(model, out, moment).finish() == -signal.SIGKILL
         assert not out.exists()
     assert len(pieces(out)) == 7
-    child = start(model, out)
-    assert child.stdout is not None
-    told = re.search(
-        r"an interrupted compile goes on: (\d+) finished pieces of work are in '(.+)'", child.stdout.read()
-    )
+    child = Child(model, out)
+    assert child.finish() == 0
+    going_on = r"an interrupted compile goes on: (\d+) finished pieces of work are in '(.+)'"
+    told = re.search(going_on, "\n".join(child.notes))
     assert told and int(told[1]) >= 7 and told[2] == f"{out}.lbllm-work"
-    assert finish(child) == 0
     assert compared(out) == expected
     assert {p.name for p in tmp_path.iterdir()} == {"mlp.py", "cache", "whole", "out"}
 
@@ -138,6 +158,7 @@ def test_kills_in_training_and_while_writing_leave_no_trace(tmp_path):
 def test_kills_at_random_points_change_nothing(seed, tmp_path):
     model = tmp_path / "small.py"
     model.write_text(MODEL)
+    whole(model, tmp_path / "first")  # builds kernels, which those that follow find in the cache
     expected, seconds = whole(model, tmp_path / "whole")
     chance = random.Random(seed)
     kills = compiles = 0
@@ -147,14 +168,10 @@ def test_kills_at_random_points_change_nothing(seed, tmp_path):
         out = folder / "out"
         before: dict[str, int] = {}
         while True:
-            child = start(model, out)
+            child = Child(model, out)
             if kills < KILLS:
-                try:
-                    child.wait(timeout=chance.uniform(0, seconds))
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    kills += 1
-            if finish(child) == 0:
+                kills += child.killed(chance.uniform(0, seconds))
+            if child.finish() == 0:
                 break
             now = pieces(out)
             # What was finished has not been done again.

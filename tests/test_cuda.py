@@ -29,6 +29,7 @@ from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.sizes import GROUPS
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import parse_targets
+from lbllm_compile.codegen.targets.cuda import ARCHITECTURES, DEFAULT_ARCHITECTURES, VIRTUAL_ARCHITECTURES
 
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate CUDA kernels with")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the search path")
@@ -52,9 +53,10 @@ def gemv() -> cuda.EmittedKernel:
 @pytest.mark.parametrize(
     ("text", "archs"),
     [
-        ("cuda", ("sm_80", "sm_90")),
+        ("cuda", ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_100")),
         ("cuda:sm_80", ("sm_80",)),
         ("cuda:sm_90,cuda:sm_80", ("sm_90", "sm_80")),
+        ("cuda:compute_75", ("compute_75",)),
         ("cuda:sm_90, sm_80, sm_90", ("sm_90", "sm_80")),
     ],
 )
@@ -66,6 +68,7 @@ def test_architectures_of_a_target(text: str, archs: tuple[str, ...]) -> None:
     ("text", "message"),
     [
         ("cuda:sm_91", "did you mean cuda:sm_90"),
+        ("cuda:compute_91", "did you mean cuda:compute_90"),
         ("cuda:banana", "known are sm_75"),
         ("cuda:", "cuda:sm_90"),
         ("cudaa", "unknown target 'cudaa'; did you mean 'cuda'"),
@@ -95,7 +98,8 @@ CHECK-SAME: bias_ptr, {{.*}}levels_ptr, {{.*}}output_ptr, {{.*}}values_ptr, {{.*
 CHECK: __shared__ {{.*}} int partial_ptr
 CHECK: *(uint4*)(loaded_ptr + 0) = *(uint4*)(weight_ptr
 CHECK: *(int4*)(x_ptr + 0) = *(int4*)(values_ptr
-CHECK: __dp4a(x_ptr[0], ((int)__byte_perm(
+CHECK: ptx_and_b32(loaded_ptr[0], (uint)858993459)
+CHECK: __dp4a(x_ptr[0], ((int)ptx_prmt_b32(level
 CHECK: __fmul_rn(x_scale_ptr
 CHECK: __syncthreads();
 CHECK: __fmaf_rn(__int2float_rn(partial_ptr
@@ -114,7 +118,7 @@ CHECK-SAME: x_scale_ptr, int tokens);
 CHECK: __shared__ {{.*}} int x_tile_ptr[1148]
 CHECK: __shared__ {{.*}} int w_tile_ptr[1148]
 CHECK: < tokens)
-CHECK: __byte_perm(
+CHECK: ptx_prmt_b32(
 CHECK: __syncthreads();
 CHECK: *(int4*)(a_ptr + 0) = *(int4*)(x_tile_ptr
 CHECK: __dp4a(a_ptr[0], b_ptr[0]
@@ -171,6 +175,7 @@ def test_generating_leaves_tvms_compiler_alone() -> None:
         (LinearSpec("bit", 32, 64, 64, act_bits=16), "--act-bits 4 or 8"),
         (QuantizeSpec(64, 64, 16), "--act-bits 4 or 8"),
         (LinearSpec("int8", 32, 200_000, 0), "overflow"),
+        (LinearSpec("int4", 32, 64, 64, act_bits=8), r"no kernel for a head of 4-bit codes.*head\{bits=8\}"),
     ],
 )
 def test_what_has_no_kernel_is_refused(spec: LinearSpec | QuantizeSpec, message: str) -> None:
@@ -242,7 +247,7 @@ def test_packed_int8_rows_keep_their_order(n: int, k: int, group: int) -> None:
 LINEARS = [
     (LinearSpec("bit", 100, 259, 32, per_token=True), "gemv", GemvSchedule(2, 8)),
     (LinearSpec("bit", 33, 4200, 32, act_bits=8), "gemv", GemvSchedule(1, 16)),
-    (LinearSpec("bit", 290, 1000, 256, bias=True), "gemv", GemvSchedule(4, 2)),
+    (LinearSpec("bit", 290, 1000, 256, bias=True, additive=True), "gemv", GemvSchedule(4, 2)),
     (LinearSpec("int8", 70, 259, 0, act_bits=8, bias=True), "gemv", None),
     (LinearSpec("bit", 70, 259, 32, act_bits=8, bias=True), "gemm", GemmSchedule(16, 32, 4, 4, 32)),
     (LinearSpec("bit", 97, 700, 256, per_token=True), "gemm", GemmSchedule(32, 64, 8, 4, 128)),
@@ -460,7 +465,7 @@ def test_emit_cuda_compiles_proves_and_caches(cache: Path, monkeypatch: pytest.M
     assert len({k.name for k in kernels}) == 6
     for kernel in kernels:
         assert kernel.cubin[:4] == b"\x7fELF" and kernel.symbol.encode() in kernel.cubin
-        assert 0 < kernel.registers <= 128 and kernel.spills == 0
+        assert 0 < kernel.registers <= 128
         assert kernel.proof in (cuda_proof.EMULATED, cuda_proof.NOT_RUN)
         assert kernel.record()["cubin_bytes"] == len(kernel.cubin)
     assert kernels[2].shared_bytes == 2 * 4 * (64 // 4) * (64 + 4)
@@ -496,6 +501,114 @@ def test_flags_keep_floats_exact() -> None:
     assert not any("fast" in flag for flag in cuda_compiler.FLAGS)
 
 
+def test_every_flag_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert [flag for flag in cuda_compiler.FLAGS if f"| `{flag}` |" not in page] == []
+
+
+def test_the_default_architectures_run_on_every_device_but_one() -> None:
+    """By the rules of CUDA: a cubin on later minors of its major version, but for Jetsons; PTX on everything later."""
+    jetsons = ("sm_87", "sm_110")
+
+    def version(arch: str) -> tuple[int, int]:
+        return divmod(int(arch.rpartition("_")[2]), 10)
+
+    def runs(arch: str, device: str) -> bool:
+        if arch.startswith("compute"):
+            return version(arch) <= version(device)
+        later = version(arch)[0] == version(device)[0] and version(arch) <= version(device)
+        return arch == device or (later and device not in jetsons)
+
+    devices = (*ARCHITECTURES, "sm_130")
+    unserved = [device for device in devices if not any(runs(arch, device) for arch in DEFAULT_ARCHITECTURES)]
+    assert unserved == ["sm_87"]
+
+
+@needs_nvcc
+def test_every_architecture_compiles(gemv: cuda.EmittedKernel) -> None:
+    compiler = cuda_compiler.CudaCompiler.find()
+    compiler.check([*ARCHITECTURES, *VIRTUAL_ARCHITECTURES])
+    for arch in ARCHITECTURES:
+        assert 0 < compiler.compile(gemv.source, arch).kernels[gemv.symbol].registers <= 64, arch
+    ptx = compiler.compile(gemv.source, "compute_100")
+    assert b".target sm_100" in ptx.cubin and gemv.symbol.encode() in ptx.cubin and ptx.kernels == {}
+    with pytest.raises(KernelError, match=r"nvcc here cannot compile for sm_42; update it, .* knows sm_75"):
+        compiler.check(["sm_90", "sm_42"])
+
+
+@needs_nvcc
+def test_ptx_is_an_architecture_of_a_kernel(cache: Path) -> None:
+    cubin, ptx = cuda.emit_cuda([], [QuantizeSpec(192, 64)], ("sm_90", "compute_90"), cache_dir=cache)
+    assert (cubin.file, ptx.file) == ("quantize_192_g64_a4_sm_90.cubin", "quantize_192_g64_a4_compute_90.ptx")
+    assert ptx.source == cubin.source and b".entry" in ptx.cubin and ptx.record()["registers"] is None
+
+
+@pytest.mark.parametrize("build", ["13.2.51", "13.2.78"])
+def test_compilers_that_miscompile_are_refused(build: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 13.2, V{build}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(KernelError, match=r"nvcc of CUDA 13.2.0 and 13.2.1 miscompiles .*; install CUDA 13.2.2 "):
+        cuda.emit_cuda([SMALL], [], cache_dir=tmp_path)
+    monkeypatch.setattr(cuda_compiler.importlib.metadata, "version", lambda name: build)
+    assert "NVRTC of CUDA 13.2.0" in cuda_compiler.nvrtc_fault("13.2")
+
+
+@pytest.mark.parametrize("build", ["12.4.131", "13.0.88", "13.1.80", "13.2.86", "13.3.20", "99.1.1"])
+def test_other_compilers_are_not(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_compiler.nvcc_fault(f"Cuda compilation tools, release 0.0, V{build}") == ""
+    monkeypatch.setattr(cuda_compiler.importlib.metadata, "version", lambda name: build)
+    assert cuda_compiler.nvrtc_fault(build.rpartition(".")[0]) == ""
+
+
+def test_nvrtc_of_a_doubtful_version_and_unknown_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compiler.importlib.metadata, "version", lambda name: "12.9.86")
+    assert "is or may be of these" in cuda_compiler.nvrtc_fault("13.2")
+    assert cuda_compiler.nvrtc_fault("13.20") == ""
+
+
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024) k(float* __restrict__ p) {
+  float own[96];
+#pragma unroll
+  for (int i = 0; i < 96; i++) own[i] = p[threadIdx.x + i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 96; i++) p[threadIdx.x + i] = own[i] - own[(37 * i + 11) % 96];
+}
+"""
+
+
+@needs_nvcc
+def test_a_compile_that_spills_is_refused() -> None:
+    with pytest.raises(cuda_compiler.SpillError, match=r"registers of k spill: \d+ bytes"):
+        cuda_compiler.CudaCompiler.find().compile(SPILLING, "sm_90")
+
+
+@needs_nvcc
+def test_a_schedule_that_spills_is_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The next one takes its place for all architectures; where there is none left, that is said."""
+    quantizer = QuantizeSpec(192, 64)
+    dropped, *rest = cuda.schedules(quantizer, "quantize")
+    compile_once = cuda_compiler.CudaCompiler.compile
+    spilling = cuda.emit(quantizer, "quantize", "sm_80", dropped).source
+
+    def spills(self, source: str, arch: str) -> cuda_compiler.Binary:
+        if source == spilling and arch == "sm_90":
+            return compile_once(self, SPILLING, arch)
+        return compile_once(self, source, arch)
+
+    monkeypatch.setattr(cuda_compiler.CudaCompiler, "compile", spills)
+    monkeypatch.setattr(cuda, "prove_emulated", lambda kernel, folder: "")
+    kernels = cuda.emit_cuda([], [quantizer], ("sm_80", "sm_90"), cache_dir=tmp_path)
+    assert [kernel.schedule for kernel in kernels] == [rest[0]] * 2
+    monkeypatch.setattr(cuda, "schedules", lambda spec, form: [dropped])
+    with pytest.raises(KernelError, match="no schedule is left: registers of k spill"):
+        cuda.emit_cuda([], [quantizer], ("sm_80", "sm_90"), cache_dir=tmp_path)
+
+
 def test_no_cuda_compiler_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
@@ -514,7 +627,8 @@ def test_without_gpp_the_proof_says_so(
 
 def test_nvrtc_results_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of NVRTC's interface, against a stand-in for the library."""
-    log = b"ptxas info    : Used 38 registers, used 1 barriers, 8192 bytes smem\n\0"
+    log = b"ptxas info    : Compiling entry function 'k' for 'sm_90'\n"
+    log += b"ptxas info    : Used 38 registers, used 1 barriers, 8192 bytes smem\n\0"
 
     class Nvrtc:
         options: tuple[bytes, ...] = ()
@@ -544,7 +658,7 @@ def test_nvrtc_results_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda_compiler, "_nvrtc", Nvrtc)
     binary = cuda_compiler.CudaCompiler(None, "nvrtc").compile("text", "sm_90")
-    assert binary == cuda_compiler.Binary(b"\x7fELF", 38, 0, 8192)
+    assert binary == cuda_compiler.Binary(b"\x7fELF", {"k": cuda_compiler.Resources(38, 8192)})
     assert b"--gpu-architecture=sm_90" in Nvrtc.options and b"--fmad=false" in Nvrtc.options
 
 
@@ -556,6 +670,7 @@ FAKE_DRIVER = """
 #include <cstdlib>
 #include <cstring>
 #define ENTRY extern "C" int
+ENTRY cuDriverGetVersion(int* version) { *version = 13000; return 0; }
 ENTRY cuInit(unsigned) { return 0; }
 ENTRY cuGetErrorString(int, const char** text) { *text = "no such function"; return 0; }
 ENTRY cuDeviceGetCount(int* n) { *n = 1; return 0; }
@@ -566,6 +681,7 @@ ENTRY cuDevicePrimaryCtxRetain(void** c, int) { *c = malloc(1); return 0; }
 ENTRY cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 ENTRY cuCtxSetCurrent(void*) { return 0; }
 ENTRY cuCtxSynchronize() { return 0; }
+ENTRY cuMemGetInfo_v2(size_t* free, size_t* whole) { *free = *whole = 1 << 30; return 0; }
 ENTRY cuMemAlloc_v2(uint64_t* p, size_t n) { *p = (uint64_t)malloc(n); return 0; }
 ENTRY cuMemFree_v2(uint64_t p) { free((void*)p); return 0; }
 ENTRY cuMemsetD8_v2(uint64_t p, unsigned char v, size_t n) { memset((void*)p, v, n); return 0; }
@@ -582,6 +698,10 @@ ENTRY cuLaunchKernel(void*, unsigned gx, unsigned, unsigned, unsigned bx, unsign
 }
 ENTRY cuStreamCreate(void** s, unsigned flags) { *s = malloc(1); return flags != 1; }
 ENTRY cuStreamDestroy_v2(void* s) { free(s); return 0; }
+ENTRY cuStreamSynchronize(void*) { return 0; }
+ENTRY cuMemcpyHtoDAsync_v2(uint64_t, const void*, size_t, void*) { return 1; }
+ENTRY cuMemcpyDtoHAsync_v2(void*, uint64_t, size_t, void*) { return 1; }
+ENTRY cuMemcpyDtoDAsync_v2(uint64_t, uint64_t, size_t, void*) { return 1; }
 ENTRY cuStreamBeginCapture_v2(void* s, int mode) { return !s || mode != 1; }
 ENTRY cuStreamEndCapture(void*, void** g) { *g = malloc(1); return 0; }
 ENTRY cuGraphInstantiateWithFlags(void** e, void*, uint64_t flags) { *e = malloc(1); return flags != 0; }
@@ -603,7 +723,7 @@ def test_driver_calls(gemv: cuda.EmittedKernel, tmp_path: Path) -> None:
     (tmp_path / "fake.cpp").write_text(FAKE_DRIVER)
     subprocess.run(["g++", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "fake.cpp")], check=True)
     emitted = {**vars(gemv), "symbol": "add", "parameters": ("input", "output", "tokens")}
-    kernel = cuda.CudaKernel(**emitted, arch="sm_90", cubin=b"add", registers=1, spills=0, shared_bytes=0, proof="")
+    kernel = cuda.CudaKernel(**emitted, arch="sm_90", cubin=b"add", registers=1, shared_bytes=0, proof="")
     numbers = torch.arange(64, dtype=torch.int32)
     launch = Launch((2, 1, 1), (32, 1, 1), {"input": numbers, "tokens": 7}, {"output": torch.zeros_like(numbers)})
     sparse = replace(launch, inputs={"input": Sparse(256, [(128, numbers[32:])]), "tokens": 7})
@@ -630,7 +750,7 @@ def test_linears_on_a_device(spec: LinearSpec, form, schedule) -> None:
     with cuda_device.Device() as device:
         emitted = cuda.emit(spec, form, device.arch, schedule)
         binary = cuda_compiler.CudaCompiler.find().compile(emitted.source, device.arch)
-        kernel = cuda.CudaKernel(**vars(emitted), arch=device.arch, proof="", **vars(binary))
+        kernel = cuda.CudaKernel.of(emitted, binary, device.arch, "")
         assert cuda_device.prove_on_device(kernel, device) == f"proven on {device.name}"
 
 

@@ -23,7 +23,7 @@ import talker
 
 from lbllm_compile.native.generate import GenerationError, Sampling
 from lbllm_compile.native.language import InputBounds
-from lbllm_compile.native.program import NativeModel, NativeProgram
+from lbllm_compile.native.program import NativeModel, NativeProgram, NativeSession
 from lbllm_compile.runtime import CompiledModel
 from lbllm_compile.serve import app as front
 from lbllm_compile.serve import engine as scheduler
@@ -225,7 +225,7 @@ def test_without_memory_for_conversations_nothing_is_shared(engines, talking, ke
     assert (Asked(engine, prompt, 3).end().cached_tokens > 0) == shares
 
 
-@pytest.mark.parametrize(("lengths", "steps"), [((40, 40, 40, 40), [3, 4, 1]), ((100, 20, 10), [2, 3, 1])])
+@pytest.mark.parametrize(("lengths", "steps"), [((40, 40, 40, 40), [4, 4]), ((100, 20, 10), [3, 3])])
 def test_short_prompts_are_read_in_one_step(engines, talking, lengths, steps):
     heard = Heard()
     engine = engines(native(talking), listener=heard)
@@ -235,6 +235,50 @@ def test_short_prompts_are_read_in_one_step(engines, talking, lengths, steps):
     assert all(isinstance(each.end(), Finished) for each in asked)
     assert [talking.decode(each.tokens) for each in asked] == [talking.generate(t, max_new_tokens=3) for t in texts]
     assert heard.steps == steps
+
+
+@pytest.mark.parametrize(("answered", "more", "steps"), [(2, 2, [2, 3, 4]), (1, 3, [1, 4])])
+def test_more_is_read_in_one_step_where_more_wait_than_are_answered(engines, talking, answered, more, steps):
+    heard = Heard()
+    engine = engines(native(talking), listener=heard)
+    prompts = [talking.encode(chr(65 + i) * 90) for i in range(answered + more)]
+    with engine._changed:  # the scheduler sees none before all are there
+        first = [Asked(engine, prompt, 60) for prompt in prompts[:answered]]
+    assert [each.begun() for each in first] == first
+    with engine._changed:
+        asked = first + [Asked(engine, prompt, 3) for prompt in prompts[answered:]]
+    assert all(isinstance(each.end(), Finished) for each in asked)
+    assert [sequences for sequences, _ in itertools.groupby(heard.steps)][: len(steps)] == steps
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_prompts_of_about_one_length_are_read_at_once(engines, talking, monkeypatch, fails):
+    """Where that fails, one by one."""
+    fed, step = [], NativeSession.step
+
+    def watched(self, ids):
+        if len(ids) > 1:
+            fed.append(ids.shape)
+            if fails:
+                raise RuntimeError("broken")
+        elif ids.shape[1] > 1:
+            fed.append(ids.shape)
+        return step(self, ids)
+
+    texts = ["A" * 20, "Everybody knows how this begins", "B" * 52, "C" * 24]
+    prompts = [talking.encode(text) for text in texts]
+    expected = [talking.generate(text, max_new_tokens=9) for text in texts]
+    monkeypatch.setattr(NativeSession, "step", watched)
+    engine = engines(native(talking))
+    with engine._changed:  # the scheduler sees none before all are there
+        asked = [Asked(engine, prompt, 9) for prompt in prompts]
+    assert all(isinstance(each.end(), Finished) for each in asked)
+    assert [talking.decode(each.tokens) for each in asked] == expected
+    lengths = sorted(map(len, prompts))
+    together = [length for length in lengths if lengths[-1] - length > scheduler.CALL_TOKENS]
+    assert lengths[0] < together[-1] - 1 and len(together) == 3
+    one_by_one = {(1, length) for length in (together if fails else [])}
+    assert set(fed) == {(3, together[-1]), (1, lengths[-1])} | one_by_one
 
 
 # What fails

@@ -105,7 +105,7 @@ def quantized(
     arguments = [function.value(item.name) for item in inputs]
     function.finish(function.call(call, arguments, ([function.dimension("rows"), 33], "float32")))
     library = folder / f"{target}-{layout}-{bucket}-{columns}.so".replace(":", "-")
-    compile_program(whole.finish(), Target.parse(target).llvm, LANES, ()).export(library)
+    compile_program(whole.finish(), Target.parse(target).llvm, LANES, {}).export(library)
     machine = Machine(library)
 
     def run(*tensors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from lbllm_compile.passes.ir.program import Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import make_call
 from lbllm_compile.passes.lower import stored_weights
 from lbllm_compile.passes.smooth import Smooth
+from proven_kernels import kernels_of
 from rtn import simulate
 from safetensors.torch import load_file
+from stages import annotated, batches, context
 from stages import apply as apply_passes
-from stages import batches
-from test_zoo import apply, inputs, stages
+from test_errors import fails
+from test_zoo import agree, apply, inputs, stages
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from zoo import ZOO, captured
@@ -29,6 +32,7 @@ from zoo import ZOO, captured
 from lbllm_compile import artifact, cli, export, frontend
 from lbllm_compile.evaluate import compare
 from lbllm_compile.export import ExportError
+from lbllm_compile.lowering.build import build_native
 
 LOCK = {"model": "0" * 64, "seed": "0"}
 
@@ -48,6 +52,49 @@ def smoothed(name: str) -> Program:
     program = apply(captured(name)[1], "canonicalize,annotate")
     context = PassContext(probe=inputs(2, 9), calibration=batches(2))
     return apply(simulate(Smooth(strength=0.5).apply(program, context).program), "head,merge,lower,cache,cleanup")
+
+
+@functools.cache
+def with_int4(name: str, options: str) -> Program:
+    """A lowered model with a head of 4 bits."""
+    simulated = simulate(apply(captured(name)[1], "canonicalize,annotate"))
+    text = f"head{{bits=4,group=32,{options}}},merge,lower,cache,cleanup"
+    return apply_passes(simulated, text, PassContext(probe=inputs(2, 9), calibration=batches(2))).program
+
+
+INT4 = [
+    pytest.param(name, options, id=f"{name} {options}")
+    for name in ("llama", "llama-tied")
+    for options in ("embedding=4,sequences=0", "embedding=8")
+]
+
+
+@pytest.mark.parametrize(("name", "options"), INT4)
+def test_heads_of_four_bits_are_exported_as_they_are(name, options, tmp_path):
+    """A head that was tied to an embedding with int8 rows is written apart from it."""
+    program = with_int4(name, options)
+    out = tmp_path / "dense"
+    export.export(saved(program, tmp_path), "hf-dense", out, dtype="float32")
+    assert relative_error(weight_only_logits(program), logits_of(out)) < 1e-5
+    apart = "embedding=8" in options or name == "llama"
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == apart
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*INT4[:1], *(pytest.param(*each.values, id=each.id, marks=pytest.mark.slow) for each in INT4[1:])],
+)
+def test_heads_of_four_bits_run_natively_as_their_operators_define(name, options, tmp_path):
+    program = with_int4(name, options)
+    loaded = artifact.load(saved(program, tmp_path)).program
+    found = build_native(loaded, kernels_of(loaded), tmp_path)
+    assert found is not None
+    for batch, length in ((1, 1), (2, 9)):
+        item = inputs(batch, length)
+        session = found.session(batch)
+        session.start(item["attention_mask"].numpy())
+        logits = torch.from_numpy(session.logits(item["input_ids"].numpy()))
+        agree(logits, program.run(item), item["attention_mask"].bool())
 
 
 def logits_of(folder: Path, batch: int = 3, length: int = 13) -> torch.Tensor:
@@ -131,6 +178,16 @@ def test_a_graph_that_does_more_than_its_architecture_is_refused(tmp_path):
         export.export(saved(program, tmp_path), "hf-dense", tmp_path / "dense")
 
 
+@pytest.mark.parametrize("own", ["true", "false"])
+def test_outlier_channels_are_refused_in_a_sentence(own, tmp_path):
+    moved = apply_passes(annotated(), "outliers{share=0.1}", context()).program
+    text = f"observe,ptq{{group=32,outliers={own}}},activate{{group=32,steps=0}},head,merge,lower,cache,cleanup"
+    program = apply_passes(moved, text, context(probe=batches(1, seed=2)[0])).program
+    with pytest.raises(ExportError, match=r"loudest channels of its inputs have moved \(pass 'outliers'\).*serve take"):
+        export.export(saved(program, tmp_path), "hf-dense", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
 def test_what_is_there_is_not_touched(tmp_path):
     where = saved(stages("llama")[1], tmp_path)
     (tmp_path / "mine").mkdir()
@@ -175,4 +232,15 @@ def test_the_distance_from_the_artifact_is_stated(tmp_path):
         pieces,
     ).summary()
     assert report.scores["kld_mean"] == pytest.approx(expected["kld_mean"], rel=0.05) and expected["kld_mean"] > 1e-3
+    assert report.scores["weights_kld_mean"] < 1e-6  # float32 has them all
     assert (report.scores["chunks"], report.scores["tokens"]) == (2, 30)
+    rounded = export.export(
+        tmp_path / "compiled", "hf-dense", tmp_path / "rounded", dtype="bfloat16", text=text, seq_len=16, chunks=2
+    )
+    assert 1e-6 < rounded.scores["weights_kld_mean"] < rounded.scores["kld_mean"]
+
+
+@pytest.mark.parametrize("option", ["--seq-len", "--chunks"])
+def test_an_option_of_a_text_that_is_not_named_is_refused(tmp_path, option):
+    words = ("export", "somewhere", "--out", str(tmp_path / "out"), option, "32")
+    assert f"{option} has no effect without --text" in fails(*words)

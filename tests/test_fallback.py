@@ -17,7 +17,7 @@ from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import SLOWER, Annotate, layer_count
 from lbllm_compile.passes.base import NoCheckpoints
-from lbllm_compile.passes.ir.annotations import linears
+from lbllm_compile.passes.ir.annotations import LinearInfo, linears
 from test_driver import SMALL, model_file, options  # noqa: F401  # a fixture
 from test_zoo import stages
 from zoo import ZOO, captured
@@ -69,6 +69,18 @@ def test_kernels_are_known_before_anything_is_quantized(name: str) -> None:
     paths = sorted(info.path for infos in found.values() for info in infos)
     apart = [part for infos in of_bits.values() for info in infos for part in separated(info.path)]
     assert paths == sorted(apart)
+
+
+def test_kernels_have_the_columns_that_outliers_leave() -> None:
+    def columns(name: str, text: str) -> dict[LinearInfo, int]:
+        found = fallback.candidates(captured(name)[1], pipeline.parse(text))
+        return {info: together.linear.columns for together, infos in found.items() for info in infos}
+
+    moved = PIPELINE.replace("observe", "outliers{share=0.1},observe")
+    assert columns("llama", moved.replace("ptq{", "ptq{outliers=false,")) == columns("llama", PIPELINE)
+    plain, kept = columns("mixtral", PIPELINE), columns("mixtral", moved)
+    assert {bool(info.experts) for info in plain} == {True, False}
+    assert all(kept[info] == (width if info.experts else width - width // 10) for info, width in plain.items())
 
 
 def separated(path: str) -> list[str]:
@@ -170,6 +182,8 @@ def test_where_nothing_can_be_timed_that_is_said():
         fallback.check(passes, [Target.parse("cuda:sm_90")])
     with pytest.raises(OptionError, match="needs the pass 'ptq'"):
         fallback.check([item for item in passes if item.name != "ptq"], HOST)
+    with pytest.raises(OptionError, match=r"a budget .* chooses groups, .*; leave one of them out"):
+        fallback.check(pipeline.parse(PIPELINE.replace("observe", "budget{bits=3},observe")), HOST)
     with pytest.raises(OptionError, match="--fallback cannot be 'torch'; give dense"):
         CompileOptions(model="m.py", fallback="torch")
 

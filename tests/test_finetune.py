@@ -6,15 +6,29 @@ import dataclasses
 
 import pytest
 import torch
+from lbllm_compile.codegen.format import QuantizedWeight, unpack_plane
+from lbllm_compile.codegen.operators import Arguments
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.calibrate.alignment import Together, kl_loss
 from lbllm_compile.passes.calibrate.chains import Chains
-from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.program import Program, get_attribute
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 
 _TEXT = "finetune{steps=12,every=4,precision=float32}"
 _ACTIVATE = "activate{group=32,steps=0}"
+
+
+def weights_of(program: Program) -> list[QuantizedWeight]:
+    """The quantized matrices of a simulated program."""
+    found = {}
+    for node in program.graph.nodes:
+        if node.target is torch.ops.lbllm.unpack_weight.default:
+            given = Arguments(node)
+            tensors = [get_attribute(program.module, part.target) for part in given.pick(*WEIGHT)]
+            found[given.sign.target] = QuantizedWeight(*tensors, in_features=given.in_features, group=given.group)
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +77,31 @@ def test_uncertain_tokens_can_weigh_more(data):
     each = [float(kl_loss(teacher[i : i + 1], student[i : i + 1])) for i in range(2)]
     assert float(kl_loss(teacher, student)) == pytest.approx(sum(each) / 2)
     assert each[1] < float(kl_loss(teacher, student, 1.0)) < sum(each) / 2
+
+
+@pytest.mark.parametrize("lr_weight", [0.0, 0.002])
+def test_planes_can_follow_the_levels_and_a_latent(lr_weight, data):
+    """Given the quantized program, the result is one of other planes and levels, closer to the float model."""
+    before = quantized()
+    text = f"finetune{{steps=12,every=4,precision=float32,planes=nearest,lr_levels=0.004,lr_weight={lr_weight}}}"
+    result = apply(before, text, data)
+    assert improved(result.summary)
+    old, new = dict(before.parameters()), dict(result.program.parameters())
+    changed = {path.rpartition(".")[2] for path in old if not torch.equal(old[path], new[path])}
+    assert changed == {"sign", "bitmap", "levels", "scale"}
+    bits = {name: [old[p] ^ new[p] for p in old if p.endswith(f".{name}")] for name in ("sign", "bitmap")}
+    for name, planes in bits.items():
+        flipped = sum(int(unpack_plane(plane, 8 * plane.shape[-1]).sum()) for plane in planes)
+        elements = sum(weight.codes().numel() for weight in weights_of(result.program))
+        assert result.summary[f"{name}_flips"] == pytest.approx(flipped / elements) and flipped > 0
+    pairs = [(annotated().run(b), result.program.run(b)) for b in data.validation]
+    measured = sum(float(kl_loss(*pair)) for pair in pairs) / len(pairs)
+    assert result.summary["kl_after"] == pytest.approx(measured, rel=1e-4)  # what was trained is what was packed
+
+
+def test_a_latent_needs_planes_that_change(data):
+    with pytest.raises(PassError, match="add planes=nearest"):
+        apply(quantized(), "finetune{lr_weight=0.1}", data)
 
 
 @pytest.mark.parametrize("saves", [1, 2, 3])

@@ -10,7 +10,7 @@ from lbllm_compile.codegen.program.builder import BATCH, LENGTH, FunctionBuilder
 from lbllm_compile.codegen.program.compile import build_loops, compile_program, operators_to_loops
 from lbllm_compile.codegen.program.floats import hide_floats, show_floats
 from lbllm_compile.codegen.program.fuse import fuse_rows, join_rows, with_residual
-from lbllm_compile.codegen.program.launch import without_memory
+from lbllm_compile.codegen.program.launch import Limits, without_memory
 from lbllm_compile.codegen.program.queries import bindings, called_kernel
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, runnable_targets
@@ -263,7 +263,7 @@ def test_a_sum_over_another_axis_is_no_loop_over_rows():
 def test_a_compiled_program_has_joined_kernels_where_it_may():
     for apart in ((), ("f",)):
         module = build(64, QuantizeSpec(64, 32, 4), False)
-        text = compile_program(module, HERE.llvm, LANES, (), apart).executable.as_text()
+        text = compile_program(module, HERE.llvm, LANES, {}, apart).executable.as_text()
         names = [line.split()[1] for line in text.splitlines() if line.strip().startswith("call ")]
         norm, *rest = [name for name in names if "rsqrt" in name or "quantize" in name]
         assert (rest == ["quantize_rows"]) == (not norm.endswith("_quantize_rows")) == bool(apart)
@@ -285,3 +285,26 @@ def test_large_working_memory_of_kernels_is_asked_for_once():
     left = []
     tvm_ffi.structural_walk(body, (tirx.AllocBuffer, lambda found: left.append(int(found.buffer.ty.shape[0])) or None))
     assert left == [100]
+
+
+def test_working_memory_of_a_limited_size_is_asked_for_once_too():
+    """As much as there may be; what has no limit stays where it is."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x_: T.handle):
+        batch = T.int64()
+        total = T.int64()
+        x = T.match_buffer(x_, (batch, total), "float32", align=4)
+        rows: T.let = T.cast((batch + T.int64(7)) // T.int64(8) * T.int64(8), "int32")
+        limited = T.alloc_buffer((rows * 4,), "float32")
+        endless = T.alloc_buffer((total,), "float32")
+        limited[0] = x[0, 0]
+        endless[0] = limited[0]
+        x[0, 0] = endless[0]
+
+    memory, body = without_memory(kernel.body, Limits({"batch": 11}))
+    assert [int(size) for buffer in memory for size in buffer.ty.shape] == [64]
+    left, views = [], []
+    tvm_ffi.structural_walk(body, (tirx.AllocBuffer, lambda found: left.append(found.buffer.name) or None))
+    tvm_ffi.structural_walk(body, (tirx.DeclBuffer, lambda found: views.append(found.buffer.name) or None))
+    assert (left, views) == (["endless"], ["limited"])

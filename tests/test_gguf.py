@@ -14,20 +14,22 @@ import transformers
 from graphs import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.passes.ir import weight_only
 from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import stored_int4, stored_weights
 from rtn import quantize, simulate
 from test_export import own_cache, saved, weight_only_logits  # noqa: F401 - a fixture
 from test_zoo import apply, inputs, stages
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from lbllm_compile import export, frontend
+from lbllm_compile import cli, export, frontend
 from lbllm_compile.evaluate import compare
-from lbllm_compile.export import ExportError
-from lbllm_compile.export.gguf import BLOCK, BLOCK_BYTES, blocks
+from lbllm_compile.export import ExportError, ggml
+from lbllm_compile.export.ggml import BLOCK, TYPES
+from lbllm_compile.export.gguf_architecture import architecture_of
 from lbllm_compile.frontend import UserModel
 
 gguf = pytest.importorskip("gguf")
@@ -47,16 +49,21 @@ _EVEN = {
 
 
 @functools.cache
-def even(architecture: str, linear: float | None = None, keep_dense: str | None = None, **options: Any) -> Program:
+def even(
+    architecture: str, linear: float | None = None, keep_dense: str | None = None, head: str = "head", **options: Any
+) -> Program:
     """A lowered model all of whose matrices fit blocks.
 
     Args:
         linear: the factor of linearly scaled rotary embeddings.
         keep_dense: a pattern of linears that stay as they are.
+        head: the pass that quantizes embedding and head.
     """
     if linear is not None:
         options["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": linear}
-    config = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")(**_EVEN, **options)
+    prefix = architecture.removesuffix("ForCausalLM")
+    config = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
+    config = config(**{**_EVEN, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = getattr(transformers, architecture)(config).eval()
@@ -68,7 +75,23 @@ def even(architecture: str, linear: float | None = None, keep_dense: str | None 
     model = frontend.prepare(UserModel(module.requires_grad_(False), "causal-lm", architecture, "even"))
     annotate = "annotate" if keep_dense is None else f"annotate{{keep_dense={keep_dense}}}"
     annotated = apply(frontend.capture(model), f"canonicalize,{annotate}")
-    return apply(simulate(annotated, group=64), "head,merge,lower,cache,cleanup")
+    return apply(simulate(annotated, group=64), f"{head},merge,lower,cache,cleanup")
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+WINDOWED = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+"""Gemma's later models, with a window that sequences are longer than."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "GemmaForCausalLM": {"head_dim": 32},
+    "Gemma2ForCausalLM": WINDOWED | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
+    "Gemma3ForCausalLM": WINDOWED | {"num_hidden_layers": 7},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": _EXPERTS | {"shared_expert_intermediate_size": 32, "norm_topk_prob": False},
+    "Qwen3MoeForCausalLM": _EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
+}
+"""Architectures of which transformers reads no files, with options."""
 
 
 def read_back(file: Path) -> dict[str, Any]:
@@ -99,11 +122,62 @@ def model_in(file: Path) -> transformers.PreTrainedModel:
 )
 def test_a_group_is_blocks_to_the_bit(group, rows, count, seed, exponent):
     weight = quantize(normal(rows, count * BLOCK, seed=seed) * 2.0**exponent, group)
-    scale = weight.scale.repeat_interleave(group // BLOCK, -1)[:, : weight.in_features // BLOCK]
-    stored = blocks(weight.integer_levels(), scale)
-    assert stored.shape == (rows, count * BLOCK_BYTES)
-    read = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+    stored = ggml.exact_blocks(weight)
+    assert stored.shape == (rows, count * 34)
+    read = gguf.quants.dequantize(stored.numpy(), gguf.GGMLQuantizationType.Q8_0)
     assert torch.equal(torch.from_numpy(read), weight.dequantize())
+
+
+FITTED = [name for name, kind in TYPES.items() if kind.steps]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    name=st.sampled_from(FITTED),
+    group=st.sampled_from([32, 64, 128, 256]),
+    rows=st.integers(1, 3),
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+    exponent=st.integers(-6, 9),
+)
+def test_fitted_blocks_are_closer_than_those_of_ggmls_quantizer(name, group, rows, count, seed, exponent):
+    weight = quantize(normal(rows, count * BLOCK, seed=seed) * 2.0**exponent, group)
+    kind, exact = gguf.GGMLQuantizationType[TYPES[name].name], weight.dequantize()
+    stored = ggml.fitted_blocks("w", weight, TYPES[name].steps)
+    plain = gguf.quants.quantize(exact.numpy(), kind)
+    assert stored.shape == plain.shape and stored.shape[-1] * 8 == TYPES[name].bits * weight.in_features
+    errors = [
+        (torch.from_numpy(gguf.quants.dequantize(made, kind)) - exact).unflatten(-1, (-1, BLOCK)).square().sum(-1)
+        for made in (stored.numpy(), plain)
+    ]
+    spread = exact.unflatten(-1, (-1, BLOCK)).square().sum(-1)
+    assert bool((errors[0] <= 1.0001 * errors[1] + 1e-6 * spread).all())
+
+
+def test_levels_on_even_steps_are_fitted_exactly():
+    levels = torch.tensor([[-3, -1, 0, 4], [-8, -2, 1, 7], [8, 9, 11, 17], [0, 0, 0, 0]], dtype=torch.int8)
+    codes = torch.arange(BLOCK, dtype=torch.uint8).remainder(4).expand(4, -1)
+    scale = torch.full((4, 1), 0.3).half()
+    weight = QuantizedWeight(*codes_to_planes(codes), levels[:, None], scale, BLOCK, BLOCK)
+    for name, rows in (("q4_0", [0, 1, 3]), ("q4_1", [0, 1, 2, 3]), ("q5_1", [0, 1, 2, 3])):
+        stored = ggml.fitted_blocks("w", weight, TYPES[name].steps)
+        read = ggml.read_blocks(stored, TYPES[name].name)
+        assert torch.allclose(read[rows], weight.dequantize()[rows], rtol=2**-10, atol=1e-3), name
+
+
+def test_a_level_that_does_not_occur_costs_nothing():
+    levels = torch.tensor([[[-100.0, 1.0, 2.0, 100.0]]])
+    weight = QuantizedWeight.from_codes(torch.tensor([[1, 2] * 16], dtype=torch.uint8), levels, BLOCK)
+    for name in FITTED:
+        read = ggml.read_blocks(ggml.fitted_blocks("w", weight, TYPES[name].steps), TYPES[name].name)
+        assert torch.allclose(read, weight.dequantize(), rtol=2**-9), name
+
+
+def test_steps_beyond_float16_are_refused_by_name():
+    levels = torch.tensor([[[-1.0, 0.0, 1.0, 127.0]]]) * 6e4
+    weight = QuantizedWeight.from_codes(torch.tensor([[3] * 32], dtype=torch.uint8), levels, BLOCK)
+    with pytest.raises(ExportError, match="the weight 'w' is too large for blocks with float16 steps; use --type q8_0"):
+        ggml.fitted_blocks("w", weight, TYPES["q4_0"].steps)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +208,26 @@ def test_transformers_reads_the_file_as_the_same_model(architecture, options, tm
     assert relative_error(weight_only_logits(program), logits) < 2**-10  # scales of embedding and head
 
 
+@pytest.mark.parametrize(
+    ("group", "embedding", "tied"), [(32, 8, True), (64, 4, False), (64, 4, True), (128, 8, False)]
+)
+def test_heads_of_four_bits_are_in_the_file_to_the_bit(group, embedding, tied, tmp_path):
+    """Also where a group is wider than a row, and where the embedding reads the codes or keeps its int8 rows."""
+    head = f"head{{bits=4,group={group},embedding={embedding},sequences=0}}"
+    program = even("LlamaForCausalLM", head=head, tie_word_embeddings=tied)
+    out = tmp_path / "model.gguf"
+    report = export.export(saved(program, tmp_path), "gguf", out)
+    tensors, codes = read_back(out), stored_int4(program)
+    of_embedding = tensors["token_embd.weight"]
+    of_head = tensors.get("output.weight", of_embedding)
+    assert ("output.weight" in tensors) == (not tied or embedding == 8)
+    head_path = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert of_head[0] == "Q8_0" and torch.equal(of_head[1], codes[head_path].dequantize())
+    if embedding == 4:
+        assert torch.equal(of_embedding[1], codes["model.embed_tokens.weight"].dequantize())
+    assert report.facts["4-bit_matrices_exact_in_Q8_0"].startswith(f"{len(codes)} of {len(codes)},")
+
+
 def test_the_file_says_what_each_tensor_is(tmp_path):
     program = stages("llama")[1]  # 72 and 104 columns, no multiples of 32
     out = tmp_path / "model.gguf"
@@ -147,6 +241,51 @@ def test_the_file_says_what_each_tensor_is(tmp_path):
     expected = stored_weights(program)["model.layers.1.mlp.down_proj.weight"].dequantize()
     assert kind == "BF16" and torch.equal(values, expected.bfloat16().float())
     assert report.nbytes == sum(t.n_bytes for t in gguf.GGUFReader(out).tensors)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_file_has_the_type_that_was_asked_for(name, tmp_path):
+    program, kind = even("LlamaForCausalLM", keep_dense="*.o_proj"), TYPES[name]
+    out = tmp_path / "model.gguf"
+    report = export.export(saved(program, tmp_path), "gguf", out, type=name)
+    assert (report.type, report.dtype) == (name, kind.dtype or "bfloat16")
+    tensors, weights = read_back(out), stored_weights(program)
+    assert tensors["blk.1.ffn_down.weight"][0] == kind.name
+    assert tensors["blk.1.attn_output.weight"][0] == {"F32": "F32", "F16": "F16"}.get(kind.name, "BF16")
+    assert tensors["token_embd.weight"][0] == (kind.name if kind.dtype else "Q8_0")
+    path = "model.layers.1.mlp.down_proj.weight"
+    exact, read = weights[path].dequantize(), tensors["blk.1.ffn_down.weight"][1]
+    error = float((read - exact).norm() / exact.norm())
+    assert error <= {"F32": 0.0, "Q8_0": 0.0, "F16": 2**-11, "BF16": 2**-8}.get(kind.name, 0.1)
+    assert (error == 0.0) == kind.exact
+    stated = report.facts.get("relative_error_of_W(1+1)_weights", 0.0)
+    assert stated == pytest.approx(error, rel=0.5) and ("exact" in str(report.facts)) == kind.exact
+    assert f"12 of 12, {kind.bits:g} bits" in str(report.facts)
+    assert report.nbytes == sum(t.n_bytes for t in gguf.GGUFReader(out).tensors)
+    numbers = {"q8_0": 7, "f32": 0, "f16": 1, "bf16": 32, "q5_1": 9, "q4_1": 3, "q4_0": 2}
+    assert gguf.GGUFReader(out).fields["general.file_type"].contents() == numbers[name]
+
+
+def test_a_floating_point_type_needs_no_multiples_of_32_columns(tmp_path):
+    program = stages("llama")[1]  # 72 and 104 columns
+    out = tmp_path / "model.gguf"
+    report = export.export(saved(program, tmp_path), "gguf", out, type="f32")
+    assert report.facts["W(1+1)_matrices_exact_in_F32"].startswith("14 of 14")
+    kind, values = read_back(out)["blk.1.ffn_down.weight"]
+    expected = stored_weights(program)["model.layers.1.mlp.down_proj.weight"].dequantize()
+    assert kind == "F32" and torch.equal(values, expected)
+
+
+def test_a_type_that_a_format_does_not_have_is_refused(tmp_path):
+    where = saved(stages("llama")[1], tmp_path)
+    with pytest.raises(ExportError, match="gguf has no type 'q2_k'; use one of q8_0, f32, f16, bf16, q5_1, q4_1, q4_0"):
+        export.export(where, "gguf", tmp_path / "model.gguf", type="q2_k")
+    with pytest.raises(ExportError, match="hf-dense has all weights in one dtype; use --dtype in place of --type"):
+        export.export(where, "hf-dense", tmp_path / "dense", type="f16")
+
+
+def test_the_command_completes_the_types_that_there_are():
+    assert tuple(TYPES) == cli._GGML_TYPES
 
 
 def test_matrices_of_each_type_are_counted(tmp_path):
@@ -280,7 +419,7 @@ def test_a_tokenizer_of_which_llama_cpp_would_make_other_tokens_is_refused(token
 
 def test_what_gguf_is_not_written_for_is_refused(tmp_path):
     refused = [
-        (stages("gpt2")[1], "GGUF is written for llama, mistral, qwen2, qwen3, not for gpt2; use --format hf-dense"),
+        (stages("gpt2")[1], "GGUF is written for llama, mistral, .*, gemma3_text, not for gpt2; use --format hf-dense"),
         (stages("mistral")[1], "not written for the sliding window of mistral"),
     ]
     for number, (program, message) in enumerate(refused):
@@ -290,6 +429,143 @@ def test_what_gguf_is_not_written_for_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"'.*/model' is no .gguf file; pass --out .*/model.gguf"):
         export.export(tmp_path / "0" / "compiled", "gguf", tmp_path / "model")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def pieces(prefixed: bool = False, drop: int = 0) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer as SentencePiece trains them.
+
+    Args:
+        prefixed: whether a space is put before text.
+        drop: merges to leave out, of those that give the last token.
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    characters = ["\u2581", *"abcdefghiklmnoprstuvwxyz"]
+    tokens = [
+        "in",
+        "er",
+        "th",
+        "the",
+        "▁the",
+        "▁▁",
+        "ar",
+        "ear",
+        "lin",
+        "linear",
+        "ker",
+        "ne",
+        "nel",
+        "kern",
+        "kernel",
+        "kernels",
+        "▁ker",
+    ]
+    names = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *tokens]
+    vocabulary = {text: number for number, text in enumerate(names)}
+    merges = [
+        (text[:place], text[place:])
+        for text in tokens
+        for place in range(1, len(text))
+        if text[:place] in vocabulary and text[place:] in vocabulary
+    ]
+    model = tokenizers.models.BPE(
+        vocabulary, merges[: len(merges) - drop], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    core = tokenizers.Tokenizer(model)
+    spaces = tokenizers.normalizers.Replace(" ", "\u2581")
+    prepend = tokenizers.normalizers.Prepend("\u2581")
+    core.normalizer = tokenizers.normalizers.Sequence([prepend, spaces]) if prefixed else spaces
+    if not prefixed:  # as Gemma's has them: a step though no space is left for it, and added tokens of spaces
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+        core.add_tokens([tokenizers.AddedToken("\u2581" * 3, normalized=True)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+TEXTS = (
+    "the linear kernels",
+    " 1234 x\n\n  tabs\t",
+    "na\u00efve caf\u00e9, \u4f60\u597d \U0001f600",
+    "a<s>b</s> the  \n <s>the",
+    "earkernelsthenerker",
+    "ear    the   ker",
+)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_llama_cpp_makes_the_tokens_of_sentencepiece(prefixed, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = pieces(prefixed)
+    program = dataclasses.replace(even("LlamaForCausalLM"), tokenizer=tokenizer)
+    export.export(saved(program, tmp_path), "gguf", tmp_path / "model.gguf")
+    model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, n_threads=1, vocab_only=True, verbose=False)
+    for text in TEXTS:
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == tokenizer(text)["input_ids"], text
+
+
+def test_merges_that_scores_of_tokens_cannot_say_are_refused(tmp_path):
+    program = dataclasses.replace(even("LlamaForCausalLM"), tokenizer=pieces(drop=1))
+    with pytest.raises(ExportError, match=r"SentencePiece's as Gemma .*, and the artifact has another"):
+        export.export(saved(program, tmp_path), "gguf", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_llama_cpp_computes_other_architectures(architecture, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = pieces()
+    program = dataclasses.replace(even(architecture, **OTHERS[architecture]), tokenizer=tokenizer)
+    where, ids = saved(program, tmp_path), tokenizer("the linear kernels of the ear in there" * 2)["input_ids"]
+    for kind, bound in (("f32", 1e-5), ("q8_0", 1e-2)):
+        out = tmp_path / f"{kind}.gguf"
+        report = export.export(where, "gguf", out, type=kind)
+        assert f"{len(stored_weights(program))} of {len(stored_weights(program))}, " in str(report.facts)
+        model = llama_cpp.Llama(str(out), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+        model.eval(ids)
+        actual = torch.tensor(model.scores[: len(ids)])[None]
+        item = frontend.language_model_inputs(torch.tensor([ids]))
+        figures = compare(lambda _, a=actual: a, lambda _, i=item: weight_only.run(program, i), [item["input_ids"]])
+        assert figures.summary()["kld_mean"] <= bound, kind
+
+
+def test_stacked_experts_keep_their_levels(tmp_path):
+    program = even("MixtralForCausalLM", **OTHERS["MixtralForCausalLM"])
+    export.export(saved(program, tmp_path), "gguf", tmp_path / "model.gguf")
+    tensors, weights = read_back(tmp_path / "model.gguf"), stored_weights(program)
+    gate_up = weights["model.layers.1.mlp.experts.gate_up_proj"].dequantize()
+    for name, expected in (("gate", gate_up[:, :96]), ("up", gate_up[:, 96:])):
+        kind, values = tensors[f"blk.1.ffn_{name}_exps.weight"]
+        assert kind == "Q8_0" and torch.equal(values, expected)
+    down = weights["model.layers.1.mlp.experts.down_proj"].dequantize()
+    assert torch.equal(tensors["blk.1.ffn_down_exps.weight"][1], down)
+    assert tensors["blk.1.ffn_gate_inp.weight"][0] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("Gemma3ForCausalLM", {"num_hidden_layers": 2, "sliding_window_pattern": 2}, "one layer of 6"),
+        (
+            "Gemma3ForCausalLM",
+            {"query_pre_attn_scalar": 64},
+            "scores scaled by the root of 64, where llama.cpp takes 32",
+        ),
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "soft-capped scores or logits in gemma3_text"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "that are not soft-capped in gemma2"),
+        ("GemmaForCausalLM", {"hidden_act": "silu"}, "the activation 'silu' in gemma"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "which do sum to one"),
+        ("Qwen2MoeForCausalLM", {"norm_topk_prob": True}, "which do not sum to one"),
+        ("Qwen2MoeForCausalLM", {"decoder_sparse_step": 2}, "layers without experts in qwen2_moe"),
+        ("Qwen2MoeForCausalLM", {"tie_word_embeddings": True}, "an output head that is the embedding in qwen2_moe"),
+        ("MixtralForCausalLM", {"sliding_window": 8}, "the sliding window of mixtral, which llama.cpp ignores"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(architecture, options, message):
+    prefix = architecture.removesuffix("ForCausalLM")
+    config = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
+    config = config(**{**_EVEN, **OTHERS[architecture], **options})
+    with pytest.raises(ExportError, match=f"GGUF is not written for .*{message}.*; use --format hf-dense"):
+        architecture_of(config)
+    assert architecture_of(type(config)(**{**_EVEN, **OTHERS[architecture]}))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +583,7 @@ def test_llama_cpp_computes_the_same(architecture, options, splits, tmp_path):
     program = dataclasses.replace(even(architecture, **options), tokenizer=tokenizer)
     export.export(saved(program, tmp_path), "gguf", tmp_path / "model.gguf")
     model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
-    for text in ("the linear kernels", " 1234 x\n\n  tabs\t", "naïve café, 你好 😀", "a<s>b</s>"):
+    for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         assert model.tokenize(text.encode(), add_bos=False, special=True) == ids
         model.reset()

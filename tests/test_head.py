@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from graphs import context, normal, program, rewrites
@@ -87,6 +89,89 @@ def test_an_untied_pair_becomes_two_and_other_embeddings_stay():
         return %y
     """
     rewrites(Head(group=32), UNTIED, expected, kind="causal-lm")
+
+
+def test_a_tied_pair_becomes_a_four_bit_head_and_an_int8_embedding():
+    expected = """
+        %ids: i64[1, 3] = input input_ids
+        %mask = input attention_mask
+        %codes: u8[7, 20] = weight head.weight.codes
+        %table: i8[16] = weight head.weight.table
+        %code_scale: f16[7, 2] = weight head.weight.code_scale
+        %head: f32[7, 40] = lbllm.unpack_int4(%codes, %table, %code_scale, 40, 32)
+        %rows: i8[7, 40] = weight head.weight.rows
+        %row_scale: f32[7] = weight head.weight.row_scale
+        %embed: f32[7, 40] = lbllm.unpack_rows(%rows, %row_scale)
+        %flat = aten.view(%ids, [-1, 3])
+        %x = aten.embedding(%embed, %flat)
+        %clip: f32[2] = weight head.input_clip
+        %quantized: f32[1, 3, 40] = lbllm.fake_quantize(%x, %clip, 8, 32)
+        %y = aten.linear(%quantized, %head) {path="head", role="head"}
+        return %y
+    """
+    rewrites(Head(bits=4, group=32, sequences=0), TIED, expected, context(IDS), kind="causal-lm")
+
+
+def test_a_four_bit_embedding_that_is_tied_reads_the_heads_codes():
+    expected = """
+        %ids: i64[1, 3] = input input_ids
+        %mask = input attention_mask
+        %codes: u8[7, 20] = weight head.weight.codes
+        %table: i8[16] = weight head.weight.table
+        %code_scale: f16[7, 1] = weight head.weight.code_scale
+        %w: f32[7, 40] = lbllm.unpack_int4(%codes, %table, %code_scale, 40, 64)
+        %flat = aten.view(%ids, [-1, 3])
+        %x = aten.embedding(%w, %flat)
+        %clip: f32[2] = weight head.input_clip
+        %quantized: f32[1, 3, 40] = lbllm.fake_quantize(%x, %clip, 8, 64)
+        %y = aten.linear(%quantized, %w) {path="head", role="head"}
+        return %y
+    """
+    rewrites(Head(bits=4, embedding=4, sequences=0), TIED, expected, context(IDS), kind="causal-lm")
+
+
+def test_a_four_bit_head_is_fitted_to_the_inputs_it_gets():
+    """The calibration uses eight tokens of the vocabulary: on these the logits are much closer than rounded ones."""
+    text = """
+        %ids = input input_ids
+        %embed: f32[90, 64] = weight embed.weight
+        %x = aten.embedding(%embed, %ids)
+        %w: f32[90, 64] = weight head.weight
+        %y = aten.linear(%x, %w) {path="head", role="head"}
+        return %y
+    """
+    before = parse(text, kind="causal-lm")
+    few = {"input_ids": torch.arange(8)[None]}
+    errors = []
+    for sequences in (0, 4):
+        given = dataclasses.replace(context(few), calibration=[few] * 4)
+        after = Head(bits=4, sequences=sequences).apply(before, given)
+        errors.append(float((after.program.run(few) - before.run(few)).norm() / before.run(few).norm()))
+    assert errors[1] < 0.4 * errors[0]
+    assert [row["bits"] for row in after.rows] == [8, 4] and 0 < after.rows[1]["output_error"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ({}, TIED, r"needs calibration batches.*head\{bits=4,sequences=0\}"),
+        (
+            {"sequences": 0, "group": 32},
+            TIED.replace('role="head"', 'role="head", scheme="act-group=64"'),
+            r"groups of 64 in its scheme.*the 32 of its 4-bit weights; use head\{group=64\}",
+        ),
+    ],
+)
+def test_what_a_four_bit_head_cannot_have_is_refused(options, text, message):
+    with pytest.raises(PassError, match=message):
+        Head(bits=4, **options).apply(parse(text), context())
+
+
+def test_options_that_contradict_each_other_are_refused():
+    with pytest.raises(PassError, match="needs groups of one of"):
+        Head(bits=4, group=0)
+    with pytest.raises(PassError, match="goes with bits=4 alone"):
+        Head(embedding=4)
 
 
 def test_rows_are_within_half_a_step_of_the_weight():

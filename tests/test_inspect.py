@@ -398,6 +398,15 @@ def test_merged_linears_name_each_other(compiled: Path) -> None:
     assert merge["becomes"].endswith("as part of q_proj+k_proj+v_proj")
 
 
+def test_a_pass_that_is_named_twice_tells_both_its_figures(compiled: Path, tmp_path: Path) -> None:
+    program = artifact.load(compiled).program
+    rows = [[{"linear": DOWN, "layer": 1, "error": error}] for error in (0.5, 0.25)]
+    passes = [MeasuredPass("finetune", "finetune", "calibrating", told, {}) for told in rows]
+    artifact.save(program, tmp_path / "twice", lock={}, history=[("finetune", program)] * 2, passes=passes)
+    found = explain.explain(tmp_path / "twice", DOWN).passes
+    assert [row["measured"] for row in found] == [{"error": 0.5}, {"error": 0.25}]
+
+
 def test_the_text_and_the_assembly_of_kernels(compiled: Path) -> None:
     text = explained(str(compiled), DOWN, "--tir")
     assert len(re.findall(r"^kernels/bit_\w+_0\.py\n# of LinearSpec", text, re.MULTILINE)) == 1

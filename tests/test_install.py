@@ -147,19 +147,26 @@ for name in lbllm_compile._HOMES:
         print(name, error)
 """
 
-RUNNING = ("run", "chat", "serve", "doctor")
+LOOKING = ("doctor", "targets")
+"""Verbs that need no artifact."""
+
+RUNNING = ("run", "chat", "serve", *LOOKING)
 """The verbs of an install without the compiler."""
 
 
+NEEDED = {"tune search": ("--shapes", "64x64"), "eval nowhere": ("--text", "nowhere")}
+"""Options that a verb asks for beside what it requires."""
+
+
 def lines_of(command: Any, words: Sequence[str] = ()) -> Iterator[list[str]]:
-    """A command line for every verb of a command, with what it requires alone."""
+    """A command line for every verb of a command, with what it needs alone."""
     if hasattr(command, "commands"):
         for name, verb in command.commands.items():
             yield from lines_of(verb, [*words, name])
         return
     for parameter in (p for p in command.params if p.required):
         words = [*words, *([parameter.opts[0]] if parameter.opts[0].startswith("-") else []), "nowhere"]
-    yield [*words, "--shapes", "64x64"] if list(words) == ["tune", "search"] else [*words]
+    yield [*words, *NEEDED.get(" ".join(words), ())]
 
 
 def test_what_needs_the_compiler_says_so_where_it_is_not_installed() -> None:
@@ -172,11 +179,22 @@ def test_what_needs_the_compiler_says_so_where_it_is_not_installed() -> None:
     for line, answer in zip(lines, said, strict=False):
         verb = "compile" if line == ["model.py"] else line[0]
         if verb in RUNNING:
-            assert answer == ("0 " if verb == "doctor" else nowhere), line
+            assert answer == ("0 " if verb in LOOKING else nowhere), line
         else:
             assert re.fullmatch(rf"2 lbllm-compile: `{verb}` needs the package \w+, {re.escape(told)}", answer), line
     names = [line.split()[0] for line in said[len(lines) :] if line.endswith(told)]
     assert names == ["CompileReport", "CompiledModel", "compile", "load"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_importing_starts_no_thread() -> None:
+    """torch computes nothing in a process that was forked after its threads had begun."""
+    code = (
+        "import os, torch, transformers, tvm; before = os.listdir('/proc/self/task'); "
+        "import lbllm_compile.driver, lbllm_compile.kernels; assert os.listdir('/proc/self/task') == before"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -26,23 +26,30 @@ FAMILIES = [
     for name in (*(x86 if platform.machine() in x86.MACHINES else arm).ARCHITECTURES, "generic")
 ]
 
-# (kind, N, K, group, bits, per token, bias): tails in both directions, sizes of one.
+# (kind, N, K, group, bits, per token, bias, additive levels): tails in both directions, sizes of one.
 SHAPES = [
     ("bit", 1, 1, 32, 4, False, True),
     ("bit", 100, 130, 64, 8, True, True),
     ("bit", 47, 300, 128, 4, False, False),
+    ("bit", 21, 107, 32, 4, False, True, True),
     ("bit", 20, 70, 32, 16, False, True),
     ("int8", 50, 77, 0, 8, False, True),
+    ("int4", 47, 77, 32, 8, False, True),
 ]
 MORE_SHAPES = [
     ("bit", 33, 259, 32, 8, False, False),
     ("bit", 64, 192, 64, 4, False, False),
     ("bit", 17, 513, 256, 8, False, True),
     ("bit", 47, 300, 128, 4, True, False),
+    ("bit", 75, 533, 256, 4, True, False, True),
     ("bit", 5, 300, 256, 16, True, True),
     ("int8", 7, 3, 32, 8, True, False),
     ("int8", 96, 160, 64, 4, False, False),
     ("int8", 33, 100, 64, 16, False, True),
+    ("int4", 1, 1, 64, 8, False, False),
+    ("int4", 64, 192, 64, 8, True, False),
+    ("int4", 70, 300, 128, 4, False, True),
+    ("int4", 33, 101, 32, 16, False, True),
 ]
 
 
@@ -387,14 +394,16 @@ def test_a_wide_group_that_could_overflow_is_refused(tmp_path):
 
 def test_targets_parse_to_their_canonical_name():
     assert Target.parse("cpu") == Target.parse(runnable_targets()[0])
-    assert [t.name for t in parse_targets("cpu:avx2, cuda:sm_90,cuda")] == ["cpu:avx2", "cuda:sm_90", "cuda:sm_80"]
+    assert [t.name for t in parse_targets("cpu:avx2, cuda:sm_90,cuda")][:4] == [
+        *("cpu:avx2", "cuda:sm_90", "cuda:sm_75", "cuda:sm_80"),
+    ]
     for text in ("cpu:avx2", "cpu:avx512-vnni", "cpu:generic", "cuda:sm_90"):
         assert Target.parse(Target.parse(text).name) == Target.parse(text)
 
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("cpu:avx512", "cpu:avx512-vnni"), ("cud", "cuda"), ("", "known targets"), ("cpu:neon9", "known targets")],
+    [("cpu:avx512-vn", "cpu:avx512-vnni"), ("cud", "cuda"), ("", "known targets"), ("cpu:neon9", "known targets")],
 )
 def test_an_unknown_target_gets_a_suggestion(text, hint):
     with pytest.raises(TargetError, match=hint):

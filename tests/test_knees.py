@@ -55,7 +55,7 @@ def cache(tmp_path_factory):
 # The table
 
 
-def table(high: float, low: float, knees: tuple[float, float]) -> reference.KneeTable:
+def table(high: float, low: float, knees: tuple[float, float]) -> reference.CodeTable:
     return reference.knee_table(torch.tensor(high), torch.tensor(low), torch.tensor(knees))
 
 
@@ -163,15 +163,15 @@ def test_wrong_tensors_are_named(tmp_path):
 
 
 def test_the_proof_catches_a_wrong_table(monkeypatch, tmp_path):
-    from lbllm_compile.codegen.kernels import knees
+    from lbllm_compile.codegen.kernels import code_table
 
-    monkeypatch.setattr(knees, "RANGE_MIN", 1.0)
+    monkeypatch.setattr(code_table, "RANGE_MIN", 1.0)
     with pytest.raises(KernelError, match="quantized values differ"):
         build([], [QuantizeSpec(64, 32, 4, knees=True)], "cpu:generic", tmp_path)
 
 
 def test_cuda_refuses_knees():
-    with pytest.raises(KernelError, match="without knees; compile with --recipe lbllm"):
+    with pytest.raises(KernelError, match="without knees and plane scales; compile with --recipe lbllm"):
         quantize_schedules(QuantizeSpec(64, 64, 4, knees=True))
 
 
@@ -215,7 +215,7 @@ def test_gradients_are_those_of_the_positions():
     (simulate.fake_quantize(x, clip, 4, 0, knees) * weight).sum().backward()
     high, low = reference.clipped_range(x[:, None], clip.detach())
     entries = reference.knee_table(high, low, knees.detach())
-    codes, zero = reference.knee_codes(x[:, None], entries)[:, 0], entries.zero[:, 0]
+    codes, zero = reference.table_codes(x[:, None], entries)[:, 0], entries.zero[:, 0]
 
     def smooth(clip_, knees_):
         return (positions(x.double(), clip_, knees_, codes, zero) * weight).sum()
@@ -319,7 +319,7 @@ def quantizers(program: Program) -> list[torch.fx.Node]:
 def test_knees_are_placed_on_the_inputs_that_quantizers_see():
     data = context()
     program = apply(quantized(), "activate{group=0,steps=0,ranges=knees}", data).program
-    inserted = insert_quantizers(quantized(), 4, 0, 4, knees=True)
+    inserted = insert_quantizers(quantized(), 4, 0, 4, "knees")
     assert [str(n.args) for n in quantizers(program)] == [str(n.args) for n in quantizers(inserted)]
     first = quantizers(program)[0]
     assert first.args[2:4] == (4, 0) and first.args[4].target == "model.layers.0.self_attn.q_proj.input_knees"

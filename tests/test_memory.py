@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from benchmarks import memory
-from lbllm_compile import plan
+from lbllm_compile import plan, resident
 from lbllm_compile.options import CompileOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,19 @@ SHAPE = {
 
 LAYER_BYTES = 4 * 11_272_192
 STAGES = ("stage 1, ptq", "stage 2, distill", "stage 3, activate")
+
+
+PEAK = "from lbllm_compile import resident; print(resident.peak_memory())"
+
+
+@pytest.mark.skipif(not resident.STATUS.is_file(), reason="the system does not say what a process holds")
+def test_a_peak_is_that_of_the_process_itself() -> None:
+    """Neither of the one that started it, nor less than what it held and gave back."""
+    parent = "import subprocess, sys; x = bytearray(400 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    held = f"x = bytearray(400 << 20); del x; {PEAK}"
+    for words, low, high in (((parent, PEAK), 1 << 20, 200 << 20), ((held,), 400 << 20, 800 << 20)):
+        shown = subprocess.run([sys.executable, "-c", *words], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert low < int(shown.stdout) < high
 
 
 def planned(folder: Path, layers: int, pipeline: str) -> dict[str, int]:

@@ -41,7 +41,7 @@ from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.program.queries import quotient, same_sizes
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import MIN_CAPACITY
-from lbllm_compile.codegen.targets import Target
+from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.threads import one_torch_thread
 from lbllm_compile.codegen.tvm_api import compile_functions, symbolic_dimension
 from lbllm_compile.passes.ir import graph_json
@@ -64,6 +64,7 @@ from lbllm_compile.lowering import build as prepare
 from lbllm_compile.lowering import translate
 from lbllm_compile.lowering.compare import DisagreementError
 from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.native import description as described
 from lbllm_compile.native import program as native
 from lbllm_compile.native import text
 from lbllm_compile.native.program import NativeModel, NativeProgram
@@ -298,8 +299,8 @@ def test_a_program_that_tvm_rejects_runs_in_torch_and_says_so(tmp_path, monkeypa
 def test_a_program_that_does_not_compute_its_graph_is_refused_with_figures(wrong, monkeypatch, tmp_path):
     feed = native.NativeSession._feed
 
-    def other(self, ids, last):
-        logits = feed(self, ids, last)
+    def other(self, ids, last, merged=True):
+        logits = feed(self, ids, last, merged)
         return [part[..., ::-1].copy() for part in logits] if (ids.shape[1] > 1) == (wrong == "prompt") else logits
 
     monkeypatch.setattr(native.NativeSession, "_feed", other)
@@ -366,28 +367,52 @@ def test_a_layout_aligns_its_tensors():
 
 
 @pytest.mark.parametrize("broken", ["logits", "state"])
-def test_a_program_that_differs_from_its_kernels_is_not_used(broken, monkeypatch, tmp_path):
-    feed_one, called = native.NativeSession._feed_one, []
+@pytest.mark.parametrize(
+    ("name", "used"), [("token", ["token_by_kernel", "token_of_few"]), ("token_of_few", ["token", "few_tokens"])]
+)
+def test_a_function_that_differs_from_its_kernels_is_not_used(name, used, broken, monkeypatch, tmp_path):
+    call, called = NativeProgram.call, []
 
-    def other(self, ids, function):
+    def other(self, function, inputs, state, part=None):
         called.append(function)
-        logits = feed_one(self, ids, function)
-        if function != self._fastest:
-            return logits
-        if broken == "logits":
-            return logits + 1
-        self.state.arrays[0][0, 0, 1] ^= 1
-        return logits
+        logits = call(self, function, inputs, state, part)
+        if function == name and broken == "state":
+            state.arrays[0][0, 0, 1] ^= 1
+        return logits + 1 if function == name and broken == "logits" else logits
 
-    monkeypatch.setattr(native.NativeSession, "_feed_one", other)
+    monkeypatch.setattr(NativeProgram, "call", other)
     monkeypatch.setattr(progress, "_warned", set())
-    with pytest.warns(progress.LbllmWarning, match="a launch for every kernel, which is slower"):
+    which = "one sequence" if name == "token" else "a few sequences together"
+    with pytest.warns(progress.LbllmWarning, match=f"tokens of {which} are decoded with a launch for every kernel"):
         found = build(stages("llama")[1], tmp_path)
-    assert found is not None and not found.description.merged
+    assert found is not None and found.description.merged == tuple({"token", "token_of_few"} - {name})
     called.clear()
-    found.session(1).step(np.array([[3]]))
-    assert called == ["token_by_kernel"]
+    for batch in (1, 3):
+        found.session(batch).step(np.full((batch, 1), 3))
+    assert called == used
     assert NativeProgram(tmp_path).description == found.description
+
+
+def test_a_few_sequences_need_no_function_of_few_launches(monkeypatch, tmp_path):
+    merge = compile_module.merge_launches
+
+    def refuse(module, name, begins_segment, most):
+        if most:
+            raise KernelError("something grows")
+        return merge(module, name, begins_segment, most)
+
+    monkeypatch.setattr(compile_module, "merge_launches", refuse)
+    monkeypatch.setattr(progress, "_warned", set())
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+    with pytest.warns(
+        progress.LbllmWarning, match="a few sequences are decoded together with a launch for every kernel"
+    ):
+        found = build(stages("llama")[1], tmp_path)
+    assert found is not None and found.description.merged == ("token",)
+    functions = [found.description.function(batch, 1, last=True).name for batch in (1, 2, 16)]
+    assert functions == ["token", "few_tokens", "few_tokens"]
+    two, one = (found.session(batch).step(np.full((batch, 1), 3)) for batch in (2, 1))
+    assert np.array_equal(two, np.concatenate([one, one]))
 
 
 def test_the_state_grows_and_keeps_what_it_holds(monkeypatch):
@@ -497,10 +522,10 @@ def test_indices_of_kernels_stay_within_their_32_bits(monkeypatch):
     whole = run(toy())
     program, names = watched(toy(), monkeypatch)
     sizes = {"length": 6, "total": 6, "capacity": MIN_CAPACITY}
-    monkeypatch.setattr(native, "MOST_ELEMENTS", 2 * (native.MOST_ELEMENTS // logits.sequences(sizes)))
+    monkeypatch.setattr(described, "MOST_ELEMENTS", 2 * (described.MOST_ELEMENTS // logits.sequences(sizes)))
     assert all(np.array_equal(a, b) for a, b in zip(run(program), whole, strict=True))
     assert names.count("logits") == 3
-    monkeypatch.setattr(native, "MOST_ELEMENTS", 64)
+    monkeypatch.setattr(described, "MOST_ELEMENTS", 64)
     with pytest.raises(GenerationError, match="too many for one call"):
         program.session(1).logits(ids[:1])
 
@@ -567,6 +592,23 @@ def stored(tmp_path_factory):
     item = language_model()
     artifact.save(type(item)(item.module, item.kind, "toy", config=item.config, tokenizer=tokenizer), out, lock={})
     return out, load(out)
+
+
+@pytest.fixture
+def changeable(stored, tmp_path, monkeypatch):
+    """A cache with the stored program, its library and its kernels, which a test may change."""
+    cache = tmp_path / "cache"
+    shutil.copytree(native.cache_directory(), cache, ignore=shutil.ignore_patterns("tmp*"))
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(cache))
+
+
+def test_a_stored_program_is_not_loaded_where_its_target_does_not_run(stored, monkeypatch):
+    """As one with tile registers, which a process may be refused."""
+    out, model = stored
+    target = model.native.description.target
+    assert native.find(out, target) is not None
+    monkeypatch.setattr(host, "families", lambda: ("generic",))
+    assert native.find(out, target) is None
 
 
 def test_a_load_stores_the_program_and_the_next_one_finds_it(stored, monkeypatch):
@@ -668,12 +710,12 @@ def test_a_damaged_stored_program_is_not_used_and_that_is_said(stored, tmp_path,
         assert len(notes.said) == 1 and "is damaged" in notes.said[0] and "prepared anew" in notes.said[0]
 
 
-def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("changeable")
+def test_a_damaged_stored_program_is_prepared_anew(stored):
     """So is its library, where that is damaged too, and all of it is said."""
-    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
     place = load(stored[0]).native.directory
-    (library,) = native.programs_directory().glob("*.library")
-    flip(library)
+    for library in native.programs_directory().glob("*.library"):
+        flip(library)
     truncate(place / native.WEIGHTS)
     notes = Notes()
     again = load(stored[0], progress=notes).native
@@ -685,16 +727,17 @@ def test_a_damaged_stored_program_is_prepared_anew(stored, tmp_path, monkeypatch
     assert native.find(stored[0], progress=notes) is not None and notes.said == []
 
 
-def test_the_same_graph_of_weights_of_other_shapes_has_another_library(tmp_path, monkeypatch):
-    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+def test_the_same_graph_of_weights_of_other_shapes_has_another_library():
     before = stages("llama")[1]
     other = before.copy()
     name = next(n.target for n in other.graph.nodes if n.op == "get_attr" and n.target.endswith("norm.weight"))
     set_attribute(other.module, name, get_attribute(other.module, name)[None])
     assert graph_json.dumps(other.module) == graph_json.dumps(before.module)
+    first, libraries = program("llama"), {*native.programs_directory().glob("*.library")}
+    second = build(other, Path(tempfile.mkdtemp(dir=native.cache_directory())))
     ids = np.array([[3, 1, 4, 1, 5]])
-    logits = [build(item, Path(tempfile.mkdtemp(dir=tmp_path))).session(1).logits(ids) for item in (before, other)]
-    assert np.array_equal(*logits) and len(list(native.programs_directory().glob("*.library"))) == 2
+    assert np.array_equal(first.session(1).logits(ids), second.session(1).logits(ids))
+    assert libraries and len({*native.programs_directory().glob("*.library")} - libraries) == 1
 
 
 def test_a_library_that_two_store_at_once_is_one_of_theirs(tmp_path, monkeypatch):
@@ -719,8 +762,8 @@ def test_a_library_that_two_store_at_once_is_one_of_theirs(tmp_path, monkeypatch
     assert notes.said == []
 
 
-def test_what_stands_in_the_place_of_a_program_gives_way(stored, tmp_path, monkeypatch):
-    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("changeable")
+def test_what_stands_in_the_place_of_a_program_gives_way(stored):
     place = load(stored[0]).native.directory
     (place / native.DESCRIPTION).unlink()
     assert native.find(stored[0]) is None
@@ -740,12 +783,12 @@ def test_a_program_is_for_a_number_of_threads(monkeypatch):
     places = set()
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("TVM_NUM_THREADS", threads)
-        places.add(native.stored_at("0", "cpu:generic"))
+        places.add(native.stored_at("0", Target.parse("cpu:generic")))
     assert len(places) == 3
 
 
-def test_tuning_an_artifact_lets_its_program_be_prepared_anew(stored, tmp_path, monkeypatch):
-    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("changeable")
+def test_tuning_an_artifact_lets_its_program_be_prepared_anew(stored):
     first = load(stored[0]).native
     assert first is not None and native.find(stored[0]) is not None
     for source in ("search", "stored"):  # what was found for another artifact counts as well

@@ -17,6 +17,7 @@ from lbllm_compile.codegen.operators import Arguments, Operator, define, registr
 from lbllm_compile.codegen.operators.checks import require, require_tensor
 from lbllm_compile.codegen.operators.registry import OperatorError
 from lbllm_compile.codegen.operators.translator import Translator, Value
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.annotate import Annotate
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.contracts import ContractError, check_structure
@@ -156,15 +157,15 @@ def test_a_stored_program_is_of_the_operators_that_are_installed(monkeypatch, tm
     module = tmp_path / "outside_operators.py"
     module.write_text("TWICE = 2")
     monkeypatch.syspath_prepend(tmp_path)
-    before = native.machine_facts("cpu")
+    before = native.machine_facts(Target.parse("cpu"))
     points = [EntryPoint("soft_clip", "outside_operators", installed.OPERATORS)]
     monkeypatch.setattr(installed, "entry_points", lambda group: points)
-    first = native.machine_facts("cpu")
+    first = native.machine_facts(Target.parse("cpu"))
     module.write_text("TWICE = 2.0")
-    second = native.machine_facts("cpu")
+    second = native.machine_facts(Target.parse("cpu"))
     assert before != first != second
     points[0] = EntryPoint("soft_clip", "not_there.operators", installed.OPERATORS)
-    assert native.machine_facts("cpu") not in (before, first, second)
+    assert native.machine_facts(Target.parse("cpu")) not in (before, first, second)
 
 
 @pytest.fixture(scope="module")

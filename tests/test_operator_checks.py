@@ -17,6 +17,7 @@ from torch import Tensor, fx
 lbllm = torch.ops.lbllm
 X = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
 CLIP = torch.ones(2)
+PLANES = torch.tensor(reference.UNIFORM_PLANES)
 VALUES, SCALES = reference.quantize_activation(X, CLIP, 4, 32)
 WEIGHT = {name.removeprefix("w."): tensor for name, tensor in planes("w", X[:3], 32).items()}
 EXPERTS = {name: torch.stack([tensor, tensor]) for name, tensor in WEIGHT.items()}
@@ -36,6 +37,13 @@ BIT = {"values": VALUES, "x_scale": SCALES, **WEIGHT, "bias": torch.ones(3), "gr
 GROUPED_BIT = {"values": VALUES, "x_scale": SCALES, **EXPERTS, "offsets": ENDS, "group": 32}
 INT8 = {"values": VALUES, "x_scale": SCALES, "weight": torch.ones(7, 40, dtype=torch.int8), "w_scale": torch.ones(7)}
 INT8 |= {"bias": None, "group": 32}
+INT4 = {
+    "codes": torch.zeros(7, 20, dtype=torch.uint8),
+    "table": torch.arange(16).char(),
+    "w_scale": torch.ones(7, 2).half(),
+}
+CODED = {**INT4, "ids": torch.tensor([[6]]), "in_features": 40, "group": 32}
+INT4 |= {"values": VALUES, "x_scale": SCALES, "bias": None, "group": 32}
 ROWS = {"weight": torch.ones(7, 4, dtype=torch.int8), "scale": torch.ones(7), "ids": torch.tensor([[6]])}
 CONVOLUTION = {"x": torch.ones(2, 3, 5), "weight": torch.ones(3, 1, 4), "bias": None, "state": torch.zeros(2, 3, 3)}
 QUANTIZE = {"x": X, "clip": CLIP, "bits": 4, "group": 32}
@@ -46,6 +54,8 @@ GOOD: dict[Callable[..., Any], dict[str, Any]] = {
     lbllm.bit_linear.default: BIT,
     lbllm.grouped_bit_linear.default: GROUPED_BIT,
     lbllm.int8_linear.default: INT8,
+    lbllm.int4_linear.default: INT4,
+    lbllm.int4_embedding.default: CODED,
     lbllm.grouped_linear.default: {"x": X, "weight": torch.ones(2, 3, 40), "offsets": ENDS},
     lbllm.int8_embedding.default: ROWS,
     lbllm.attention.default: {**ATTENTION, "key": HEADS, "value": HEADS, "mask": torch.ones(2, 1, 3, 3).bool()},
@@ -79,6 +89,10 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (lbllm.quantize_activation, {"knees": CLIP * 0}, "knees has values that are not above 0 and at most 1"),
     (lbllm.quantize_activation, {"knees": wide(CLIP)}, "knees is not one pair"),
     (lbllm.quantize_activation, {"bits": 8, "knees": CLIP}, "8-bit activations have no knees"),
+    (lbllm.quantize_activation, {"bits": 8, "plane_scales": PLANES}, "8-bit activations have no plane scales"),
+    (lbllm.quantize_activation, {"knees": CLIP, "plane_scales": PLANES}, "activations have knees and plane scales"),
+    (lbllm.quantize_activation, {"plane_scales": PLANES * 3}, "plane_scales are not above 0 and at most 16"),
+    (lbllm.quantize_activation, {"plane_scales": PLANES.flip(0)}, "plane_scales are below the sum of those before"),
     (lbllm.fake_quantize, {"bits": 3}, "3 bits are not one of (4, 8, 16)"),
     (lbllm.fake_quantize_kv, {"bits": 2}, "2 bits are not one of (4, 8, 16)"),
     (lbllm.bit_linear, {"group": 0}, "groups of 0 channels are not one of (32, 64, 128, 256)"),
@@ -108,6 +122,19 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (lbllm.int8_linear, {"w_scale": torch.ones(6)}, "w_scale has the shape [6] where [..., 7] belongs"),
     (lbllm.int8_linear, {"w_scale": changed(INT8["w_scale"], math.nan)}, f"w_scale {NO_SCALES}"),
     (lbllm.int8_linear, {"bias": torch.ones(1, 7)}, "bias is not [7]"),
+    (lbllm.int4_linear, {"group": 0}, "groups of 0 channels are not one of (32, 64, 128, 256)"),
+    (lbllm.int4_linear, {"values": X}, "values are torch.float32, not quantized ones"),
+    (lbllm.int4_linear, {"x_scale": torch.ones(5, 3)}, "x_scale has 3 scales a token, not 2 or 1"),
+    (lbllm.int4_linear, {"codes": INT4["codes"][:, 1:]}, "codes has the shape [7, 19] where [..., any, 20] belongs"),
+    (lbllm.int4_linear, {"codes": wide(INT4["codes"])}, "codes is no matrix"),
+    (lbllm.int4_linear, {"table": INT4["table"][1:]}, "table has the shape [15] where [..., 16] belongs"),
+    (lbllm.int4_linear, {"table": wide(INT4["table"])}, "table is not [16]"),
+    (lbllm.int4_linear, {"w_scale": INT4["w_scale"].float()}, "w_scale is torch.float32, not torch.float16"),
+    (lbllm.int4_linear, {"w_scale": changed(INT4["w_scale"], math.nan)}, "w_scale has values that are not finite"),
+    (lbllm.int4_linear, {"bias": torch.ones(1, 7)}, "bias is not [7]"),
+    (lbllm.int4_embedding, {"in_features": 42}, "codes has the shape [7, 20] where [..., any, 21] belongs"),
+    (lbllm.int4_embedding, {"in_features": 0}, "a row cannot have 0 columns"),
+    (lbllm.int4_embedding, {"w_scale": INT4["w_scale"][:6]}, "w_scale has the shape [6, 2] where [..., 7, 2] belongs"),
     (lbllm.int8_embedding, {"weight": wide(ROWS["weight"])}, "weight is no matrix"),
     (lbllm.int8_embedding, {"weight": ROWS["weight"].long()}, "weight is torch.int64, not torch.int8"),
     (lbllm.int8_embedding, {"scale": torch.ones(6)}, "scale has the shape [6] where [..., 7] belongs"),

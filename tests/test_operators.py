@@ -214,7 +214,7 @@ def run_natively(module: fx.GraphModule, inputs: Sequence[tuple[str, Input]], fo
     """Compiles a graph; what it gives takes and gives tensors."""
     specs = [TensorSpec(name, i.shape, str(i.dtype).removeprefix("torch.")) for name, i in inputs]
     built = translate_graph(Program(module, "module"), KERNELS, specs)
-    compiled = compile_program(built, KERNELS.target.llvm, LANES, ())
+    compiled = compile_program(built, KERNELS.target.llvm, LANES, {})
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "graph.so"
     compiled.executable.export_library(str(library))

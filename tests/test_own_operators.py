@@ -19,9 +19,11 @@ from lbllm_compile.codegen.sizes import ACTIVATION_BITS, GROUPS, KV_BITS
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_runtime import Machine, array
+from lbllm_compile.passes.calibrate.int4 import quantize_int4
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.parse import parse
 from lbllm_compile.passes.ir.program import Program
+from lbllm_compile.passes.ir.scheme import CODEBOOKS
 from rtn import planes
 from test_attention_kernel import agrees
 from torch import Tensor
@@ -40,7 +42,7 @@ class Native:
         needed = requirements(program)
         kernels = backend_of(HOST).build(needed.linears, needed.quantizers, HOST, cache_dir=folder, trials=0)
         library = folder / f"{len(list(folder.glob('*.so')))}.so"
-        compile_program(translate_graph(program, kernels, inputs), HOST.llvm, kernels.lanes, ()).export(library)
+        compile_program(translate_graph(program, kernels, inputs), HOST.llvm, kernels.lanes, {}).export(library)
         self._machine = Machine(library)
         self._weights = [tensor.numpy() for tensor in _Weights(program, kernels).tensors.values()]
 
@@ -80,7 +82,7 @@ class Linear:
     group: int
     bits: int
     per_token: bool
-    knees: bool
+    codebook: str
     bias: bool
     added: bool
     leading: bool
@@ -95,7 +97,9 @@ class Linear:
             st.integers(1, 300),
             st.sampled_from(GROUPS),
             st.sampled_from(ACTIVATION_BITS),
-            *[st.booleans()] * 5,
+            st.booleans(),
+            st.sampled_from(CODEBOOKS),
+            *[st.booleans()] * 3,
             SEEDS,
         )
 
@@ -105,19 +109,25 @@ class Linear:
 
     def program(self) -> Program:
         clip, matrix, text = {"clip": torch.tensor([0.95, 0.9])}, {}, ""
-        if self.knees and self.bits == 4:
+        operands = ["%x", "%clip", str(self.bits), str(self.act_group)]
+        if self.codebook == "knees" and self.bits == 4:
             clip["knees"] = torch.tensor([0.2, 0.35])
-        quantizer = ", ".join(
-            ["%x", "%clip", str(self.bits), str(self.act_group), *(["%knees"] if len(clip) > 1 else [])]
-        )
+            operands.append("%knees")
+        elif self.codebook == "planes" and self.bits == 4:
+            clip["plane_scales"] = torch.tensor([0.9, 1.7, 3.1, 7.3])
+            operands += ["None", "%plane_scales"]
+        quantizer = ", ".join(operands)
         if self.kind == "bit":
             matrix = planes("w", normal(self.rows, self.columns, seed=self.seed), self.group)
+        elif self.kind == "int4":
+            coded = quantize_int4(normal(self.rows, self.columns, seed=self.seed), self.group)
+            matrix = {"w": coded.packed, "w_table": coded.table, "w_scale": coded.scale}
         elif self.kind == "int8":
             values = normal(self.rows, self.columns, seed=self.seed, size=50)
             matrix = {"w": values.clamp(-127, 127).to(torch.int8), "w_scale": normal(self.rows, seed=self.seed).abs()}
         if self.kind:
             matrix |= {"bias": normal(self.rows, seed=self.seed + 1)} if self.bias else {}
-            group = self.group if self.kind == "bit" else self.act_group
+            group = self.act_group if self.kind == "int8" else self.group
             operands = ", ".join(["%values", "%scale", *map(name_of, matrix), *([] if self.bias else ["None"])])
             text = f"%y = lbllm.{self.kind}_linear({operands}, {group}) {{in_features={self.columns}}}\n"
         results = "%y" if self.kind else "%values, %scale"
@@ -210,26 +220,34 @@ class Experts:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A look-up in int8 rows of ids with some dimensions."""
+    """A look-up of ids with some dimensions in int8 rows or, with groups, 4-bit codes."""
 
     rows: int
     columns: int
+    group: int
     dimensions: int
     dtype: torch.dtype
     seed: int
 
     @classmethod
-    def strategy(cls) -> st.SearchStrategy[Embedding]:
+    def strategy(cls, groups: Sequence[int]) -> st.SearchStrategy[Embedding]:
         dtypes = st.sampled_from((torch.int64, torch.int32))
-        return st.builds(cls, st.integers(1, 300), st.integers(1, 200), st.integers(0, 3), dtypes, SEEDS)
+        sizes = st.integers(1, 300), st.integers(1, 200), st.sampled_from(groups), st.integers(0, 3)
+        return st.builds(cls, *sizes, dtypes, SEEDS)
 
     def check(self, folder: Path) -> None:
-        rows = normal(self.rows, self.columns, seed=self.seed, size=50).clamp(-128, 127).to(torch.int8)
-        weights = {"rows": rows, "scale": normal(self.rows, seed=self.seed + 1)}
+        matrix = normal(self.rows, self.columns, seed=self.seed, size=50)
+        if self.group:
+            coded = quantize_int4(matrix, self.group)
+            weights = {"codes": coded.packed, "table": coded.table, "scale": coded.scale}
+            call = f"int4_embedding(%codes, %table, %scale, %ids, {self.columns}, {self.group})"
+        else:
+            weights = {"rows": matrix.clamp(-128, 127).to(torch.int8), "scale": normal(self.rows, seed=self.seed + 1)}
+            call = "int8_embedding(%rows, %scale, %ids)"
         text = f"""
             %ids = input ids
             {weight_lines(weights)}
-            %y = lbllm.int8_embedding(%rows, %scale, %ids)
+            %y = lbllm.{call}
             return (%y,)
         """
         program = parse(text, weights, "module")
@@ -348,10 +366,12 @@ class Convolution:
 CASES = {
     lbllm.quantize_activation.default: Linear.strategy(None),
     lbllm.bit_linear.default: Linear.strategy("bit"),
+    lbllm.int4_linear.default: Linear.strategy("int4"),
     lbllm.int8_linear.default: Linear.strategy("int8"),
     lbllm.grouped_linear.default: Experts.strategy(False),
     lbllm.grouped_bit_linear.default: Experts.strategy(True),
-    lbllm.int8_embedding.default: Embedding.strategy(),
+    lbllm.int8_embedding.default: Embedding.strategy((0,)),
+    lbllm.int4_embedding.default: Embedding.strategy(GROUPS),
     lbllm.cached_attention.default: Attention.strategy(),
     lbllm.cached_conv.default: Convolution.strategy(),
 }

@@ -52,6 +52,9 @@ def weight_of(spec: LinearSpec, generator: torch.Generator, extreme: bool) -> Qu
         codes[0::2] = 3
         levels[..., :3], levels[..., 3] = -128, 127
         levels[1::4] = 127
+    if spec.additive:
+        levels[..., 2] = (levels[..., 0].int() + levels[..., 3] - levels[..., 1]).to(torch.int8)
+        levels = levels.sort(-1).values
     return QuantizedWeight(*codes_to_planes(codes), levels, torch.rand(n, groups).half(), k, spec.group)
 
 
@@ -65,12 +68,13 @@ def windows_of(spec: LinearSpec, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([drawn, constant, drawn[:1] - mixed]).to(torch.int8)
 
 
+@pytest.mark.parametrize("additive", [False, True], ids=["any levels", "additive levels"])
 @pytest.mark.parametrize("extreme", [False, True], ids=["random weights", "extreme weights"])
 @pytest.mark.parametrize(
     ("rows", "columns", "group"), [(1, 1, 32), (33, 259, 32), (64, 130, 64), (47, 300, 128), (31, 540, 256)]
 )
-def test_every_window_of_activations_is_exact(rows, columns, group, extreme, tmp_path):
-    spec = LinearSpec("bit", rows, columns, group, 4, rows == 47, extreme)
+def test_every_window_of_activations_is_exact(rows, columns, group, extreme, additive, tmp_path):
+    spec = LinearSpec("bit", rows, columns, group, 4, rows == 47, extreme, additive)
     kernel = build(spec, tmp_path).linear(spec)
     generator = torch.Generator().manual_seed(group)
     weight = weight_of(spec, generator, extreme)
@@ -96,6 +100,22 @@ def test_the_planes_cost_two_bits_a_weight_and_a_zero_point_sum_a_group(group):
     assert lut8.pack(weight, None).numel() * 8 == weight.stored_bits
 
 
+def test_additive_levels_have_a_layout_of_their_own_and_are_counted_twice_not_thrice(tmp_path):
+    from lbllm_compile.codegen.cpu import space as cpu
+
+    specs = [LinearSpec("bit", 64, 128, 64, additive=additive) for additive in (False, True)]
+    counts, layouts = [], []
+    for spec in specs:
+        popcount = cpu.of_layout(cpu.implementations(spec, Target.parse(TARGET)), "popcount")
+        schedule = popcount.schedules(cpu.BUCKETS[0])[0]
+        counts.append(popcount.function(schedule).script().count("llvm.ctpop"))
+        layouts.append(popcount.pack(weight_of(specs[1], torch.Generator().manual_seed(0), False), None))
+    assert counts[0] > 0 and 2 * counts[0] == 3 * counts[1]
+    assert layouts[0].shape == layouts[1].shape and not torch.equal(*layouts)
+    with pytest.raises(KernelError, match="not additive"):
+        popcount.pack(weight_of(specs[0], torch.Generator().manual_seed(0), False), None)
+
+
 def test_misaligned_activations_give_the_same_result(tmp_path):
     spec = LinearSpec("bit", 48, 96, 32)
     kernel = build(spec, tmp_path).linear(spec)
@@ -106,8 +126,11 @@ def test_misaligned_activations_give_the_same_result(tmp_path):
     assert torch.equal(kernel(moved, x_scale, packed), kernel(values.clone(), x_scale, packed))
 
 
-@pytest.mark.parametrize("bug", ["zero point", "intersection", "bit order"])
-def test_the_proof_catches_a_planted_bug(bug, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("bug", "additive"),
+    [("zero point", False), ("intersection", False), ("bit order", False), ("zero point", True), ("bit order", True)],
+)
+def test_the_proof_catches_a_planted_bug(bug, additive, monkeypatch, tmp_path):
     from lbllm_compile.codegen.kernels import popcount
 
     operand = popcount.PlaneOperand
@@ -127,7 +150,7 @@ def test_the_proof_catches_a_planted_bug(bug, monkeypatch, tmp_path):
 
         monkeypatch.setattr(operand, "pack", wrong)
     with pytest.raises(KernelError, match=r"is wrong on this machine \(\d+ of \d+ outputs differ"):
-        build(LinearSpec("bit", 48, 96, 32), tmp_path)
+        build(LinearSpec("bit", 48, 96, 32, additive=additive), tmp_path)
 
 
 @pytest.mark.parametrize("fastest", ["lut8", "popcount"])

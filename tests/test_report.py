@@ -22,10 +22,12 @@ import torch
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.ir.parse import parse
+from test_outliers import whole as outliers
 
 from benchmarks.browser import CHROMIUM, Page
 from lbllm_compile import artifact, explain, inspect
-from lbllm_compile.html_report import command, contents, page, story, tradeoff, weights
+from lbllm_compile.html_report import command, contents, figures, page, story, tradeoff, weights
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.options import CompileOptions, command_line
 from lbllm_compile.records import CompileReport, MeasuredPass, Verdict
@@ -305,6 +307,75 @@ def test_weights_are_those_of_the_artifact(toy: Path) -> None:
         planes = (state[f"{path}.{name}"] for name in ("sign", "bitmap", "levels", "scale"))
         codes = QuantizedWeight(*planes, in_features=item.shape[-1], group=32).codes()
         assert item.density == pytest.approx(float(((codes == 1) | (codes == 2)).float().mean()))
+
+
+def test_bytes_of_outliers_are_a_part_of_their_own() -> None:
+    found = contents.parts_of(outliers()[1])
+    parts = {path: part for path, part in found.items() if path.startswith("model.layers.0.self_attn.")}
+    assert parts["model.layers.0.self_attn.q_proj.weight.outliers.rows"] == "int8 outlier columns"
+    assert parts["model.layers.0.self_attn.q_proj.weight.outliers.row_scale"] == "int8 outlier columns"
+    assert parts["model.layers.0.self_attn.q_proj.weight.sign"] == "sign planes"
+    assert parts["model.layers.0.self_attn.q_proj.input_order"] == "orders of inputs with outliers"
+
+
+def test_bytes_are_named_by_what_reads_them(toy: Path) -> None:
+    """A head of 4 bits beside an embedding with int8 rows, and parameters of a user's own."""
+    program = parse("""
+        %ids: i64[1, 3] = input input_ids
+        %rows: i8[7, 64] = weight embed.weight.rows
+        %row_scale: f32[7] = weight embed.weight.row_scale
+        %embedding = lbllm.int8_embedding(%rows, %row_scale, %ids)
+        %own: f32[64] = weight own.table
+        %other: f32[64] = weight own.codes
+        %first = aten.add.Tensor(%embedding, %own)
+        %both = aten.add.Tensor(%first, %other)
+        %clip: f32[2] = weight head.input_clip
+        %quantized = lbllm.quantize_activation(%both, %clip, 8, 32)
+        %values = getitem(%quantized, 0)
+        %x_scale = getitem(%quantized, 1)
+        %codes: u8[7, 32] = weight head.weight.codes
+        %table: i8[16] = weight head.weight.table
+        %code_scale: f16[7, 2] = weight head.weight.code_scale
+        %logits = lbllm.int4_linear(%values, %x_scale, %codes, %table, %code_scale, None, 32)
+        return %logits
+    """)
+    sizes = {path: t.numel() * t.element_size() for path, t in program.parameters()}
+    whole = dataclasses.replace(contents.gather(toy), tensors=sizes, parts=contents.parts_of(program))
+    assert {part["name"]: part["bytes"] for part in figures.of(whole)["bytes"]} == {
+        "int8 embedding": 7 * 64 + 7 * 4,
+        "4-bit head": 7 * 32 + 16 + 7 * 2 * 2,
+        figures.FLOAT: 2 * 64 * 4 + 2 * 4,
+    }
+    parts = {part["name"] for part in figures.of(contents.gather(toy))["bytes"]}
+    assert parts == {"sign planes", "bitmaps", "levels", "group scales", "int8 embedding and head", figures.FLOAT}
+
+
+def test_a_pass_that_is_named_twice_has_two_times(toy: Path) -> None:
+    found = contents.gather(toy)
+    assert found.report is not None
+    records = [dataclasses.replace(found.report.records[0], index=index, seconds=3.0 * index) for index in (1, 2)]
+    twice = dataclasses.replace(found, report=dataclasses.replace(found.report, records=records))
+    seconds = [row["seconds"] for row in figures.of(twice)["seconds"] if row["name"].startswith("pass ")]
+    assert seconds == [record.seconds + record.check_seconds for record in records]
+    assert len({row["name"] for row in figures.of(twice)["seconds"]}) == len(figures.of(twice)["seconds"])
+
+
+def test_a_stage_that_is_named_twice_is_two_stages(toy: Path) -> None:
+    def rows(error: float) -> list[dict[str, Any]]:
+        return [{"layer": 0, "after": error}]
+
+    steps = [("distill", 0.9), ("finetune", 0.8), ("activate", 0.7), ("finetune", 0.1)]
+    ends = {"kl_before": 2.0, "kl_after": 1.0}
+    measured = [
+        MeasuredPass(name, name, "calibrating", rows(error), ends if name == "finetune" else {})
+        for name, error in steps
+    ]
+    found = dataclasses.replace(contents.gather(toy), measured=measured)
+    data = figures.of(found)
+    assert data["layerErrors"]["values"] == [[0.9], [0.8], [0.7], [0.1]]
+    assert [row["name"] for row in data["alignment"]] == ["finetune (whole model)", "finetune (whole model) 2"]
+    (repaired,) = [answer.text for answer in story.answers(found) if answer.question.startswith("Which stage")]
+    assert repaired.startswith("Finetune (whole model) 2 lowered the error of layer 0 from 0.7 to 0.1")
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")

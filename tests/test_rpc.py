@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lbllm_compile.codegen.targets import host
 from lbllm_compile.codegen.tune.measure import Measurer, RemoteDevice, Request
 from test_errors import fails
 from test_tune import SPEC
@@ -80,8 +81,8 @@ def tracker() -> Iterator[str]:
 
 
 def device(tracker: str, compiler: str | None = None) -> RemoteDevice:
-    host, _, port = tracker.rpartition(":")
-    return RemoteDevice(host, int(port), KEY, compiler)
+    address, _, port = tracker.rpartition(":")
+    return RemoteDevice(address, int(port), KEY, compiler)
 
 
 def test_a_search_on_a_device_is_stored_under_its_key(tracker: str, cache: Path) -> None:
@@ -94,6 +95,16 @@ def test_a_search_on_a_device_is_stored_under_its_key(tracker: str, cache: Path)
     stored = [json.loads(line)["key"] for line in (cache / "tuning.jsonl").read_text().splitlines()]
     assert {(key["cpu"], key["threads"]) for key in stored} == {(KEY, 2)}
     assert [row["source"] for row in json.loads(succeeds(*command))["results"]] == ["stored", "stored"]
+
+
+def test_tiles_are_asked_for_on_the_device(tracker: str) -> None:
+    if not host.grants_tiles():
+        pytest.skip("this machine has no tiles, or does not grant them")
+    schedule = {"layout": "lut8", "rows": 32, "tokens": 8, "prefetch": 0, "parallel": True}
+    with Measurer(target="cpu:avx512-amx", device=device(tracker)) as measurer:
+        for _ in range(2):
+            (outcome,) = measurer.measure(Request(SPEC, "cpu:avx512-amx", "2-16", [schedule], 0.01))
+            assert outcome.microseconds is not None, outcome.failure
 
 
 def test_candidates_are_checked_on_the_device(tracker: str) -> None:

@@ -108,7 +108,6 @@ def test_bfloat16_products_give_nearly_the_same():
         assert torch.corrcoef(torch.stack([weights, rounded[name]]))[0, 1] > 0.9
 
 
-def test_no_more_tokens_are_taken_than_needed(monkeypatch):
-    monkeypatch.setattr(sensitivity, "TOKENS", 40)
-    taken = list(sensitivity._first_tokens(layers.calibration_batches(annotated(), batches(4), 1)))
+def test_no_more_tokens_are_taken_than_needed():
+    taken = list(sensitivity.first_tokens(layers.calibration_batches(annotated(), batches(4), 1), 40))
     assert len(taken) == 2

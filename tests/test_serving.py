@@ -452,7 +452,7 @@ def test_a_signal_lets_answers_end(artifact, number):
 
 
 def asked_at_once(server: Server, requests: int) -> tuple[ThreadPoolExecutor, list[Future[tuple[int, Any]]]]:
-    """Long requests, more than are answered together, once the first is in work."""
+    """Long requests, more than are answered together, once all have been heard; the first ones may have ended then."""
 
     def ask(number: int) -> tuple[int, Any]:
         try:
@@ -462,14 +462,17 @@ def asked_at_once(server: Server, requests: int) -> tuple[ThreadPoolExecutor, li
 
     pool = ThreadPoolExecutor(requests)
     answers = [pool.submit(ask, number) for number in range(requests)]
-    while server.metric("lbllm_running") + server.metric("lbllm_waiting") < requests:
+    heard = 0.0
+    while heard < requests:
         time.sleep(0.01)
+        ended = sum(answer.done() for answer in answers)
+        heard = ended + server.metric("lbllm_running") + server.metric("lbllm_waiting")
     return pool, answers
 
 
 def test_who_waits_when_the_grace_ends_is_told(artifact):
     with serving(artifact[0], "--together", "1", "--grace", "0.1") as server:
-        pool, answers = asked_at_once(server, 16)
+        pool, answers = asked_at_once(server, 40)
         server.process.send_signal(signal.SIGTERM)
         with pool:
             told = [answer.result(60) for answer in answers]

@@ -123,6 +123,29 @@ SETTINGS = {
         X | QUERY | {"heads": HEADS, "value": QUERY["query"] + 1},
         kind="causal-lm",
     ),
+    "budget": Setting(
+        f"""
+        %x = input x
+        decoder layer 0:
+        %w: f32[64, 576] = weight {Q}.weight
+        """,
+        X,
+        "budget{bits=2.5}",
+    ),
+    "outliers": Setting(
+        f"""
+        %x = input x
+        %y = input y
+        decoder layer 0:
+        %q_weight: f32[8, 576] = weight {Q}.weight
+        %gate_weight: f32[576, 24] = weight model.layers.0.mlp.gate_proj.weight
+        %up_weight: f32[576, 24] = weight model.layers.0.mlp.up_proj.weight
+        %d_weight: f32[8, 576] = weight model.layers.0.mlp.down_proj.weight
+        %gate = aten.linear(%y, %gate_weight)
+        %up = aten.linear(%y, %up_weight)
+        """,
+        X | {"y": normal(2, 6, 24, seed=2)},
+    ),
     "observe": Setting(
         f"""
         %x = input x

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from lbllm_compile.codegen.backend import bucket_named
 from lbllm_compile.codegen.cache import cache_directory
+from lbllm_compile.codegen.cpu.space import SPACE as CPUS
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.spec import LinearSpec
@@ -25,6 +26,7 @@ from lbllm_compile.codegen.tune.database import SEEDS, Database, Key, Result, Tu
 from lbllm_compile.codegen.tune.measure import Limits, Measurer, Outcome, Request
 from lbllm_compile.codegen.tune.model import CostModel, encode
 from lbllm_compile.codegen.tune.search import search, spread
+from lbllm_compile.codegen.tune.tuner import Wanted, choose
 
 SPEC = LinearSpec("bit", 96, 128, 64)
 KEY = Key.here(SPEC, "1", Target.parse("cpu:avx2"), threads=2, tvm="0.27", version=1)
@@ -40,6 +42,7 @@ def differing_keys() -> list[Key]:
             {"group": 128},
             {"act_bits": 8},
             {"per_token": True},
+            {"additive": True},
             {"bias": True},
         )
     ]
@@ -87,6 +90,12 @@ def test_every_field_of_a_key_and_spec_is_covered_above():
         for k in changed
         if getattr(k.spec, f.name) != getattr(SPEC, f.name)
     }
+
+
+def test_results_from_before_additive_levels_were_told_apart_are_found(tmp_path):
+    line = json.loads(Result({}, 3.0, 1, 16).line(KEY))
+    del line["key"]["spec"]["additive"]
+    assert parse_line(json.dumps(line).encode())[0] == KEY
 
 
 def test_the_target_features_are_part_of_the_key():
@@ -557,3 +566,43 @@ def test_describing_work_does_not_import_tvm():
         " from lbllm_compile.codegen.tune import database, measure, search; assert 'tvm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p)})
+
+
+def test_results_for_one_token_hold_for_families_with_the_same_kernels_for_it():
+    """Those with tile registers multiply one token as those without."""
+    amx, vectors = (Target.parse(f"cpu:{family}") for family in ("avx512-amx", "avx512-vpopcnt"))
+    one, *others = CPUS.buckets
+    assert CPUS.measured_as(amx, one) == vectors == CPUS.measured_as(vectors, one)
+    assert all(CPUS.measured_as(amx, bucket) == amx for bucket in others)
+    for spec in (SPEC, LinearSpec("int8", 33, 70, 32, 8)):
+        theirs = [i.schedules(one) for i in CPUS.implementations(spec, vectors)]
+        assert [i.schedules(one) for i in CPUS.implementations(spec, amx)] == theirs
+
+
+def test_records_of_one_token_are_used_on_families_with_the_same_kernels_for_it(tmp_path):
+    amx, (one, *others) = Target.parse("cpu:avx512-amx"), CPUS.buckets
+    candidates = CPUS.implementations(SPEC, amx)
+    schedule = candidates[-1].schedules(one)[-1]
+    fields = {"spec": dataclasses.asdict(SPEC), "tokens": one.name, "target": "cpu:avx512-vpopcnt", "threads": 2}
+    record = {**fields, "schedule": dataclasses.asdict(schedule)}
+    wanted = [
+        Wanted(candidates, bucket, Key.here(SPEC, bucket.name, CPUS.measured_as(amx, bucket), 2, "0.27", 1))
+        for bucket in CPUS.buckets
+    ]
+    options = {"trials": 0, "budget_s": None, "progress": NoProgress(), "records": [record]}
+    choices = choose(wanted, amx, Database(tmp_path), None, **options)
+    assert [choice.source for choice in choices] == ["record", *("default" for _ in others)]
+    assert choices[0].schedule == schedule
+
+
+def test_what_is_known_of_one_token_decides_the_layout_there_too(tmp_path):
+    amx, (one, *others) = Target.parse("cpu:avx512-amx"), CPUS.buckets
+    candidates = CPUS.implementations(SPEC, amx)
+    assert [c.layout for c in candidates] == ["lut8", "popcount"]
+    schedule = candidates[1].schedules(one)[0]
+    database = Database(tmp_path)
+    key = Key.here(SPEC, one.name, CPUS.measured_as(amx, one), 2, "0.27", 1)
+    database.add(key, Result(dataclasses.asdict(schedule), 3.0, 1, 16))
+    wanted = [Wanted(candidates, others[-1], Key.here(SPEC, others[-1].name, amx, 2, "0.27", 1))]
+    (choice,) = choose(wanted, amx, database, None, trials=0, budget_s=None, progress=NoProgress())
+    assert choice.schedule.layout == "popcount"

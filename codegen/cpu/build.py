@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import prove
-from ..backend import TirKernel
+from ..backend import TirKernel, bucket_named
 from ..cache import cache_directory
 from ..errors import KernelError
-from ..format import QuantizedWeight
+from ..format import QuantizedWeight, Weight
 from ..progress import NoProgress, Progress
-from ..reference import value_dtype
+from ..reference import PLANES, value_dtype
 from ..sizes import ALIGNMENT, MOST_ELEMENTS
 from ..spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from ..targets import Target
@@ -68,22 +68,23 @@ class LinearKernel:
         """A token bucket's kernel ``(values, x_scale, packed, out)``, for whole programs."""
         return self._tir[bucket]
 
-    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
+    def pack(self, weight: Weight, bias: Tensor | None = None) -> dict[str, Tensor]:
         """The kernel's weight layout, bias included: :data:`PACKED`, ``uint8 [bytes]``, 64-byte aligned.
 
         Args:
-            weight: a W(1+1) matrix, or ``(int8 [N, K], fp32 scale [N])``.
+            weight: of the spec's kind.
             bias: fp32 ``[N]``, given exactly if the spec says so.
 
         Raises:
             KernelError: the weight or bias is not what the spec says.
         """
         spec = self.spec
-        is_bit = isinstance(weight, QuantizedWeight)
-        shape = (weight.out_features, weight.in_features) if is_bit else tuple(weight[0].shape)
-        if is_bit != (spec.kind == "bit") or shape != (spec.out_features, spec.in_features):
+        rows = isinstance(weight, tuple)
+        shape = tuple(weight[0].shape) if rows else (weight.out_features, weight.in_features)
+        kind = "int8" if rows else "bit" if isinstance(weight, QuantizedWeight) else "int4"
+        if kind != spec.kind or shape != (spec.out_features, spec.in_features):
             raise KernelError(f"a weight of shape {shape} does not fit the kernel of {spec}")
-        if is_bit and weight.group != spec.group:
+        if not rows and weight.group != spec.group:
             raise KernelError(f"a weight with groups of {weight.group} does not fit the kernel of {spec}")
         if (bias is None) == spec.bias or (bias is not None and tuple(bias.shape) != (spec.out_features,)):
             raise KernelError(f"the kernel of {spec} needs {'a bias of its rows' if spec.bias else 'no bias'}")
@@ -164,8 +165,8 @@ class QuantizeKernel:
         self._serial = serial
         self._parallel = parallel
 
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes ``x [..., K]`` (float32, contiguous) with clip factors ``[2]`` and, if the spec has them, knees.
+    def __call__(self, x: Tensor, clip: Tensor, *shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantizes ``x [..., K]`` (float32, contiguous) with clip factors ``[2]`` and what shapes the spec's table.
 
         Returns:
             ``(values [..., K], scale [..., G])``.
@@ -175,7 +176,7 @@ class QuantizeKernel:
         """
         spec = self.spec
         if x.dim() != 2:
-            values, scale = self(x.reshape(-1, x.shape[-1]), clip, *knees)
+            values, scale = self(x.reshape(-1, x.shape[-1]), clip, *shape)
             return values.reshape(x.shape), scale.reshape(*x.shape[:-1], spec.scales)
         m = x.shape[0]
         values = torch.empty((m, spec.in_features), dtype=value_dtype(spec.value_bits))
@@ -186,27 +187,28 @@ class QuantizeKernel:
         if m > most:
             for start in range(0, m, most):
                 part = slice(start, start + most)
-                values[part], scale[part] = self(x[part], clip, *knees)
+                values[part], scale[part] = self(x[part], clip, *shape)
             return values, scale
         wide = m > 1 and m * spec.in_features >= PARALLEL_QUANTIZER_ELEMENTS
         try:
-            (self._parallel if wide else self._serial)(x, clip, *knees, values, scale)
+            (self._parallel if wide else self._serial)(x, clip, *shape, values, scale)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise self._explain(x, clip, knees, error) from error
+            raise self._explain(x, clip, shape, error) from error
         return values, scale
 
     def tir(self, parallel: bool) -> TirKernel:
-        """The kernel ``(x, clip, [knees,] values, scale)``, for whole programs."""
+        """The kernel ``(x, clip, [table's shape,] values, scale)``, for whole programs."""
         return self._tir[parallel]
 
-    def _explain(self, x: Tensor, clip: Tensor, knees: tuple[Tensor, ...], error: Exception) -> KernelError:
+    def _explain(self, x: Tensor, clip: Tensor, shape: tuple[Tensor, ...], error: Exception) -> KernelError:
         spec = self.spec
-        if len(knees) != spec.knees:
-            return KernelError(f"the kernel of {spec} takes {'one tensor of' if spec.knees else 'no'} knees")
+        name, count = ("plane_scales", PLANES) if spec.planes else ("knees", 2)
+        if len(shape) != spec.tabled:
+            return KernelError(f"the kernel of {spec} takes {'one tensor of' if spec.tabled else 'no'} {name}")
         expected = [
             ("x", x, (x.shape[0], spec.in_features)),
             ("clip", clip, (2,)),
-            *(("knees", k, (2,)) for k in knees),
+            *((name, tensor, (count,)) for tensor in shape),
         ]
         for name, tensor, shape in expected:
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
@@ -296,7 +298,7 @@ class KernelSet:
             {
                 "spec": dataclasses.asdict(spec),
                 "tokens": tokens,
-                "target": target.name,
+                "target": space.measured_as(target, bucket_named(tokens, space.BUCKETS)).name,
                 "threads": thread_count(),
                 "schedule": dataclasses.asdict(schedule),
             }
@@ -355,10 +357,10 @@ class KernelSet:
         return TirKernel(name, lambda: attention.cached_attention(spec, self.lanes, tile, parallel))
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
-        """The kernel ``(rows, scale, ids, out)`` of an embedding, for whole programs."""
+        """The kernel of an embedding, see :func:`..kernels.embedding.embedding`, for whole programs."""
         from ..kernels.embedding import embedding
 
-        return TirKernel(f"embedding_{spec.rows}x{spec.columns}", lambda: embedding(spec))
+        return TirKernel(f"embedding_{spec}", lambda: embedding(spec))
 
     def convolution(self, spec: ConvolutionSpec, parallel: bool) -> TirKernel:
         """A convolution with a state, see :func:`..kernels.convolution.cached_conv`, for whole programs."""
@@ -416,7 +418,9 @@ def _choose_schedules(
         Wanted(
             candidates,
             bucket,
-            Key.here(spec, bucket.name, target, thread_count(), VERSION, space.SCHEDULE_VERSION),
+            Key.here(
+                spec, bucket.name, space.measured_as(target, bucket), thread_count(), VERSION, space.SCHEDULE_VERSION
+            ),
         )
         for spec, candidates in implementations.items()
         for bucket in space.BUCKETS
@@ -481,12 +485,11 @@ def _fp32_bits(value: float) -> str:
 
 def _quantizer_name(spec: QuantizeSpec, parallel: bool) -> str:
     """A symbol and file name for a quantizer."""
-    kind = "knees" if spec.knees else "quantize"
+    kind = "knees" if spec.knees else "planes" if spec.planes else "quantize"
     return f"{kind}{spec.bits}_{spec.in_features}_g{spec.group}_{'parallel' if parallel else 'serial'}"
 
 
 def _name(spec: LinearSpec) -> str:
     """A symbol and file name for a linear."""
     token = "t" if spec.per_token else ""
-    bias = "_bias" if spec.bias else ""
-    return f"{spec.kind}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{token}{bias}"
+    return f"{spec.kind}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{token}{spec.marks}"

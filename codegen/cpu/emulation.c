@@ -5,6 +5,8 @@
  * bits, alignment, dimensions, the shape, then its bytes. The answer on the standard output: the bytes of every tensor
  * after the call.
  *
+ * Kernels may be generated with calls of the functions below in place of the tile instructions of those names.
+ *
  * Every tensor ends right before a page that may not be touched, and starts behind one, so an access outside is a
  * segmentation fault.
  */
@@ -41,6 +43,72 @@ static void stop(const char* reason) {
   exit(2);
 }
 
+#define TILE_REGISTERS 8
+#define TILE_LINES 16
+#define TILE_LINE_BYTES 64
+
+typedef struct {
+  int lines, line_bytes;
+  union {
+    int8_t bytes[TILE_LINE_BYTES];
+    int32_t words[TILE_LINE_BYTES / 4];
+  } line[TILE_LINES];
+} Tile;
+
+static Tile tiles[TILE_REGISTERS];
+static int tiles_configured;
+
+static Tile* tile_of(int number) {
+  if (!tiles_configured) stop("a tile is used that is not configured");
+  return &tiles[number];
+}
+
+int ldtilecfg(const uint8_t* memory) {
+  if (memory[0] != 1) stop("tiles are configured with an unknown palette");
+  memset(tiles, 0, sizeof tiles);
+  for (int i = 0; i < TILE_REGISTERS; ++i) {
+    tiles[i].line_bytes = memory[16 + 2 * i] + 256 * memory[17 + 2 * i];
+    tiles[i].lines = memory[48 + i];
+    if (tiles[i].lines > TILE_LINES || tiles[i].line_bytes > TILE_LINE_BYTES) stop("a tile is configured too large");
+  }
+  return tiles_configured = 1;
+}
+
+int tilerelease(void) { return tiles_configured = 0; }
+
+int tilezero(int number) {
+  memset(tile_of(number)->line, 0, sizeof tiles->line);
+  return 0;
+}
+
+int tileloadd64(int number, const char* memory, int64_t stride) {
+  Tile* tile = tile_of(number);
+  tilezero(number);
+  for (int i = 0; i < tile->lines; ++i) memcpy(tile->line[i].bytes, memory + i * stride, (size_t)tile->line_bytes);
+  return 0;
+}
+
+int tilestored64(int number, char* memory, int64_t stride) {
+  const Tile* tile = tile_of(number);
+  for (int i = 0; i < tile->lines; ++i) memcpy(memory + i * stride, tile->line[i].bytes, (size_t)tile->line_bytes);
+  return 0;
+}
+
+int tdpbssd(int total, int first, int second) {
+  Tile *c = tile_of(total), *a = tile_of(first), *b = tile_of(second);
+  if (c->lines != a->lines || c->line_bytes != b->line_bytes || a->line_bytes != 4 * b->lines) {
+    stop("tiles are multiplied whose shapes do not fit");
+  }
+  for (int m = 0; m < c->lines; ++m) {
+    for (int k = 0; k < b->lines; ++k) {
+      for (int n = 0; n < c->line_bytes / 4; ++n) {
+        for (int j = 0; j < 4; ++j) c->line[m].words[n] += a->line[m].bytes[4 * k + j] * b->line[k].bytes[4 * n + j];
+      }
+    }
+  }
+  return 0;
+}
+
 static void* allocate_workspace(int type, int id, uint64_t bytes, int code, int bits) {
   (void)type, (void)id, (void)code, (void)bits;
   uint64_t rounded = (bytes / WORKSPACE_ALIGNMENT + 1) * WORKSPACE_ALIGNMENT;
@@ -58,6 +126,7 @@ static int free_workspace(int type, int id, void* memory) {
 static int launch(FTVMParallelLambda task, void* data, int count) {
   TVMParallelGroupEnv environment = {NULL, count ? count : TASKS};
   for (int i = 0; i < environment.num_task; ++i) {
+    tiles_configured = 0; /* every thread has its own */
     int status = task(i, &environment, data);
     if (status) return status;
   }
@@ -136,6 +205,7 @@ int main(void) {
       arguments[i].v_ptr = &tensors[i].dl;
     }
     if (kernels[index](NULL, arguments, (int32_t)count, &result)) stop("it refused its arguments");
+    if (tiles_configured) stop("it does not release its tiles");
     for (int64_t i = 0; i < count; ++i) {
       if (fwrite(tensors[i].dl.data, 1, tensors[i].bytes, stdout) != tensors[i].bytes) stop("the answer is cut off");
       munmap(tensors[i].memory, tensors[i].reserved);

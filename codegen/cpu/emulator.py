@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..tvm_api import include_paths
+from ..tvm_api import include_paths, intrinsic, tirx, tvm, tvm_ffi
 
 PACKED_ALIGNMENT = 64
 """Alignment in bytes that kernels expect of packed weights, the only ``uint8`` arguments; others have their dtype's."""
@@ -62,6 +63,24 @@ AARCH64 = Machine(
     "qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
 )
 """An ARM CPU with every extension, emulated by QEMU."""
+
+
+_TILE_INTRINSICS = tuple(
+    f"llvm.x86.{name}" for name in ("ldtilecfg", "tilerelease", "tilezero", "tileloadd64", "tilestored64", "tdpbssd")
+)
+
+
+def with_emulated_tiles(function: Any) -> Any:
+    """The same kernel, whose tile instructions are calls of the functions of ``emulation.c`` that bear their names."""
+    names = {intrinsic(name): name.rpartition(".")[2] for name in _TILE_INTRINSICS}
+
+    def replaced(call: Any) -> Any:
+        if getattr(call.op, "name", "") != "tirx.call_llvm_intrin" or int(call.args[0]) not in names:
+            return call
+        operands = [tirx.IntImm("int32", int(a)) if str(a.ty) == "int8" else a for a in call.args[1:]]
+        return tirx.call_extern("int32", names[int(call.args[0])], *operands)
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tvm.ir.Call, replaced)))
 
 
 class ForeignLibrary:

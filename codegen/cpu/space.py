@@ -14,22 +14,21 @@ from torch import Tensor
 from .. import backend
 from ..backend import Bucket
 from ..errors import KernelError, TargetError
-from ..format import QuantizedWeight
-from ..kernels import dot, knees, popcount, quantize
+from ..format import Int4Weight, QuantizedWeight, Weight
+from ..kernels import code_table, dot, popcount, quantize, tiles
 from ..kernels.dot import SLAB, Problem
 from ..kernels.families import INSTRUCTION_SETS
+from ..kernels.grouped import BitOperand
+from ..kernels.int4 import Int4Operand
 from ..kernels.int8 import Int8Operand
 from ..kernels.isa import InstructionSet
 from ..kernels.lut8 import Lut8Operand
 from ..kernels.popcount import PlaneOperand
 from ..kernels.portable import PortableLinear
 from ..spec import LinearSpec, QuantizeSpec
-from ..targets import Target, generic
+from ..targets import Target, generic, x86
 from ..tvm_api import PrimFunc
 from .buckets import BUCKETS
-
-Weight = QuantizedWeight | tuple[Tensor, Tensor]
-"""A W(1+1) matrix, or int8 rows ``[N, K]`` with their fp32 scales ``[N]``."""
 
 INT32_COLUMNS = 65536
 """Most columns of one int32 accumulator: more could overflow with offset weights and 8-bit values."""
@@ -42,6 +41,13 @@ PARALLEL_PRODUCTS = 1 << 20
 
 PARALLEL_STAGE_CHUNK = 64
 """Chunks of that many tokens belong to calls with enough tokens to stage them in parallel, too."""
+
+PARALLEL_STAGE_TILE = 16
+"""The same for tokens of a tile."""
+
+NEAR_BYTES = 24 << 10
+"""Half a first-level cache of the CPUs that have tiles: decoded weights of a row step beyond it are likely to cost more
+than what more rows at once save."""
 
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
@@ -83,6 +89,17 @@ class GemmSchedule:
 
 
 @dataclass(frozen=True)
+class TileSchedule:
+    """How a many-token kernel of tiles runs; the other fields are :func:`..kernels.tiles.gemm`'s."""
+
+    layout: str
+    rows: int
+    tokens: int
+    prefetch: int
+    parallel: bool
+
+
+@dataclass(frozen=True)
 class PortableSchedule:
     """How a portable kernel runs; the other fields are :meth:`..kernels.portable.PortableLinear.function`'s."""
 
@@ -91,7 +108,7 @@ class PortableSchedule:
     parallel: bool
 
 
-Schedule = GemvSchedule | PopcountSchedule | GemmSchedule | PortableSchedule
+Schedule = GemvSchedule | PopcountSchedule | GemmSchedule | TileSchedule | PortableSchedule
 
 
 class Implementation(backend.Implementation, Protocol):
@@ -114,7 +131,7 @@ def _parallel_or_not(spec: LinearSpec, bucket: Bucket) -> tuple[bool, bool]:
     return worth, not worth
 
 
-_OPERANDS = {"lut8": Lut8Operand, "popcount": PlaneOperand, "int8": Int8Operand}
+_OPERANDS = {"lut8": Lut8Operand, "int4": Int4Operand, "int8": Int8Operand}
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ class VectorLinear:
     Attributes:
         spec: what is computed.
         family: one of :data:`..kernels.families.INSTRUCTION_SETS`.
-        layout: ``"lut8"``, ``"popcount"`` or ``"int8"``.
+        layout: ``"lut8"``, ``"popcount"``, ``"int4"`` or ``"int8"``.
     """
 
     spec: LinearSpec
@@ -136,10 +153,12 @@ class VectorLinear:
         return INSTRUCTION_SETS[self.family](self.spec.act_bits)
 
     @functools.cached_property
-    def operand(self) -> Lut8Operand | PlaneOperand | Int8Operand:
+    def operand(self) -> Lut8Operand | PlaneOperand | Int4Operand | Int8Operand:
         spec = self.spec
         group = spec.group or spec.in_features
         problem = Problem(spec.out_features, spec.in_features, group, spec.x_scales == 1 < spec.groups, spec.bias)
+        if self.layout == "popcount":
+            return PlaneOperand(problem, spec.additive)
         return _OPERANDS[self.layout](problem)
 
     def schedules(self, bucket: Bucket) -> list[Schedule]:
@@ -162,6 +181,8 @@ class VectorLinear:
                         fits = [c for c in isa.chains if c * (rows // isa.lanes) <= registers or c == 1]
                         found.extend(GemvSchedule(self.layout, rows, c, prefetch, parallel) for c in fits)
                 continue
+            if isa.tiles:
+                found.extend(self._tile_schedules(bucket, parallel))
             few = bucket.highest <= 16
             likely = (16, 32, 48, 64, 96) if few else (32, 16, 48, 64, 96)
             for rows in sorted(likely, key=lambda rows: rows // isa.lanes > ROW_VECTORS):
@@ -179,6 +200,17 @@ class VectorLinear:
                     found.extend(GemmSchedule(self.layout, rows, tokens, chunk, parallel) for chunk in chunks)
         return found
 
+    def _tile_schedules(self, bucket: Bucket, parallel: bool) -> list[TileSchedule]:
+        problem = self.operand.problem
+        rows = [rows for rows in (32, 16, 48, 64, 96) if problem.row_blocks * SLAB % rows == 0]
+        return [
+            TileSchedule(self.layout, r, tokens, prefetch, parallel)
+            for prefetch in ((0,) if self.layout == "int8" else (0, 4096, 12288))
+            # A small bucket's tokens are staged by each thread for itself, as functions of few launches need it.
+            for tokens in ((8, 12, 4) if bucket.highest <= 16 else (16, 8))
+            for r in sorted(rows, key=lambda r: r > SLAB and r * problem.columns > NEAR_BYTES)
+        ]
+
     def function(self, schedule: Schedule) -> PrimFunc:
         isa = self.isa
         if isinstance(schedule, PopcountSchedule):
@@ -186,6 +218,10 @@ class VectorLinear:
             return popcount.gemv(self.operand, isa, **_arguments(schedule))
         if isinstance(schedule, GemvSchedule):
             return dot.gemv(self.operand, isa, **_arguments(schedule))
+        if isinstance(schedule, TileSchedule):
+            assert isa.tiles
+            stage = schedule.parallel and schedule.tokens >= PARALLEL_STAGE_TILE
+            return tiles.gemm(self.operand, isa.tiles, **_arguments(schedule), parallel_stage=stage)
         assert isinstance(schedule, GemmSchedule)
         stage = schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK
         return dot.gemm(self.operand, isa, **_arguments(schedule), parallel_stage=stage)
@@ -193,7 +229,10 @@ class VectorLinear:
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         operand = self.operand
         if isinstance(weight, QuantizedWeight):
-            assert not isinstance(operand, Int8Operand)
+            assert isinstance(operand, BitOperand)
+            packed = operand.pack(weight)
+        elif isinstance(weight, Int4Weight):
+            assert isinstance(operand, Int4Operand)
             packed = operand.pack(weight)
         else:
             assert isinstance(operand, Int8Operand)
@@ -255,8 +294,8 @@ def implementations(spec: LinearSpec, target: Target) -> list[Implementation]:
         )
     if target.family == generic.FAMILY or spec.act_bits == 16:
         return [Portable(spec)]
-    if spec.kind == "int8":
-        return [VectorLinear(spec, target.family, "int8")]
+    if spec.kind != "bit":
+        return [VectorLinear(spec, target.family, spec.kind)]
     counts_bits = spec.act_bits == 4 and INSTRUCTION_SETS[target.family](spec.act_bits).counts_bits
     return [VectorLinear(spec, target.family, layout) for layout in (["lut8", "popcount"] if counts_bits else ["lut8"])]
 
@@ -274,9 +313,9 @@ def of_layout(candidates: Sequence[Implementation], layout: str) -> Implementati
 
 
 def quantizer(spec: QuantizeSpec, target: Target, parallel: bool) -> PrimFunc:
-    """The quantizer ``(x, clip, values, scale)`` on a CPU target; ``knees`` stand behind ``clip`` where it has some."""
-    if spec.knees:
-        return knees.quantizer(spec.in_features, spec.group, lanes(target), parallel)
+    """The quantizer ``(x, clip, values, scale)`` on a CPU target; what shapes a table stands behind ``clip``."""
+    if spec.tabled:
+        return code_table.quantizer(spec.in_features, spec.group, lanes(target), parallel, spec.planes)
     return quantize.quantizer(spec.in_features, spec.group, spec.bits, lanes(target), parallel)
 
 
@@ -292,10 +331,16 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
     Raises:
         KernelError: it is none.
     """
-    for kind in (GemvSchedule, PopcountSchedule, GemmSchedule, PortableSchedule):
+    for kind in (GemvSchedule, PopcountSchedule, GemmSchedule, TileSchedule, PortableSchedule):
         if {f.name for f in dataclasses.fields(kind)} == set(record):
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")
+
+
+def measured_as(target: Target, bucket: Bucket) -> Target:
+    """The target whose kernels for so many tokens a target has."""
+    family = x86.ONE_TOKEN.get(target.family) if bucket.highest == 1 else None
+    return target if family is None else Target.parse(f"{target.kind}:{family}")
 
 
 class CpuSpace:
@@ -312,6 +357,9 @@ class CpuSpace:
 
     def schedule_from(self, record: dict[str, Any]) -> Schedule:
         return schedule_from(record)
+
+    def measured_as(self, target: Target, bucket: Bucket) -> Target:
+        return measured_as(target, bucket)
 
 
 SPACE = CpuSpace()

@@ -85,6 +85,8 @@ class Geometry:
         Raises:
             KernelError: there is no CUDA kernel for it.
         """
+        if spec.kind == "int4":
+            raise KernelError("CUDA has no kernel for a head of 4-bit codes; give the pass 'head' 8 bits: head{bits=8}")
         if spec.act_bits == 16:
             raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
         if (spec.group or spec.in_features) > ACCUMULATOR_LIMIT:
@@ -238,25 +240,38 @@ def _dp4a(a, b, c):
     return T.call_pure_extern("int32", "__dp4a", a, b, c)
 
 
-def _quad_levels(levels, word, quad: int):
-    """The four int8 levels that the codes of ``quad`` of ``word`` pick."""
-    low = T.shift_right(word, T.uint32(2)) if quad >= 2 else word
-    selector = T.bitwise_and(low, T.uint32(CODES_MASK))
-    if quad % 2:
-        selector = T.shift_right(selector, T.uint32(16))
-    return T.cast(T.call_pure_extern("uint32", "__byte_perm", levels, T.uint32(0), selector), "int32")
+def _codes(word, pair: int):
+    """The codes of quads ``2 * pair`` and ``2 * pair + 1`` of ``word``, one a nibble.
+
+    The mask is an instruction of its own: CUDA's compiler, which knows that a quad needs 16 bits of it, would mask each
+    quad by itself, three instructions more for 16 weights.
+    """
+    shifted = T.shift_right(word, T.uint32(2)) if pair else word
+    return T.call_pure_extern("uint32", "ptx_and_b32", shifted, T.uint32(CODES_MASK))
+
+
+def _picked(levels, codes, upper: int):
+    """The four int8 levels that a quad's codes pick: those in the lower or the upper half of ``codes``.
+
+    ``__byte_perm`` would mask its selector once more.
+    """
+    selector = T.shift_right(codes, T.uint32(16)) if upper else codes
+    return T.cast(T.call_pure_extern("uint32", "ptx_prmt_b32", levels, T.uint32(0), selector), "int32")
+
+
+def half_as_float(bits):
+    """The fp32 number of the bits of a half that is finite and not negative.
+
+    Shifting them into place and multiplying by 2^112 is exact, subnormals included, and spares the kernels
+    cuda_fp16.h.
+    """
+    shifted = T.shift_left(T.cast(bits, "uint32"), T.uint32(13))
+    return _multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
 
 
 def _weight_scale(bits, kind: str):
-    """A stored weight scale as fp32.
-
-    The fp16 of a W(1+1) group is finite and not negative, so shifting its bits into place and multiplying by 2^112 is
-    exact, subnormals included, and spares the kernels cuda_fp16.h.
-    """
-    if kind == "int8":
-        return bits
-    shifted = T.shift_left(T.cast(bits, "uint32"), T.uint32(13))
-    return _multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
+    """A stored weight scale as fp32; the fp16 of a W(1+1) group is finite and not negative."""
+    return bits if kind == "int8" else half_as_float(bits)
 
 
 def _multiply(a, b):
@@ -320,10 +335,12 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                             for word in T.unroll(words):
                                 first: T.let = g * slice_words + (chunk * words + word) * 4
                                 x[T.ramp(0, 1, 4)] = values[0, T.ramp(first, 1, 4)]
-                                sums[0] = _dp4a(x[0], _quad_levels(level, loaded[word], 0), sums[0])
-                                sums[1] = _dp4a(x[1], _quad_levels(level, loaded[word], 1), sums[1])
-                                sums[2] = _dp4a(x[2], _quad_levels(level, loaded[word], 2), sums[2])
-                                sums[3] = _dp4a(x[3], _quad_levels(level, loaded[word], 3), sums[3])
+                                low: T.let = _codes(loaded[word], 0)
+                                high: T.let = _codes(loaded[word], 1)
+                                sums[0] = _dp4a(x[0], _picked(level, low, 0), sums[0])
+                                sums[1] = _dp4a(x[1], _picked(level, low, 1), sums[1])
+                                sums[2] = _dp4a(x[2], _picked(level, high, 0), sums[2])
+                                sums[3] = _dp4a(x[3], _picked(level, high, 1), sums[3])
                         else:
                             x[T.ramp(0, 1, 4)] = values[0, T.ramp(g * slice_words + chunk * 4, 1, 4)]
                             for quad in T.unroll(4):
@@ -444,10 +461,12 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                         for k in T.unroll(words):
                             if bit:
                                 at: T.let = (chunk * words + k) * 4
-                                w_tile[at * w_pitch + column] = _quad_levels(level[0], loaded[k], 0)
-                                w_tile[(at + 1) * w_pitch + column] = _quad_levels(level[0], loaded[k], 1)
-                                w_tile[(at + 2) * w_pitch + column] = _quad_levels(level[0], loaded[k], 2)
-                                w_tile[(at + 3) * w_pitch + column] = _quad_levels(level[0], loaded[k], 3)
+                                low: T.let = _codes(loaded[k], 0)
+                                high: T.let = _codes(loaded[k], 1)
+                                w_tile[at * w_pitch + column] = _picked(level[0], low, 0)
+                                w_tile[(at + 1) * w_pitch + column] = _picked(level[0], low, 1)
+                                w_tile[(at + 2) * w_pitch + column] = _picked(level[0], high, 0)
+                                w_tile[(at + 3) * w_pitch + column] = _picked(level[0], high, 1)
                             else:
                                 w_tile[(chunk * 4 + k) * w_pitch + column] = T.cast(loaded[k], "int32")
                 T.tvm_storage_sync("shared")

@@ -86,6 +86,13 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE())
   emulation::warp_exchange(line, mask, 0, emulation::lane());
 }
 
+// The lanes of the warp; where they have parted, a shuffle with this mask is an error.
+inline unsigned __activemask() {
+  emulation::Index shape = emulation::block_shape(), at = emulation::thread_index();
+  unsigned threads = shape.x * shape.y * shape.z, first = at.x + shape.x * (at.y + shape.y * at.z) - emulation::lane();
+  return threads - first >= 32 ? 0xffffffffu : (1u << (threads - first)) - 1;
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
   int lane = emulation::lane();
@@ -130,10 +137,17 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  uint64_t bytes = uint64_t(y) << 32 | x;
+// Instructions of PTX, by mnemonic.
+inline unsigned ptx_and_b32(unsigned a, unsigned b) { return a & b; }
+
+inline unsigned ptx_prmt_b32(unsigned a, unsigned b, unsigned c) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
   unsigned result = 0;
-  for (int i = 0; i < 4; i++) result |= unsigned(bytes >> (selector >> 4 * i & 7u) * 8 & 255u) << 8 * i;
+  for (int i = 0; i < 4; i++) {
+    unsigned pick = c >> 4 * i & 15u, byte = bytes >> (pick & 7u) * 8 & 255u;
+    if (pick & 8u) byte = byte & 128u ? 255u : 0u;  // the byte's sign, eight times
+    result |= byte << 8 * i;
+  }
   return result;
 }
 
@@ -142,6 +156,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __int2float_rn(int a) { return float(a); }
 inline int __float2int_rn(float a) { return int(std::rint(a)); }
@@ -150,3 +165,24 @@ inline float __uint_as_float(unsigned a) {
   std::memcpy(&result, &a, sizeof result);
   return result;
 }
+inline unsigned __float_as_uint(float a) {
+  unsigned result;
+  std::memcpy(&result, &a, sizeof result);
+  return result;
+}
+inline int __float_as_int(float a) { return int(__float_as_uint(a)); }
+inline double __longlong_as_double(long long a) {
+  double result;
+  std::memcpy(&result, &a, sizeof result);
+  return result;
+}
+
+#define EMULATED_EXTREMES(type, least, greatest)                     \
+  inline type min(type a, type b) { return least; }                  \
+  inline type max(type a, type b) { return greatest; }
+EMULATED_EXTREMES(int, a < b ? a : b, a < b ? b : a)
+EMULATED_EXTREMES(unsigned, a < b ? a : b, a < b ? b : a)
+EMULATED_EXTREMES(long, a < b ? a : b, a < b ? b : a)
+EMULATED_EXTREMES(long long, a < b ? a : b, a < b ? b : a)
+EMULATED_EXTREMES(float, std::fmin(a, b), std::fmax(a, b))
+#undef EMULATED_EXTREMES

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..errors import KernelError
 from ..spec import LinearSpec, QuantizeSpec
+from .compiler import Binary, is_virtual
 from .dp4a import GemmSchedule, GemvSchedule
 from .quantize import QuantizeSchedule
 
@@ -21,9 +22,8 @@ def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
     """A name that says what the kernel computes, usable as a C symbol."""
     if isinstance(spec, QuantizeSpec):
         return f"quantize_{spec.in_features}_g{spec.group}_a{spec.bits}"
-    scales = "t" if spec.per_token else "g"
-    bias = "_bias" if spec.bias else ""
-    return f"{spec.kind}_{form}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{scales}{bias}"
+    marks = ("t" if spec.per_token else "g") + spec.marks
+    return f"{spec.kind}_{form}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{marks}"
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,42 @@ class CudaKernel(EmittedKernel):
     """A kernel compiled for one architecture.
 
     Attributes:
-        arch: e.g. ``"sm_90"``.
-        cubin: the ELF image.
-        registers: per thread.
-        spills: bytes of spill stores and loads per thread.
-        shared_bytes: static shared memory per block.
+        arch: e.g. ``"sm_90"``; ``"compute_90"`` for PTX.
+        cubin: the ELF image, or the text of PTX.
+        registers: per thread, none of which spills; None in PTX, whose registers the driver will choose.
+        shared_bytes: static shared memory per block; None in PTX.
         proof: how it was checked.
     """
 
     arch: str
     cubin: bytes
-    registers: int
-    spills: int
-    shared_bytes: int
+    registers: int | None
+    shared_bytes: int | None
     proof: str
+
+    @classmethod
+    def of(cls, kernel: EmittedKernel, binary: Binary, arch: str, proof: str) -> CudaKernel:
+        """What a kernel is compiled to."""
+        found = binary.kernels.get(kernel.symbol)
+        registers, shared_bytes = (found.registers, found.shared_bytes) if found else (None, None)
+        return cls(
+            **vars(kernel),
+            arch=arch,
+            cubin=binary.cubin,
+            registers=registers,
+            shared_bytes=shared_bytes,
+            proof=proof,
+        )
 
     @property
     def name(self) -> str:
         """A file name stem, unique among the kernels of a model."""
         return f"{kernel_name(self.spec, self.form)}_{self.arch}"
+
+    @property
+    def file(self) -> str:
+        """The file of what is compiled."""
+        return f"{self.name}.{'ptx' if is_virtual(self.arch) else 'cubin'}"
 
     def record(self) -> dict[str, object]:
         """Everything but source and cubin, for JSON."""

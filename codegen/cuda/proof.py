@@ -93,10 +93,11 @@ def _linear_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]
     blocks = torch.unique(rows // ROWS)
     for case in prove.linear_cases(replace(spec, out_features=len(rows))):
         weight = case.weight
-        if isinstance(weight, QuantizedWeight):
-            packed = pack_bit_weight(weight)
+        if isinstance(weight, tuple):
+            packed = pack_int8_weight(*weight, spec.group)
         else:
-            packed = pack_int8_weight(weight[0], weight[1], spec.group)
+            assert isinstance(weight, QuantizedWeight)
+            packed = pack_bit_weight(weight)
         inputs: dict[str, Tensor | Sparse | int] = {
             name: _scattered(part, blocks, geometry.row_blocks) for name, part in packed.items()
         }

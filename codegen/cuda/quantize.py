@@ -41,8 +41,8 @@ def quantize_schedules(spec: QuantizeSpec) -> list[QuantizeSchedule]:
     """
     if spec.bits == 16:
         raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
-    if spec.knees:
-        raise KernelError("CUDA kernels take activations without knees; compile with --recipe lbllm")
+    if spec.tabled:
+        raise KernelError("CUDA kernels take activations without knees and plane scales; compile with --recipe lbllm")
     useful = -(-spec.in_features // (spec.group or 2 * LANES))
     return [QuantizeSchedule(w) for w in (8, 4, 16, 2, 1) if w <= useful] or [QuantizeSchedule(1)]
 
@@ -149,7 +149,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
 def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
     k, bits, warps = spec.in_features, spec.bits, schedule.warps
     width, threads = pitch(k), LANES * schedule.warps
-    turns = width // threads
+    turns = -(-width // threads)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -198,7 +198,8 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
             loaded[0] = T.float32(0)
             if column < k:
                 loaded[0] = x[token, column]
-            values[token, column] = _value(loaded[0], size[0], zero[0], bits)
+            if column < width:
+                values[token, column] = _value(loaded[0], size[0], zero[0], bits)
         if warp == 0 and lane == 0:
             scale[token, 0] = size[0]
 

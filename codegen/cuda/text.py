@@ -7,6 +7,27 @@ from dataclasses import dataclass
 
 from ..errors import KernelError
 
+PREAMBLE = """\
+#define uint unsigned int
+#define uchar unsigned char
+#define ushort unsigned short
+#define int64_t long long
+#ifdef __CUDACC__
+__device__ __forceinline__ uint ptx_and_b32(uint a, uint b) {
+  uint d;
+  asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint ptx_prmt_b32(uint a, uint b, uint c) {
+  uint d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+#endif
+"""
+"""Names TVM's text takes for granted (nothing else of its preamble is needed), and single instructions of PTX, each as
+the function of its mnemonic. ``emulation.h`` has them for where no CUDA compiler reads the text."""
+
 _HEAD = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\)')
 _PARAMETER = re.compile(r"(?P<type>.*?)(?P<pointer>\*\s*__restrict__)?\s+(?P<name>\w+)")
 

@@ -1,21 +1,34 @@
-"""What the packed layouts of W(1+1) weights have in common: blocks of 16 rows, in a block one group after the other."""
+"""What the packed layouts of weights with a scale per group have in common: blocks of 16 rows, in a block one group
+after the other."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..format import QuantizedWeight
+from ..tvm_api import T
 from .dot import SLAB, Problem
+from .isa import InstructionSet
+
+SCALE_BYTES = 2 * SLAB
+"""Bytes of the fp16 scales of a group of a row block."""
+
+
+def load_scales(isa: InstructionSet, packed: Any, address: Any) -> Any:
+    """``lanes`` fp16 numbers from a byte buffer, as fp32."""
+    halves = T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(address, 1, 2 * isa.lanes)])
+    return T.cast(halves, isa.float32)
 
 
 @dataclass(frozen=True)
 class GroupedOperand(ABC):
-    """W(1+1) weights in such a layout; see :class:`.dot.Operand`.
+    """Weights in such a layout; see :class:`.dot.Operand`.
 
     Attributes:
         problem: what the weights are of.
@@ -34,13 +47,12 @@ class GroupedOperand(ABC):
         """Columns that the codes of a short group of so many slabs are padded to."""
 
     @abstractmethod
-    def pack_groups(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    def pack_groups(self, codes: Tensor, *sides: Tensor) -> Tensor:
         """Packs groups of equal width, ``B`` blocks of them.
 
         Args:
             codes: uint8 ``[16 B, G * width]``.
-            levels: int8 ``[16 B, G, 4]``.
-            scale: float16 ``[16 B, G]``.
+            sides: what belongs to the groups, ``[16 B, G, ...]``.
 
         Returns:
             uint8 ``[B, bytes]``.
@@ -59,18 +71,30 @@ class GroupedOperand(ABC):
     def packed_bytes(self) -> int:
         return self.problem.row_blocks * self.block_bytes
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
-        """Packs canonical planes ``[N, K]`` into ``uint8 [packed_bytes]``."""
+    def pack_rows(self, codes: Tensor, *sides: Tensor) -> Tensor:
+        """Packs codes ``[N, K]`` and what belongs to their groups, ``[N, G, ...]``, into ``uint8 [bytes]``."""
         p = self.problem
-        rows = p.row_blocks * SLAB - p.rows
-        codes = F.pad(weight.codes(), (0, 0, 0, rows))
-        levels = F.pad(weight.levels, (0, 0, 0, 0, 0, rows))
-        scale = F.pad(weight.scale, (0, 0, 0, rows))
+        missing = p.row_blocks * SLAB - p.rows
+        codes, sides = _more_rows(codes, missing), tuple(_more_rows(side, missing) for side in sides)
         full, split = p.full_groups, p.full_groups * p.group
         parts = []
         if full:
-            parts.append(self.pack_groups(codes[:, :split], levels[:, :full], scale[:, :full]))
+            parts.append(self.pack_groups(codes[:, :split], *(side[:, :full] for side in sides)))
         if p.tail_slabs:
             tail = F.pad(codes[:, split:], (0, self.padded(p.tail_slabs) - (p.columns - split)))
-            parts.append(self.pack_groups(tail, levels[:, full:], scale[:, full:]))
+            parts.append(self.pack_groups(tail, *(side[:, full:] for side in sides)))
         return torch.cat(parts, 1).flatten()
+
+
+@dataclass(frozen=True)
+class BitOperand(GroupedOperand):
+    """W(1+1) weights, whose groups have levels and a scale."""
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """Packs canonical planes ``[N, K]`` into ``uint8 [packed_bytes]``."""
+        return self.pack_rows(weight.codes(), weight.levels, weight.scale)
+
+
+def _more_rows(tensor: Tensor, count: int) -> Tensor:
+    """A tensor with so many rows of zeros behind its own."""
+    return torch.cat([tensor, tensor.new_zeros((count, *tensor.shape[1:]))])

@@ -9,6 +9,7 @@ bytes. Where an instruction needs signed weights, :meth:`InstructionSet.prepare`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..tvm_api import T
@@ -33,6 +34,7 @@ class InstructionSet:
         tokens_per_dot: tokens that :meth:`multiply` takes at once.
         counts_bits: whether an instruction counts the bits of every byte, as :mod:`.popcount` wants.
         chains: independent accumulators per row vector that are worth trying for one token, a good guess first.
+        tiles: the tile instructions that :mod:`.tiles` multiplies many tokens with, where there are any.
     """
 
     name: str
@@ -43,6 +45,7 @@ class InstructionSet:
     tokens_per_dot: int = 1
     counts_bits: bool = False
     chains: tuple[int, ...] = (4, 2, 1)
+    tiles: TileSet | None = None
 
     @property
     def int32(self) -> str:
@@ -107,3 +110,39 @@ class InstructionSet:
     def by_token(self, totals: list[Any]) -> list[Any]:
         """The totals of :meth:`multiply` as a vector for each token, a row in each lane."""
         return totals
+
+
+class TileSet(InstructionSet):
+    """Vectors of 16 lanes, and registers that hold a tile: up to 16 lines of up to 64 bytes.
+
+    Weights are decoded to signed bytes, and :meth:`multiply_tiles` takes the place of :meth:`dot`. Tile registers are
+    numbers that are known when a kernel is generated. They are a thread's own: it configures them before it uses them
+    and releases them afterwards.
+    """
+
+    lanes = 16
+    offset = 0
+
+    def configure_tiles(self, scratch: Any, shapes: Mapping[int, tuple[int, int]]) -> None:
+        """Gives registers their ``(lines, bytes of a line)``; ``scratch`` is ``int32 [16]``."""
+        raise NotImplementedError
+
+    def release_tiles(self) -> None:
+        """Gives all registers back."""
+        raise NotImplementedError
+
+    def clear_tile(self, tile: int) -> None:
+        """Fills a register with zeros."""
+        raise NotImplementedError
+
+    def load_tile(self, tile: int, buffer: Any, address: Any, stride: int) -> None:
+        """Fills a register from an element of a buffer on; the next line begins ``stride`` bytes further."""
+        raise NotImplementedError
+
+    def store_tile(self, tile: int, buffer: Any, address: Any, stride: int) -> None:
+        """Writes a register as :meth:`load_tile` reads it."""
+        raise NotImplementedError
+
+    def multiply_tiles(self, total: int, values: int, weights: int) -> None:
+        """Adds products to a register of int32: ``total[m, n] += sum(values[m, 4 k + j] * weights[k, 4 n + j])``."""
+        raise NotImplementedError

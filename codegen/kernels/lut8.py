@@ -22,15 +22,14 @@ from torch import Tensor
 
 from ..tvm_api import T
 from .dot import FIELDS, SLAB, VECTOR_BYTES
-from .grouped import GroupedOperand
+from .grouped import SCALE_BYTES, BitOperand, load_scales
 from .isa import InstructionSet
 
 LEVEL_BYTES = 64
-SCALE_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Lut8Operand(GroupedOperand):
+class Lut8Operand(BitOperand):
     """W(1+1) weights in the layout above, decoded by byte shuffles."""
 
     def bytes_of(self, slabs: int) -> int:
@@ -60,10 +59,10 @@ class Lut8Operand(GroupedOperand):
 
     def scale(self, isa: InstructionSet, packed: Any, block: Any, address: Any, half: int, slabs: int) -> Any:
         start = address + LEVEL_BYTES + slabs * VECTOR_BYTES + 2 * half
-        halves = T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)])
-        return T.cast(halves, isa.float32)
+        return load_scales(isa, packed, start)
 
-    def pack_groups(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    def pack_groups(self, codes: Tensor, *sides: Tensor) -> Tensor:
+        levels, scale = sides
         blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
         fields = codes.reshape(blocks, SLAB, groups, -1, FIELDS, 4)
         packed = fields[..., 0, :] | (fields[..., 1, :] << 2) | (fields[..., 2, :] << 4) | (fields[..., 3, :] << 6)

@@ -9,11 +9,17 @@ bitmap``, with ``a = level_3 - level_0``, ``b = level_1 - level_0`` and ``c = a 
 
 whose last factor is a constant of the weights. Three streams of popcounts take the place of all multiplications.
 
+Where levels are additive, ``level_0 + level_3 == level_1 + level_2``, two will do. Then ``c = 2 * b``, so with a second
+plane ``odd = sign ^ bitmap`` instead of the bitmap they are ``level_0 + (level_2 - level_0) * sign + (level_1 -
+level_0) * odd``: the bits of the code, each with a factor.
+
 Packed layout: blocks of 16 rows in one sequential stream; within a block, group after group:
 
 * planes, 128 bytes per 32 columns: 16 words of 32 signs, one a row, then 16 words of bitmap bits; bit ``8 * j + f`` of
-  a word is column ``4 * f + j``, so that a shift and a mask leave four columns in the four bytes of a lane;
-* 64 bytes of levels: byte ``4 * row`` is ``level_0``, followed by ``a``, ``b`` and ``c``;
+  a word is column ``4 * f + j``, so that a shift and a mask leave four columns in the four bytes of a lane; ``odd``
+  stands in the bitmap's place;
+* 64 bytes of levels: byte ``4 * row`` is ``level_0``, followed by ``a``, ``b`` and ``c``; for additive levels by the
+  two factors and 0;
 * 32 bytes of fp16 scales;
 * 32 bytes of sums of ``level - level_0`` over the group, uint16.
 
@@ -29,8 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import KernelError
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 from .dot import (
+    FIELDS,
     SLAB,
     VECTOR_BYTES,
     fused_multiply_add,
@@ -39,7 +47,7 @@ from .dot import (
     row_vectors,
     store_row_vector,
 )
-from .grouped import GroupedOperand
+from .grouped import SCALE_BYTES, BitOperand, load_scales
 from .isa import InstructionSet
 
 WORD = 32
@@ -50,7 +58,6 @@ ACTIVATION_PLANES = 4
 
 WORD_BYTES = 2 * VECTOR_BYTES
 LEVEL_BYTES = 64
-SCALE_BYTES = 32
 SUM_BYTES = 32
 
 
@@ -60,8 +67,14 @@ def _words(slabs: int) -> int:
 
 
 @dataclass(frozen=True)
-class PlaneOperand(GroupedOperand):
-    """W(1+1) weights in the layout above; for more than one token they are decoded like any other."""
+class PlaneOperand(BitOperand):
+    """W(1+1) weights in the layout above; for more than one token they are decoded like any other.
+
+    Attributes:
+        additive: the levels of every group are additive.
+    """
+
+    additive: bool = False
 
     def bytes_of(self, slabs: int) -> int:
         return _words(slabs) * WORD_BYTES + LEVEL_BYTES + SCALE_BYTES + SUM_BYTES
@@ -74,7 +87,7 @@ class PlaneOperand(GroupedOperand):
         return T.reinterpret(isa.int32, packed[T.ramp(address, 1, 4 * isa.lanes)])
 
     def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
-        """Offset levels; byte ``4 * row + 2 * bitmap + sign``."""
+        """Offset levels; byte ``4 * row + 2 * bitmap + sign``, or ``odd`` in place of the bitmap."""
         terms = T.Bind(self.plane(isa, packed, address + _words(slabs) * WORD_BYTES))
         a, b, c = (T.Bind((terms >> isa.broadcast(8 * i)) & isa.broadcast(0xFF)) for i in (1, 2, 3))
         lowest = (terms & isa.broadcast(0xFF)) ^ isa.broadcast(0x80)
@@ -84,37 +97,42 @@ class PlaneOperand(GroupedOperand):
 
     def fields(self, isa: InstructionSet, packed: Any, address: Any, slab: Any, tables: Any) -> list[Any]:
         start = address + slab // 2 * WORD_BYTES
-        first = isa.broadcast(slab % 2 * 4)
-        sign = T.Bind(self.plane(isa, packed, start) >> first)
-        bitmap = T.Bind((self.plane(isa, packed, start + VECTOR_BYTES) >> first) << isa.broadcast(1))
+        sign = T.Bind(self.plane(isa, packed, start))
+        bitmap = T.Bind(self.plane(isa, packed, start + VECTOR_BYTES))
+        # The two bits of every other field side by side, for both slabs of a word.
+        even, odd = isa.broadcast(0x55555555), isa.broadcast(-0x55555556)
+        one = isa.broadcast(1)
+        codes = T.Bind((sign & even) | ((bitmap << one) & odd)), T.Bind(((sign >> one) & even) | (bitmap & odd))
         fields = []
-        for f in range(4):
-            upper = (sign >> isa.broadcast(f)) & isa.broadcast(0x01010101)
-            inner = (bitmap >> isa.broadcast(f)) & isa.broadcast(0x02020202)
-            fields.append(isa.shuffle(tables, upper | inner | isa.row_index(0x04040404)))
+        for f in range(FIELDS):
+            code = codes[f % 2] >> isa.broadcast(slab % 2 * FIELDS + f // 2 * 2)
+            fields.append(isa.shuffle(tables, (code & isa.broadcast(0x03030303)) | isa.row_index(0x04040404)))
         return fields
 
     def scale(self, isa: InstructionSet, packed: Any, block: Any, address: Any, half: int, slabs: int) -> Any:
         start = address + _words(slabs) * WORD_BYTES + LEVEL_BYTES + 2 * half
-        return T.cast(T.reinterpret(f"float16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)]), isa.float32)
+        return load_scales(isa, packed, start)
 
     def level_sum(self, isa: InstructionSet, packed: Any, address: Any, half: int, slabs: int) -> Any:
         """The sums of ``level - level_0`` of a row vector in the group at ``address``."""
         start = address + _words(slabs) * WORD_BYTES + LEVEL_BYTES + SCALE_BYTES + 2 * half
         return T.cast(T.reinterpret(f"uint16x{isa.lanes}", packed[T.ramp(start, 1, 2 * isa.lanes)]), isa.int32)
 
-    def pack_groups(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    def pack_groups(self, codes: Tensor, *sides: Tensor) -> Tensor:
+        levels, scale = sides
         blocks, groups = codes.shape[0] // SLAB, levels.shape[1]
         codes = codes.reshape(blocks, SLAB, groups, -1)
-        sign, bitmap = codes >= 2, (codes == 1) | (codes == 2)
-        bits = torch.stack([sign, bitmap], -1).to(torch.uint8).reshape(blocks, SLAB, groups, -1, WORD // 4, 4, 2)
+        sign, second = codes >= 2, (codes & 1).bool() if self.additive else (codes == 1) | (codes == 2)
+        bits = torch.stack([sign, second], -1).to(torch.uint8).reshape(blocks, SLAB, groups, -1, WORD // 4, 4, 2)
         place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8).reshape(-1, 1, 1)
         words = (bits * place).sum(4, dtype=torch.uint8)  # [B, 16, G, words, 4, 2]
         planes = words.permute(0, 2, 3, 5, 1, 4).reshape(blocks, groups, -1)
         low, inner_low, inner_high, high = levels.int().reshape(blocks, SLAB, groups, 4).unbind(-1)
-        a, b = high - low, inner_low - low
-        c = a + b - (inner_high - low)
-        sums = a * sign.sum(-1) + b * bitmap.sum(-1) - c * (sign & bitmap).sum(-1)
+        a, b = (inner_high if self.additive else high) - low, inner_low - low
+        c = a + b - ((high if self.additive else inner_high) - low)
+        if self.additive and bool(c.any()):
+            raise KernelError("the levels of a group are not additive, as its linear's level rule says; report this")
+        sums = a * sign.sum(-1) + b * second.sum(-1) - c * (sign & second).sum(-1)
         terms = (torch.stack([low, a, b, c], -1) & 0xFF).to(torch.uint8).transpose(1, 2).reshape(blocks, groups, -1)
         halves = scale.reshape(blocks, SLAB, groups).transpose(1, 2).contiguous().view(torch.uint8)
         sums = sums.to(torch.uint16).transpose(1, 2).contiguous().view(torch.uint8)
@@ -192,7 +210,7 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
         return pure_intrinsic(isa.uint8, "llvm.ctpop", T.reinterpret(isa.uint8, words))
 
     def masked_sums(packed, planes, address, first, words) -> list[Any]:
-        """``U`` of the sign, the bitmap and their intersection, for one row vector.
+        """``U`` of the sign, the bitmap and, unless levels are additive, their intersection, for one row vector.
 
         Bits are counted by byte, at most 8 a word, so that up to 8 words sum up within a byte; one dot product with
         the plane's power of two then sums the bytes.
@@ -200,17 +218,17 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
         counts: dict[tuple[int, int], Any] = {}
         for word in range(words):
             sign = T.Bind(operand.plane(isa, packed, address + word * WORD_BYTES))
-            bitmap = T.Bind(operand.plane(isa, packed, address + word * WORD_BYTES + VECTOR_BYTES))
-            both = T.Bind(sign & bitmap)
+            second = T.Bind(operand.plane(isa, packed, address + word * WORD_BYTES + VECTOR_BYTES))
+            masks = (sign, second) if operand.additive else (sign, second, T.Bind(sign & second))
             for b in range(ACTIVATION_PLANES):
                 plane = T.Bind(isa.broadcast(planes[(first + word) * ACTIVATION_PLANES + b]))
-                for k, mask in enumerate((sign, bitmap, both)):
+                for k, mask in enumerate(masks):
                     bits = count(mask & plane)
                     counts[k, b] = T.Bind(counts[k, b] + bits if word else bits)
         powers = [isa.broadcast(0x01010101 << b) for b in range(ACTIVATION_PLANES)]
         return [
             T.Bind(isa.dot(isa.broadcast(0), [(counts[k, b], powers[b]) for b in range(ACTIVATION_PLANES)]))
-            for k in range(3)
+            for k in range(2 if operand.additive else 3)
         ]
 
     def group(packed, planes, sums, zeros, x_scale, total, step, g, slabs) -> None:
@@ -223,12 +241,14 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
             if prefetch and half == 0:
                 for line in range(operand.bytes_of(slabs) // VECTOR_BYTES):
                     prefetch_line(packed, start + line * VECTOR_BYTES + prefetch)
-            signs, bitmaps, boths = masked_sums(packed, planes, start + 4 * half, g * group_words, words)
+            signs, seconds, *boths = masked_sums(packed, planes, start + 4 * half, g * group_words, words)
             terms = T.Bind(operand.plane(isa, packed, start + 4 * half + words * WORD_BYTES))
             low = (terms << isa.broadcast(24)) >> isa.broadcast(24)
             a, b, c = ((terms >> isa.broadcast(8 * i)) & isa.broadcast(0xFF) for i in (1, 2, 3))
             level_sum = operand.level_sum(isa, packed, start, half, slabs)
-            accumulator = low * value_sum + a * signs + b * bitmaps - c * boths - zero * level_sum
+            accumulator = low * value_sum + a * signs + b * seconds - zero * level_sum
+            for both in boths:
+                accumulator = accumulator - c * both
             scale = operand.scale(isa, packed, step * blocks + block, start, half, slabs)
             where = T.ramp(v * lanes, 1, lanes)
             y = fused_multiply_add(isa, T.cast(accumulator, isa.float32), x * scale, total[where])

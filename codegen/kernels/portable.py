@@ -6,7 +6,8 @@ Packed layout of W(1+1) weights: row after row, group after group; per group, of
 * 4 int8 levels;
 * the scale, fp32, because not every target converts fp16.
 
-Int8 weights: the rows as they are, then their fp32 scales. The bias, fp32, comes last.
+4-bit weights: likewise, with ``q = ceil(w / 2)`` bytes of two codes each and no levels of the group; the 16 levels of
+the matrix follow the rows. Int8 weights: the rows as they are, then their fp32 scales. The bias, fp32, comes last.
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..format import QuantizedWeight
+from ..format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight
 from ..reference import value_dtype
 from ..sizes import group_count
 from ..spec import LinearSpec
@@ -44,45 +45,61 @@ class PortableLinear:
     @property
     def group_bytes(self) -> int:
         """Bytes of a full group of a row."""
-        return _group_bytes(self.group) if self.spec.kind == "bit" else self.group
+        return self._bytes_of(self.group)
 
     @property
     def row_bytes(self) -> int:
-        spec = self.spec
-        if spec.kind == "int8":
-            return spec.in_features
-        tail = spec.in_features % self.group
-        return spec.in_features // self.group * self.group_bytes + (_group_bytes(tail) if tail else 0)
+        tail = self.spec.in_features % self.group
+        return self.spec.in_features // self.group * self.group_bytes + (self._bytes_of(tail) if tail else 0)
 
     @property
-    def scale_start(self) -> int:
-        """Where the row scales of int8 weights start, in bytes."""
+    def fields(self) -> int:
+        """Codes in a byte."""
+        return {"bit": 4, "int4": 2, "int8": 1}[self.spec.kind]
+
+    def _bytes_of(self, width: int) -> int:
+        """Bytes of a group of a row."""
+        count = group_count(width, self.fields)
+        return count + {"bit": LEVEL_BYTES + SCALE_BYTES, "int4": SCALE_BYTES, "int8": 0}[self.spec.kind]
+
+    @property
+    def side_start(self) -> int:
+        """Where the row scales of int8 weights or the levels of 4-bit weights start, in bytes."""
         return self.spec.out_features * self.row_bytes
 
     @property
     def bias_start(self) -> int:
-        return self.scale_start + (SCALE_BYTES * self.spec.out_features if self.spec.kind == "int8" else 0)
+        sides = {"bit": 0, "int4": TABLE_LEVELS, "int8": SCALE_BYTES * self.spec.out_features}
+        return self.side_start + sides[self.spec.kind]
 
     @property
     def packed_bytes(self) -> int:
         return self.bias_start + (SCALE_BYTES * self.spec.out_features if self.spec.bias else 0)
 
-    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         """The layout above, ``uint8 [packed_bytes]``."""
         if isinstance(weight, QuantizedWeight):
-            split = self.spec.in_features // self.group
-            codes, columns = weight.codes(), split * self.group
-            parts = []
-            if split:
-                parts.append(_pack_groups(codes[:, :columns], weight.levels[:, :split], weight.scale[:, :split]))
-            if columns < self.spec.in_features:
-                parts.append(_pack_groups(codes[:, columns:], weight.levels[:, split:], weight.scale[:, split:]))
-            pieces = [torch.cat(parts, 1).flatten()]
+            pieces = [self._pack_codes(weight.codes(), weight.levels.contiguous().view(torch.uint8), weight.scale)]
+        elif isinstance(weight, Int4Weight):
+            codes = weight.codes()
+            none = codes.new_empty((*weight.scale.shape, 0))
+            pieces = [self._pack_codes(codes, none, weight.scale), weight.table.view(torch.uint8)]
         else:
             pieces = [weight[0].contiguous().view(torch.uint8).flatten(), weight[1].float().view(torch.uint8)]
         if bias is not None:
             pieces.append(bias.float().contiguous().view(torch.uint8))
         return torch.cat(pieces)
+
+    def _pack_codes(self, codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+        """Codes ``[N, K]`` and, of their groups, bytes ``[N, G, L]`` and scales ``[N, G]`` as ``uint8 [bytes]``."""
+        split = self.spec.in_features // self.group
+        columns = split * self.group
+        parts = []
+        if split:
+            parts.append(_pack_groups(codes[:, :columns], levels[:, :split], scale[:, :split], self.fields))
+        if columns < self.spec.in_features:
+            parts.append(_pack_groups(codes[:, columns:], levels[:, split:], scale[:, split:], self.fields))
+        return torch.cat(parts, 1).flatten()
 
     def function(self, rows: int, parallel: bool) -> PrimFunc:
         """The kernel ``(values, x_scale, packed, out)`` for any number of tokens.
@@ -99,6 +116,7 @@ class PortableLinear:
         dtype = str(value_dtype(spec.act_bits)).removeprefix("torch.")
         loop = T.parallel if parallel else T.serial
         steps = -(-n // rows)
+        decoded_bytes = self.fields * group_count(min(group, k), self.fields)
 
         def decode(packed: Any, decoded: Any, start: Any, width: int) -> Any:
             """Fills ``decoded`` with a group's weights and returns its scale."""
@@ -106,7 +124,14 @@ class PortableLinear:
                 with T.serial(width) as i:
                     T.buffer_store(decoded, T.reinterpret("int8", packed[start + i]), [i])
                 return None
-            quarter = _quarter(width)
+            quarter = group_count(width, self.fields)
+            if spec.kind == "int4":
+                for field in range(2):
+                    with T.serial(quarter) as i:
+                        code = T.Bind((packed[start + i] >> T.uint8(4 * field)) & T.uint8(15))
+                        level = packed[self.side_start + T.cast(code, "int32")]
+                        T.buffer_store(decoded, T.reinterpret("int8", level), [field * quarter + i])
+                return _float_at(packed, start + quarter)
             levels = [T.Bind(T.reinterpret("int8", packed[start + quarter + code])) for code in range(4)]
             for field in range(4):
                 with T.serial(quarter) as i:
@@ -120,7 +145,7 @@ class PortableLinear:
             """Adds one group of one row to every token's output."""
             scale = decode(packed, decoded, T.Bind(row * row_bytes + g * group_bytes), width)
             if scale is None:
-                scale = _float_at(packed, self.scale_start + row * SCALE_BYTES)
+                scale = _float_at(packed, self.side_start + row * SCALE_BYTES)
             scale = T.Bind(scale)
             with T.serial(tokens) as m:
                 T.buffer_store(total, 0, [0])
@@ -140,7 +165,7 @@ class PortableLinear:
             packed = T.match_buffer(packed_, (self.packed_bytes,), "uint8", align=4)
             out = T.match_buffer(out_, (tokens, n), "float32", align=4)
             for step in loop(steps):
-                decoded = T.alloc_buffer((4 * _quarter(min(group, k)),), "int8")
+                decoded = T.alloc_buffer((decoded_bytes,), "int8")
                 total = T.alloc_buffer((1,), "int32", scope="local")
                 for r in T.serial(T.min(rows, n - step * rows)):
                     row: T.let = step * rows + r
@@ -157,24 +182,19 @@ class PortableLinear:
         return kernel
 
 
-def _quarter(width: int) -> int:
-    return group_count(width, 4)
-
-
-def _group_bytes(width: int) -> int:
-    return _quarter(width) + LEVEL_BYTES + SCALE_BYTES
-
-
 def _float_at(packed: Any, address: Any) -> Any:
     """An unaligned fp32 number in a byte buffer."""
     return T.reinterpret("float32", packed[T.ramp(address, 1, 4)])
 
 
-def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """Equal groups: ``codes [N, G * width]``, ``levels [N, G, 4]``, ``scale [N, G]`` to ``uint8 [N, bytes]``."""
+def _pack_groups(codes: Tensor, levels: Tensor, scale: Tensor, count: int) -> Tensor:
+    """Equal groups, ``count`` codes a byte: ``codes [N, G * width]``, ``levels`` as bytes ``[N, G, L]``,
+    ``scale [N, G]`` to ``uint8 [N, bytes]``."""
     n, groups = scale.shape
     width = codes.shape[1] // groups
-    fields = F.pad(codes.reshape(n, groups, width), (0, -width % 4)).reshape(n, groups, 4, -1)
-    packed = fields[:, :, 0] | (fields[:, :, 1] << 2) | (fields[:, :, 2] << 4) | (fields[:, :, 3] << 6)
+    fields = F.pad(codes.reshape(n, groups, width), (0, -width % count)).reshape(n, groups, count, -1)
+    packed = fields[:, :, 0]
+    for field in range(1, count):
+        packed = packed | (fields[:, :, field] << (8 // count * field))
     scales = scale.float().contiguous().view(torch.uint8).reshape(n, groups, SCALE_BYTES)
-    return torch.cat([packed, levels.contiguous().view(torch.uint8), scales], -1).flatten(1)
+    return torch.cat([packed, levels, scales], -1).flatten(1)

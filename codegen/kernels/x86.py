@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..tvm_api import T, pure_intrinsic
-from .isa import InstructionSet, Pair
+from ..tvm_api import T, intrinsic, pure_intrinsic
+from .isa import InstructionSet, Pair, TileSet
 
 
 class Avx512Vnni(InstructionSet):
@@ -35,6 +35,54 @@ class Avx512Vpopcnt(Avx512Vnni):
 
     name = "avx512-vpopcnt"
     counts_bits = True
+
+
+class AmxTiles(TileSet):
+    """512-bit ``vpshufb``, and tiles of bytes that ``tdpbssd`` multiplies, which sums exactly in int32."""
+
+    name = "avx512-amx"
+    registers = 32
+
+    def shuffle(self, table: Any, index: Any) -> Any:
+        return pure_intrinsic(self.uint8, "llvm.x86.avx512.pshuf.b.512", table, T.reinterpret(self.uint8, index))
+
+    def configure_tiles(self, scratch: Any, shapes: Mapping[int, tuple[int, int]]) -> None:
+        # LDTILECFG in Intel's Software Developer's Manual: byte 0 is the palette, 16-bit numbers from byte 16 on are
+        # the bytes of a line, bytes from byte 48 on the lines.
+        memory = bytearray(64)
+        memory[0] = 1
+        for tile, (lines, line_bytes) in shapes.items():
+            memory[16 + 2 * tile], memory[48 + tile] = line_bytes, lines
+        for i in range(len(memory) // 4):
+            T.buffer_store(scratch, int.from_bytes(memory[4 * i : 4 * i + 4], "little"), [i])
+        _on_tiles("llvm.x86.ldtilecfg", T.address_of(scratch[0]))
+
+    def release_tiles(self) -> None:
+        _on_tiles("llvm.x86.tilerelease")
+
+    def clear_tile(self, tile: int) -> None:
+        _on_tiles("llvm.x86.tilezero", T.int8(tile))
+
+    def load_tile(self, tile: int, buffer: Any, address: Any, stride: int) -> None:
+        _on_tiles("llvm.x86.tileloadd64", T.int8(tile), T.address_of(buffer[address]), T.int64(stride))
+
+    def store_tile(self, tile: int, buffer: Any, address: Any, stride: int) -> None:
+        _on_tiles("llvm.x86.tilestored64", T.int8(tile), T.address_of(buffer[address]), T.int64(stride))
+
+    def multiply_tiles(self, total: int, values: int, weights: int) -> None:
+        _on_tiles("llvm.x86.tdpbssd", T.int8(total), T.int8(values), T.int8(weights))
+
+
+def _on_tiles(name: str, *operands: Any) -> None:
+    """An instruction on tile registers, which LLVM does not see; to it, it may read and write all memory."""
+    T.evaluate(T.call_llvm_intrin("void", intrinsic(name), *operands))
+
+
+class Avx512Amx(Avx512Vpopcnt):
+    """The same for one token, and tiles for more."""
+
+    name = "avx512-amx"
+    tiles = AmxTiles()
 
 
 class _Ymm(InstructionSet):
@@ -108,6 +156,7 @@ class Avx2Int8(_Avx2):
 
 
 INSTRUCTION_SETS: dict[str, Callable[[int], InstructionSet]] = {
+    "avx512-amx": lambda act_bits: Avx512Amx(),
     "avx512-vpopcnt": lambda act_bits: Avx512Vpopcnt(),
     "avx512-vnni": lambda act_bits: Avx512Vnni(),
     "avx-vnni": lambda act_bits: AvxVnni(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UntranslatableError
-from ..sizes import BATCH, CAPACITY, LENGTH, TOTAL
+from ..sizes import BATCH, CAPACITY, FIXED_STATE, LENGTH, ROWS, STATE, TOTAL, WEIGHTS
 from ..tvm_api import PrimFunc, relax, symbolic_dimension, te, tirx, tvm
 from .queries import same_sizes, surely_true
 
@@ -25,9 +25,6 @@ Dimension = Any
 
 Value = Any
 """A Relax variable holding a tensor."""
-
-WEIGHTS, STATE, FIXED_STATE = "weights", "state", "fixed_state"
-"""The blocks of bytes; a program without state of fixed size has two."""
 
 OPAQUE = 8
 """Relax's number for functions that it must neither fuse nor look into."""
@@ -126,21 +123,29 @@ class FunctionBuilder:
         program: what the function becomes part of.
         name: the function's.
         inputs: tensors that change from call to call.
-        sizes: values of symbols that are known; other strings in shapes become symbols of the function.
-        blocks: take weights and state as blocks, not as tuples.
+        sizes: what symbols stand for that are known; other strings in shapes become symbols of the function.
+        blocks: take weights and state as blocks, not as tuples. Blocks of state may have room for more sequences than a
+            call has, which are the first in them.
     """
 
     def __init__(
-        self, program: ProgramBuilder, name: str, inputs: Sequence[TensorSpec], sizes: dict[str, int], blocks: bool
+        self,
+        program: ProgramBuilder,
+        name: str,
+        inputs: Sequence[TensorSpec],
+        sizes: dict[str, Dimension],
+        blocks: bool,
     ):
         self.program = program
         self._symbols: dict[str, Dimension] = dict(sizes)
+        if BATCH in sizes:
+            self._symbols[ROWS] = sizes[BATCH]
         parameters = {spec.name: relax.Var(spec.name, self._type(spec)) for spec in inputs}
         self._values: dict[str, Value] = dict(parameters)
         layouts = {WEIGHTS: program.weights, STATE: program.state}
         layouts |= {FIXED_STATE: program.fixed} if program.fixed.tensors else {}
         if blocks:
-            leading = {WEIGHTS: (), STATE: (BATCH, CAPACITY), FIXED_STATE: (BATCH,)}
+            leading = {WEIGHTS: (), STATE: (ROWS, CAPACITY), FIXED_STATE: (ROWS,)}
             for block, layout in layouts.items():
                 spec = TensorSpec(block, (*leading[block], layout.bytes), "uint8")
                 parameters[block] = relax.Var(block, self._type(spec))
@@ -180,9 +185,9 @@ class FunctionBuilder:
     def _view(self, block: Value, layout: Layout, name: str) -> Any:
         spec, offset = layout.tensors[name], layout.offsets[name]
         if layout is self.program.state:
-            offset = self.dimension(BATCH) * self.dimension(CAPACITY) * offset
+            offset = self.dimension(ROWS) * self.dimension(CAPACITY) * offset
         elif layout is self.program.fixed:
-            offset = self.dimension(BATCH) * offset
+            offset = self.dimension(ROWS) * offset
         shape = [self.dimension(d) for d in spec.shape]
         return relax.op.memory.view(block, shape, tvm.DataType(spec.dtype), relax.prim_value(offset))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UntranslatableError, first_line
+from ..errors import KernelError, UntranslatableError, first_line
 from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
 from .builder import KERNEL
 from .floats import hide_floats, show_floats
@@ -43,7 +43,7 @@ def compile_program(
     module: Any,
     target: dict[str, Any],
     lanes: int,
-    merged: Sequence[str],
+    merged: Mapping[str, Mapping[str, int]],
     apart: Collection[str] = (),
     segment: str = ATTENTION,
 ) -> Compiled:
@@ -53,7 +53,8 @@ def compile_program(
         module: Relax functions and kernels.
         target: TVM's target description.
         lanes: fp32 lanes of the target's vectors.
-        merged: functions of fixed shapes, taking blocks, that are to run in few launches.
+        merged: functions taking blocks that are to run in few launches, and the most that symbols of theirs are. One
+            with symbols is left out where something in it follows another size.
         apart: functions whose quantizers stay kernels of their own.
         segment: prefix of the name of a segment's first kernel.
 
@@ -66,8 +67,13 @@ def compile_program(
         }
         module = fuse_rows(operators_to_loops(module, lanes), apart)
         workspaces = {}
-        for name in merged:
-            module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment))
+        for name, most in merged.items():
+            try:
+                module, workspaces[name] = merge_launches(module, name, lambda kernel: kernel.startswith(segment), most)
+            except KernelError:
+                if not most:
+                    raise
+                del module[name], sizes[name]
         return Compiled(build_loops(module, target), workspaces, sizes)
     except Exception as error:  # TVM raises many types; each means that this program cannot be built
         raise UntranslatableError(f"TVM cannot compile the program ({first_line(error)})") from error
@@ -80,20 +86,29 @@ def operators_to_loops(module: Any, lanes: int) -> Any:
         module: Relax functions and kernels.
         lanes: fp32 lanes of the target's vectors.
     """
+    return on_loops(lambda function: show_floats(schedule(function, lanes)), fused_loops(module, approximate=True))
+
+
+def fused_loops(module: Any, approximate: bool) -> Any:
+    """Makes every operator a loop and neighbouring loops one; their floats are hidden (:mod:`.floats`).
+
+    Args:
+        module: Relax functions and kernels.
+        approximate: exponentials and the like become polynomials, where no library has them for vectors.
+    """
     passes = relax.transform
     grouping = [
-        passes.FastMathTransform(),
+        *([passes.FastMathTransform()] if approximate else []),
         passes.LegalizeOps(skip_ops=["relax.memory.view"]),
         passes.AnnotateTIROpPattern(),
         passes.FuseOps(),
     ]
     fusion = [passes.FuseTIR(), passes.RewriteDataflowReshape()]
-    module = _on_loops(hide_floats, tvm.transform.Sequential(grouping)(module))
-    module = view_results(tvm.transform.Sequential(fusion)(module))
-    return _on_loops(lambda function: show_floats(schedule(function, lanes)), module)
+    module = on_loops(hide_floats, tvm.transform.Sequential(grouping)(module))
+    return view_results(tvm.transform.Sequential(fusion)(module))
 
 
-def _on_loops(change: Callable[[PrimFunc], PrimFunc], module: Any) -> Any:
+def on_loops(change: Callable[[PrimFunc], PrimFunc], module: Any) -> Any:
     """Changes every TIR function of a module that is no kernel."""
     for name, function in module.functions_items():
         if isinstance(function, PrimFunc) and KERNEL not in function.attrs:
@@ -141,18 +156,18 @@ def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
     width = _width(plan, last)
     kept, partial_sums = [], []
     for block in inner:
-        if _sums(plan, block):
+        if sums(plan, block):
             partial = _partial_sums(plan, block, lanes)
             partial_sums += partial
             kept += [*partial, block]
-        elif _width(plan, block) < width or not _possible(plan.compute_inline, block):
+        elif _width(plan, block) < width or not possible(plan.compute_inline, block):
             kept.append(block)
     loops = plan.get_loops(last)
-    outer, columns = (loops[: _spatial(plan, last)], []) if _sums(plan, last) else (loops[:-1], loops[-1:])
+    outer, columns = (loops[: _spatial(plan, last)], []) if sums(plan, last) else (loops[:-1], loops[-1:])
     if outer:
         rows = plan.fuse(*outer)
         for block in reversed(kept):
-            _possible(plan.compute_at, block, rows)
+            possible(plan.compute_at, block, rows)
         for block in partial_sums:
             lane, chunk = plan.get_loops(block)[-2:]
             plan.reorder(chunk, lane)
@@ -174,7 +189,7 @@ def schedule(function: PrimFunc, lanes: int) -> PrimFunc:
         return lowered(plan.mod)["main"].with_attr(dict(function.attrs))
 
 
-def _possible(primitive: Callable[..., None], *arguments: Any) -> bool:
+def possible(primitive: Callable[..., None], *arguments: Any) -> bool:
     """Applies a schedule primitive where it is valid; a block that cannot be moved stays a loop nest of its own."""
     try:
         primitive(*arguments)
@@ -212,5 +227,5 @@ def _spatial(plan: Any, block: Any) -> int:
     return sum(v.iter_type == tirx.IterVar.DataPar for v in plan.get(block).iter_vars)
 
 
-def _sums(plan: Any, block: Any) -> bool:
+def sums(plan: Any, block: Any) -> bool:
     return any(v.iter_type == tirx.IterVar.CommReduce for v in plan.get(block).iter_vars)

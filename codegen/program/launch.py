@@ -1,16 +1,18 @@
 """Joins the calls of a function into few launches, because a parallel launch costs as much as a small kernel.
 
-A function of fixed shapes is a sequence of kernel calls. It is cut into segments, one for each decoder layer, and a
-segment becomes one TIR function with one parallel region, in which every thread walks through the whole segment:
+A function of one token, or of one token of each of a few sequences, is a sequence of kernel calls. It is cut into
+segments, one for each decoder layer, and a segment becomes one TIR function with one parallel region, in which every
+thread walks through the whole segment:
 
 * A kernel with parallel loops does its share of them and waits for the others at a barrier, behind all of them where
   they stand in a serial loop. What it writes is shared.
 * Any other kernel is small. Every thread runs all of it, on a private copy of what it writes, and waits for nobody.
   What a later segment needs is written by the first thread alone, and the others wait; where its size follows the
-  number of tokens, which has no place in a block, every segment that needs it computes it.
+  number of past tokens, which has no place in a block, every segment that needs it computes it.
 
 Weights, state and shared results are blocks of bytes; a segment gets the offsets of its tensors from a table. So the
 layers of a model, which differ in nothing else, share one TIR function, and those that follow one another one launch.
+Results have room for as many sequences as there may be.
 
 Given::
 
@@ -32,9 +34,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import KernelError
-from ..sizes import ALIGNMENT
+from ..sizes import ALIGNMENT, FIXED_STATE, STATE, WEIGHTS
 from ..tvm_api import PrimFunc, relax, renew_definitions, s_tir, tirx, tvm, tvm_ffi
-from .builder import FIXED_STATE, STATE, WEIGHTS
 from .floats import rounded
 from .queries import bindings, has_parallel_loop, is_call, with_block
 
@@ -46,7 +47,7 @@ WORKSPACE = "workspace"
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor lies.
 
     Attributes:
@@ -64,7 +65,7 @@ class _Place:
 
 
 @dataclass
-class _Call:
+class KernelCall:
     """One kernel call: the kernel, what it reads and the results it writes, in the order of its parameters.
 
     Attributes:
@@ -78,27 +79,30 @@ class _Call:
     name: str
     kernel: Any
     arguments: list[Any]
-    writes: list[_Place]
+    writes: list[Place]
     parallel: bool
 
     @property
-    def reads(self) -> list[_Place]:
+    def reads(self) -> list[Place]:
         """The tensors among the arguments."""
-        return [a for a in self.arguments if isinstance(a, _Place)]
+        return [a for a in self.arguments if isinstance(a, Place)]
 
 
 @dataclass
 class _Segment:
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[KernelCall] = field(default_factory=list)
 
 
-def merge_launches(module: Any, name: str, begins_segment: Callable[[str], bool]) -> tuple[Any, int]:
+def merge_launches(
+    module: Any, name: str, begins_segment: Callable[[str], bool], most: Mapping[str, int] | None = None
+) -> tuple[Any, int]:
     """Rewrites one function of a module, after its loops have been scheduled.
 
     Args:
         module: Relax functions and TIR kernels; changed in place.
-        name: of the function, whose shapes are fixed except for state and mask.
+        name: of the function, whose shapes are fixed except for state and mask, and for the symbols in ``most``.
         begins_segment: whether a kernel of that name is the first of a segment.
+        most: how large symbols get, by name.
 
     Returns:
         ``(module, workspace)``: the function takes an additional last parameter, ``workspace`` bytes of memory.
@@ -107,22 +111,69 @@ def merge_launches(module: Any, name: str, begins_segment: Callable[[str], bool]
         KernelError: the function has something else than kernel calls, reshapes and views.
     """
     function = module[name]
-    calls, result = _calls(module, function)
+    calls, result = kernel_calls(module, function)
     segments: list[_Segment] = [_Segment()]
     for call in calls:
         if begins_segment(call.name) and segments[-1].calls:
             segments.append(_Segment())
         segments[-1].calls.append(call)
-    _compute_where_read(segments)
-    return _Rewrite(module, name, function, segments, result).run()
+    limits = Limits(most or {})
+    _compute_where_read(segments, limits)
+    return _Rewrite(module, name, function, segments, result, limits).run()
 
 
-def _compute_where_read(segments: Sequence[_Segment]) -> None:
-    """Repeats small kernels whose results have no fixed size in the segments that read these, where they can be."""
+@dataclass(frozen=True)
+class Limits:
+    """How large sizes get.
+
+    Attributes:
+        most: of symbols, by name.
+    """
+
+    most: Mapping[str, int]
+
+    def highest(self, size: Any, known: Mapping[Any, Any] | None = None) -> int | None:
+        """The most that a size is; None where no limit of it is known.
+
+        Args:
+            size: an int or an expression.
+            known: what variables in it stand for.
+        """
+        if isinstance(size, (int, tirx.IntImm)):
+            return int(size)
+        analyzer: Any = tvm.sym.Analyzer()
+        known = known or {}
+
+        def bind(variables: Sequence[Any]) -> bool:
+            for variable in variables:
+                if variable in known:
+                    if not bind(tirx.analysis.undefined_vars(known[variable])):
+                        return False
+                    analyzer.bind(variable, known[variable], True)
+                elif variable.name in self.most:
+                    one, end = (tirx.const(n, str(variable.ty.dtype)) for n in (1, self.most[variable.name] + 1))
+                    analyzer.bind(variable, tvm.ir.Range(one, end), True)
+                else:
+                    return False
+            return True
+
+        return int(analyzer.const_int_bound(size).max_value) if bind(tirx.analysis.undefined_vars(size)) else None
+
+    def of(self, shape: Sequence[Any], known: Mapping[Any, Any] | None = None) -> list[int] | None:
+        """The most that each dimension is; None where one has no limit."""
+        found = [self.highest(size, known) for size in shape]
+        return None if None in found else [size for size in found if size is not None]
+
+
+def _compute_where_read(segments: Sequence[_Segment], limits: Limits) -> None:
+    """Repeats small kernels whose results have no limited size in the segments that read these, where they can be."""
     numbers = itertools.count(sum(len(call.writes) for segment in segments for call in segment.calls))
     for i, segment in enumerate(segments):
         for call in segment.calls:
-            if all(map(_has_fixed_size, call.writes)) or call.parallel or any(r.result >= 0 for r in call.reads):
+            if all(limits.of(write.shape) is not None for write in call.writes):
+                continue
+            _make_serial(call)
+            if any(r.result >= 0 for r in call.reads):
                 continue
             for later in segments[i + 1 :]:
                 if {w.result for w in call.writes} & {r.result for c in later.calls for r in c.reads}:
@@ -132,19 +183,28 @@ def _compute_where_read(segments: Sequence[_Segment]) -> None:
 
 
 def _renumbered(argument: Any, numbers: Mapping[int, int]) -> Any:
-    if isinstance(argument, _Place) and argument.result in numbers:
+    if isinstance(argument, Place) and argument.result in numbers:
         return replace(argument, result=numbers[argument.result])
     return argument
 
 
-def _has_fixed_size(place: _Place) -> bool:
-    return all(isinstance(size, (int, tirx.IntImm)) for size in place.shape)
+def _make_serial(call: KernelCall) -> None:
+    """Makes the kernel of a call one that every thread runs by itself."""
+
+    def serial(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.PARALLEL:
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+
+    if call.parallel:
+        body = tvm_ffi.structural_map(call.kernel.body, (tirx.For, serial))
+        call.kernel, call.parallel = call.kernel.with_body(body), False
 
 
-def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
+def kernel_calls(module: Any, function: Any) -> tuple[list[KernelCall], Place]:
     """The kernel calls of a function in order, and where its result lies."""
-    places: dict[Any, Any] = {p: _Place(p.name, 0, tuple(p.ty.shape), str(p.ty.dtype)) for p in function.params}
-    calls: list[_Call] = []
+    places: dict[Any, Any] = {p: Place(p.name, 0, tuple(p.ty.shape), str(p.ty.dtype)) for p in function.params}
+    calls: list[KernelCall] = []
     numbers = itertools.count()
     for binding in bindings(function):
         value, kind = binding.value, binding.var.ty
@@ -154,27 +214,27 @@ def _calls(module: Any, function: Any) -> tuple[list[_Call], _Place]:
             places[binding.var] = places[value.tuple_value][value.index]
         elif is_call(value, "relax.reshape"):
             old = places[value.args[0]]
-            places[binding.var] = _Place(old.block, old.offset, tuple(kind.shape), old.dtype, old.result)
+            places[binding.var] = Place(old.block, old.offset, tuple(kind.shape), old.dtype, old.result)
         elif is_call(value, "relax.memory.view"):
             block = places[value.args[0]].block
-            places[binding.var] = _Place(block, _offset(value.args[3]), tuple(kind.shape), str(kind.dtype))
+            places[binding.var] = Place(block, _offset(value.args[3]), tuple(kind.shape), str(kind.dtype))
         elif is_call(value, "relax.call_tir"):
             kernel = module[value.args[0]]
             types = list(kind.fields) if isinstance(kind, relax.TupleType) else [kind]
-            writes = [_Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
+            writes = [Place("", 0, tuple(t.shape), str(t.dtype), next(numbers)) for t in types]
             places[binding.var] = writes if isinstance(kind, relax.TupleType) else writes[0]
             arguments = [places[a] if isinstance(a.ty, relax.TensorType) else a for a in value.args[1]]
-            calls.append(_Call(value.args[0].name_hint, kernel, arguments, writes, has_parallel_loop(kernel.body)))
+            calls.append(KernelCall(value.args[0].name_hint, kernel, arguments, writes, has_parallel_loop(kernel.body)))
         else:
             raise KernelError(f"a function of few launches cannot hold {value}")
     return calls, places[function.body.body]
 
 
 def _offset(value: Any) -> int:
-    """The offset of a view: bytes, or for KV state what the number of slots is multiplied with."""
-    factors: list[Any] = [value] if isinstance(value, tirx.IntImm) else [value.a, value.b]
-    (number,) = (int(f) for f in factors if isinstance(f, tirx.IntImm))
-    return number
+    """The offset of a view: bytes, or for state what the number of sequences and slots is multiplied with."""
+    if isinstance(value, tirx.Mul):
+        return _offset(value.a) * _offset(value.b)
+    return int(value) if isinstance(value, tirx.IntImm) else 1
 
 
 def _with_barriers(statement: Any) -> Any:
@@ -190,33 +250,56 @@ def _with_barriers(statement: Any) -> Any:
     return _barrier_behind(statement) if has_parallel_loop(statement) else statement
 
 
-def without_memory(statement: Any) -> tuple[list[Any], Any]:
+def without_memory(statement: Any, limits: Limits | None = None) -> tuple[list[Any], Any]:
     """The working memory that statements ask for at run time, and the statements without that.
 
-    Asking again and again costs more than a small kernel does. What is small lies on the stack or in registers.
+    Asking again and again costs more than a small kernel does. What is small lies on the stack or in registers. Of
+    memory whose size is only known at run time as much is taken as there may be; where there is no limit it stays.
     """
     memory: list[Any] = []
+    limits, sizes = limits or Limits({}), _bound(statement)
 
-    def is_large(buffer: Any) -> bool:
-        sizes = buffer.ty.shape
-        if not all(isinstance(size, tirx.IntImm) for size in sizes):
-            return False
-        return math.prod(map(int, sizes)) * tvm.DataType(buffer.ty.dtype).itemsize > STACK_BYTES
-
-    def takes(statement: Any) -> bool:
-        return isinstance(statement, tirx.AllocBuffer) and is_large(statement.buffer)
+    def taken(buffer: Any) -> list[Any] | None:
+        """What stands for the allocation of a buffer that is taken; None for one that stays."""
+        shape, dtype = buffer.ty.shape, buffer.ty.dtype
+        most = limits.of(shape, sizes)
+        if most is None:
+            return None
+        if not all(isinstance(size, tirx.IntImm) for size in shape):
+            whole = tirx.decl_buffer(most, dtype, buffer.name)
+            memory.append(whole)
+            return [tirx.DeclBuffer(buffer, data=whole.data)]
+        if math.prod(most) * tvm.DataType(dtype).itemsize <= STACK_BYTES:
+            return None
+        memory.append(buffer)
+        return []
 
     def take(sequence: Any) -> Any:
-        memory.extend(s.buffer for s in sequence.seq if takes(s))
-        kept = [s for s in sequence.seq if not takes(s)]
-        return sequence if len(kept) == len(sequence.seq) else _in_turn(kept)
+        kept: list[Any] = []
+        for part in sequence.seq:
+            instead = taken(part.buffer) if isinstance(part, tirx.AllocBuffer) else None
+            kept += [part] if instead is None else instead
+        return _in_turn(kept)
 
     def take_of_block(block: Any) -> Any:
-        memory.extend(buffer for buffer in block.alloc_buffers if is_large(buffer))
-        return with_block(block, block.body, [buffer for buffer in block.alloc_buffers if not is_large(buffer)])
+        found = [(buffer, taken(buffer)) for buffer in block.alloc_buffers]
+        views = [view for _, instead in found for view in instead or ()]
+        body = tirx.SeqStmt([*views, block.body]) if views else block.body
+        return with_block(block, body, [buffer for buffer, instead in found if instead is None])
 
     callbacks = [(tirx.SeqStmt, take), (s_tir.SBlock, take_of_block)]
     return memory, tvm_ffi.structural_map(statement, callbacks)
+
+
+def _bound(statement: Any) -> dict[Any, Any]:
+    """The variables that statements bind, and their values."""
+    found: dict[Any, Any] = {}
+
+    def look(bind: Any) -> None:
+        found[bind.var] = bind.value
+
+    tvm_ffi.structural_walk(statement, (tirx.Bind, look))
+    return found
 
 
 def _in_turn(statements: Sequence[Any]) -> Any:
@@ -244,9 +327,11 @@ def _first_thread(body: Any) -> Any:
 class _Rewrite:
     """Builds the segments' TIR functions and the function that calls them."""
 
-    def __init__(self, module: Any, name: str, function: Any, segments: Sequence[_Segment], result: _Place):
+    def __init__(
+        self, module: Any, name: str, function: Any, segments: Sequence[_Segment], result: Place, limits: Limits
+    ):
         self.module, self.name, self.function = module, name, function
-        self.segments, self.result = segments, result
+        self.segments, self.result, self.limits = segments, result, limits
         self.home = {w.result: i for i, s in enumerate(segments) for c in s.calls for w in c.writes}
         self.shared_results = {w.result for s in segments for c in s.calls if c.parallel for w in c.writes}
         for i, segment in enumerate(segments):
@@ -272,17 +357,25 @@ class _Rewrite:
         offsets: dict[int, int] = {}
         end = 0
         for number, (_, write) in lasting.items():
-            offsets[number], end = end, end + _aligned(write)
+            offsets[number], end = end, end + self._bytes(write)
         sizes = [0, 0]
         base: dict[int, int] = {}
         for number, (i, write) in passing.items():
             offset = base.get(i, 0)
-            base[i] = offset + _aligned(write)
+            base[i] = offset + self._bytes(write)
             offsets[number] = offset
             sizes[i % 2] = max(sizes[i % 2], base[i])
         for number, (i, _) in passing.items():
             offsets[number] += end + (sizes[0] if i % 2 else 0)
         return offsets, end + sum(sizes)
+
+    def _bytes(self, place: Place) -> int:
+        """Most bytes of a tensor, aligned."""
+        shape = self.limits.of(place.shape)
+        if shape is None:
+            raise KernelError(f"a tensor of {list(place.shape)} is shared by threads or layers; its size has no limit")
+        size = math.prod(shape) * tvm.DataType(place.dtype).itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
 
     def run(self) -> tuple[Any, int]:
         builder = relax.BlockBuilder(self.module)
@@ -321,13 +414,6 @@ class _Rewrite:
         return handle
 
 
-def _aligned(place: _Place) -> int:
-    if not _has_fixed_size(place):
-        raise KernelError(f"a tensor of {list(place.shape)} is shared by threads or layers; its size must be fixed")
-    size = math.prod(int(d) for d in place.shape) * tvm.DataType(place.dtype).itemsize
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 class _SegmentFunction:
     """Builds the TIR function of one segment: ``(*inputs, weights, state, workspace, table[, out])``.
 
@@ -349,8 +435,12 @@ class _SegmentFunction:
     def _dimension(self, size: Any, dtype: str) -> Any:
         if isinstance(size, (int, tirx.IntImm)):
             return tirx.IntImm(dtype, int(size))
-        symbol = self.symbols.setdefault(size, tirx.Var(size.name, "int64"))
-        return symbol if dtype == "int64" else tirx.Cast(dtype, symbol)
+
+        def own(symbol: Any) -> Any:
+            return self.symbols.setdefault(symbol, tirx.Var(symbol.name, "int64"))
+
+        own_size = tvm_ffi.structural_map(size, (tirx.Var, own))
+        return own_size if dtype == "int64" else tirx.Cast(dtype, own_size)
 
     def _buffer(self, name: str, shape: Sequence[Any], dtype: str) -> Any:
         return tirx.decl_buffer([self._dimension(d, "int64") for d in shape], dtype, name)
@@ -361,10 +451,11 @@ class _SegmentFunction:
         for call in self.segment.calls:
             for write in call.writes:
                 if self._is_private(write):
-                    buffer = self._buffer(f"private_{write.result}", write.shape, write.dtype)
+                    most = self.rewrite.limits.of(write.shape)
+                    buffer = self._buffer(f"private_{write.result}", write.shape if most is None else most, write.dtype)
                     self.private[write.result] = buffer
                     private.append(tirx.AllocBuffer(buffer))
-            memory, statement = without_memory(self._inline(call))
+            memory, statement = without_memory(self._inline(call), self.rewrite.limits)
             private += map(tirx.AllocBuffer, memory)
             statements.append(statement)
         repeats, repeat = tirx.Var("repeats", "int64"), tirx.Var("repeat", "int64")
@@ -380,24 +471,29 @@ class _SegmentFunction:
         function: Any = PrimFunc([*self.parameters.values(), table, *outputs], region)
         return function.with_attr("s_tir", True), [offset for _, offset in self.offsets]
 
-    def _is_private(self, place: _Place) -> bool:
+    def _is_private(self, place: Place) -> bool:
         rewrite = self.rewrite
         return place.result not in rewrite.shared_results and place.result != rewrite.result.result
 
-    def _inline(self, call: _Call) -> Any:
+    def _inline(self, call: KernelCall) -> Any:
         """The statements of one call, on the segment's memory."""
         # Two calls of one kernel must not share variables.
-        kernel, known = renew_definitions(call.kernel), {}
+        kernel = renew_definitions(call.kernel)
+        sizes: dict[Any, Any] = {}
+        tensors = []
         for parameter, argument in zip(kernel.params, [*call.arguments, *call.writes], strict=True):
-            old = parameter.ty
-            if not isinstance(argument, _Place):
-                known[parameter] = self._dimension(argument, str(old.dtype))
+            if not isinstance(argument, Place):
+                sizes[parameter] = self._dimension(argument, str(parameter.ty.dtype))
                 continue
-            shape = [self._dimension(d, str(o.ty)) for d, o in zip(argument.shape, old.shape, strict=True)]
-            known[parameter] = tirx.decl_buffer(
-                shape, argument.dtype, parameter.name, data_alignment=old.data_alignment
-            )
-        kernel = kernel.specialize(known)
+            tensors.append(parameter)
+            for own, symbol in zip(argument.shape, parameter.ty.shape, strict=True):
+                if isinstance(symbol, tirx.Var):
+                    sizes[symbol] = self._dimension(own, str(symbol.ty.dtype))
+
+        def size(variable: Any) -> Any:
+            return sizes.get(variable, variable)
+
+        kernel: Any = tvm_ffi.structural_map(PrimFunc(tensors, kernel.body), (tirx.Var, size))
         views = [
             tirx.DeclBuffer(parameter, data=self._pointer(place))
             for parameter, place in zip(kernel.params, [*call.reads, *call.writes], strict=True)
@@ -410,7 +506,7 @@ class _SegmentFunction:
             return _first_thread(tirx.SeqStmt([*views, body]))
         return tirx.SeqStmt([*views, body])
 
-    def _pointer(self, place: _Place) -> Any:
+    def _pointer(self, place: Place) -> Any:
         """The address of a tensor."""
         if place.result in self.private:
             return self.private[place.result].data
@@ -426,11 +522,8 @@ class _SegmentFunction:
     def _address(self, block: str, offset: int) -> Any:
         """A pointer into a block, at an offset from the table."""
         variable = self.offsets.setdefault((block, offset), tirx.Var(f"offset_{len(self.offsets)}", "int64"))
-        buffer = self.parameters[block]
-        zero = tirx.IntImm("int64", 0)
-        if block != STATE:
-            first = [zero] if block == FIXED_STATE else []
-            return tirx.address_of(tirx.BufferLoad(buffer, [*first, variable]))
-        # One sequence: bytes lie in the order of slots within each tensor, not across them.
-        slots = buffer.shape[1]
-        return tirx.address_of(tirx.BufferLoad(buffer, [zero, zero, variable * slots]))
+        # Bytes lie in the order of sequences and slots within each tensor, not across them.
+        *leading, _ = self.parameters[block].shape
+        byte = math.prod(leading, start=variable)
+        first = [tirx.IntImm("int64", 0) for _ in leading]
+        return tirx.address_of(tirx.BufferLoad(self.parameters[block], [*first, byte]))

@@ -32,6 +32,13 @@ def bindings(function: Any) -> Iterator[Any]:
     return itertools.chain.from_iterable(block.bindings for block in function.body.blocks)
 
 
+def operations(part: Any) -> int:
+    """How many operations, numbers, variables and loads an expression or a statement has, indices included."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(part, (tvm.ir.Expr, found.append))
+    return len(found)
+
+
 def has_parallel_loop(statement: Any) -> bool:
     """Whether a kernel's body shares work among threads."""
     found = []
@@ -151,7 +158,7 @@ def index_sizes(function: Any) -> dict[tuple[str, ...], int]:
             for size in tensor.shape:
                 found = tirx.analysis.undefined_vars(size)
                 symbols |= {variable.name: variable for variable in found}
-                count *= _with_ones(size, found)
+                count *= size_at(size, dict.fromkeys(found, 1))
             key = tuple(sorted(symbols))
             largest[key] = max(count, largest.get(key, 0))
     return largest
@@ -163,13 +170,13 @@ def _tensor_types(kind: Any) -> Iterator[Any]:
     return (member for member in members if isinstance(member, relax.TensorType))
 
 
-def _with_ones(size: Any, symbols: Sequence[Any]) -> int:
-    """A size where every symbol is one."""
+def size_at(size: Any, values: Mapping[Any, int]) -> int:
+    """A size where each of its symbols has a value."""
     if isinstance(size, int):
         return size
     analyzer: Any = tvm.sym.Analyzer()
-    for symbol in symbols:
-        analyzer.bind(symbol, tirx.const(1, str(symbol.ty.dtype)))
+    for symbol, value in values.items():
+        analyzer.bind(symbol, tirx.const(value, str(symbol.ty.dtype)))
     return int(analyzer.simplify(size))
 
 

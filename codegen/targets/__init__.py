@@ -27,6 +27,7 @@ class Target:
         arch: LLVM ``mcpu`` or CUDA architecture.
         features: LLVM ``mattr``, empty for CUDA.
         triple: LLVM ``mtriple`` of an architecture that is not this machine's; empty for code that could run here.
+        device: the number of the device that was asked for, where a machine may have several; None for any.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Target:
     arch: str
     features: tuple[str, ...] = ()
     triple: str = ""
+    device: int | None = None
 
     @property
     def llvm(self) -> dict[str, Any]:
@@ -60,14 +62,19 @@ class Target:
             TargetError: this machine cannot run them.
         """
         if not self.runs_here:
-            raise TargetError(f"this machine cannot run {self.name}; its own targets: {', '.join(runnable_targets())}")
+            lacks = _kind(self.kind).lacks(self)
+            raise TargetError(
+                f"this machine cannot run {self.name}{lacks and f': {lacks}'}; its own targets:"
+                f" {', '.join(runnable_targets())}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Parses one target, e.g. ``cpu`` (the best family of this machine), ``cpu:FAMILY`` or ``cuda:sm_NN``.
+        """Parses one target, e.g. ``cpu`` (the best family of this machine), ``cpu:FAMILY``, ``cuda`` (the device that
+        is present), ``cuda:N`` (the device of that number) or ``cuda:sm_NN``.
 
         Raises:
-            TargetError: unknown target, with the nearest known one.
+            TargetError: unknown target, with the nearest known one; or this machine has no such device.
         """
         return _parse(text.strip())[0]
 
@@ -90,11 +97,15 @@ class TargetKind(Protocol):
         ...
 
     def known(self) -> Sequence[str]:
-        """Every text that :meth:`parse` takes, the name included."""
+        """Texts that :meth:`parse` takes, the name included, to be offered and listed."""
         ...
 
     def runs_here(self, target: Target) -> bool:
         """Whether kernels for one of them can be proven and used on this machine."""
+        ...
+
+    def lacks(self, target: Target) -> str:
+        """What this machine lacks to run one of them, in words; empty where its name says that."""
         ...
 
 
@@ -121,22 +132,38 @@ class CpuKind:
     def runs_here(self, target: Target) -> bool:
         return target.family in host.families()
 
+    def lacks(self, target: Target) -> str:
+        return ""
+
 
 class CudaKind:
-    """NVIDIA GPUs, by architecture. Implements :class:`TargetKind`."""
+    """NVIDIA GPUs, by architecture or as the devices of this machine. Implements :class:`TargetKind`."""
 
     name = "cuda"
 
     def parse(self, detail: str) -> list[Target]:
-        found = [detail] if detail else cuda.DEFAULT_ARCHITECTURES
+        number = int(detail) if detail.isdecimal() else None
+        if number is not None:
+            found: Sequence[str] = [cuda.device(number).arch]
+        elif detail:
+            found = [detail]
+        else:
+            known = [device.arch for device in cuda.present().devices if device.arch in cuda.ARCHITECTURES]
+            found = known[:1] or cuda.DEFAULT_ARCHITECTURES
         cuda.check_architectures(found)
-        return [Target(self.name, f"{self.name}:{arch}", self.name, arch) for arch in found]
+        return [Target(self.name, f"{self.name}:{arch}", self.name, arch, device=number) for arch in found]
 
     def known(self) -> list[str]:
-        return [self.name, *(f"{self.name}:{arch}" for arch in cuda.ARCHITECTURES)]
+        # PTX is left out, which few ask for: messages have this list.
+        details = (*range(len(cuda.present().devices)), *cuda.ARCHITECTURES)
+        return [self.name, *(f"{self.name}:{detail}" for detail in details)]
 
     def runs_here(self, target: Target) -> bool:
-        return False  # kernels are compiled and emulated; no program is built of them yet
+        return cuda.ordinal(target.arch, target.device) is not None
+
+    def lacks(self, target: Target) -> str:
+        found = cuda.present()
+        return found.missing or f"its CUDA devices are {cuda.described(found.devices)}"
 
 
 _KINDS: dict[str, TargetKind] = {"cpu": CpuKind(), "cuda": CudaKind()}

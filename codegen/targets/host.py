@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
 import subprocess
@@ -11,6 +12,10 @@ from . import arm, generic, x86
 
 NEEDED_FLAGS = {**x86.CPU_FLAGS, **arm.CPU_FLAGS}
 """CPU flags that a kernel family needs, the families of each architecture best first."""
+
+TILE_REQUEST = (158, 0x1023, 18)
+"""The system call that asks Linux for tile registers: ``arch_prctl``, ``ARCH_REQ_XCOMP_PERM``, and the number of the
+tiles' state. It gives 0 where they are granted."""
 
 
 @functools.cache
@@ -52,7 +57,23 @@ def cpu_name() -> str:
 
 
 @functools.cache
+def grants_tiles() -> bool:
+    """Asks the system for this CPU's tile registers, once in a process and for all its threads.
+
+    Linux grants them to a process that asks, because they make the state of every thread 8 KB larger; without that,
+    their first use ends the process.
+
+    Returns:
+        Whether it may use them.
+    """
+    if x86.TILES not in cpu_flags() or platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(*TILE_REQUEST) == 0
+
+
+@functools.cache
 def families() -> tuple[str, ...]:
     """Kernel families this CPU runs, best first; the portable one is always there."""
     flags = cpu_flags()
-    return (*(family for family, needed in NEEDED_FLAGS.items() if needed <= flags), generic.FAMILY)
+    found = (family for family, needed in NEEDED_FLAGS.items() if needed <= flags)
+    return (*(f for f in found if x86.TILES not in NEEDED_FLAGS[f] or grants_tiles()), generic.FAMILY)

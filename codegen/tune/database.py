@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from ..cache import write_atomically
 from ..errors import LbllmError
-from ..spec import LinearSpec
+from ..spec import LinearSpec, complete
 from ..targets import Target, host
 from ..threads import shares_work
 
@@ -351,6 +351,8 @@ def spec_from_fields(fields: Any) -> LinearSpec:
     Raises:
         ValueError, LbllmError: it is none.
     """
+    if isinstance(fields, dict):
+        fields = complete(fields)
     _check_types(LinearSpec, fields, {"kind": str})
     return LinearSpec(**fields)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..targets import Target
+from ..kernels.tiles import request
+from ..targets import Target, host, x86
 from ..threads import thread_count
 from ..tvm_api import RemoteSession, Tracker, compile_functions, export_library
 from .measure import START_SECONDS, RemoteDevice
@@ -152,6 +153,9 @@ class RemoteMachine:
         self._compiler = device.compiler or _linker(target)
         self._candidate_seconds = candidate_seconds
         self._tracker = Tracker(device.host, device.port, device.key)
+        self._request = None
+        if x86.TILES in host.NEEDED_FLAGS.get(target.family, ()):
+            self._request = compile_functions({SYMBOL: request()}, target.llvm)
         library = compile_functions({SYMBOL: filler(PROBE_BYTES)}, target.llvm)
         with self._session(START_SECONDS) as session:
             self.threads = session.threads()
@@ -165,7 +169,10 @@ class RemoteMachine:
     @contextmanager
     def _session(self, seconds: float) -> Iterator[_RemoteSession]:
         with self._tracker.session(seconds) as session, TemporaryDirectory() as folder:
-            yield _RemoteSession(session, Path(folder), self._compiler)
+            remote = _RemoteSession(session, Path(folder), self._compiler)
+            if self._request is not None:  # a server has a process of its own for each session
+                remote.ask_for_tiles(self._request)
+            yield remote
 
 
 class _RemoteSession:
@@ -196,6 +203,17 @@ class _RemoteSession:
                 f"the device cannot run code for {target.name} ({reason}); tune a target of its architecture"
             ) from error
 
+    def ask_for_tiles(self, library: Any) -> None:
+        """Runs a library of :func:`..kernels.tiles.request`.
+
+        Raises:
+            KernelError: the device's system does not grant tile registers, or has none.
+        """
+        answer = self._session.upload(torch.ones(1, dtype=torch.int32))
+        self._module(library)[SYMBOL](answer)
+        if answer.numpy()[0]:
+            raise KernelError("the device does not grant tile registers; tune cpu:avx512-vpopcnt for it")
+
     def allocate(self, count: int) -> Any:
         return self._session.allocate(count)
 
@@ -203,10 +221,13 @@ class _RemoteSession:
         return [packed], True  # it is flushed from the caches before every call
 
     def load(self, library: Any) -> Kernel:
+        return _RemoteKernel(self._session, self._module(library))
+
+    def _module(self, library: Any) -> Any:
         self._loaded += 1
         file = self._folder / f"candidate{self._loaded}.so"
         export_library(library, file, self._compiler)
-        return _RemoteKernel(self._session, self._session.load(file))
+        return self._session.load(file)
 
 
 class _RemoteKernel:

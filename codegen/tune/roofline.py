@@ -10,7 +10,8 @@ from typing import Any
 
 from ..kernels.dot import FIELDS, SLAB
 from ..kernels.families import INSTRUCTION_SETS
-from ..kernels.isa import InstructionSet
+from ..kernels.isa import InstructionSet, TileSet
+from ..kernels.tiles import MOST_TOKENS, PRODUCTS, SHAPE_WORDS, VALUES, WEIGHTS
 from ..targets import Target
 from ..tvm_api import PrimFunc, T
 
@@ -30,6 +31,13 @@ PASSES = 256
 
 TILES = ((2, 4), (2, 6), (2, 10), (4, 4), (4, 5))
 """(row vectors, tokens) of the register tiles tried; how many accumulators fit depends on the register file."""
+
+
+TILE_BYTES = 1024
+"""Bytes of a full tile."""
+
+CYCLED_TILES = 8
+"""Tiles of weights, and of values, that a thread which multiplies tiles cycles through."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,52 @@ def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:
                 sums[T.ramp(part * width + a * lanes, 1, lanes)] = total[T.ramp(a * lanes, 1, lanes)]
 
     return kernel
+
+
+def tile_multiplier(isa: TileSet) -> PrimFunc:
+    """A kernel of the parameters of :func:`multiplier` that does nothing but load and multiply tiles."""
+    weight_bytes, value_bytes, sum_count = tile_multiplier_sizes()
+    shapes = {number: (MOST_TOKENS, TILE_BYTES // MOST_TOKENS) for number in (VALUES, WEIGHTS, PRODUCTS)}
+    stride = TILE_BYTES // MOST_TOKENS
+
+    def begin(described: Any) -> None:
+        isa.configure_tiles(described, shapes)
+        isa.clear_tile(PRODUCTS)
+
+    def tile(weights: Any, values: Any, t: Any) -> None:
+        isa.load_tile(VALUES, values, t * TILE_BYTES, stride)
+        isa.load_tile(WEIGHTS, weights, t * TILE_BYTES, stride)
+        isa.multiply_tiles(PRODUCTS, VALUES, WEIGHTS)
+
+    def end(sums: Any, part: Any) -> None:
+        isa.store_tile(PRODUCTS, sums, part * (TILE_BYTES // 4), stride)
+        isa.release_tiles()
+
+    @T.prim_func(s_tir=True)
+    def kernel(weights_: T.handle, values_: T.handle, sums_: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        weights = T.match_buffer(weights_, (weight_bytes,), "uint8", align=64)
+        values = T.match_buffer(values_, (value_bytes,), "int8", align=64)
+        sums = T.match_buffer(sums_, (sum_count,), "int32", align=64)
+        for part in T.parallel(PARTS):
+            described = T.alloc_buffer((SHAPE_WORDS,), "int32")
+            begin(described)
+            for _ in T.serial(PASSES):
+                for t in T.serial(CYCLED_TILES):
+                    tile(weights, values, t)
+            end(sums, part)
+
+    return kernel
+
+
+def tile_multiplier_sizes() -> tuple[int, int, int]:
+    """Elements of a :func:`tile_multiplier`'s weights, values and sums."""
+    return CYCLED_TILES * TILE_BYTES, CYCLED_TILES * TILE_BYTES, PARTS * TILE_BYTES // 4
+
+
+def tile_multiplications() -> int:
+    """Multiply-adds of one call of a :func:`tile_multiplier`."""
+    return PARTS * PASSES * CYCLED_TILES * TILE_BYTES * MOST_TOKENS
 
 
 def multiplier_sizes(isa: InstructionSet, vectors: int, tokens: int) -> tuple[int, int, int]:

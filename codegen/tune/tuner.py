@@ -138,11 +138,12 @@ def choose(
         spec = item.key.spec
         if item.bucket != first:
             if spec not in deciding:
-                key = dataclasses.replace(item.key, tokens=first.name)
+                of, stored = item.key, space.measured_as(target, first)
+                key = Key.on(of.cpu, spec, first.name, stored, of.threads, of.tvm, of.version)
                 deciding[spec] = known(Wanted(item.candidates, first, key))[1]
             layout = deciding[spec].schedule.layout
             item = dataclasses.replace(item, candidates=[space.of_layout(item.candidates, layout)])
-        record = given.get((spec, item.bucket.name, target.name, shares_work(item.key.threads)))
+        record = given.get((spec, item.bucket.name, item.key.target, shares_work(item.key.threads)))
         return item, *_known(item, space, record, database, trials)
 
     choices: dict[int, Choice] = {}

@@ -89,10 +89,14 @@ def _compiled_readers(target: str, count: int) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _compiled_multiplier(target: str, act_bits: int, tile: tuple[int, int]) -> Any:
+def _compiled_multiplier(target: str, act_bits: int, tile: tuple[int, int] | None) -> Any:
+    """The library of a register tile of vectors, or of tile registers where none is given."""
     parsed = Target.parse(target)
     isa = roofline.instructions(parsed, act_bits)
     assert isa
+    if tile is None:
+        assert isa.tiles
+        return compile_functions({SYMBOL: roofline.tile_multiplier(isa.tiles)}, parsed.llvm)
     return compile_functions({SYMBOL: roofline.multiplier(isa, *tile)}, parsed.llvm)
 
 
@@ -110,20 +114,25 @@ def measure_bandwidth(session: Session, target: str) -> float:
 
 
 def measure_products(session: Session, target: str, act_bits: int) -> float | None:
-    """8-bit multiply-adds per second of the best register tile, None where the target has no dot product."""
+    """8-bit multiply-adds per second of the best way to multiply, None where the target has no dot product."""
     isa = roofline.instructions(Target.parse(target), act_bits)
     if isa is None:
         return None
+    ways: list[tuple[tuple[int, int] | None, tuple[int, int, int], int]] = [
+        (tile, roofline.multiplier_sizes(isa, *tile), roofline.multiplications(isa, *tile))
+        for tile in roofline.tiles(isa)
+    ]
+    if isa.tiles:
+        ways.append((None, roofline.tile_multiplier_sizes(), roofline.tile_multiplications()))
     best = 0.0
-    for tile in roofline.tiles(isa):
-        weights, values, sums = roofline.multiplier_sizes(isa, *tile)
+    for tile, (weights, values, sums), multiplications in ways:
         operands = (
             session.place(torch.full((weights,), 129, dtype=torch.uint8)),
             session.place(torch.ones(values, dtype=torch.int8)),
             session.place(torch.empty(sums, dtype=torch.int32)),
         )
         kernel = session.load(_compiled_multiplier(target, act_bits, tile))
-        best = max(best, roofline.multiplications(isa, *tile) / min(kernel.times([operands], ROOFLINE_SECONDS)))
+        best = max(best, multiplications / min(kernel.times([operands], ROOFLINE_SECONDS)))
     return best
 
 

@@ -184,12 +184,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> Report:
 def _settings(options: BenchOptions, context: int | None) -> Settings:
     """How much to measure within a context of so many tokens."""
     quick = {"steps": 4, "prefill": 16, "processes": 1, "pause": 0.0, "warm": False} if options.quick else {}
-    settings = Settings(**{"rounds": options.rounds, **quick})
-    if context is None or context >= settings.capacity:
-        return settings
-    prompt = max(1, min(settings.prompt, context // 2))
-    steps = max(1, min(settings.steps, context - prompt))
-    return dataclasses.replace(settings, prompt=prompt, steps=steps, prefill=min(settings.prefill, context))
+    return Settings(**{"rounds": options.rounds, **quick}).within(context)
 
 
 @contextlib.contextmanager

@@ -25,17 +25,13 @@ import numpy as np
 
 from lbllm_compile.bench import turns
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.resident import memory
 
 if TYPE_CHECKING:
     from lbllm_compile.native.language import InputBounds, LanguageModel
-    from lbllm_compile.native.program import NativeProgram
+    from lbllm_compile.native.program import StoredProgram
 
 MODULE = "lbllm_compile.bench.decoders"
-
-STATUS = Path("/proc/self/status")
-"""Where Linux says how much memory a process uses."""
-
-MEMORY_FIELDS = {"VmRSS": "resident", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
 
 NATIVE, TORCH, TORCH_BF16, LLAMA_CPP = "native", "torch", "torch-bf16", "llama.cpp"
 """Kinds of decoders."""
@@ -91,11 +87,9 @@ class NativeDecoder:
         self.reset()
 
     @classmethod
-    def of_program(cls, program: NativeProgram, capacity: int) -> NativeDecoder:
+    def of_program(cls, program: StoredProgram, capacity: int) -> NativeDecoder:
         """A native program's."""
-        from lbllm_compile.native.program import NativeModel
-
-        model = NativeModel(program, tokenizer=None)
+        model = program.model(None)
         return cls(model, _vocabulary(program.description.bounds, model.config), capacity)
 
     def reset(self) -> None:
@@ -205,17 +199,6 @@ Loader = Callable[[Loading], Decoder]
 
 LOADERS: Mapping[str, Loader] = {NATIVE: _native, TORCH: _torch, TORCH_BF16: _torch, LLAMA_CPP: _llama}
 """What loads the decoders of each kind; raises an LbllmError where it cannot."""
-
-
-def memory() -> dict[str, int]:
-    """Bytes of this process: ``resident`` now, ``peak`` of it so far, and its ``anonymous`` and ``file`` parts.
-
-    Empty where the system does not say.
-    """
-    if not STATUS.is_file():
-        return {}
-    lines = (line.partition(":") for line in STATUS.read_text().splitlines())
-    return {MEMORY_FIELDS[name]: 1024 * int(text.split()[0]) for name, _, text in lines if name in MEMORY_FIELDS}
 
 
 def turn(decoder: Decoder, prompt: int, steps: int, vocabulary: int | None = None) -> dict[str, Any]:

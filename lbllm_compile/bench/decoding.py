@@ -8,6 +8,7 @@ of the others stop spinning, and the first round does not count.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,14 @@ class Settings:
     def capacity(self) -> int:
         """Tokens that a decoder needs room for."""
         return max(self.prompt + self.steps, self.prefill)
+
+    def within(self, context: int | None) -> Settings:
+        """As much of it as a context of so many tokens holds; all where that is unknown."""
+        if context is None or context >= self.capacity:
+            return self
+        prompt = max(1, min(self.prompt, context // 2))
+        steps = max(1, min(self.steps, context - prompt))
+        return dataclasses.replace(self, prompt=prompt, steps=steps, prefill=min(self.prefill, context))
 
 
 @dataclass

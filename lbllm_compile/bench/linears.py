@@ -101,9 +101,8 @@ class Linear:
         """In what it is computed, e.g. ``W(1+1) g64, A4``."""
         if self.spec is None or self.quantizer is None:
             return "float"
-        weights = f"W(1+1) g{self.spec.group}" if self.spec.kind == "bit" else "int8"
-        knees = " with knees" if self.quantizer.knees else ""
-        return f"{weights}, A{self.quantizer.bits}{knees}"
+        table = " with knees" if self.quantizer.knees else " with planes" if self.quantizer.planes else ""
+        return f"{self.spec.weights}, A{self.quantizer.bits}{table}"
 
 
 def distinct(program: Program) -> dict[Linear, list[LinearInfo]]:

@@ -29,13 +29,23 @@ class Form(ABC):
         program: the artifact's program.
         original: its weights in the original architecture.
         dtype: of the weights that are written as floating-point numbers.
+        kind: one of ``types``; None where there are none.
     """
 
     suffix = ""
     """Of the file that is written; empty for a folder."""
 
-    def __init__(self, program: Program, original: Original, dtype: str):
-        self.program, self.original, self.dtype = program, original, dtype
+    types: tuple[str, ...] = ()
+    """That W(1+1) matrices can be written in, the one that is taken by default first; empty where they have the dtype
+    of all weights."""
+
+    def __init__(self, program: Program, original: Original, dtype: str, kind: str | None):
+        self.program, self.original, self.dtype, self.kind = program, original, dtype, kind
+
+    @classmethod
+    def dtype_with(cls, kind: str | None) -> str | None:
+        """The dtype that goes with a type where none is asked for; None where that does not follow from the type."""
+        return None
 
     @property
     @abstractmethod
@@ -65,6 +75,19 @@ def chosen_dtype(asked: str | None, config: Mapping[str, Any]) -> str:
         raise ExportError(f"there is no dtype '{asked}'; use one of {', '.join(DTYPES)}")
     own = config.get("dtype")
     return asked or (own if own in ("bfloat16", "float16") else DEFAULT_DTYPE)
+
+
+def chosen_type(name: str, form: type[Form], asked: str | None) -> str | None:
+    """The type of W(1+1) matrices: as asked for, else the form's own; None for a form without types.
+
+    Raises:
+        ExportError: the form has no such type.
+    """
+    if asked is not None and asked not in form.types:
+        if not form.types:
+            raise ExportError(f"{name} has all weights in one dtype; use --dtype in place of --type, or --format gguf")
+        raise ExportError(f"{name} has no type '{asked}'; use one of {', '.join(form.types)}")
+    return asked or next(iter(form.types), None)
 
 
 def rounded(path: str, tensor: Tensor, dtype: str) -> Tensor:

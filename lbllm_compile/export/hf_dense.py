@@ -21,8 +21,8 @@ from lbllm_compile.passes.ir.program import Program
 class HfDense(Form):
     """A folder that transformers' ``from_pretrained`` reads, and every engine that reads such folders."""
 
-    def __init__(self, program: Program, original: Original, dtype: str):
-        super().__init__(program, original, dtype)
+    def __init__(self, program: Program, original: Original, dtype: str, kind: str | None = None):
+        super().__init__(program, original, dtype, kind)
         round_weights(original.module, lambda path, tensor: rounded(path, tensor, dtype))
 
     @property

@@ -20,16 +20,18 @@ from torch import Tensor, fx, nn
 
 from lbllm_compile import frontend
 from lbllm_compile.codegen.errors import LbllmError
-from lbllm_compile.codegen.format import QuantizedWeight
+from lbllm_compile.codegen.format import Int4Weight, QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT
 from lbllm_compile.frontend.loading import skeleton_of, with_state
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir import spool, weight_only
+from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import stored_int4, stored_weights
+from lbllm_compile.passes.outliers import ORDER
 
 TOLERANCE = 1e-4
 """Largest relative error between logits of the module and of the graph, which sum in other orders."""
@@ -49,12 +51,14 @@ class Original:
     Attributes:
         module: a transformers language model in float32.
         bit: the W(1+1) matrices by path; stored ``[..., N, K]``, also where the module has them transposed.
+        int4: the 4-bit matrices by path.
         rows: int8 matrices ``[N, K]`` and their float32 scales ``[N]`` by path.
         error: relative error of the module's logits against those of the graph with float activations.
     """
 
     module: Any
     bit: Mapping[str, QuantizedWeight]
+    int4: Mapping[str, Int4Weight]
     rows: Mapping[str, tuple[Tensor, Tensor]]
     error: float
 
@@ -63,23 +67,51 @@ def original(program: Program) -> Original:
     """The original architecture around the weights of a lowered program.
 
     Raises:
-        ExportError: the program is no language model, its weights do not fit its architecture, or its graph computes
-            something else.
+        ExportError: the program is no language model, outlier channels of it have moved, its weights do not fit its
+            architecture, or its graph computes something else.
         ModelError: the architecture is none that transformers has, or has weights that the program lacks.
     """
     what = f"the artifact of '{program.name}'"
     if program.kind != "causal-lm":
         raise ExportError(f"{what} is no language model; only language models can be exported")
-    dropped = (COMPILED_CONTEXT, "quantization_config")
-    empty = skeleton_of({k: v for k, v in program.config.items() if k not in dropped}, what)
+    if _moves_outliers(program):
+        raise ExportError(
+            f"{what} cannot be exported: the loudest channels of its inputs have moved (pass 'outliers'), which no"
+            " format of an export has; run, chat and serve take the artifact as it is"
+        )
     bit, rows = stored_weights(program), _int8_rows(program)
-    foreign = sorted((bit.keys() | rows.keys()) - empty.state_dict().keys())
+    shared = stored_int4(program)
+    int4 = _apart(program, shared, rows)
+    dropped = (COMPILED_CONTEXT, "quantization_config")
+    config = {k: v for k, v in program.config.items() if k not in dropped}
+    if int4.keys() != shared.keys():
+        config["tie_word_embeddings"] = False
+    empty = skeleton_of(config, what)
+    foreign = sorted((bit.keys() | int4.keys() | rows.keys()) - empty.state_dict().keys())
     if foreign:
         raise ExportError(
             f"{what} cannot be exported: it computes with '{foreign[0]}', for which {type(empty).__name__} has no place"
         )
-    module = with_state(empty, spool.mapped(_weights(program, empty, bit, rows)), what)
-    return Original(module, bit, rows, _check(program, module, what))
+    module = with_state(empty, spool.mapped(_weights(program, empty, {**bit, **int4}, rows)), what)
+    return Original(module, bit, int4, rows, _check(program, module, what))
+
+
+def _moves_outliers(program: Program) -> bool:
+    """Whether columns are apart from their matrix, or inputs are gathered in another order."""
+    orders = (node for node in program.graph.nodes if node.op == "get_attr" and node.target.endswith(f".{ORDER}"))
+    return any(info.role == "outliers" for _, info in linears(program)) or any(orders)
+
+
+def _apart(
+    program: Program, int4: Mapping[str, Int4Weight], rows: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Int4Weight]:
+    """4-bit matrices, that of a head under its own path where the embedding that it was tied to has int8 rows."""
+    heads = {
+        str(Arguments(node).codes.target).removesuffix(".codes"): f"{info.path}.weight"
+        for node, info in linears(program)
+        if node.target is _lbllm.int4_linear.default
+    }
+    return {heads[path] if path in rows else path: weight for path, weight in int4.items()}
 
 
 def _int8_rows(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
@@ -97,7 +129,7 @@ def _int8_rows(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
 def _weights(
     program: Program,
     empty: nn.Module,
-    bit: Mapping[str, QuantizedWeight],
+    grouped: Mapping[str, QuantizedWeight | Int4Weight],
     rows: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Iterator[tuple[str, Tensor]]:
     """Those weights of the original module that the program has, one by one, in float32 and as the module has them."""
@@ -109,8 +141,8 @@ def _weights(
     offsets: dict[tuple[type, torch.Size], float] = {}
     for path, parameter in empty.state_dict(keep_vars=True).items():
         owner = empty.get_submodule(path.rpartition(".")[0])
-        if path in bit:
-            yield path, _as_in(owner, parameter, bit[path].dequantize())
+        if path in grouped:
+            yield path, _as_in(owner, parameter, grouped[path].dequantize())
         elif path in rows:
             yield path, _lbllm.unpack_rows(*rows[path])
         elif path in stored:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
 from safetensors import SafetensorError
+from torch import Tensor
 
-from lbllm_compile import artifact
+from lbllm_compile import artifact, frontend
 from lbllm_compile.codegen.cache import sync, write_failure
 from lbllm_compile.codegen.progress import NoProgress, Progress
-from lbllm_compile.evaluate import Excerpt, check_numbers, compare, read_text
-from lbllm_compile.export.form import Form, chosen_dtype
+from lbllm_compile.evaluate import Excerpt, Logits, Scores, check_numbers, read_text
+from lbllm_compile.export.form import Form, chosen_dtype, chosen_type
 from lbllm_compile.export.gguf import Gguf
 from lbllm_compile.export.hf_dense import HfDense
 from lbllm_compile.export.original import ExportError, original
+from lbllm_compile.passes.ir import weight_only
+from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.report import terminal
 from lbllm_compile.runtime.loader import prepared
 
@@ -35,18 +39,21 @@ class ExportReport:
         out: the file or folder.
         format: one of :data:`FORMATS`.
         dtype: of weights that are written as floating-point numbers.
+        type: of W(1+1) matrices where the format has types; None elsewhere.
         nbytes: of all weights as written.
         graph_error: relative error of the original architecture's logits, with these weights before they are rounded,
             against those of the artifact's graph with float activations.
         facts: what the format says of its weights.
         scores: ``kld_mean, kld_p99, top1_agreement, ppl`` and, as ``ppl_teacher``, the artifact's, on a text; empty
             without one. KL is in nats, of the artifact with its own activations against the written weights with float
-            ones.
+            ones. ``weights_kld_mean`` is that of the artifact's weights against the written ones, both with float
+            activations.
     """
 
     out: Path
     format: str
     dtype: str
+    type: str | None
     nbytes: int
     graph_error: float
     facts: Mapping[str, Any]
@@ -62,6 +69,7 @@ def export(
     out: str | Path,
     *,
     dtype: str | None = None,
+    type: str | None = None,
     text: str | Path | None = None,
     seq_len: int | None = None,
     chunks: int = 32,
@@ -74,7 +82,9 @@ def export(
         format: one of :data:`FORMATS`.
         out: the file or folder to make.
         dtype: of weights that are written as floating-point numbers: ``float32``, ``bfloat16`` or ``float16``; by
-            default the one that the model's configuration names if it has 16 bits, else ``bfloat16``.
+            default that of ``type`` if it is one of them, then the one that the model's configuration names if it has
+            16 bits, else ``bfloat16``.
+        type: of W(1+1) matrices in ``gguf``, one of :data:`.ggml.TYPES`; by default ``q8_0``, which has them exactly.
         text: a UTF-8 text file on which artifact and written weights are compared.
         seq_len, chunks: how the text is cut, see :func:`lbllm_compile.evaluate.evaluate`.
         progress: told what goes on.
@@ -88,16 +98,17 @@ def export(
     if format not in FORMATS:
         raise ExportError(f"there is no format '{format}'; use one of {', '.join(FORMATS)}")
     form = FORMATS[format]
+    kind = chosen_type(format, form, type)
     check_place(out, form.suffix)
     check_numbers(seq_len, chunks)
     if text is not None:
         read_text(Path(text))
     loaded = artifact.load(directory)
     program = loaded.program
-    chosen = chosen_dtype(dtype, program.config)
+    chosen = chosen_dtype(dtype or form.dtype_with(kind), program.config)
     excerpt = None if text is None else Excerpt.of(program, Path(text), seq_len, chunks)
     found = original(program)
-    ready = form(program, found, chosen)
+    ready = form(program, found, chosen, kind)
     progress.note(f"{out}: {terminal.size(ready.nbytes)} of weights")
     free = shutil.disk_usage(_existing(out)).free
     if free < ready.nbytes:
@@ -108,10 +119,23 @@ def export(
     scores: Mapping[str, Any] = {}
     if excerpt is not None:
         compiled = prepared(loaded, progress=progress)
-        exported = lambda ids: found.module(input_ids=ids, use_cache=False).logits  # noqa: E731
-        scores = {**excerpt.facts, **compare(exported, compiled.logits, excerpt.pieces, progress).summary()}
+        scores = {**excerpt.facts, **_scores(found.module, compiled.logits, program, excerpt.pieces, progress)}
     _write(ready, out)
-    return ExportReport(out, format, chosen, ready.nbytes, found.error, ready.facts(), scores)
+    return ExportReport(out, format, chosen, kind, ready.nbytes, found.error, ready.facts(), scores)
+
+
+def _scores(
+    module: Any, compiled: Logits, program: Program, pieces: Sequence[Tensor], progress: Progress
+) -> dict[str, Any]:
+    """Of the weights as written, against the artifact and against its weights with float activations."""
+    against_all, against_weights = Scores(), Scores()
+    with progress.task("scoring", len(pieces)) as task, torch.no_grad():
+        for ids in pieces:
+            logits = module(input_ids=ids, use_cache=False).logits
+            against_all.add(ids, logits, compiled(ids))
+            against_weights.add(ids, logits, weight_only.run(program, frontend.language_model_inputs(ids)))
+            task.advance()
+    return {**against_all.summary(), "weights_kld_mean": against_weights.summary()["kld_mean"]}
 
 
 def check_place(out: Path, suffix: str) -> None:
@@ -174,5 +198,6 @@ def render(report: ExportReport) -> list[RenderableType]:
             ["perplexity of the artifact", report.scores["ppl_teacher"]],
             ["KL divergence from the artifact, mean", report.scores["kld_mean"]],
             ["same top token", report.scores["top1_agreement"]],
+            ["KL divergence from its weights, both with float activations, mean", report.scores["weights_kld_mean"]],
         ]
     return [terminal.table(f"{report.out} ({report.format})", ["", ""], rows)]

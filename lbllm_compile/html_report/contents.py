@@ -25,9 +25,12 @@ from lbllm_compile.manifest import check_files
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.annotations import LINEAR
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS
+from lbllm_compile.passes.ir.rewrite import INTEGER_LINEARS, is_call
+from lbllm_compile.passes.lower import readers
 from lbllm_compile.records import CompileReport, MeasuredPass
 from lbllm_compile.report import graph
+
+_lbllm = torch.ops.lbllm
 
 _STEP = re.compile(r"layers?\.\d+\.|h\.\d+\.|blocks?\.\d+\.")
 
@@ -69,6 +72,7 @@ class Contents:
         lock: contents of ``lbllm.lock``.
         files: bytes of each file, by name.
         tensors: bytes of the stored weights, by path.
+        parts: see :func:`parts_of`.
         report: what the compile took and gave, where that is known.
         measured: what the passes measured.
         linears: rows of :func:`lbllm_compile.inspect.linear_rows` of the graph that runs.
@@ -85,6 +89,7 @@ class Contents:
     lock: Mapping[str, Any]
     files: Mapping[str, int]
     tensors: Mapping[str, int]
+    parts: Mapping[str, str]
     report: CompileReport | None
     measured: Sequence[MeasuredPass]
     linears: Sequence[Mapping[str, Any]]
@@ -119,6 +124,7 @@ def gather(directory: Path, progress: Progress | None = None) -> Contents:
         lock=artifact.read_lock(directory),
         files={name: entry["bytes"] for name, entry in listed.items()},
         tensors=shapes.sizes(),
+        parts=parts_of(program),
         report=report,
         measured=measured,
         linears=linear_rows(program),
@@ -127,6 +133,42 @@ def gather(directory: Path, progress: Progress | None = None) -> Contents:
         clips=weights.clip_factors(directory, shards),
         graphs=_graphs(directory, progress or NoProgress()),
     )
+
+
+_PARTS = {"sign": "sign planes", "bitmap": "bitmaps", "levels": "levels", "scale": "group scales"}
+"""What the arguments of W(1+1) linears hold."""
+
+_TABLES = {
+    _lbllm.int8_embedding.default: ("int8", "embedding"),
+    _lbllm.int8_linear.default: ("int8", "head"),
+    _lbllm.int4_embedding.default: ("4-bit", "embedding"),
+    _lbllm.int4_linear.default: ("4-bit", "head"),
+}
+"""Operators that read the embedding or the head: in what form, and which of the two."""
+
+
+def parts_of(program: Program) -> dict[str, str]:
+    """What each quantized tensor of a lowered program is a part of, by its path, e.g. ``"sign planes"`` or ``"int8
+    embedding"``; the parts in the order of a report."""
+    planes: dict[str, str] = {}
+    outliers: dict[str, str] = {}
+    tables: dict[str, str] = {}
+    orders: dict[str, str] = {}
+    users: dict[str, set[str]] = {}
+    for path, read in readers(program).items():
+        for node, name in read:
+            if is_call(node, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+                planes[path] = _PARTS[name]
+            elif LINEAR in node.meta and node.meta[LINEAR].role == "outliers":
+                outliers[path] = "int8 outlier columns"
+            elif is_call(node, *_TABLES):
+                form, user = _TABLES[node.target]
+                tables[path] = form
+                users.setdefault(form, set()).add(user)
+            elif name == "index":
+                orders[path] = "orders of inputs with outliers"
+    named = {path: f"{form} {' and '.join(sorted(users[form]))}" for path, form in tables.items()}
+    return {**planes, **outliers, **named, **orders}
 
 
 def short_name(path: str) -> str:

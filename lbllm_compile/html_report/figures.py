@@ -47,8 +47,8 @@ def _linear_errors(measured: Sequence[MeasuredPass]) -> dict[str, Any]:
 def _training(measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
     """Curves of trainings, layer by layer: ``[step, held-out error]`` and ``[step, training error]``."""
     return [
-        {"name": story.STAGES.get(item.name, item.name), "layer": row["layer"], **row["curve"], "kept": row.get("step")}
-        for item in measured
+        {"name": title, "layer": row["layer"], **row["curve"], "kept": row.get("step")}
+        for item, title in zip(measured, story.titles(measured), strict=True)
         for row in item.rows
         if isinstance(row.get("curve"), Mapping) and row.get("layer") is not None
     ]
@@ -57,12 +57,12 @@ def _training(measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
 def _alignment(measured: Sequence[MeasuredPass]) -> list[dict[str, Any]]:
     """What trainings of the whole model did to its divergence from the float one, with their curves as above."""
     found = []
-    for item in measured:
+    for item, title in zip(measured, story.titles(measured), strict=True):
         for measure, name in (("kl", "KL divergence"), ("error", "relative error")):
             if f"{measure}_before" in item.summary and f"{measure}_after" in item.summary:
                 ends = {"before": item.summary[f"{measure}_before"], "after": item.summary[f"{measure}_after"]}
                 curve = item.summary.get("curve") or {"validation": [], "training": []}
-                found.append({"name": story.STAGES.get(item.name, item.name), "measure": name, **ends, **curve})
+                found.append({"name": title, "measure": name, **ends, **curve})
     return found
 
 
@@ -97,23 +97,14 @@ def _ranges(contents: Contents) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["layer"] is not None, row["layer"]))
 
 
-_PARTS = {
-    "sign planes": (".sign",),
-    "bitmaps": (".bitmap",),
-    "levels": (".levels",),
-    "group scales": (".scale",),
-    "int8 embedding and head": (".rows", ".row_scale"),
-}
-"""Parts of the stored weights, and how paths of their tensors end."""
-
 FLOAT = "float: norms, biases, dense linears"
 
 
 def _bytes(contents: Contents) -> list[dict[str, Any]]:
     """What the stored weights consist of."""
-    sizes = dict.fromkeys([*_PARTS, FLOAT], 0)
+    sizes = dict.fromkeys([*contents.parts.values(), FLOAT], 0)
     for path, size in contents.tensors.items():
-        sizes[next((part for part, ends in _PARTS.items() if path.endswith(ends)), FLOAT)] += size
+        sizes[contents.parts.get(path, FLOAT)] += size
     return [{"name": name, "bytes": size} for name, size in sizes.items() if size]
 
 
@@ -123,8 +114,10 @@ def _seconds(contents: Contents) -> list[dict[str, Any]]:
         return []
     phases = dict(contents.report.seconds)
     phases.pop("passes", None)
-    passes = {record.name: record.seconds + record.check_seconds for record in contents.report.records}
-    rows = [{"name": f"pass {name}", "seconds": seconds} for name, seconds in passes.items()]
+    rows = [
+        {"name": f"pass {record.index} {record.name}", "seconds": record.seconds + record.check_seconds}
+        for record in contents.report.records
+    ]
     return rows + [{"name": name, "seconds": seconds} for name, seconds in phases.items()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class LayerErrors:
     """Reconstruction errors of the decoder layers against the float model, at one point of the pipeline.
 
     Attributes:
-        stage: name of the pass that was the last one.
+        stage: what the pass is called that was the last one (:func:`titles`).
         name: of the point, for people.
         errors: by decoder layer.
     """
@@ -74,6 +75,17 @@ class Reason:
     text: str
 
 
+def titles(measured: Sequence[MeasuredPass]) -> list[str]:
+    """What each pass is called; one that the pipeline names again has a number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for item in measured:
+        seen[item.name] += 1
+        title = STAGES.get(item.name, item.name)
+        found.append(title if seen[item.name] == 1 else f"{title} {seen[item.name]}")
+    return found
+
+
 def layer_errors(measured: Sequence[MeasuredPass]) -> list[LayerErrors]:
     """The layers' errors after every stage that measured them, in order.
 
@@ -81,21 +93,21 @@ def layer_errors(measured: Sequence[MeasuredPass]) -> list[LayerErrors]:
     layer's linears.
     """
     found: list[LayerErrors] = []
-    for item in measured:
+    for item, title in zip(measured, titles(measured), strict=True):
         rows = [row for row in item.rows if row.get("layer") is not None]
         if not rows or not all(isinstance(row.get("after"), float) for row in rows):
             continue
         after = {row["layer"]: row["after"] for row in rows}
         before = {row["layer"]: row["before"] for row in rows if isinstance(row.get("before"), float)}
         if before and not found:
-            found.append(LayerErrors("ptq", STAGES["ptq"], before))
+            found.append(LayerErrors(STAGES["ptq"], STAGES["ptq"], before))
         elif before and item.name == "activate":
-            found.append(LayerErrors(item.name, "activations quantized", before))
-        found.append(LayerErrors(item.name, STAGES.get(item.name, item.name), after))
+            found.append(LayerErrors(title, "activations quantized", before))
+        found.append(LayerErrors(title, title, after))
     fitted = next((item for item in measured if item.name == "ptq" and item.rows), None)
     if not found and fitted is not None:
         errors = {row["layer"]: row["error"] for row in summary.by_layer(fitted.rows)}
-        found.append(LayerErrors("ptq", STAGES["ptq"], errors))
+        found.append(LayerErrors(STAGES["ptq"], STAGES["ptq"], errors))
     return found
 
 
@@ -194,7 +206,10 @@ def _proofs(kernels: Sequence[Kernel], sheet: Mapping[str, Any]) -> Iterator[Rea
     for target in dict.fromkeys(row["target"] for kernel in kernels for row in kernel.schedules):
         specs = {kernel.spec for kernel in kernels if any(row["target"] == target for row in kernel.schedules)}
         kinds = f"{len(specs)} kind{'' if len(specs) == 1 else 's'} of linears"
-        yield Reason(True, f"Kernels for {target}", f"of {kinds}: they gave the reference's bits before they were used")
+        tokens = {row["tokens"] for kernel in kernels for row in kernel.schedules if row["target"] == target}
+        # Kernels for one token may be another target's, whose name their schedules have.
+        which = f"of {kinds} for one token" if tokens == {ONE_TOKEN} else f"of {kinds}"
+        yield Reason(True, f"Kernels for {target}", f"{which}: they gave the reference's bits before they were used")
     for name, proofs in sheet.items():
         if name.endswith(PROOFS):
             text = str(proofs)

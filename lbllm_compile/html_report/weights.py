@@ -29,7 +29,7 @@ class WeightStatistics:
     Attributes:
         linear: its module path.
         layer: its decoder layer.
-        shape: ``[..., N, K]``.
+        shape: ``[..., N, K]``, outlier columns not counted.
         codes: shares of the elements that have level 0 (lowest) to 3.
         histograms: of each level's int8 values, ``[4, BINS]``, counted in groups.
     """

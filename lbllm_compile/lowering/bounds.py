@@ -67,6 +67,7 @@ def _indexed(a: Arguments) -> list[tuple[Node, Node, int]]:
 _LOOKUPS = {
     _aten.embedding.default: lambda a: [(a.weight, a.indices, 0)],
     _lbllm.int8_embedding.default: lambda a: [(a.weight, a.ids, 0)],
+    _lbllm.int4_embedding.default: lambda a: [(a.codes, a.ids, 0)],
     _aten.index_select.default: lambda a: [(a.self, a.index, a.dim)],
     _aten.index.Tensor: _indexed,
 }

@@ -3,7 +3,8 @@
 This happens once for an artifact and a target; what is stored then runs without torch (:mod:`..native.program`). The
 kernels in it were proven one by one before. The program that decodes a token in few launches, in which kernels are
 joined with what is before and behind them, is held against them: where it does not give, to the bit, what they give
-when they are called one after the other, it is not used. The whole is held against the executor (:mod:`.compare`).
+when they are called one after the other, it is not used. One that replays a list of launches is held against these
+launches one by one. The whole is held against the executor (:mod:`.compare`).
 """
 
 from __future__ import annotations
@@ -19,32 +20,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from lbllm_compile.codegen.backend import Kernels, backend_of
+from lbllm_compile.codegen.backend import EagerKernels, Kernels, backend_of
 from lbllm_compile.codegen.cache import sync, write_atomically, write_failure
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
-from lbllm_compile.lowering.compare import check_agreement, merging_is_exact
+from lbllm_compile.codegen.targets import Target
+from lbllm_compile.lowering.compare import check_agreement, check_replay, merging_is_exact
 from lbllm_compile.lowering.translate import Translated, translate
 from lbllm_compile.native import text
+from lbllm_compile.native.description import DESCRIPTION, LIBRARY, WEIGHTS, Description, Function, Member
 from lbllm_compile.native.program import (
-    DESCRIPTION,
-    LIBRARY,
     SEAL,
-    WEIGHTS,
-    Description,
-    Function,
-    Member,
     NativeProgram,
+    StoredProgram,
     check_sealed,
     held_programs,
     machine_facts,
+    opened,
     programs_directory,
     remove,
     schedules_key,
     seal,
     stored_at,
 )
+from lbllm_compile.native.replayed import ReplayedProgram
 from lbllm_compile.passes.ir import graph_json
 from lbllm_compile.passes.ir.program import Program
 
@@ -81,15 +81,26 @@ def workshop() -> Iterator[Path]:
 
 
 def build_native(
-    program: Program, kernels: Kernels, folder: Path, progress: Progress | None = None
-) -> NativeProgram | None:
+    program: Program,
+    kernels: Kernels,
+    folder: Path,
+    progress: Progress | None = None,
+    executor: EagerKernels | None = None,
+) -> StoredProgram | None:
     """Builds and stores the native program of a lowered graph.
+
+    Args:
+        program: the lowered graph.
+        kernels: proven kernels of everything in it.
+        folder: from :func:`workshop`.
+        progress: told what goes on.
+        executor: kernels that the graph itself runs on, to compare with, where ``kernels`` are only called by programs.
 
     Returns:
         The program; None where the graph has something that no program can hold, which ``progress`` is told.
 
     Raises:
-        KernelError: it cannot be compiled.
+        KernelError: it cannot be compiled; or no program can hold the graph, and nothing else runs it on the target.
         DisagreementError: it does not compute what the graph does.
     """
     progress = progress or NoProgress()
@@ -102,6 +113,10 @@ def build_native(
             # Only here is every operator translated, and one may have a form that cannot be.
             workspaces, functions = _library(program, kernels, translation, folder / LIBRARY, progress)
         except UntranslatableError as error:
+            if not backend_of(kernels.target).eager:
+                raise KernelError(
+                    f"the model does not run on {kernels.target.name}: {error}; use --target cpu"
+                ) from error
             warn(progress, "in torch", f"the model runs operator by operator in torch, which is slower: {error}")
             return None
         task.advance("compiled")
@@ -114,22 +129,36 @@ def build_native(
         description = _describe(program, kernels, translation, workspaces, functions)
         _store(description, folder)
         task.advance("stored")
-        native = NativeProgram(folder)
-        if workspaces and not merging_is_exact(native):
-            warn(
-                progress,
-                "unmerged",
-                "one token is decoded with a launch for every kernel, which is slower: on this CPU the program with few"
-                " launches rounds otherwise than its kernels",
-            )
-            _store(dataclasses.replace(description, merged=False), folder)
-            native = NativeProgram(folder)
+        native = opened(folder, kernels.target)
+        if isinstance(native, ReplayedProgram):
+            check_replay(native)
+        else:
+            native = _exactly_merged(native, progress)
         # Its packed weights are in the file; the executor packs its own.
         del translation
-        check_agreement(program, kernels, native)
+        check_agreement(program, executor or kernels, native)
         seal(folder, {WEIGHTS: weights.digest.hexdigest()})
         task.advance("proven")
     return native
+
+
+def _exactly_merged(native: NativeProgram, progress: Progress) -> NativeProgram:
+    """The program without functions of few launches that do not give, to the bit, what their kernels do."""
+    description = native.description
+    functions = [f for f in description.functions if f.name in description.workspaces]
+    exact = tuple(f.name for f in functions if merging_is_exact(native, f))
+    if len(exact) == len(functions):
+        return native
+    slower = [f for f in functions if f.name not in exact]
+    told = " and ".join("one sequence" if f.batch == 1 else "a few sequences together" for f in slower)
+    warn(
+        progress,
+        "unmerged",
+        f"tokens of {told} are decoded with a launch for every kernel, which is slower: on this CPU the program"
+        " with few launches rounds otherwise than its kernels",
+    )
+    _store(dataclasses.replace(description, merged=exact), native.directory)
+    return NativeProgram(native.directory)
 
 
 class Hashing:
@@ -172,13 +201,13 @@ def _store(description: Description, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)), encoding="utf-8")
 
 
-def keep_native(native: NativeProgram, digest: str, target: str) -> None:
+def keep_native(native: StoredProgram, digest: str, target: Target) -> None:
     """Moves a program that was built in a workshop to where :func:`..native.program.find` looks for it.
 
     Args:
         native: from :func:`build_native`.
         digest: the artifact's.
-        target: the target's name.
+        target: what it runs on.
     """
     place = stored_at(digest, target)
     try:
@@ -231,13 +260,14 @@ def _library(
     """
     layouts = (translation.layout, translation.state, translation.fixed)
     shapes = [dataclasses.astuple(spec) for layout in layouts for spec in layout.tensors.values()]
-    facts = (graph_json.dumps(program.module), shapes, kernels.records(), *machine_facts(kernels.target.name))
+    backend, target = backend_of(kernels.target), kernels.target
+    compiled_by = (*machine_facts(target), backend.compiler(target))
+    facts = (graph_json.dumps(program.module), shapes, kernels.records(), *compiled_by)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     stored = programs_directory() / f"{key}.library"
-    backend = backend_of(kernels.target)
     description = _stored_library(stored, place, progress)
     if description is None:
-        compiled = backend.compile(translation.functions(), kernels.target)
+        compiled = backend.compile(translation.functions(), kernels)
         compiled.export(place)
         description = {
             "workspaces": dict(compiled.workspaces),
@@ -246,6 +276,14 @@ def _library(
         _keep_library(stored, place.read_bytes(), description)
     functions = []
     for entry in backend.entry_points:
+        if entry.name not in description["sizes"]:
+            warn(
+                progress,
+                "few by kernel",
+                "a few sequences are decoded together with a launch for every kernel, which is slower: something in the"
+                " graph grows with the number of tokens",
+            )
+            continue
         tensors = tuple((tuple(symbols), count) for symbols, count in description["sizes"][entry.name])
         functions.append(Function(entry.name, entry.batch, entry.length, entry.most, entry.last, tensors))
     return description["workspaces"], tuple(functions)
@@ -297,7 +335,7 @@ def _describe(
         functions=functions,
         workspaces=workspaces,
         bounds=translation.bounds,
-        merged=bool(workspaces),
+        merged=tuple(workspaces),
         config=dict(program.config),
         plain_tokenizer=_has_plain_tokenizer(program),
     )

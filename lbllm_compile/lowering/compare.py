@@ -7,8 +7,9 @@ the model itself: the executor runs the probe again with the token embeddings di
 :data:`DISTURBANCE`, some hundred times what rounding does, so that where rounding could move a code the disturbance has
 moved one. Without quantized activations it stays small, and so does the bound.
 
-The two forms of the program that decode one token, in few launches and kernel by kernel, compute the same in the same
-order, and are held against each other to the bit.
+The forms of the program that decode one token of a sequence or of a few, in few launches and kernel by kernel, compute
+the same in the same order, and are held against each other to the bit; so are replays of a list of launches and these
+launches one by one.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lbllm_compile.codegen.backend import EagerKernels
+from lbllm_compile.codegen.backend import DecodedSequence, EagerKernels
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.lowering.bounds import lookups
 from lbllm_compile.lowering.executor import Executor
 from lbllm_compile.lowering.session import Session
+from lbllm_compile.native.description import Function
 from lbllm_compile.native.language import InputBounds
-from lbllm_compile.native.program import NativeProgram
+from lbllm_compile.native.program import NativeProgram, StoredProgram
+from lbllm_compile.native.replayed import ReplayedProgram
 from lbllm_compile.passes.ir.program import Program, copy_module
 
 PARTS = (19, 4, 1, 1, 1)
@@ -33,6 +36,9 @@ PARTS = (19, 4, 1, 1, 1)
 
 PADDING = 3
 """Tokens that one of the prompts is padded with on the left."""
+
+TOGETHER = 3
+"""Sequences that are decoded together in few launches and kernel by kernel; and then as many as can be."""
 
 DISTURBANCE = 1 << 16
 """Token embeddings are disturbed by up to one part in so many."""
@@ -54,11 +60,21 @@ class DisagreementError(KernelError):
     exit_code = 1
 
 
-def merging_is_exact(native: NativeProgram) -> bool:
-    """Whether the same tokens in few launches and kernel by kernel give equal logits and state, to the bit."""
-    ids = _probe(native.description.bounds, 1)
+def merging_is_exact(native: NativeProgram, function: Function) -> bool:
+    """Whether the same tokens in few launches and kernel by kernel give equal logits and state, to the bit.
+
+    Args:
+        native: the program.
+        function: of few launches.
+    """
+    batches = (TOGETHER, function.most) if function.batch is None else (function.batch,)
+    return all(_merging_is_exact(native, batch) for batch in batches if batch is not None)
+
+
+def _merging_is_exact(native: NativeProgram, batch: int) -> bool:
+    ids = _probe(native.description.bounds, batch)
     prompt = ids.shape[1] // 2
-    few, many = (native.session(1) for _ in range(2))
+    few, many = (native.session(batch) for _ in range(2))
     for session in (few, many):
         session.step(ids[:, :prompt])
     for i in range(prompt, ids.shape[1]):
@@ -69,7 +85,40 @@ def merging_is_exact(native: NativeProgram) -> bool:
     return True
 
 
-def check_agreement(program: Program, kernels: EagerKernels, native: NativeProgram) -> None:
+def check_replay(native: ReplayedProgram) -> None:
+    """Checks that replays give what their launches give one by one, to the bit: tokens, logits and KV state.
+
+    Half of the steps are given their token, the others go on with the one that was chosen. Then the probe is fed as a
+    prompt, in two parts.
+
+    Raises:
+        DisagreementError: they do not.
+    """
+    (ids,) = _probe(native.description.bounds, 1).tolist()
+    replayed, launched = (native.session(1).sequences[0] for _ in range(2))
+    for number, token in enumerate(ids):
+        given = None if number > len(ids) // 2 else token
+        replayed.step(given)
+        launched.step_by_launch(given)
+        _check_same(native, replayed, launched, f"from token {number + 1} of a probe on")
+    for sequence in (replayed, launched):
+        sequence.rewind(0)
+    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+        replayed.feed(half)
+        launched.feed_by_launch(half)
+        _check_same(native, replayed, launched, "in a prompt")
+
+
+def _check_same(native: ReplayedProgram, replayed: DecodedSequence, launched: DecodedSequence, where: str) -> None:
+    same = np.array_equal(replayed.logits(), launched.logits()) and replayed.choice() == launched.choice()
+    if not same or replayed.state() != launched.state():
+        raise DisagreementError(
+            f"replaying the program on {native.description.target} gives other logits than its launches one by one,"
+            f" {where}; it is not used, and this is a bug: please report it"
+        )
+
+
+def check_agreement(program: Program, kernels: EagerKernels, native: StoredProgram) -> None:
     """Checks a native program against the graph it was translated from.
 
     Compared are the logits behind a prompt and behind the parts that follow it, of one sequence and of two at once, one
@@ -89,7 +138,7 @@ def check_agreement(program: Program, kernels: EagerKernels, native: NativeProgr
         )
 
 
-def distances(program: Program, kernels: EagerKernels, native: NativeProgram) -> tuple[float, float]:
+def distances(program: Program, kernels: EagerKernels, native: StoredProgram) -> tuple[float, float]:
     """The largest mean distance of the logits of one way to feed the probe from the executor's, and the bound.
 
     Raises:

@@ -1,9 +1,9 @@
 """Runs a lowered graph on generated kernels.
 
 The graph stays the truth. Binding replaces the target of every ``quantize_activation``, ``bit_linear``,
-``grouped_bit_linear`` and ``int8_linear`` node by a callable around a proven kernel, with the weights packed once into
-the kernel's layout (merged ones concatenated first); every other node runs as the ``aten`` operator it is. A node
-without a kernel is an error: the slow reference operators are never run here.
+``grouped_bit_linear``, ``int4_linear`` and ``int8_linear`` node by a callable around a proven kernel, with the weights
+packed once into the kernel's layout (merged ones concatenated first); every other node runs as the ``aten`` operator it
+is. A node without a kernel is an error: the slow reference operators are never run here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lbllm_compile.codegen import levels as level_rules
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.backend import EagerKernels, EagerLinear, EagerQuantizer
 from lbllm_compile.codegen.errors import KernelError, first_line
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
-from lbllm_compile.codegen.operators.lbllm.linears import INT8_WEIGHT, WEIGHT
+from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT, WEIGHTS, weight_of
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.annotations import LINEAR
@@ -29,7 +30,6 @@ from lbllm_compile.passes.ir.program import Program, copy_module, get_attribute
 from lbllm_compile.passes.ir.rewrite import (
     INTEGER_LINEARS,
     Node,
-    activation_knees,
     bias_of,
     calls,
     calls_of_role,
@@ -37,6 +37,7 @@ from lbllm_compile.passes.ir.rewrite import (
     is_call,
     is_constant,
     is_node,
+    table_shape,
 )
 from lbllm_compile.passes.lower import IN_FEATURES
 
@@ -100,7 +101,8 @@ def _in_features(node: Node) -> int:
 def quantize_spec(node: Node) -> QuantizeSpec:
     """What a ``quantize_activation`` node computes."""
     arguments = Arguments(node)
-    return QuantizeSpec(_in_features(node), arguments.group, arguments.bits, knees=arguments.knees is not None)
+    tables = {"knees": arguments.knees is not None, "planes": arguments.plane_scales is not None}
+    return QuantizeSpec(_in_features(node), arguments.group, arguments.bits, **tables)
 
 
 def quantizer_of(node: Node) -> Node:
@@ -118,38 +120,39 @@ def quantizer_of(node: Node) -> Node:
 
 
 def linear_spec(program: Program, node: Node) -> LinearSpec:
-    """What a ``bit_linear``, ``grouped_bit_linear`` or ``int8_linear`` node computes.
+    """What a node of :data:`..passes.ir.rewrite.INTEGER_LINEARS` computes.
 
     Raises:
         KernelError: no kernel can: its input is not quantized, or its weights are computed.
     """
     quantizer = quantize_spec(quantizer_of(node))
     arguments, bias = Arguments(node), bias_of(node)
-    is_bit = node.target is not _lbllm.int8_linear.default
-    weights = arguments.pick(*(WEIGHT if is_bit else INT8_WEIGHT))
+    kind, names = WEIGHTS[node.target]
+    weights = arguments.pick(*names)
     if not all(is_constant(w) for w in (*weights, bias)):
         raise KernelError(f"the weights of {describe(node)} are computed from inputs; kernels need stored ones")
     scales = constant(program.module, weights[-1])
     return LinearSpec(
-        kind="bit" if is_bit else "int8",
-        out_features=scales.shape[-2] if is_bit else scales.shape[-1],
+        kind=kind,
+        out_features=scales.shape[-1] if kind == "int8" else scales.shape[-2],
         in_features=_in_features(node),
         group=arguments.group,
         act_bits=quantizer.value_bits,
         per_token=quantizer.group == 0,
         bias=bias is not None,
+        additive=kind == "bit" and quantizer.value_bits == 4 and _additive(node),
     )
 
 
+def _additive(node: Node) -> bool:
+    """Whether a linear's level rule has additive levels only; loading holds its weights against the rule."""
+    return LINEAR in node.meta and level_rules.get(node.meta[LINEAR].scheme.levels).additive
+
+
 def packed(program: Program, node: Node, kernel: EagerLinear) -> Any:
-    """The weights of a ``bit_linear`` or ``int8_linear`` in its kernel's layout."""
+    """The weights of an integer linear of one matrix in its kernel's layout."""
     arguments = Arguments(node, lambda value: constant(program.module, value))
-    if node.target is _lbllm.int8_linear.default:
-        weight: Any = tuple(arguments.pick(*INT8_WEIGHT))
-    else:
-        tensors = arguments.pick(*WEIGHT)
-        weight = QuantizedWeight(*tensors, in_features=_in_features(node), group=arguments.group)
-    return kernel.pack(weight, arguments.bias)
+    return kernel.pack(weight_of(arguments, _in_features(node)), arguments.bias)
 
 
 def packed_experts(program: Program, node: Node, kernel: EagerLinear) -> list[Any]:
@@ -171,17 +174,17 @@ class _Quantize:
     def __init__(self, kernel: EagerQuantizer, in_features: int):
         self._kernel, self._in_features = kernel, in_features
 
-    def __call__(self, x: Tensor, clip: Tensor, *knees: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, clip: Tensor, *shape: Tensor) -> tuple[Tensor, Tensor]:
         leading = x.shape[:-1]
         if x.shape[-1] != self._in_features:
             raise KernelError(f"an input has {x.shape[-1]} channels where the model needs {self._in_features}")
         flat = x.reshape(-1, self._in_features).contiguous()
-        values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip, *knees)
+        values, scale = self._kernel(flat if flat.dtype == torch.float32 else flat.float(), clip, *shape)
         return values.view(*leading, self._in_features), scale.view(*leading, scale.shape[-1])
 
 
 class _Linear:
-    """``bit_linear`` or ``int8_linear`` on a kernel, its weights packed."""
+    """An integer linear of one matrix on a kernel, its weights packed."""
 
     __name__ = "linear"
 
@@ -278,7 +281,7 @@ def _bind(program: Program, kernels: EagerKernels) -> None:
         node.target, node.args = bound, tuple(given)
     for node in calls(graph, _lbllm.quantize_activation.default):
         spec = quantize_spec(node)
-        node.args = (*Arguments(node).pick("x", "clip"), *activation_knees(node))
+        node.args = (*Arguments(node).pick("x", "clip"), *table_shape(node))
         node.target = _Quantize(kernels.quantizer(spec), spec.in_features)
     graph.eliminate_dead_code()
 

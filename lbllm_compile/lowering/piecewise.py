@@ -93,7 +93,7 @@ def natively(program: Program, inputs: Mapping[str, Any], kernels: Kernels) -> T
     given = [(str(n.target), inputs[str(n.target)]) for n in program.placeholders()]
     specs = [TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in given]
     backend = backend_of(kernels.target)
-    compiled = backend.compile(translate_graph(program, kernels, specs, _FUNCTION), kernels.target)
+    compiled = backend.compile(translate_graph(program, kernels, specs, _FUNCTION), kernels)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "piece.so"
         compiled.export(library)

@@ -27,8 +27,8 @@ from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, Progr
 from lbllm_compile.codegen.program.experts import by_expert
 from lbllm_compile.codegen.program.fuse import with_residual
 from lbllm_compile.codegen.program.queries import quotient, same_elements, same_sizes
-from lbllm_compile.codegen.sizes import ALIGNMENT, BATCH, CAPACITY, LENGTH, TOTAL
-from lbllm_compile.codegen.tvm_api import relax, te, tirx, tvm
+from lbllm_compile.codegen.sizes import ALIGNMENT, BATCH, CAPACITY, LENGTH, PAST, TOTAL
+from lbllm_compile.codegen.tvm_api import relax, symbolic_dimension, te, tirx, tvm
 from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.decompose import decompose, may_decompose
 from lbllm_compile.lowering.executor import (
@@ -112,7 +112,7 @@ def translate(program: Program, kernels: Kernels, entries: Sequence[EntryPoint] 
     states = program.state_placeholders()
     state = Layout.of(_state_spec(n) for n in states if n.meta[STATE].kind == PER_TOKEN)
     fixed = Layout.of((_state_spec(n) for n in states if n.meta[STATE].kind != PER_TOKEN), ALIGNMENT)
-    inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != "past"]
+    inputs = [_input_spec(n) for n in program.placeholders() if STATE not in n.meta and n.target != PAST]
 
     def functions() -> Any:
         whole = ProgramBuilder(layout, state, fixed)
@@ -262,7 +262,11 @@ class _Translator:
             self.module = shortened
         self.program = program.with_module(self.module)
         sizes = {BATCH: entry.batch, LENGTH: entry.length}
-        known = {name: size for name, size in sizes.items() if size is not None}
+        known: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+        if entry.static:
+            # A mask has a column for every slot.
+            known[CAPACITY] = known[TOTAL] = symbolic_dimension(CAPACITY)
+            inputs = [*inputs, TensorSpec(PAST, (1 if entry.length == 1 else 2,), "int32")]
         self.function = FunctionBuilder(whole, entry.name, inputs, known, entry.blocks)
         self.values: dict[Node, Any] = {}
         self.leading: dict[Node, list[Any]] = {}
@@ -276,10 +280,12 @@ class _Translator:
                 if (node.target in INTEGER_LINEARS or not _packs(node)) and not self.awaits_addition(node):
                     self.values[node] = self.translated(node)
             elif node.op == "placeholder":
-                self.values[node] = self.past() if node.target == "past" else self.function.value(node.target)
+                self.values[node] = self.past() if node.target == PAST else self.function.value(node.target)
 
     def past(self) -> Any:
-        """The number of past tokens, padding included."""
+        """The number of past tokens, padding included: a size, or a tensor where no size changes."""
+        if self.entry.static:
+            return self.function.value(PAST)
         return self.function.dimension(TOTAL) - self.function.dimension(LENGTH)
 
     def translated(self, node: Node) -> Any:
@@ -382,8 +388,11 @@ class _Translator:
         output: tuple[Sequence[Any], str],
     ) -> Value:
         make, shapes = kernel.make, [builder.shape(m) for m in matrices]
-        name = f"{kernel.name}_{shapes[0][0]}_experts"
-        stacked = TirKernel(name, lambda: by_expert(make(), shapes, len(rows)))
+        if kernel.by_expert is not None:
+            stacked = kernel.by_expert(shapes, builder.shape(rows[0])[0])
+        else:
+            name = f"{kernel.name}_{shapes[0][0]}_experts"
+            stacked = TirKernel(name, lambda: by_expert(make(), shapes, len(rows)))
         ends = offsets if builder.dtype(offsets) == "int32" else self.emit(relax.op.astype(offsets, "int32"))
         return self.call(stacked, [*rows, *matrices, ends], output)
 
@@ -462,8 +471,9 @@ class _Translator:
         x, self.leading[node], count = flat(self, arguments.x)
         kernel = self.kernels.quantizer(spec).tir(parallel=self.rows is None)
         kind = "int16" if spec.bits == 16 else "int8"
-        factors = [arguments.clip, *([] if arguments.knees is None else [arguments.knees])]
-        outputs = ([count, spec.in_features], kind), ([count, spec.scales], "float32")
+        factors = [factor for factor in arguments.pick("clip", "knees", "plane_scales") if factor is not None]
+        *_, values, _ = self.whole.parameter_shapes(self.whole.kernel(kernel.name, kernel.make, by_rows=True))
+        outputs = ([count, values[-1]], kind), ([count, spec.scales], "float32")  # there may be zeros behind a row
         return self.call(kernel, [x, *factors], *outputs, by_rows=True)
 
     def linear(self, node: Node, residual: Value | None = None) -> Value:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lbllm_compile.native.program import NativeProgram, NativeSession, State, joined
+from lbllm_compile.native.generate import left_pad
+from lbllm_compile.native.program import NativeProgram, NativeSession, State
 
 SLACK, HEADROOM = 256, 64
 """Slots beyond the end of the sequences in a fresh state, and at least behind a move: so many steps come before
@@ -79,9 +80,9 @@ class Batch:
 
     def step(self, ids: Sequence[int]) -> np.ndarray:
         """Feeds every row one more token id; returns the logits behind them, ``[B, V]``."""
-        description, machine = self._program.description, self._program.machine
-        description.bounds.check_ids(min(ids), max(ids))
-        description.bounds.check_length(max(self._lengths) + 1, 0)
+        bounds = self._program.description.bounds
+        bounds.check_ids(min(ids), max(ids))
+        bounds.check_length(max(self._lengths) + 1, 0)
         assert self._state is not None
         if self._end == self._state.capacity:
             self._move_to(max(self._lengths))
@@ -92,16 +93,10 @@ class Batch:
             "attention_mask": (np.arange(end) >= self._end - lengths).astype(np.int64),
             "position_ids": lengths,
         }
-        function = description.function(len(self), 1, last=True)
-        most = function.sequences({"length": 1, "total": end, "capacity": state.capacity})
-        results = []
-        for first in range(0, len(self), most):
-            part = slice(first, min(first + most, len(self)))
-            tensors = {name: machine.tensor(np.ascontiguousarray(array[part])) for name, array in inputs.items()}
-            results.append(self._program.call(function.name, tensors, state, part))
+        logits = self._program.feed(inputs, state, last=True)
         self._lengths = [n + 1 for n in self._lengths]
         self._end = end
-        return joined(results, 0)[:, -1]
+        return logits[:, -1]
 
     def _move_to(self, end: int) -> None:
         """Moves all rows so that they end at slot ``end``, to a larger state where this one is nearly full then."""
@@ -121,10 +116,10 @@ def can_batch(program: NativeProgram) -> bool:
 
 def is_exact(program: NativeProgram) -> bool:
     """Whether logits are the same to the bit however a sequence is fed: token by token together with others or alone,
-    behind a beginning that was read in parts, or all at once."""
+    behind a beginning that was read in parts or, padded, together with others, or all at once."""
     bounds = program.description.bounds
     most = min(bounds.positions or max(PROBE) + PROBE_STEPS, max(PROBE) + PROBE_STEPS)
-    generator, batch = np.random.default_rng(0), Batch(program, len(PROBE))
+    generator, batch = np.random.default_rng(0), Batch(program, len(PROBE) + 1)  # with room, as most batches have
     sequences = [generator.integers(0, bounds.vocabulary or 100, (1, most)) for _ in PROBE]
     starts = [min(start, max(1, most - PROBE_STEPS)) for start in PROBE]
     sessions = [program.session(1) for _ in PROBE]
@@ -135,6 +130,12 @@ def is_exact(program: NativeProgram) -> bool:
             session.step(part)
         found.append(session.step(rest))
         batch.join(session)
+    if not program.description.fixed:
+        padded, mask = left_pad([ids[0, :start].tolist() for ids, start in zip(sequences, starts, strict=True)])
+        together = program.session(len(PROBE))
+        together.start(mask)
+        if not np.array_equal(together.step(padded), np.concatenate(found)):
+            return False
     steps = min(PROBE_STEPS, most - max(starts))
     for i in range(steps):
         fed = [ids[:, start + i : start + i + 1] for ids, start in zip(sequences, starts, strict=True)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.sampling import Draw, drawn
 
 
 class GenerationError(LbllmError):
@@ -49,6 +51,12 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"top_p is {self.top_p}; use a probability above 0 and at most 1")
 
+    def draws(self, generator: np.random.Generator, count: int) -> list[Draw | None]:
+        """What chooses the next tokens of so many sequences; None for the most likely ones."""
+        if self.temperature == 0.0:
+            return [None] * count
+        return [Draw(self.temperature, self.top_k, self.top_p, place) for place in generator.random(count).tolist()]
+
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
     """Next token ids ``[B]`` from logits ``[B, V]``.
@@ -58,48 +66,63 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     """
     likeliest = logits.argmax(-1)  # the first one that is no number, where there is one
     highest = logits[np.arange(len(logits)), likeliest, None]
+    check_finite(highest)
+    draws = sampling.draws(generator, len(logits))
+    rows = zip(logits, likeliest.tolist(), draws, strict=True)
+    return np.array([first if draw is None else drawn(row, draw) for row, first, draw in rows], np.int64)
+
+
+def check_finite(highest: np.ndarray) -> None:
+    """Refuses logits of which the highest are these.
+
+    Raises:
+        GenerationError: one is infinite or no number.
+    """
     if not np.isfinite(highest).all():
         raise GenerationError("the model's logits are infinite or no numbers here; its weights may be damaged")
-    if sampling.temperature == 0.0:
-        return likeliest
-    with np.errstate(over="ignore"):  # a token that is out of the question is at minus infinity
-        logits = (logits.astype(np.float64) - highest) / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = np.partition(logits, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
-        logits = np.where(logits < smallest, -np.inf, logits)
-    shares = np.exp(logits)
-    shares /= shares.sum(-1, keepdims=True)
-    draws = generator.random(len(shares))
-    return np.array([_drawn(row, draw, sampling.top_p) for row, draw in zip(shares, draws, strict=True)], np.int64)
 
 
-def _drawn(shares: np.ndarray, draw: float, top_p: float) -> int:
-    """The token on which a draw falls when the likeliest tokens that together reach ``top_p`` stand side by side.
+class Steps(Protocol):
+    """One generation in progress: the KV state and the attention mask of a batch of sequences."""
 
-    Args:
-        shares: of all tokens, ``[V]``, which add up to 1.
-        draw: at least 0 and below 1.
-        top_p: as :attr:`Sampling.top_p`.
+    def start(self, mask: np.ndarray) -> None:
+        """Sets which tokens of the prompt, fed next, are not padding: ``[B, S]``."""
+        ...
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
+        ...
+
+    def rewind(self, tokens: int) -> bool:
+        """Forgets all but the first ``tokens`` of a single sequence without padding; False where it cannot."""
+        ...
+
+
+@runtime_checkable
+class ChoosingSteps(Steps, Protocol):
+    """Steps of which a device chooses the tokens itself, so that logits need not be copied from it."""
+
+    def chosen(self, ids: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
+        """Feeds ``[B, S]`` more token ids; returns what :func:`choose` does of the logits behind the last one.
+
+        Raises:
+            GenerationError: the highest logit is infinite or no number.
+        """
+        ...
+
+
+def next_tokens(steps: Steps, ids: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
+    """Feeds ``[B, S]`` more token ids; returns the tokens ``[B]`` that are chosen behind them.
+
+    Raises:
+        GenerationError: the highest logit is infinite or no number.
     """
-    # Only tokens up to a cumulative share of this are looked at. Sorting the whole vocabulary takes longer than many a
-    # model's step, and those that are left out here have together no more than half of what is behind it.
-    needed = top_p if top_p < 1.0 else draw
-    likely = np.flatnonzero(shares > (1.0 - needed) / (2 * len(shares)))
-    order = likely[np.argsort(-shares[likely], kind="stable")]
-    reached = np.cumsum(shares[order])
-    if top_p < 1.0:
-        # A token stays while those before it have not reached top_p, so that the first one always stays.
-        reached = reached[: np.searchsorted(reached, top_p) + 1]
-        draw *= reached[-1]
-    # The first token whose cumulative share exceeds the draw.
-    return int(order[min(np.searchsorted(reached, draw, side="right"), len(reached) - 1)])
+    if isinstance(steps, ChoosingSteps):
+        return steps.chosen(ids, sampling, generator)
+    return choose(steps.step(ids), sampling, generator)
 
 
-Step = Callable[[np.ndarray], np.ndarray]
-"""Feeds token ids ``[B, S]`` and returns the logits behind the last of them, ``[B, V]``."""
-
-
-def tokens(step: Step, prompt: np.ndarray, sampling: Sampling, stop: Sequence[int]) -> Iterator[list[int | None]]:
+def tokens(steps: Steps, prompt: np.ndarray, sampling: Sampling, stop: Sequence[int]) -> Iterator[list[int | None]]:
     """Generates; yields one token per sequence and step, None where a sequence has ended.
 
     A stop token ends its sequence and is not yielded. Ended sequences are fed their stop token until all have ended.
@@ -109,7 +132,7 @@ def tokens(step: Step, prompt: np.ndarray, sampling: Sampling, stop: Sequence[in
     running = [True] * prompt.shape[0]
     ids = prompt
     for _ in range(sampling.max_new_tokens):
-        chosen = choose(step(ids), sampling, generator).tolist()
+        chosen = next_tokens(steps, ids, sampling, generator).tolist()
         running = [r and token not in stop_ids for r, token in zip(running, chosen, strict=True)]
         if not any(running):
             return

@@ -5,32 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from lbllm_compile.codegen.errors import first_line
-from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, left_pad, tokens
+from lbllm_compile.native.generate import AnswerText, GenerationError, Sampling, Steps, left_pad, tokens
 
 
 class TemplateError(GenerationError):
     """The model's chat template refuses a conversation."""
-
-
-class Steps(Protocol):
-    """One generation in progress: the KV state and the attention mask of a batch of sequences."""
-
-    def start(self, mask: np.ndarray) -> None:
-        """Sets which tokens of the prompt, fed next, are not padding: ``[B, S]``."""
-        ...
-
-    def step(self, ids: np.ndarray) -> np.ndarray:
-        """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
-        ...
-
-    def rewind(self, tokens: int) -> bool:
-        """Forgets all but the first ``tokens`` of a single sequence without padding; False where it cannot."""
-        ...
 
 
 COMPILED_CONTEXT = "compiled_context"
@@ -202,7 +184,7 @@ class LanguageModel(ABC):
         ids, mask = left_pad(prompts)
         session = self.session(len(prompts), ids.shape[1] + sampling.max_new_tokens)
         session.start(mask)
-        return tokens(session.step, ids, sampling, self.stop_tokens() if stop is None else stop)
+        return tokens(session, ids, sampling, self.stop_tokens() if stop is None else stop)
 
     def stream(
         self, prompt: str | Sequence[int], *, chat: bool = False, stop_text: Sequence[str] = (), **options: Any

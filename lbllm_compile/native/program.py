@@ -15,7 +15,6 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,16 @@ import numpy as np
 
 from lbllm_compile import codegen
 from lbllm_compile.codegen import installed
-from lbllm_compile.codegen.backend import Array, backend_of
+from lbllm_compile.codegen.backend import Array, SequenceBackend, backend_of
 from lbllm_compile.codegen.cache import cache_directory, known_sha256, remember_sha256, sha256, sync
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import Progress, warn
-from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MIN_CAPACITY, MOST_ELEMENTS
+from lbllm_compile.codegen.sizes import capacity_for
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import MANIFEST, ArtifactError, check_files
-from lbllm_compile.native.generate import GenerationError
-from lbllm_compile.native.language import InputBounds, LanguageModel
+from lbllm_compile.native.description import DESCRIPTION, LIBRARY, WEIGHTS, Description, Member, StoredModel
+from lbllm_compile.native.replayed import ReplayedProgram
 from lbllm_compile.version import __version__
-
-LIBRARY, WEIGHTS, DESCRIPTION = "program.so", "weights.bin", "program.json"
-"""Files of a stored program."""
 
 SEAL = "files.json"
 """Sizes and SHA-256 of the others; its time is that of the last use."""
@@ -50,7 +46,7 @@ PART_TOKENS = 1024
 PAGE = 4096
 """Bytes of memory that the system gives at once."""
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Counts changes of what a stored program is; part of its key."""
 
 
@@ -59,18 +55,18 @@ def programs_directory() -> Path:
     return cache_directory() / "programs"
 
 
-def stored_at(digest: str, target: str) -> Path:
+def stored_at(digest: str, target: Target) -> Path:
     """Where the program of an artifact is stored for a target on this machine.
 
     Args:
         digest: SHA-256 of the artifact's manifest.
-        target: the target's name.
+        target: the target.
     """
     facts = (digest, *machine_facts(target))
     return programs_directory() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def machine_facts(target: str) -> tuple[str | int, ...]:
+def machine_facts(target: Target) -> tuple[str | int, ...]:
     """What a program for a target depends on besides the model.
 
     What its backend names, the code that generates kernels and calls them, and operators of installed packages.
@@ -79,8 +75,15 @@ def machine_facts(target: str) -> tuple[str | int, ...]:
     folders = Path(codegen.__file__).parent, Path(__file__).parent.parent / "lowering"
     for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
         generators.update(file.read_bytes())
-    facts = backend_of(Target.parse(target)).facts(Target.parse(target))
-    return target, *facts, *installed.facts(installed.OPERATORS), __version__, FORMAT_VERSION, generators.hexdigest()
+    facts = backend_of(target).facts(target)
+    return (
+        target.name,
+        *facts,
+        *installed.facts(installed.OPERATORS),
+        __version__,
+        FORMAT_VERSION,
+        generators.hexdigest(),
+    )
 
 
 def schedules_key(records: Sequence[Mapping[str, Any]]) -> str:
@@ -92,8 +95,8 @@ def schedules_key(records: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
-def find(directory: Path, target: str = "cpu", progress: Progress | None = None) -> NativeProgram | None:
-    """The stored program of an artifact, where there is one and the artifact is whole.
+def find(directory: Path, target: str = "cpu", progress: Progress | None = None) -> StoredProgram | None:
+    """The stored program of an artifact, where there is one that runs here and the artifact is whole.
 
     All files of both are checked against their SHA-256; large ones are read for that only once, and again when their
     inode, size or times have changed. A stored program that is damaged is removed, which ``progress`` is told.
@@ -102,12 +105,14 @@ def find(directory: Path, target: str = "cpu", progress: Progress | None = None)
         TargetError: the target is unknown.
         KernelError: the program cannot be loaded.
     """
-    name = Target.parse(target).name
+    parsed = Target.parse(target)
+    if not parsed.runs_here:
+        return None  # a process may be refused what another one on this CPU was granted
     try:
         _, digest = check_files(directory, known_sha256)
     except ArtifactError:
         return None  # who reads the artifact says what is wrong with it
-    place = stored_at(digest, name)
+    place = stored_at(digest, parsed)
     with held_programs():
         if not (place / DESCRIPTION).is_file():
             return None
@@ -118,9 +123,19 @@ def find(directory: Path, target: str = "cpu", progress: Progress | None = None)
         except KernelError as error:
             warn(progress, "damaged program", f"{error}; it is prepared anew")
         else:
-            return NativeProgram(place)
+            return opened(place, parsed)
     remove(place)
     return None
+
+
+def opened(place: Path, target: Target) -> StoredProgram:
+    """The program in a folder, as the target's backend runs it.
+
+    Raises:
+        KernelError: it cannot be loaded.
+    """
+    is_of_sequences = isinstance(backend_of(target), SequenceBackend)
+    return ReplayedProgram(place, target) if is_of_sequences else NativeProgram(place)
 
 
 @contextlib.contextmanager
@@ -191,7 +206,7 @@ def forget(directory: Path, target: str) -> None:
         target: the target's name.
     """
     digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-    remove(stored_at(digest, target))
+    remove(stored_at(digest, Target.parse(target)))
 
 
 def remove(place: Path) -> None:
@@ -200,125 +215,6 @@ def remove(place: Path) -> None:
     with held_programs(alone=True), contextlib.suppress(OSError):
         place.rename(removed)  # at once: a program is there whole or not at all
     shutil.rmtree(removed, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A tensor within a block of bytes.
-
-    Attributes:
-        name: of the weight or state.
-        shape: dimensions; in KV state ``"batch"`` and ``"capacity"`` stand for what a session chooses; state
-            of fixed size has no capacity.
-        dtype: numpy's name of the dtype.
-        offset: in bytes; in KV state per sequence and slot, in state of fixed size per sequence.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-    offset: int
-
-
-@dataclass(frozen=True)
-class Function:
-    """One function of a stored program.
-
-    Attributes:
-        name: in the library.
-        batch, length: sequences and tokens of a call; None for any number.
-        most: tokens of all sequences together that a call takes at most; None for any number.
-        last: gives the logits of the last token only.
-        tensors: the tensors that its kernels index, as pairs of the symbols in a shape and the elements there are
-            where each symbol is one.
-    """
-
-    name: str
-    batch: int | None
-    length: int | None
-    most: int | None
-    last: bool
-    tensors: tuple[tuple[tuple[str, ...], int], ...]
-
-    def takes(self, batch: int, length: int, last: bool) -> bool:
-        """Whether it computes a call of that kind, however large its tensors get."""
-        fits = self.batch in (None, batch) and self.length in (None, length)
-        return fits and (self.most is None or batch * length <= self.most) and self.last == last
-
-    def sequences(self, sizes: Mapping[str, int]) -> int:
-        """Most sequences, at least one, for which every tensor can be indexed.
-
-        Args:
-            sizes: what the symbols ``length``, ``total`` and ``capacity`` stand for.
-
-        Raises:
-            GenerationError: not even one sequence fits.
-        """
-        elements = [
-            count * math.prod(sizes[symbol] for symbol in symbols if symbol != "batch")
-            for symbols, count in self.tensors
-            if "batch" in symbols
-        ]
-        most = MOST_ELEMENTS // max(elements, default=1)
-        if most < 1:
-            raise GenerationError(
-                f"{sizes['length']} tokens of a sequence with room for {sizes['capacity']} are too many for one call;"
-                " use a shorter context"
-            )
-        return most
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a stored program says of itself.
-
-    Attributes:
-        target: what it runs on.
-        schedules: of its kernels, as :func:`schedules_key` gives them.
-        inputs: arguments of its functions before the blocks: some of ``input_ids``, ``attention_mask``,
-            ``position_ids``.
-        weights, state, fixed: tensors of the blocks: weights, KV state and state of fixed size.
-        state_bytes: of the KV state per sequence and slot.
-        fixed_bytes: of the state of fixed size per sequence.
-        functions: what the library computes; the first that takes a call is the best for it.
-        workspaces: bytes of working memory of the functions that take some.
-        bounds: of the token ids and positions that the functions take.
-        merged: whether one token is decoded in few launches, else with one for every kernel.
-        config: the model's configuration.
-        plain_tokenizer: whether :class:`~.text.TextTokenizer` does what the model's tokenizer does.
-    """
-
-    target: str
-    schedules: str
-    inputs: tuple[str, ...]
-    weights: tuple[Member, ...]
-    state: tuple[Member, ...]
-    state_bytes: int
-    fixed: tuple[Member, ...]
-    fixed_bytes: int
-    functions: tuple[Function, ...]
-    workspaces: Mapping[str, int]
-    bounds: InputBounds
-    merged: bool
-    config: Mapping[str, Any]
-    plain_tokenizer: bool
-
-    @classmethod
-    def from_json(cls, text: str) -> Description:
-        fields = json.loads(text)
-        for block in ("weights", "state", "fixed"):
-            fields[block] = tuple(Member(**{**m, "shape": tuple(m["shape"])}) for m in fields[block])
-        functions = []
-        for function in fields["functions"]:
-            tensors = tuple((tuple(symbols), count) for symbols, count in function["tensors"])
-            functions.append(Function(**{**function, "tensors": tensors}))
-        fields["bounds"] = InputBounds(**fields["bounds"])
-        return cls(**{**fields, "inputs": tuple(fields["inputs"]), "functions": tuple(functions)})
-
-    def function(self, batch: int, length: int, last: bool, merged: bool = False) -> Function:
-        """The best function for a call; without ``merged`` of those that do not run in few launches."""
-        usable = (f for f in self.functions if merged or f.name not in self.workspaces)
-        return next(f for f in usable if f.takes(batch, length, last))
 
 
 class NativeProgram:
@@ -348,6 +244,38 @@ class NativeProgram:
         """An empty conversation with ``batch`` sequences and room for ``capacity`` tokens, which grows."""
         return NativeSession(self, batch, capacity)
 
+    def model(self, tokenizer: Any) -> NativeModel:
+        """The program with a tokenizer, or without one."""
+        return NativeModel(self, tokenizer)
+
+    def feed(self, inputs: Mapping[str, np.ndarray], state: State, last: bool, merged: bool = True) -> np.ndarray:
+        """Feeds tokens to the first sequences of a state, some at a time where they are too many for one call.
+
+        Args:
+            inputs: arrays of these sequences by name, ``input_ids`` among them.
+            state: is changed.
+            last: give the logits of the last token only.
+            merged: in few launches, where a function can.
+
+        Returns:
+            Logits ``[B, S, V]``, ``[B, 1, V]`` with ``last``.
+        """
+        batch, length = inputs["input_ids"].shape
+        sizes = {"length": length, "total": inputs["attention_mask"].shape[1], "capacity": state.capacity}
+        function = self.description.function(batch, length, last, merged)
+        most = function.sequences(sizes)
+        # Of few launches each takes all of its sequences at once, and one for a number of them no larger state.
+        at_once = most >= batch and function.batch in (None, state.sequences)
+        if function.name in self.description.workspaces and not at_once:
+            function = self.description.function(batch, length, last, merged=False)
+            most = function.sequences(sizes)
+        results = []
+        for first in range(0, batch, most):
+            part = slice(first, min(first + most, batch))
+            tensors = {n: self.machine.tensor(np.ascontiguousarray(a[part])) for n, a in inputs.items()}
+            results.append(self.call(function.name, tensors, state, part))
+        return joined(results, 0)
+
     def call(self, name: str, inputs: Mapping[str, Any], state: State, part: slice | None = None) -> np.ndarray:
         """Runs a function of the program on input tensors, by name, and a state, which it changes.
 
@@ -355,7 +283,8 @@ class NativeProgram:
             name: of the function.
             inputs: tensors.
             state: of the whole batch.
-            part: the sequences that ``inputs`` are of, where they are not all.
+            part: the sequences that ``inputs`` are of, where they are not all; the first ones for a function of few
+                launches.
         """
         description, function = self.description, self.machine.function(name)
         arguments = [inputs[name] for name in description.inputs]
@@ -378,14 +307,14 @@ class State:
     """Quantized keys and values of one batch of sequences, what else it keeps, and the working memory of a step.
 
     Attributes:
-        capacity: tokens there is room for.
+        sequences, capacity: sequences and tokens of each that there is room for.
         arrays: every tensor, those of keys and values first.
         blocks, tuples: the same memory in the two forms in which functions take it.
     """
 
     def __init__(self, program: NativeProgram, batch: int, capacity: int):
-        self._program, self._batch = program, batch
-        self.capacity = -(-max(capacity, MIN_CAPACITY) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        self._program, self.sequences = program, batch
+        self.capacity = capacity_for(capacity)
         description, machine = program.description, program.machine
         sizes = {"batch": batch, "capacity": self.capacity}
         leading: list[tuple[int, ...]] = [(batch, self.capacity)]
@@ -400,8 +329,8 @@ class State:
             self._arrays.append([_view(memory, m, m.offset * count, sizes) for m in members])
             self.blocks.append(machine.tensor(memory.reshape(*dimensions, size)))
         self.arrays = list(itertools.chain(*self._arrays))
-        self._parts: dict[tuple[int | None, int | None], list[Any]] = {}
-        self.tuples = self.part(slice(None))
+        self._parts: dict[tuple[int, int], list[Any]] = {}
+        self.tuples = self.part(slice(0, batch))
         self._workspaces: dict[str, Any] = {}
 
     def part(self, sequences: slice) -> list[Any]:
@@ -442,7 +371,7 @@ class State:
     def grown(self, tokens: int, past: int) -> State:
         """A state with room for ``tokens``, at least twice as much as before, that holds the first ``past`` slots and
         what is of fixed size."""
-        larger = State(self._program, self._batch, max(tokens, 2 * self.capacity))
+        larger = State(self._program, self.sequences, max(tokens, 2 * self.capacity))
         for old, new in zip(self._arrays[0], larger._arrays[0], strict=True):
             new[:, :, :past] = old[:, :, :past]
         for old, new in zip(itertools.chain(*self._arrays[1:]), itertools.chain(*larger._arrays[1:]), strict=True):
@@ -467,7 +396,7 @@ class NativeSession:
         # A step of one token writes to the same memory every time, so that its tensors are made once.
         self._token, self._position = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
         tensor = program.machine.tensor
-        self._fastest = program.description.function(1, 1, last=True, merged=True).name
+        self._fastest = program.description.function(1, 1, last=True).name
         self._one = {"input_ids": tensor(self._token), "position_ids": tensor(self._position)}
 
     def start(self, mask: np.ndarray) -> None:
@@ -478,8 +407,7 @@ class NativeSession:
         """Feeds ``[B, S]`` more token ids; returns the logits behind the last one, ``[B, V]``."""
         if ids.shape != (1, 1) or self._prompt_mask is not None:
             return self._feed(ids, last=True)[-1][:, -1]
-        description = self._program.description
-        return self._feed_one(ids, self._fastest) if description.merged else self.step_by_kernel(ids)
+        return self._feed_one(ids, self._fastest)
 
     def rewind(self, tokens: int) -> bool:
         """Forgets all but the first ``tokens`` of a single sequence without padding.
@@ -504,14 +432,16 @@ class NativeSession:
         self.past = end
 
     def step_by_kernel(self, ids: np.ndarray) -> np.ndarray:
-        """:meth:`step` of one token, ``[1, 1]``, with a launch for every kernel."""
-        return self._feed_one(ids, self._program.description.function(1, 1, last=True).name)
+        """:meth:`step` of one token of each sequence, ``[B, 1]``, with a launch for every kernel."""
+        if ids.shape == (1, 1):
+            return self._feed_one(ids, self._program.description.function(1, 1, last=True, merged=False).name)
+        return self._feed(ids, last=True, merged=False)[-1][:, -1]
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Feeds ``[B, S]`` more token ids; returns the logits of all of them, ``[B, S, V]``."""
         return joined(self._feed(ids, last=False), 1)
 
-    def _feed(self, ids: np.ndarray, last: bool) -> list[np.ndarray]:
+    def _feed(self, ids: np.ndarray, last: bool, merged: bool = True) -> list[np.ndarray]:
         """Feeds token ids part by part; returns the logits of each part, or of its last token."""
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.size:
@@ -521,7 +451,7 @@ class NativeSession:
         tokens = int((self._lengths + mask.sum(1, keepdims=True)).max(initial=0))
         self._program.description.bounds.check_length(tokens, self.past + ids.shape[1])
         return [
-            self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], last)
+            self._feed_part(ids[:, i : i + PART_TOKENS], mask[:, i : i + PART_TOKENS], last, merged)
             for i in range(0, ids.shape[1], PART_TOKENS)
         ]
 
@@ -530,9 +460,8 @@ class NativeSession:
             self.state = self.state.grown(end, self.past)
             self._mask = np.pad(self._mask, ((0, 0), (0, self.state.capacity - self._mask.shape[1])))
 
-    def _feed_part(self, ids: np.ndarray, new: np.ndarray, last: bool) -> np.ndarray:
-        batch, length = ids.shape
-        end = self.past + length
+    def _feed_part(self, ids: np.ndarray, new: np.ndarray, last: bool, merged: bool) -> np.ndarray:
+        end = self.past + ids.shape[1]
         self._make_room(end)
         self._mask[:, self.past : end] = new
         inputs = {
@@ -540,19 +469,10 @@ class NativeSession:
             "attention_mask": self._mask[:, :end],
             "position_ids": (self._lengths + new.cumsum(1) - 1).clip(min=0),
         }
-        function = self._program.description.function(batch, length, last)
-        most = function.sequences({"length": length, "total": end, "capacity": self.state.capacity})
-        parts = [slice(i, i + most) for i in range(0, batch, most)] if most < batch else [None]
-        result = joined([self._call(function, inputs, part) for part in parts], 0)
+        result = self._program.feed(inputs, self.state, last, merged)
         self._lengths += new.sum(1, keepdims=True)
         self.past = end
         return result
-
-    def _call(self, function: Function, inputs: Mapping[str, np.ndarray], part: slice | None) -> np.ndarray:
-        """Runs a function for all sequences, or for a part of them."""
-        tensor, chosen = self._program.machine.tensor, slice(None) if part is None else part
-        tensors = {name: tensor(np.ascontiguousarray(array[chosen])) for name, array in inputs.items()}
-        return self._program.call(function.name, tensors, self.state, part)
 
     def _feed_one(self, ids: np.ndarray, function: str) -> np.ndarray:
         """Feeds one token of one sequence; returns its logits, ``[1, V]``."""
@@ -575,20 +495,16 @@ def joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
-class NativeModel(LanguageModel):
+class NativeModel(StoredModel):
     """A stored program and a tokenizer."""
 
     def __init__(self, program: NativeProgram, tokenizer: Any):
+        super().__init__(program.description, tokenizer)
         self.program = program
-        self.config = program.description.config
-        self.tokenizer = tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens the model can attend to: as its configuration says, and as many as its graph has positions for."""
-        bounds = self.program.description.bounds
-        known = [most for most in (super().context_length, bounds.positions, bounds.slots) if most is not None]
-        return min(known, default=None)
 
     def session(self, batch: int, capacity: int = 0) -> NativeSession:
         return self.program.session(batch, capacity)
+
+
+StoredProgram = NativeProgram | ReplayedProgram
+"""A program of either kind: functions for any call, or sequences that are decoded one by one."""

@@ -80,6 +80,7 @@ def page(
         report: of the compile, where the artifact has one.
     """
     parts: list[RenderableType] = [_heading(program, linears), Text(), _pipeline(passes, measured, report)]
+    parts += [part for table in summary.budget_tables(measured) for part in (Text(), table)]
     if stages := _stages(measured):
         parts += [Text(), terminal.rows_table("What the stages measured", stages)]
     parts += [Text(), inputs(program), Text(), Model(stretches(program, linears))]

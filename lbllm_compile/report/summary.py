@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def compile_report(report: CompileReport, *, times: bool = False) -> list[RenderableType]:
     """The end of a compile for people."""
     parts: list[RenderableType] = [terminal.pass_table(report.records, times=times)]
+    parts += [part for table in budget_tables(report.records) for part in (Text(), table)]
     for table in layer_tables(report.records):
         parts += [Text(), table]
     if report.verdicts:
@@ -56,6 +57,17 @@ def fallback_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     ]
     columns = ["linear", "shape", "W(1+1), µs a token", "float, µs a token", ""]
     return terminal.table("W(1+1) or float, the faster (--fallback dense)", columns, cells)
+
+
+def budget_tables(passes: Iterable[PassRecord | MeasuredPass]) -> list[Table]:
+    """What every ``budget`` came to: bits per weight of the decoder layers' linears, and divergence behind stage 1."""
+    titles = {"bits": "bits per weight", "predicted": "divergence, predicted", "measured": "divergence, measured"}
+    tables = []
+    for item in passes:
+        if item.name == "budget":
+            rows = [[title, item.summary[name]] for name, title in titles.items() if name in item.summary]
+            tables += [terminal.table(f"What {item.text} chose", ["", ""], rows)] if rows else []
+    return tables
 
 
 def layer_tables(passes: Iterable[PassRecord | MeasuredPass], layer: int | None = None) -> list[Table]:
@@ -103,6 +115,8 @@ def sheet(figures: Mapping[str, Any]) -> Table:
     if before and after:
         note = f"{before / after:.1f} times smaller; the original in 16 bit"
         rows.append(["weights", terminal.size(before), terminal.size(after), note])
+    if decoder := take("bytes_decoder"):
+        rows.append(["", "", terminal.size(decoder), "of them decoder linears"])
     scopes = (("bits_per_weight", "decoder linears, as stored"), ("bits_per_weight_file", "all weights, as stored"))
     bits = [(figure, scope) for name, scope in scopes if (figure := take(name)) is not None]
     rows += [["" if i else "bits per weight", "", _text(figure), scope] for i, (figure, scope) in enumerate(bits)]

@@ -267,15 +267,20 @@ def size(count: float) -> str:
 
 
 def figure(value: Any) -> str:
-    """One value of a report as text: floats with four significant digits, lists joined, None as a dash."""
+    """One value of a report as text: lists joined, None as a dash, floats with at least four digits.
+
+    Zeros at the end of a rounded number stay, because they say how exact it is; a number with fewer digits is as it is.
+    """
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        return f"{value:.3e}" if value != 0 and not 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+        if not math.isfinite(value) or float(f"{value:.4g}") == value:
+            return f"{value:.4g}"
+        if not 1e-3 <= abs(value) < 1e6:
+            return f"{value:.3e}"
+        return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {figure(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):

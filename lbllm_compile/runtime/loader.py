@@ -6,11 +6,12 @@ from pathlib import Path
 
 from lbllm_compile import artifact
 from lbllm_compile.codegen.backend import EagerKernels, Kernels, backend_of
+from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.threads import in_words, thread_count
 from lbllm_compile.lowering.executor import requirements
-from lbllm_compile.native.program import NativeProgram, find, forget, schedules_key
+from lbllm_compile.native.program import StoredProgram, find, forget, schedules_key
 from lbllm_compile.runtime.model import CompiledModel
 
 
@@ -23,7 +24,8 @@ def load(
 
     Args:
         directory: what a compile wrote.
-        target: what to run on, unless kernels say it; ``cpu`` picks the best kernels of this machine.
+        target: what to run on, unless kernels say it; ``cpu`` picks the best kernels of this machine, ``cuda`` the CUDA
+            device that is present, ``cuda:N`` the one of that number.
         kernels: kernels to use instead of building them (they must cover the program's). A program that was stored with
             other schedules is replaced; kernels that are not a backend's run without one.
         progress: told about each kernel.
@@ -44,6 +46,8 @@ def prepared(
     progress: Progress | None = None,
 ) -> CompiledModel:
     """A model that runs, from an artifact that has been read and checked; otherwise as :func:`load`."""
+    if kernels is None and not backend_of(Target.parse(target)).eager:
+        return _on_device(loaded, target, progress)
     if kernels is not None:
         native = _stored_with(kernels, loaded, progress) if isinstance(kernels, Kernels) else None
     else:
@@ -54,7 +58,7 @@ def prepared(
     return CompiledModel(loaded.program, kernels, native)
 
 
-def _stored_with(kernels: Kernels, loaded: artifact.Artifact, progress: Progress | None) -> NativeProgram | None:
+def _stored_with(kernels: Kernels, loaded: artifact.Artifact, progress: Progress | None) -> StoredProgram | None:
     """The stored program of an artifact; None, and none is stored any more, where it has other kernels than these."""
     native = find(loaded.directory, kernels.target.name, progress)
     if native is None or native.description.schedules == schedules_key(kernels.records()):
@@ -63,15 +67,35 @@ def _stored_with(kernels: Kernels, loaded: artifact.Artifact, progress: Progress
     return None
 
 
-def _prepare(loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None) -> NativeProgram | None:
+def _on_device(loaded: artifact.Artifact, target: str, progress: Progress | None) -> CompiledModel:
+    """A model of which the program runs on a target whose kernels run in nothing else, and the graph on the CPU's.
+
+    Raises:
+        KernelError: no program can hold the graph, or it is wrong on this device.
+        TargetError: this machine cannot run the target.
+    """
+    chosen = Target.parse(target)
+    chosen.check_runs_here()
+    if loaded.program.kind != "causal-lm":
+        raise KernelError(f"only language models run on {chosen.name}; load the artifact with --target cpu")
+    native = find(loaded.directory, target, progress)
+    executor = _built(loaded, Target.parse("cpu"), progress)
+    if native is None:
+        native = _prepare(loaded, _built(loaded, chosen, progress), progress, executor)
+    return CompiledModel(loaded.program, executor, native)
+
+
+def _prepare(
+    loaded: artifact.Artifact, kernels: Kernels, progress: Progress | None, executor: EagerKernels | None = None
+) -> StoredProgram | None:
     """Builds and stores the native program of an artifact; None where the graph does not allow one."""
     # TVM takes seconds to import
     from lbllm_compile.lowering.build import build_native, keep_native, workshop
 
     with workshop() as folder:
-        native = build_native(loaded.program, kernels, folder, progress)
+        native = build_native(loaded.program, kernels, folder, progress, executor)
         if native is not None:
-            keep_native(native, loaded.digest, kernels.target.name)
+            keep_native(native, loaded.digest, kernels.target)
         return native
 
 
@@ -81,9 +105,8 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
     Raises:
         KernelError, TargetError: as :func:`load`.
     """
-    needed, chosen, records = requirements(loaded.program), Target.parse(target), loaded.records
-    build = backend_of(chosen).build
-    built = build(needed.linears, needed.quantizers, chosen, trials=0, records=records, progress=progress)
+    chosen = Target.parse(target)
+    built = _built(loaded, chosen, progress)
     if built.guessed:
         warn(
             progress,
@@ -93,3 +116,9 @@ def build_kernels(loaded: artifact.Artifact, target: str = "cpu", progress: Prog
             f" ('lbllm-compile tune {loaded.directory} --target {chosen.name}' searches them)",
         )
     return built
+
+
+def _built(loaded: artifact.Artifact, target: Target, progress: Progress | None) -> Kernels:
+    needed = requirements(loaded.program)
+    build = backend_of(target).build
+    return build(needed.linears, needed.quantizers, target, trials=0, records=loaded.records, progress=progress)

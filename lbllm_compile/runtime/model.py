@@ -17,9 +17,9 @@ from lbllm_compile.lowering.bounds import input_bounds
 from lbllm_compile.lowering.executor import Executor
 from lbllm_compile.lowering.session import Session
 from lbllm_compile.lowering.state import positions
-from lbllm_compile.native.generate import GenerationError, Sampling
-from lbllm_compile.native.language import InputBounds, LanguageModel, Steps
-from lbllm_compile.native.program import NativeProgram
+from lbllm_compile.native.generate import GenerationError, Sampling, Steps
+from lbllm_compile.native.language import InputBounds, LanguageModel
+from lbllm_compile.native.program import StoredProgram
 from lbllm_compile.passes.ir.program import STATE, Program
 
 
@@ -32,7 +32,7 @@ class CompiledModel(LanguageModel):
         native: the program that the graph was translated into; without one the executor in torch runs the graph.
     """
 
-    def __init__(self, program: Program, kernels: EagerKernels, native: NativeProgram | None = None):
+    def __init__(self, program: Program, kernels: EagerKernels, native: StoredProgram | None = None):
         self.program = program
         self.kernels = kernels
         self.native = native

@@ -9,9 +9,10 @@ from typing import Any
 from lbllm_compile.codegen.cache import known_sha256
 from lbllm_compile.codegen.errors import MissingPackageError, compiler_is_missing, missing_compiler
 from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.manifest import check_files
 from lbllm_compile.native.language import LanguageModel
-from lbllm_compile.native.program import NativeModel, find
+from lbllm_compile.native.program import find
 from lbllm_compile.native.text import TextTokenizer
 
 
@@ -35,9 +36,10 @@ def open_model(
         ArtifactError, KernelError, TargetError: as :func:`~.loader.load`.
         MissingPackageError: the artifact has to be prepared, and the extra ``compile`` is not installed.
     """
+    chosen = Target.parse(target)
     program = find(directory, target, progress)
     if program is not None and program.description.plain_tokenizer:
-        model = NativeModel(program, TextTokenizer(directory))
+        model = program.model(TextTokenizer(directory))
         if check is not None:
             check(model.tokenizer, model.config)
         return model
@@ -51,9 +53,11 @@ def open_model(
         check_files(directory, known_sha256)
         if program is not None:
             raise missing_compiler(error, f"the tokenizer of '{directory}'") from error
+        chosen.check_runs_here()
         raise MissingPackageError(
-            f"no program for this CPU is stored for '{directory}', and making one needs the compiler; install it with"
-            " `pip install 'lbllm-compile[compile]'`, or share the cache directory of an install that has it"
+            f"no program for {chosen.name} on this machine is stored for '{directory}', and making one needs the"
+            " compiler; install it with `pip install 'lbllm-compile[compile]'`, or share the cache directory of an"
+            " install that has it"
         ) from error
 
     loaded = artifact.load(directory)

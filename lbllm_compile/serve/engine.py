@@ -19,12 +19,18 @@ import numpy as np
 
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.native.batch import Batch, can_batch
-from lbllm_compile.native.generate import AnswerText, Sampling, choose
+from lbllm_compile.native.generate import AnswerText, Sampling, choose, left_pad
 from lbllm_compile.native.language import check_prompts
 from lbllm_compile.native.program import NativeModel, NativeSession
 
 PART_TOKENS = 128
 """Tokens of prompts that are read between two steps of the others."""
+
+READ_TOKENS = 512
+"""The same where more requests wait for that than are being answered: few pause longer, and many begin earlier."""
+
+CALL_TOKENS = 16
+"""A call takes as long as so many tokens of a prompt, and some: prompts that differ by no more are read at once."""
 
 SHARED_TOKENS = 16
 """Prompts that share fewer tokens than this are not worth a copy."""
@@ -198,6 +204,8 @@ class Engine:
         self._most_waiting, self._listener = waiting, listener
         self._stop_tokens = frozenset(model.stop_tokens())
         self._kept = _Kept(kept_bytes, bool(model.program.description.fixed))
+        # What is behind padding is the same to the bit but for states of fixed size.
+        self._pads = not model.program.description.fixed
         self._changed = threading.Condition()
         self._waiting: deque[_Active] = deque()
         self._running: list[_Active] = []
@@ -337,14 +345,45 @@ class Engine:
 
     def _read(self) -> None:
         """Reads the oldest prompt that is not read, a part of it where it is long, and those behind it that fit into
-        the same step whole."""
-        left = PART_TOKENS
-        for active in [a for a in self._running if a.rest]:
-            part = active.rest[:PART_TOKENS]
+        the same step whole: at once those of about one length of which nothing is known."""
+        unread = [active for active in self._running if active.rest]
+        left = most = PART_TOKENS if 2 * len(unread) <= len(self._running) else READ_TOKENS
+        fresh: list[_Active] = []
+        for active in unread:
+            part = active.rest[:most]
             if len(part) > left:
-                return
+                break
             left -= len(part)
-            self._read_part(active, part)
+            if self._pads and not active.held and len(part) == len(active.rest):
+                fresh.append(active)
+            else:
+                self._read_part(active, part)
+        fresh.sort(key=lambda active: len(active.rest))
+        while fresh:
+            longest = len(fresh[-1].rest)
+            together = [active for active in fresh if longest - len(active.rest) <= CALL_TOKENS]
+            del fresh[-len(together) :]
+            self._read_together(together)
+
+    def _read_together(self, actives: Sequence[_Active]) -> None:
+        """Reads whole prompts in one call, the shorter ones padded; what cannot be read at once, one by one."""
+        if len(actives) > 1:
+            prompts = [list(active.rest) for active in actives]
+            ids, mask = left_pad(prompts)
+            try:
+                session = self.model.program.session(len(actives), ids.shape[1])
+                session.start(mask)
+                logits = session.step(ids)
+            except Exception as error:
+                _LOG.warning("prompts could not be read together", exc_info=error)
+            else:
+                for row, (active, prompt) in enumerate(zip(actives, prompts, strict=True)):
+                    assert active.session is not None
+                    active.session.take(session.state, row, ids.shape[1] - len(prompt), len(prompt))
+                    self._has_read(active, prompt, logits[row : row + 1])
+        for active in actives:
+            if active.rest:
+                self._read_part(active, list(active.rest))
 
     def _read_part(self, active: _Active, part: list[int]) -> None:
         try:
@@ -353,6 +392,10 @@ class Engine:
         except Exception as error:
             self._fail([active], error)
             return
+        self._has_read(active, part, logits)
+
+    def _has_read(self, active: _Active, part: list[int], logits: np.ndarray) -> None:
+        """A request's session holds the next tokens of its prompt; these are the logits behind them, ``[1, V]``."""
         del active.rest[: len(part)]
         active.held += part
         if not active.rest:

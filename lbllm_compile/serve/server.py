@@ -22,6 +22,7 @@ from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
 from lbllm_compile.native.batch import can_batch, is_exact
 from lbllm_compile.native.program import NativeModel, NativeProgram
+from lbllm_compile.native.replayed import ReplayedProgram
 from lbllm_compile.runtime.opening import open_model
 from lbllm_compile.serve.app import Front, application
 from lbllm_compile.serve.engine import Engine
@@ -212,6 +213,11 @@ def _opened(options: ServeOptions, progress: Progress) -> NativeModel:
 
     model = open_model(options.directory, target=options.target, progress=progress, check=check)
     program = getattr(model, "native", None) or getattr(model, "program", None)
+    if isinstance(program, ReplayedProgram):
+        raise ServeError(
+            f"programs on {program.description.target} are not served yet; `run` and `chat` take them, or serve it with"
+            " --target cpu"
+        )
     if not isinstance(program, NativeProgram):
         raise ServeError("the model runs operator by operator in torch, which is not served; `run` and `chat` take it")
     return NativeModel(program, model.tokenizer)

@@ -3,23 +3,25 @@
 Layer by layer, every layer comes closer to the float one, and the output can still drift from it, because a layer does
 not know which of its errors matter behind it. So what the layers learned is a proposal: of levels and clip factors,
 each trained or as they came, the pair whose output is closest to the float model's on held-out sequences is kept. From
-there the levels and clip factors of all layers train together against the float model's output; planes stay frozen.
+there the levels and clip factors of all layers train together against the float model's output. Planes stay frozen, or
+follow the levels: then each element takes the level next to its latent weight, which may train, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...codegen.format import QuantizedWeight
 from ...codegen.operators.lbllm.linears import WEIGHT
 from ..base import PassContext, PassError
 from ..ir.program import Program, get_attribute
-from ..ir.rewrite import calls
+from ..ir.rewrite import INTEGER_LINEARS, calls
 from ..ir.spool import release
 from .chains import Chains, parameters_of, weight_of
 from .layers import Activations, Layers, Values, finish
@@ -29,18 +31,23 @@ from .simulate import (
     LOGIT,
     LevelWeight,
     Lifted,
+    NearestWeight,
     clip_factors,
     clip_logits,
+    flips,
     knee_logits,
     knee_shares,
     lift,
 )
 from .training import Group, Outcome, train
 
+Planes = Literal["frozen", "nearest"]
+"""What becomes of planes where all layers train together: nothing, or elements take the level next to their latent."""
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Scalar distance of a student's output from the teacher's, differentiable in the second."""
 
-_QUANTIZED_HEAD = (torch.ops.lbllm.fake_quantize.default, torch.ops.lbllm.int8_linear.default)
+_QUANTIZED_HEAD = (torch.ops.lbllm.fake_quantize.default, *INTEGER_LINEARS)
 
 KL_TOKENS = 32
 """Tokens whose probabilities are computed at a time, so that they stay in the processor's cache."""
@@ -214,6 +221,9 @@ class Together:
         title: of the progress bar.
         stream: generator stream that decides the order of the batches.
         lr_knees: of the knees' logits, where activations have knees.
+        planes: whether planes change.
+        lr_weight: of the latents behind planes that do, in standard deviations of their matrix; with 0 planes change
+            with levels alone.
         stage: name of the checkpoints.
     """
 
@@ -224,6 +234,8 @@ class Together:
     title: str
     stream: int
     lr_knees: float = 0.0
+    planes: Planes = "frozen"
+    lr_weight: float = 0.0
     stage: str = "together"
 
     def run(
@@ -238,39 +250,43 @@ class Together:
 
         Returns:
             The stored tensors by path, and figures: ``kl_before`` and ``kl_after`` (a plain module's are
-            ``error_...``), what ``start`` was and the ``step`` that is kept.
+            ``error_...``), what ``start`` was, the ``step`` that is kept, and ``sign_flips`` and ``bitmap_flips``, the
+            shares of elements that training gave another bit, where planes may change.
         """
         done = context.checkpoints.load(self.stage, 1)
         if done is None:
             prepared = whole()
             start = best_start(prepared, trained)
-            tensors, outcome = self._train(prepared, start, context)
+            tensors, outcome, flipped = self._train(prepared, start, context)
             measure = MEASURES[kind]
             figures = {f"{measure}_before": start.before, f"{measure}_after": outcome.after}
-            done = tensors, {"layers": len(prepared.layers), **figures, "start": start.name, "step": outcome.step}
+            figures |= {"start": start.name, "step": outcome.step, **flipped}
+            done = tensors, {"layers": len(prepared.layers), **figures}
             done[1]["curve"] = dict(outcome.curve)
             context.checkpoints.save(self.stage, 1, *done)
         return done
 
-    def _train(self, whole: Whole, start: Start, context: PassContext) -> tuple[dict[str, Tensor], Outcome]:
+    def _train(
+        self, whole: Whole, start: Start, context: PassContext
+    ) -> tuple[dict[str, Tensor], Outcome, dict[str, float]]:
         stored = {path: get_attribute(layer.stage.module, path) for layer in whole.layers for path in layer.ranges}
         stored.update(start.tensors)
         if not self.steps:
-            return stored, Outcome(start.divergence, start.divergence, 0)
+            return stored, Outcome(start.divergence, start.divergence, 0), self._flips({}, {})
         whole = whole.on(context.device)
         stored = {path: tensor.to(context.device) for path, tensor in stored.items()}
         logits = {path: clip_logits(stored[path]) for layer in whole.layers for path in layer.clips}
         knees = {path: knee_logits(stored[path]) for layer in whole.layers for path in layer.knees}
-        levels = {
-            path: LevelWeight.of(weight_of(layer, path, stored), layer.rules[path])
-            for layer in whole.layers
-            for path in layer.weights
-        }
+        packed = {path: weight_of(layer, path, stored) for layer in whole.layers for path in layer.weights}
+        levels = self._trainable(whole, packed)
         groups = [Group(tuple(logits.values()), self.lr_clip, high=LOGIT)] if logits else []
         if knees:
             groups.append(Group(tuple(knees.values()), self.lr_knees, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for weight in levels.values():
-            groups.append(Group((weight.parameters,), self.lr_levels * float(weight.simulate().std())))
+            deviation = float(weight.simulate().std())
+            groups.append(Group((weight.parameters,), self.lr_levels * deviation))
+            if isinstance(weight, NearestWeight):
+                groups.append(Group((weight.latent,), self.lr_weight * deviation))
 
         def current() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
@@ -296,10 +312,34 @@ class Together:
             stored.update({path: clip_factors(logit) for path, logit in logits.items()})
         if outcome.step and self.lr_knees > 0:
             stored.update({path: knee_shares(logit) for path, logit in knees.items()})
-        if outcome.step and self.lr_levels > 0:
+        folded = packed
+        if outcome.step and max(self.lr_levels, self.lr_weight) > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}
             stored.update({f"{path}.{name}": getattr(w, name) for path, w in folded.items() for name in WEIGHT})
-        return {path: tensor.cpu() for path, tensor in stored.items()}, outcome
+        return {path: tensor.cpu() for path, tensor in stored.items()}, outcome, self._flips(packed, folded)
+
+    def _trainable(
+        self, whole: Whole, packed: Mapping[str, QuantizedWeight]
+    ) -> dict[str, LevelWeight] | dict[str, NearestWeight]:
+        """What trains of each matrix, by path."""
+        rules = {path: layer.rules[path] for layer in whole.layers for path in layer.weights}
+        if self.planes == "frozen":
+            return {path: LevelWeight.of(weight, rules[path]) for path, weight in packed.items()}
+        found = {}
+        for layer, teacher in zip(whole.layers, whole.teacher.layers, strict=True):
+            for path in layer.weights:
+                original = get_attribute(teacher.module, path).to(packed[path].sign.device)
+                found[path] = NearestWeight.of(packed[path], original, rules[path])
+        release()
+        return found
+
+    def _flips(self, before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]) -> dict[str, float]:
+        """Shares of elements with another sign and with another bitmap; nothing where planes are frozen."""
+        if self.planes == "frozen":
+            return {}
+        changed = [(*flips(weight, after[path]), weight.codes().numel()) for path, weight in before.items()]
+        signs, bitmaps, count = (sum(column) for column in zip(*changed, strict=True)) if changed else (0, 0, 1)
+        return {"sign_flips": signs / count, "bitmap_flips": bitmaps / count}
 
 
 def divergence_of(kind: str, deviation: float = 0.0) -> Divergence:

@@ -11,14 +11,14 @@ Everything is vectorized over the rows: a row's fit depends on no other row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...codegen.errors import LbllmError
-from ...codegen.format import LEVELS
+from ...codegen.format import LEVELS, quantize_rows
 from ...codegen.levels import FREE, LevelRule
 from ...codegen.sizes import group_count
 
@@ -40,6 +40,9 @@ STEEP = 3e38
 RIDGE = 1e-4
 """Ridge of the level refit, relative to the group's mean diagonal: keeps a level that no element uses."""
 
+SPARE = 1e-6
+"""What holds a level in place that nothing is next to, as a share of a group's importance."""
+
 DAMP_LIMIT = 1.0
 """Damping above which a Hessian counts as unusable."""
 
@@ -53,20 +56,24 @@ class Fit:
     """A fitted matrix.
 
     Attributes:
-        codes: uint8 ``[N, K]``, level codes 0..3.
+        codes: uint8 ``[N, K - kept]``, level codes 0..3.
         levels: float32 ``[N, G, 4]``, sorted, each group's exactly representable as int8 times fp16 scale.
         error, norm: float32 ``[N]``: mean of ``((w - q) x)^2`` and ``(w x)^2`` over the calibration inputs, damping
             included.
+        kept: int8 ``[N, kept]``, the last columns.
+        kept_scale: float32 ``[N]``: what they are multiples of.
     """
 
     codes: Tensor
     levels: Tensor
     error: Tensor
     norm: Tensor
+    kept: Tensor
+    kept_scale: Tensor
 
     def rows(self, start: int, end: int) -> Fit:
         """The fit of some rows."""
-        return Fit(self.codes[start:end], self.levels[start:end], self.error[start:end], self.norm[start:end])
+        return Fit(*(getattr(self, part.name)[start:end] for part in fields(self)))
 
     @property
     def relative_error(self) -> float:
@@ -77,10 +84,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factored Hessian, its columns reordered so that important groups come first.
+    """A factored Hessian, its columns reordered so that important groups come first, and kept columns last.
 
     Attributes:
-        order: int64 ``[K]``: column of the matrix at each position; a group's columns stay together.
+        order: int64 ``[K]``: column of the matrix at each position; a group's columns stay together, and the kept ones
+            are as they were.
         groups: index of the weight group at each group position.
         sizes: number of columns of each group position.
         root: ``R``, upper triangular ``[K, K]``, ``H = R R^T`` in the new order.
@@ -98,8 +106,8 @@ class Factor:
     damp: float
 
 
-def factor(hessian: Tensor, group: int, damp: float) -> Factor:
-    """Factors a Hessian ``[K, K]`` for :func:`fit`.
+def factor(hessian: Tensor, group: int, damp: float, kept: int = 0) -> Factor:
+    """Factors a Hessian ``[K, K]`` for :func:`fit`, whose last ``kept`` columns have no levels.
 
     Dead columns get a unit diagonal. ``damp`` times the mean diagonal is added to the diagonal; where the Cholesky
     factorization fails all the same, ten times as much, and so on.
@@ -115,7 +123,7 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
     diagonal[dead] = mean
-    order, groups, sizes = _column_order(hessian.diagonal(), group)
+    order, groups, sizes = _column_order(hessian.diagonal(), group, kept)
     hessian = hessian[order][:, order]
     while damp <= DAMP_LIMIT:
         # R R^T with an upper R is the Cholesky factorization of the matrix read backwards.
@@ -135,17 +143,18 @@ def factor(hessian: Tensor, group: int, damp: float) -> Factor:
     raise FitError("the calibration Hessian cannot be factored; use more calibration text or a larger damp")
 
 
-def _column_order(diagonal: Tensor, group: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Groups by falling mean importance, and columns by falling importance within each.
+def _column_order(diagonal: Tensor, group: int, kept: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Groups by falling mean importance, and columns by falling importance within each; kept columns behind them.
 
     What is quantized first still has all other columns to make up for its error.
     """
-    k = diagonal.shape[0]
+    k = diagonal.shape[0] - kept
     columns = [torch.arange(start, min(start + group, k), device=diagonal.device) for start in range(0, k, group)]
     importance = torch.stack([diagonal[c].mean() for c in columns])
     groups = importance.argsort(descending=True, stable=True).tolist()
     ordered = [columns[g][diagonal[columns[g]].argsort(descending=True, stable=True)] for g in groups]
-    return torch.cat(ordered), tuple(groups), tuple(len(c) for c in ordered)
+    last = torch.arange(k, k + kept, device=diagonal.device)
+    return torch.cat([*ordered, last]), tuple(groups), tuple(len(c) for c in ordered)
 
 
 def fit(
@@ -158,7 +167,7 @@ def fit(
     rounds: int = 1,
     rule: LevelRule = FREE,
 ) -> Fit:
-    """Fits planes and levels to a matrix.
+    """Fits planes and levels to a matrix. Its kept columns make up for the errors of all others, and become int8 rows.
 
     Args:
         weight: ``[N, K]``, finite.
@@ -173,11 +182,12 @@ def fit(
         FormatError: the weight is not finite, or too large for the format.
     """
     n, k = weight.shape
+    main = sum(factored.sizes)
     weight = weight.float().masked_fill(factored.dead, 0.0)
     # Columns are rows here: the loop over columns reads and writes contiguous memory.
     work = weight.t()[factored.order].contiguous()
-    codes = work.new_empty((k, n), dtype=torch.uint8)
-    levels = work.new_empty((n, group_count(k, group), LEVELS))
+    codes = work.new_empty((main, n), dtype=torch.uint8)
+    levels = work.new_empty((n, group_count(main, group), LEVELS))
     del weight
     original = work.clone()
     quantized = torch.empty_like(work)
@@ -191,7 +201,7 @@ def fit(
         importance = (
             inverse.diagonal().square().reciprocal() if compensate else factored.root[start:end].square().sum(1)
         )
-        found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance)
+        found = even_grid(block.t()) if init == "rtn" else expectation_maximization(block.t(), importance, rule)
         found = _representable(found, rule)
         if compensate:
             found, steps, errors = _fit_group(block, root, inverse, found, rounds, rule)
@@ -203,11 +213,20 @@ def fit(
         levels[:, index] = found
         quantized[start:end] = _pick(found, steps)
         start = end
-    restored = codes.new_empty((n, k))
-    restored[:, factored.order] = codes.t()
+    kept, kept_scale = _int8_rows(work[main:].t())
+    quantized[main:] = kept.t() * kept_scale
+    restored = codes.new_empty((n, main))
+    restored[:, factored.order[:main]] = codes.t()
     root = factored.root.t()
     error = (root @ (original - quantized)).square().sum(0)
-    return Fit(restored, levels, error, (root @ original).square().sum(0))
+    return Fit(restored, levels, error, (root @ original).square().sum(0), kept, kept_scale)
+
+
+def _int8_rows(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept columns ``[N, kept]``, which may be none, as :func:`..codegen.format.quantize_rows` gives them."""
+    if columns.shape[1]:
+        return quantize_rows(columns)
+    return columns.to(torch.int8), columns.new_zeros(columns.shape[0])
 
 
 def _fit_group(
@@ -242,8 +261,8 @@ def _fit_group(
     return best
 
 
-def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
-    """Four sorted levels per row that minimize ``sum_i importance_i (w_i - nearest level)^2``.
+def expectation_maximization(weight: Tensor, importance: Tensor, rule: LevelRule = FREE) -> Tensor:
+    """Four sorted levels per row that minimize ``sum_i importance_i (w_i - nearest level)^2`` under a rule.
 
     Weighted k-means in one dimension: on sorted values a cluster is a range, and its sums are differences of prefix
     sums, so a round costs a few numbers per row. Four starting points per row; the best end is kept.
@@ -251,6 +270,7 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     Args:
         weight: ``[N, g]``.
         importance: ``[g]``, positive.
+        rule: which levels there may be, not yet as they are stored.
 
     Returns:
         float32 ``[N, 4]``.
@@ -259,9 +279,11 @@ def expectation_maximization(weight: Tensor, importance: Tensor) -> Tensor:
     share = (importance / importance.sum())[order]
     prefix = [torch.nn.functional.pad((share * values**p).double().cumsum(-1), (1, 0)) for p in range(2)]
     found = _starts(values, share)
-    found, gain = _lloyd(values, prefix, found, SCOUT_ITERATIONS)
+    if rule != FREE:
+        found = rule.levels(rule.parameters(found.sort(-1).values)).sort(-1).values
+    found, gain = _lloyd(values, prefix, found, SCOUT_ITERATIONS, rule)
     best = gain.argmax(1)[:, None, None].expand(-1, 1, LEVELS)
-    found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS)
+    found, _ = _lloyd(values, prefix, found.gather(1, best), EM_ITERATIONS, rule)
     return found.squeeze(1).sort(-1).values
 
 
@@ -271,8 +293,8 @@ def even_grid(weight: Tensor) -> Tensor:
     return torch.lerp(*ends, torch.linspace(0.0, 1.0, LEVELS, device=weight.device))
 
 
-def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Rounds of one-dimensional k-means from levels ``[N, I, 4]`` on sorted values ``[N, g]``.
+def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int, rule: LevelRule) -> tuple[Tensor, Tensor]:
+    """Rounds of one-dimensional k-means from levels ``[N, I, 4]`` of a rule on sorted values ``[N, g]``.
 
     Returns:
         The levels, and what they explain ``[N, I]``: the weighted square sum less the weighted squared error.
@@ -288,10 +310,27 @@ def _lloyd(values: Tensor, prefix: list[Tensor], found: Tensor, rounds: int) -> 
             break
         edges = torch.cat([bounds[..., :1], cuts.view(n, inits, LEVELS - 1), bounds[..., 1:]], -1).flatten(1)
         mass, first = (p.gather(1, edges).view(n, inits, LEVELS + 1).diff(dim=-1) for p in prefix)
-        means = first / mass.clamp_min(1e-30)
-        gain = (means * first).sum(-1)
-        found = torch.where(mass > 0, means.float(), found)
+        if rule == FREE:
+            means = first / mass.clamp_min(1e-30)
+            gain = (means * first).sum(-1)
+            found = torch.where(mass > 0, means.float(), found)
+        else:
+            found = _centers(mass, first, found, rule)
+            gain = ((2 * first - mass * found) * found).sum(-1)
     return found, gain
+
+
+def _centers(mass: Tensor, first: Tensor, found: Tensor, rule: LevelRule) -> Tensor:
+    """The levels of a rule that are best for clusters of these weights and weighted sums, all ``[N, I, 4]``.
+
+    A level that nothing is next to follows from the others, or stays. Levels that would change places stay, too.
+    """
+    normal = torch.diag_embed(mass + SPARE).flatten(0, 1)
+    levels = found.double().flatten(0, 1)
+    right = first.flatten(0, 1) - mass.flatten(0, 1) * levels
+    moved = rule.refit(normal, right, levels)
+    ascending = (moved.diff(dim=-1) >= 0).all(-1, keepdim=True)
+    return torch.where(ascending, moved, levels).float().view_as(found)
 
 
 def _starts(values: Tensor, share: Tensor) -> Tensor:

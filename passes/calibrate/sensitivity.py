@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def channel_weights(program: Program, layers: Layers, context: PassContext, prec
     Raises:
         PassError: a gradient is infinite or no number.
     """
-    chain = Activations(_first_tokens(calibration_batches(program, context.calibration, 1)), context.device)
+    chain = Activations(first_tokens(calibration_batches(program, context.calibration, 1)), context.device)
     chain.advance(layers.prologue)
     weights: dict[str, Tensor] = {}
     with context.progress.task("measuring which channels matter", 2 * len(layers.layers)) as task:
@@ -80,10 +80,11 @@ def channel_weights(program: Program, layers: Layers, context: PassContext, prec
     return weights
 
 
-def _first_tokens(batches: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def first_tokens(batches: Sequence[Mapping[str, Any]], count: int = TOKENS) -> Iterator[Mapping[str, Any]]:
+    """The first batches that have ``count`` tokens (rows, for a plain module) together, or all."""
     tokens = 0
     for batch in batches:
-        if tokens >= TOKENS:
+        if tokens >= count:
             return
         yield batch
         tensor = next(value for value in batch.values() if isinstance(value, Tensor))

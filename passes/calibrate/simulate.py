@@ -11,7 +11,7 @@ gradients are in ``codegen/latent.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,14 @@ from ...codegen.operators import Arguments
 from ...codegen.operators.lbllm.linears import WEIGHT
 from ..ir.annotations import LINEAR
 from ..ir.program import discard_attributes, get_attribute
-from ..ir.rewrite import activation_knees
 from .layers import Stage, Values
 
 LATENT_MARGIN = 0.05
 """Smallest distance of a starting latent from its threshold, in widths of its pair."""
+
+MOVED_MARGIN = 0.25
+"""The same, in gaps between levels, where one number decides both planes and GPTQ chose another level than the one that
+is nearest to the float weight."""
 
 BITMAP_MARGIN = 0.02
 """Smallest distance of a starting bitmap from 0.5."""
@@ -198,6 +201,121 @@ class LevelWeight:
         return QuantizedWeight.from_codes(codes, levels, self.group, self.rule.quantize)
 
 
+class _Nearest(torch.autograd.Function):
+    """Latent ``[R, G, g]`` and ascending levels ``[R, G, 4]`` to the matrix ``[R, G, g]`` of nearest levels.
+
+    A level's gradient is the sum over the elements that take it, as if no element were about to take another; a
+    latent's goes straight through, up to as far outside the levels as the next one is inside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, levels: Tensor, rule: LevelRule) -> Tensor:
+        units = latent.flatten(0, 1)
+        quantized, scale = stored_levels(levels.flatten(0, 1), rule)
+        codes = _nearest(units, quantized, scale)
+        near = None
+        if ctx.needs_input_grad[0]:
+            values = quantized * scale.unsqueeze(-1)
+            lowest = (2 * values[:, 0] - values[:, 1]).unsqueeze(-1)
+            highest = (2 * values[:, 3] - values[:, 2]).unsqueeze(-1)
+            near = (units >= lowest) & (units <= highest)
+        ctx.save_for_backward(codes, near)
+        return pick(codes, quantized * scale.unsqueeze(-1)).view_as(latent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        codes, near = ctx.saved_tensors
+        of_levels = level_gradients(grad.flatten(0, 1), codes).unflatten(0, grad.shape[:2])
+        return None if near is None else grad * near.view_as(grad), of_levels, None
+
+
+def _nearest(latent: Tensor, quantized: Tensor, scale: Tensor) -> Tensor:
+    """Which of the stored, ascending levels ``[U, 4]`` is next to each element ``[U, g]``: codes, uint8.
+
+    Comparisons are in units of the scale ``[U]``, where the middle of two levels is exact; of two that are equally far,
+    the lower one.
+    """
+    units = latent * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(-1)
+    codes = torch.zeros(latent.shape, dtype=torch.uint8, device=latent.device)
+    for middle in ((quantized[:, 1:] + quantized[:, :-1]) * 0.5).unbind(-1):
+        codes += units > middle.unsqueeze(-1)
+    return codes
+
+
+@dataclass
+class NearestWeight:
+    """A W(1+1) matrix whose elements take the level next to their latent: both planes follow from one number, and
+    change as soon as levels do.
+
+    Attributes:
+        latent: float32 ``[R, G, group]``; columns behind ``in_features`` are padding.
+        parameters: float32 ``[R, G, P]``, what the levels follow from.
+        shape: shape of the matrix, ``[..., N, K]``.
+        group: input columns per group.
+        rule: which levels a group may have.
+    """
+
+    latent: Tensor
+    parameters: Tensor
+    shape: tuple[int, ...]
+    group: int
+    rule: LevelRule = FREE
+
+    @property
+    def levels(self) -> Tensor:
+        """float32 ``[R, G, 4]``, ascending."""
+        levels = self.rule.levels(self.parameters)
+        return levels if bool((levels.diff(dim=-1) >= 0).all()) else levels.sort(dim=-1, stable=True).values
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, float_weight: Tensor, rule: LevelRule = FREE) -> NearestWeight:
+        """From a quantized weight, whose levels follow the rule, and the float weight it approximates ``[..., N, K]``.
+
+        The latent is the float weight where the quantized weight's level is the nearest. An element that makes up for
+        the errors of others has another level; its latent is moved there, further from the threshold than the rest, or
+        the first steps would undo it. So the simulation starts as the quantized weight, bit for bit.
+        """
+        group, groups = weight.group, weight.groups
+        pad = groups * group - weight.in_features
+        codes = F.pad(weight.codes(), (0, pad)).reshape(-1, groups, group).long()
+        target = F.pad(float_weight.float(), (0, pad)).reshape(-1, groups, group)
+        levels = (weight.levels.float() * weight.scale.float().unsqueeze(-1)).reshape(-1, groups, LEVELS)
+        gaps = levels.diff(dim=-1)
+        middles = levels[..., :-1] + gaps / 2
+
+        def within(margin: float) -> tuple[Tensor, Tensor]:
+            """The ends of the range in which each element's level is the nearest, by so many gaps."""
+            lowest = F.pad(middles + margin * gaps, (1, 0), value=-torch.inf)
+            highest = F.pad(middles - margin * gaps, (0, 1), value=torch.inf)
+            return lowest.gather(-1, codes), highest.gather(-1, codes)
+
+        lowest, highest = within(0.0)
+        kept, moved = (target.clamp(*within(margin)) for margin in (LATENT_MARGIN, MOVED_MARGIN))
+        latent = torch.where((target >= lowest) & (target <= highest), kept, moved)
+        return cls(latent, rule.parameters(levels), tuple(float_weight.shape), group, rule)
+
+    def simulate(self) -> Tensor:
+        """The matrix, float32 of ``shape``; differentiable."""
+        padded = _Nearest.apply(self.latent, self.levels, self.rule)
+        return padded.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
+
+    @torch.no_grad()
+    def fold(self) -> QuantizedWeight:
+        """The packed weight; its dequantized form equals :meth:`simulate` bit for bit."""
+        levels = self.levels
+        codes = _nearest(self.latent.flatten(0, 1), *stored_levels(levels.flatten(0, 1), self.rule))
+        codes = codes.reshape(len(levels), -1)[:, : self.shape[-1]].reshape(self.shape)
+        levels = levels.reshape(*self.shape[:-1], -1, LEVELS)
+        return QuantizedWeight.from_codes(codes, levels, self.group, self.rule.quantize)
+
+
+def flips(before: QuantizedWeight, after: QuantizedWeight) -> tuple[int, int]:
+    """Elements whose sign, and elements whose bitmap differ."""
+    old, new = before.codes(), after.codes()
+    signs = int(((old >= 2) != (new >= 2)).sum())
+    return signs, int((((old == 1) | (old == 2)) != ((new == 1) | (new == 2))).sum())
+
+
 def _sorted(picked: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted levels ``[R, G, 4]`` and codes into them: training may have changed the order of the levels."""
     levels, order = levels.sort(dim=-1, stable=True)
@@ -266,6 +384,43 @@ CORE_PLACE = torch.arange(-reference.TAIL_CODES, reference.CORE_CODES + referenc
 """The core's code that a code lies at, or whose end of the core its tail begins at."""
 
 
+def _by_table(
+    x: Tensor, clip: Tensor, group: int, make: Callable[..., reference.CodeTable], shape: Tensor
+) -> tuple[Tensor, Tensor, reference.CodeTable]:
+    """What a table that knees or plane scales shape makes of an input: the values, their codes, and the table."""
+    with torch.autocast(x.device.type, enabled=False):
+        grouped = reference.in_groups(x.float(), group or x.shape[-1])
+        table = make(*reference.clipped_range(grouped, clip), shape)
+        codes = reference.table_codes(grouped, table)
+        out = table.values.gather(-1, codes) * table.scale.unsqueeze(-1)
+    return out.flatten(-2)[..., : x.shape[-1]].to(x.dtype), codes, table
+
+
+class _TableGradients:
+    """What the gradients of :func:`_by_table` have in common, whatever shapes the table.
+
+    Attributes:
+        grad: of the output, float32 ``[..., G, group]``.
+        high, low: ends of the clipped ranges, float32 ``[..., G]``.
+    """
+
+    def __init__(self, x: Tensor, clip: Tensor, group: int, grad: Tensor):
+        width = group or x.shape[-1]
+        self._x, self._grouped = x, reference.in_groups(x.float(), width)
+        self.grad = reference.in_groups(grad.float(), width)
+        self.high, self.low = reference.clipped_range(self._grouped, clip)
+
+    def of_input(self) -> Tensor:
+        """Straight through within the range."""
+        inside = (self._grouped <= self.high.unsqueeze(-1)) & (self._grouped >= self.low.unsqueeze(-1))
+        return (self.grad * inside).flatten(-2)[..., : self._x.shape[-1]].to(self._x.dtype)
+
+    def of_clip(self, of_high: Tensor, of_low: Tensor) -> Tensor:
+        """From the gradients of the ranges' ends; maximum and minimum count as constants."""
+        top, bottom = self._grouped.amax(-1).clamp_min(0.0), self._grouped.amin(-1).clamp_max(0.0)
+        return torch.stack([(of_high * top).sum(), (of_low * bottom).sum()])
+
+
 class _FakeQuantizeKnees(torch.autograd.Function):
     """``lbllm.fake_quantize`` with knees, with gradients for the input, the clip factors and the knees.
 
@@ -282,37 +437,54 @@ class _FakeQuantizeKnees(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, knees: Tensor, group: int) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            grouped = reference.in_groups(x.float(), group or x.shape[-1])
-            table = reference.knee_table(*reference.clipped_range(grouped, clip), knees)
-            codes = reference.knee_codes(grouped, table)
-            out = table.values.gather(-1, codes) * table.scale.unsqueeze(-1)
+        out, codes, table = _by_table(x, clip, group, reference.knee_table, knees)
         ctx.save_for_backward(x, clip, knees, codes.to(torch.uint8), table.zero)
         ctx.group = group
-        return out.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, clip, knees, codes, zero = ctx.saved_tensors
-        width = ctx.group or x.shape[-1]
-        grouped, grad_grouped = reference.in_groups(x.float(), width), reference.in_groups(grad.float(), width)
-        high, low = reference.clipped_range(grouped, clip)
-        inside = (grouped <= high.unsqueeze(-1)) & (grouped >= low.unsqueeze(-1))
-        grad_x = (grad_grouped * inside).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-        by_code = grad_grouped.new_zeros((*zero.shape, len(CORE_PLACE)))
-        by_code.scatter_add_(-1, codes.long(), grad_grouped)
+        shared = _TableGradients(x, clip, ctx.group, grad)
+        by_code = shared.grad.new_zeros((*zero.shape, len(CORE_PLACE)))
+        by_code.scatter_add_(-1, codes.long(), shared.grad)
         core_end, place, at_high, at_low = (t.to(grad.device) for t in (OF_CORE_END, CORE_PLACE, OF_HIGH, OF_LOW))
         of_step = (by_code * core_end * (place - zero.unsqueeze(-1))).sum(-1) / (reference.CORE_CODES - 1)
         of_high = (by_code * at_high).sum(-1) + of_step * knees[1]
         of_low = (by_code * at_low).sum(-1) - of_step * knees[0]
-        top, bottom = grouped.amax(-1).clamp_min(0.0), grouped.amin(-1).clamp_max(0.0)
-        of_clip = torch.stack([(of_high * top).sum(), (of_low * bottom).sum()])
-        of_knees = torch.stack([-(of_step * low).sum(), (of_step * high).sum()])
-        return grad_x, of_clip, of_knees, None
+        of_knees = torch.stack([-(of_step * shared.low).sum(), (of_step * shared.high).sum()])
+        return shared.of_input(), shared.of_clip(of_high, of_low), of_knees, None
 
 
-def fake_quantize(x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None) -> Tensor:
+class _FakeQuantizePlanes(torch.autograd.Function):
+    """``lbllm.fake_quantize`` with plane scales, with gradients for the input and the clip factors.
+
+    A code lies at ``(place[q] - place[zero]) * (high - low) / 15``, which is linear in both ends of the range. The
+    input's gradient passes straight through within the range, and rounding is passed straight through as with knees.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, plane_scales: Tensor, group: int) -> Tensor:
+        out, codes, table = _by_table(x, clip, group, reference.plane_table, plane_scales)
+        places = reference.plane_places(plane_scales)
+        ctx.save_for_backward(x, clip, places[codes] - places[table.zero.long()].unsqueeze(-1))
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, clip, places = ctx.saved_tensors
+        shared = _TableGradients(x, clip, ctx.group, grad)
+        of_range = torch.linalg.vecdot(shared.grad, places) / reference.INT4_MAX
+        return shared.of_input(), shared.of_clip(of_range, -of_range), None, None
+
+
+def fake_quantize(
+    x: Tensor, clip: Tensor, bits: int, group: int, knees: Tensor | None = None, plane_scales: Tensor | None = None
+) -> Tensor:
     """Differentiable ``lbllm.fake_quantize``: the same values."""
+    if plane_scales is not None:
+        return _FakeQuantizePlanes.apply(x, clip, plane_scales, group)
     if knees is None:
         return _FakeQuantize.apply(x, clip, bits, group)
     return _FakeQuantizeKnees.apply(x, clip, knees, group)
@@ -453,7 +625,7 @@ def lift(stage: Stage) -> Lifted:
         copies[node] = weights[path]
     quantizers = [n for n in nodes if n.target is _lbllm.fake_quantize.default]
     clips = _inputs(graph, "clip", [Arguments(n).clip for n in quantizers], copies)
-    knees = _inputs(graph, "knees", [k for n in quantizers for k in activation_knees(n)], copies)
+    knees = _inputs(graph, "knees", [k for n in quantizers if (k := Arguments(n).knees) is not None], copies)
     for node in nodes:
         if node in copies:
             continue

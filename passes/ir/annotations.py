@@ -12,6 +12,9 @@ from .scheme import Scheme
 LINEAR = "lbllm_linear"
 """Key of a linear's :class:`LinearInfo` in ``node.meta``."""
 
+ROLES = ("decoder", "outliers", "head", "dense")
+"""What a linear can be."""
+
 
 @dataclass(frozen=True)
 class LinearInfo:
@@ -21,7 +24,8 @@ class LinearInfo:
         path: module path, e.g. ``model.layers.3.mlp.up_proj``.
         weight: target of the weight's ``get_attr``, e.g. ``model.layers.3.mlp.up_proj.weight``.
         layer: decoder layer, or None outside the layers.
-        role: ``"decoder"`` (W(1+1)), ``"head"`` (int8 per row) or ``"dense"`` (stays float).
+        role: ``"decoder"`` (W(1+1)), ``"outliers"`` (a decoder linear's columns of 8 bits), ``"head"`` (8 or 4
+            bits) or ``"dense"`` (stays float).
         experts: matrices in a stacked weight; 0 for an ordinary one.
         reason: why it has this role, for people.
         scheme: how it is quantized, as far as ``annotate`` was told; complete once ``lower`` has run.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from ...codegen import reference
-from ...codegen.format import QuantizedWeight
+from ...codegen.format import Int4Weight, QuantizedWeight, Weight
 from ...codegen.operators import Arguments
-from ...codegen.operators.lbllm.linears import WEIGHT
+from ...codegen.operators.lbllm.linears import INT4_WEIGHT, WEIGHT
 from .program import Program, Runner
-from .rewrite import LINEARS, bias_of, computed, is_call, operands_of
+from .rewrite import LINEARS, UNPACKED, bias_of, computed, is_call, operands_of
 
 _aten = torch.ops.aten
 _lbllm = torch.ops.lbllm
@@ -39,13 +39,13 @@ def run(program: Program, inputs: Mapping[str, Any], seen: Callable[[str, Any], 
 
 
 class _Exact(Runner):
-    """Evaluates linears between ``fake_quantize`` and ``unpack_weight`` or ``unpack_rows`` by the reference."""
+    """Evaluates linears between ``fake_quantize`` and a simulated weight by the reference."""
 
     def __init__(self, module: fx.GraphModule, seen: Callable[[str, Any], None] | None = None):
         super().__init__(module)
         self._seen = seen
         self._activations: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[fx.Node, QuantizedWeight | tuple[Tensor, Tensor]] = {}
+        self._weights: dict[fx.Node, Weight] = {}
 
     def evaluate(self, n: fx.Node) -> Any:
         value = self._value(n)
@@ -56,11 +56,14 @@ class _Exact(Runner):
     def _value(self, n: fx.Node) -> Any:
         if is_call(n, _lbllm.fake_quantize.default):
             given = computed(n, self.env)
-            pair = reference.quantize_activation(*given.pick("x", "clip", "bits", "group", "knees"))
+            pair = reference.quantize_activation(*given.pick("x", "clip", "bits", "group", "knees", "plane_scales"))
             self._activations[n] = pair
             return reference.dequantize_activation(*pair, given.group).to(given.x.dtype)
         if is_call(n, _lbllm.unpack_weight.default):
             weight = self._weights[n] = QuantizedWeight(*computed(n, self.env).pick(*WEIGHT, "in_features", "group"))
+            return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
+        if is_call(n, _lbllm.unpack_int4.default):
+            weight = self._weights[n] = Int4Weight(*computed(n, self.env).pick(*INT4_WEIGHT, "in_features", "group"))
             return None if all(_is_quantized_linear(user) for user in n.users) else weight.dequantize()
         if is_call(n, _lbllm.unpack_rows.default):
             rows, scale = self._weights[n] = tuple(computed(n, self.env).pick("weight", "scale"))
@@ -80,10 +83,7 @@ class _Exact(Runner):
         else:
             bias = bias_of(n)
             bias = self.env[bias] if isinstance(bias, fx.Node) else None
-            if isinstance(weight, QuantizedWeight):
-                out = reference.bit_linear(values, scale, weight, bias)
-            else:
-                out = reference.int8_linear(values, scale, *weight, bias, Arguments(x).group)
+            out = reference.linear(values, scale, weight, bias, Arguments(x).group)
         return out.to(n.meta["val"].dtype) if "val" in n.meta else out
 
 
@@ -92,5 +92,5 @@ def _is_quantized_linear(node: fx.Node) -> bool:
     return (
         is_call(node, *LINEARS)
         and is_call(operands_of(node)[0], _lbllm.fake_quantize.default)
-        and is_call(operands_of(node)[1], _lbllm.unpack_weight.default, _lbllm.unpack_rows.default)
+        and is_call(operands_of(node)[1], *UNPACKED)
     )

@@ -30,7 +30,7 @@ from ...codegen.operators import stored
 from ...codegen.operators.arguments import parameters
 from ...codegen.sizes import BATCH, LENGTH
 from . import dump
-from .annotations import LINEAR, LinearInfo
+from .annotations import LINEAR, ROLES, LinearInfo
 from .program import FIXED, IN_FEATURES, LAYER, PER_TOKEN, STATE, StateSpec, get_attribute, set_attribute
 from .rewrite import Node
 from .scheme import Scheme, told
@@ -444,7 +444,7 @@ def _linear(value: Any, what: str) -> LinearInfo:
         path=_text(fields["path"], f"{what}'s path"),
         weight=_text(fields["weight"], f"{what}'s weight"),
         layer=None if layer is None else _integer(layer, f"{what}'s layer", 0, MAX_NODES),
-        role=_choice(fields["role"], {r: r for r in ("decoder", "head", "dense")}, f"{what}'s role"),
+        role=_choice(fields["role"], {role: role for role in ROLES}, f"{what}'s role"),
         experts=_integer(fields["experts"], f"{what}'s experts", 0, MAX_NODES),
         reason=_text(fields["reason"], f"{what}'s reason"),
         scheme=_scheme(fields.get("scheme", {}), what),
@@ -454,9 +454,8 @@ def _linear(value: Any, what: str) -> LinearInfo:
 def _scheme(value: Any, what: str) -> Scheme:
     """A scheme; what its document leaves out is open."""
     names = tuple(f.name for f in dataclasses.fields(Scheme))
-    fields = dict(_object(value, f"{what}'s scheme", optional=(*names, "outliers")))
-    if fields.pop("outliers", 0) != 0:  # a field that older documents have, always 0
-        raise GraphFormatError(f"{what} keeps outlier columns apart, which this build cannot")
+    fields = dict(_object(value, f"{what}'s scheme", optional=names))
+    _integer(fields.get("outliers", 0), f"{what}'s outliers", 0, MAX_DIMENSION)
     for name in ("group", "act_bits", "act_group"):
         if fields.get(name) is not None:
             _integer(fields[name], f"{what}'s {name}", 0, MAX_DIMENSION)

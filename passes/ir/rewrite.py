@@ -22,9 +22,17 @@ LINEARS = (torch.ops.aten.linear.default, torch.ops.lbllm.grouped_linear.default
 INTEGER_LINEARS = (
     torch.ops.lbllm.bit_linear.default,
     torch.ops.lbllm.grouped_bit_linear.default,
+    torch.ops.lbllm.int4_linear.default,
     torch.ops.lbllm.int8_linear.default,
 )
 """What ``lower`` makes of linears; they run as kernels."""
+
+UNPACKED = (
+    torch.ops.lbllm.unpack_weight.default,
+    torch.ops.lbllm.unpack_int4.default,
+    torch.ops.lbllm.unpack_rows.default,
+)
+"""Simulated weights of linears: W(1+1), 4-bit, int8 per row."""
 
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", LAYER)
 """Meta keys that a node made for another one inherits: where in the user's model it belongs."""
@@ -82,10 +90,17 @@ def bias_of(linear: Node) -> Node | None:
     return getattr(Arguments(linear), "bias", None)
 
 
-def activation_knees(quantizer: Node) -> list[Node]:
-    """The knees that a quantizer of activations, simulated or not, reads: one weight, or none."""
-    knees = Arguments(quantizer).knees
-    return [] if knees is None else [knees]
+def table_shape(quantizer: Node) -> list[Node]:
+    """What shapes the codes of a quantizer, simulated or not: knees or plane scales; nothing where they are uniform."""
+    return [shape for shape in Arguments(quantizer).pick("knees", "plane_scales") if shape is not None]
+
+
+def quantizer_arguments(quantizer: Node) -> tuple[Any, ...]:
+    """The arguments of a quantizer, simulated or not, as far as they are given."""
+    given = list(Arguments(quantizer).pick("x", "clip", "bits", "group", "knees", "plane_scales"))
+    while given[-1] is None:
+        given.pop()
+    return tuple(given)
 
 
 def make_call(

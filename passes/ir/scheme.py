@@ -20,12 +20,13 @@ from ...codegen import levels as level_rules
 from ...codegen.errors import LbllmError, suggestion
 from ...codegen.operators import Arguments
 from ...codegen.sizes import ACTIVATION_BITS, GROUPS
-from .rewrite import LINEARS, Node, is_call, operands_of
+from .rewrite import LINEARS, UNPACKED, Node, is_call, operands_of
 
 _lbllm = torch.ops.lbllm
 
-CODEBOOKS = ("none", "knees")
-"""Codes of 4-bit activations: uniform over a clipped range, or places in a table that two knees shape."""
+CODEBOOKS = ("none", "knees", "planes")
+"""Codes of 4-bit activations: uniform over a clipped range, or places in a table that two knees, or the scales of four
+binary planes, shape."""
 
 KEYS = {
     "group": "group",
@@ -33,6 +34,7 @@ KEYS = {
     "act": "act_bits",
     "act-group": "act_group",
     "codebook": "codebook",
+    "outliers": "outliers",
 }
 """Keys of the text, and the fields of :class:`Scheme` that they set."""
 
@@ -48,11 +50,13 @@ class Scheme:
     """How a linear is quantized. A field that is None is as the options of ``ptq``, ``activate`` and ``head`` say.
 
     Attributes:
-        group: input columns per group of levels; None for an output head, too, whose weights are int8 rows.
+        group: input columns per group of levels; None for an output head, too, which has no levels.
         levels: name of the level rule (:mod:`lbllm_compile.codegen.levels`).
         act_bits: of the input: 4, 8 or 16.
         act_group: channels per scale of the input: 0 for one scale per token, else the weights' group.
-        codebook: ``knees`` for 4-bit inputs with knees, else ``none``.
+        codebook: for 4-bit inputs ``knees`` or ``planes``, where these shape a table; else ``none``.
+        outliers: the last columns of the weight and channels of the input that have 8 bits, which the pass ``outliers``
+            put there.
         dense: the linear stays float.
 
     Raises:
@@ -64,6 +68,7 @@ class Scheme:
     act_bits: int | None = None
     act_group: int | None = None
     codebook: str | None = None
+    outliers: int = 0
     dense: bool = False
 
     def __post_init__(self) -> None:
@@ -76,8 +81,8 @@ class Scheme:
                 f"act-group={self.act_group} does not go with group={self.group}; inputs have a scale per token (0) or"
                 " as the weights' groups are"
             )
-        if self.codebook == "knees" and self.act_bits != 4:
-            raise SchemeError("codebook=knees needs act=4 beside it: only 4-bit inputs have knees")
+        if self.codebook in ("knees", "planes") and self.act_bits != 4:
+            raise SchemeError(f"codebook={self.codebook} needs act=4 beside it: only 4-bit inputs have {self.codebook}")
 
     @property
     def activation(self) -> Scheme:
@@ -101,7 +106,10 @@ def _check(key: str, value: Any) -> None:
     Raises:
         SchemeError: it cannot be; the message says what can.
     """
-    if key == "levels":
+    if key == "outliers":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise SchemeError("outliers must be a number of columns")
+    elif key == "levels":
         if not isinstance(value, str):
             raise SchemeError("levels must be the name of a level rule")
         level_rules.get(value)
@@ -198,13 +206,13 @@ def told(linear: Node) -> dict[str, Any]:
     """The fields of a linear's scheme that the operators of its graph decide; none where it is computed in float."""
     if is_call(linear, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
         group, source = Arguments(linear).group, Arguments(linear).values
-    elif is_call(linear, _lbllm.int8_linear.default):
+    elif is_call(linear, _lbllm.int4_linear.default, _lbllm.int8_linear.default):
         group, source = None, Arguments(linear).values
     elif is_call(linear, *LINEARS):
         source, weight = operands_of(linear)
-        group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
-        if group is None and not is_call(weight, _lbllm.unpack_rows.default):
+        if not is_call(weight, *UNPACKED):
             return {}
+        group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
     else:
         return {}
     fields: dict[str, Any] = {"group": group, "dense": False}
@@ -212,6 +220,12 @@ def told(linear: Node) -> dict[str, Any]:
         source = Arguments(source).value
     if is_call(source, _lbllm.fake_quantize.default, _lbllm.quantize_activation.default):
         quantizer = Arguments(source)
-        codebook = "none" if quantizer.knees is None else "knees"
-        fields |= {"act_bits": quantizer.bits, "act_group": quantizer.group, "codebook": codebook}
+        fields |= {"act_bits": quantizer.bits, "act_group": quantizer.group, "codebook": codebook_of(source)}
     return fields
+
+
+def codebook_of(quantizer: Node) -> str:
+    """What shapes the table of a quantizer's codes, simulated or not: one of :data:`CODEBOOKS`."""
+    if Arguments(quantizer).plane_scales is not None:
+        return "planes"
+    return "none" if Arguments(quantizer).knees is None else "knees"

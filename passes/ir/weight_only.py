@@ -14,8 +14,7 @@ from torch import Tensor, fx
 from ...codegen import operators as operators
 from ...codegen import reference
 from ...codegen.errors import LbllmError
-from ...codegen.format import QuantizedWeight
-from ...codegen.operators.lbllm.linears import WEIGHT
+from ...codegen.operators.lbllm.linears import weight_of
 from .program import IN_FEATURES, Program, Runner
 from .rewrite import Node, computed, has_role, is_call
 
@@ -48,7 +47,7 @@ class _WeightOnly(Runner):
             return super().evaluate(n)
         if is_call(n, _lbllm.quantize_activation.default):
             return computed(n, self.env).x.float(), None
-        if is_call(n, _lbllm.bit_linear.default):
+        if is_call(n, _lbllm.bit_linear.default, _lbllm.int4_linear.default):
             given = computed(n, self.env)
             return torch.nn.functional.linear(given.values, _dequantized(n, given), given.bias)
         if is_call(n, _lbllm.grouped_bit_linear.default):
@@ -65,7 +64,7 @@ class _WeightOnly(Runner):
 
 
 def _dequantized(node: Node, given: Any) -> Tensor:
-    return QuantizedWeight(*given.pick(*WEIGHT), in_features=node.meta[IN_FEATURES], group=given.group).dequantize()
+    return weight_of(given, node.meta[IN_FEATURES]).dequantize()
 
 
 def _attention(given: Any) -> Tensor:

@@ -101,7 +101,8 @@ def _translate(t: Translator, a: Arguments) -> Any:
     kernel = t.kernels.attention(spec, t.length, parallel=t.rows is None or t.blocks)
     # A kernel that reads one of them takes both.
     heads_own = [slopes if sinks is None else sinks, sinks if slopes is None else slopes] if spec.per_head else []
-    return t.call(kernel, [query, key, value, *state, mask, *heads_own], output)
+    past = [a.past] if t.is_tensor(a.past) else []
+    return t.call(kernel, [query, key, value, *state, mask, *past, *heads_own], output)
 
 
 cached_attention = define(

@@ -1,17 +1,17 @@
-"""Linears: simulated, W(1+1), int8 per row, and over stacked experts."""
+"""Linears: simulated, W(1+1), 4 bits, int8 per row, and over stacked experts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from ...format import QuantizedWeight
+from ...format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight
 from ...sizes import group_count
 from ..arguments import Arguments
-from ..checks import require, require_group, require_scales, require_tensor
+from ..checks import has_values, require, require_group, require_scales, require_tensor
 from ..registry import define
 from ..translator import Translator, Value, refusal
 
@@ -20,6 +20,9 @@ WEIGHT = ("sign", "bitmap", "levels", "scale")
 
 INT8_WEIGHT = ("weight", "w_scale")
 """Arguments of an int8 weight."""
+
+INT4_WEIGHT = ("codes", "table", "w_scale")
+"""Arguments of a 4-bit weight, in the order of :class:`Int4Weight`."""
 
 
 def _unpack(sign: Tensor, bitmap: Tensor, levels: Tensor, scale: Tensor, in_features: int, group: int) -> Tensor:
@@ -39,6 +42,17 @@ unpack_rows = define(
     "unpack_rows(Tensor weight, Tensor scale) -> Tensor",
     reference=lambda weight, scale: weight.float() * scale.unsqueeze(-1),
     shape=lambda weight, scale: weight.new_empty(weight.shape, dtype=torch.float32),
+    simulates=True,
+)
+
+unpack_int4 = define(
+    "unpack_int4(Tensor codes, Tensor table, Tensor w_scale, int in_features, int group) -> Tensor",
+    reference=lambda codes, table, w_scale, in_features, group: Int4Weight(
+        codes, table, w_scale, in_features, group
+    ).dequantize(),
+    shape=lambda codes, table, w_scale, in_features, group: w_scale.new_empty(
+        (codes.shape[0], in_features), dtype=torch.float32
+    ),
     simulates=True,
 )
 
@@ -200,3 +214,61 @@ int8_linear = define(
     integer=True,
     kernel=True,
 )
+
+
+def verify_int4(a: Arguments, columns: int) -> int:
+    """A call has a 4-bit matrix of so many columns; returns its rows."""
+    require_group(a, whole_token=False)
+    codes = require_tensor(a, "codes", torch.uint8, None, -(-columns // 2))
+    require(codes.dim() == 2, a, "codes is no matrix")
+    table = require_tensor(a, "table", torch.int8, TABLE_LEVELS)
+    require(table.dim() == 1, a, f"table is not [{TABLE_LEVELS}]")
+    scale = require_tensor(a, "w_scale", torch.float16, codes.shape[0], group_count(columns, a.group))
+    if has_values(scale):
+        require(bool(torch.isfinite(scale).all()), a, "w_scale has values that are not finite")
+    return codes.shape[0]
+
+
+def _verify_int4(a: Arguments) -> None:
+    rows = verify_int4(a, a.values.shape[-1])
+    groups = a.w_scale.shape[-1]
+    _verify_input(a, groups, *([] if groups == 1 else [1]))
+    _verify_bias(a, rows)
+
+
+def _int4_linear(
+    values: Tensor, x_scale: Tensor, codes: Tensor, table: Tensor, w_scale: Tensor, bias: Tensor | None, group: int
+) -> Tensor:
+    return reference.int4_linear(values, x_scale, Int4Weight(codes, table, w_scale, values.shape[-1], group), bias)
+
+
+int4_linear = define(
+    "int4_linear(Tensor values, Tensor x_scale, Tensor codes, Tensor table, Tensor w_scale, Tensor? bias, int group)"
+    " -> Tensor",
+    reference=_int4_linear,
+    shape=lambda values, x_scale, codes, table, w_scale, bias, group: values.new_empty(
+        (*values.shape[:-1], codes.shape[0]), dtype=torch.float32
+    ),
+    verify=_verify_int4,
+    translate=_translate,
+    integer=True,
+    kernel=True,
+)
+
+WEIGHTS: dict[Any, tuple[Literal["bit", "int4", "int8"], tuple[str, ...]]] = {
+    bit_linear.target: ("bit", WEIGHT),
+    grouped_bit_linear.target: ("bit", WEIGHT),
+    int4_linear.target: ("int4", INT4_WEIGHT),
+    int8_linear.target: ("int8", INT8_WEIGHT),
+}
+"""By integer linear: the kind of its weight, and the arguments that hold it, the scales last."""
+
+
+def weight_of(a: Arguments, in_features: int) -> Weight:
+    """The weight that an integer linear of one matrix multiplies; ``a`` has its tensors."""
+    kind, names = WEIGHTS[a.node.target]
+    tensors = a.pick(*names)
+    if kind == "int8":
+        return tensors[0], tensors[1]
+    form = QuantizedWeight if kind == "bit" else Int4Weight
+    return form(*tensors, in_features=in_features, group=a.group)

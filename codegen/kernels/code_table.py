@@ -1,4 +1,5 @@
-"""Activation quantization with knees: a table of 16 values for every group, and the entry next to each input.
+"""Activation quantization with knees or plane scales: a table of 16 values for every group, and the entry next to each
+input.
 
 The table takes some hundred scalar operations a group. An input then meets 15 thresholds, in vectors, and no division:
 the thresholds are multiplied by the scale, not the inputs divided by it. As in :mod:`.quantize`, no product is an
@@ -8,7 +9,7 @@ operand of a sum, except products and sums of integers that fp32 holds exactly, 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
 from typing import Any
 
-from ..reference import CORE_CODES, INT8_MAX, RANGE_MIN, TAIL_CODES
+from ..reference import CORE_CODES, INT4_MAX, INT8_MAX, PLANES, RANGE_MIN, TAIL_CODES
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
 from .quantize import Ranges
@@ -20,7 +21,7 @@ def _float(value: float) -> Any:
     return T.float32(value)
 
 
-def _store_table(table: Any, high: Any, low: Any, scale: Any, knees: Any) -> None:
+def _store_knee_table(table: Any, high: Any, low: Any, scale: Any, knees: Any) -> None:
     """The group's table, :func:`..reference.knee_table`."""
     limit, intervals = _float(INT8_MAX), _float(CORE_CODES - 1)
     top, bottom = T.Bind(high / scale), T.Bind(low / scale)
@@ -35,6 +36,29 @@ def _store_table(table: Any, high: Any, low: Any, scale: Any, knees: Any) -> Non
         for j in range(1, TAIL_CODES + 1):
             sum_of_ends = table[inner] * _float(TAIL_CODES - j) + end * _float(j)
             T.buffer_store(table, T.nearbyint(sum_of_ends / _float(TAIL_CODES)), [inner + outward * j])
+
+
+def _places(plane_scales: Any) -> Any:
+    """Where codes lie, :func:`..reference.plane_places`."""
+    places = T.alloc_buffer((CODES,), "float32", scope="local")
+    for code in range(CODES):
+        total = _float(0)
+        for plane in (plane for plane in range(PLANES) if code >> plane & 1):
+            total = total + plane_scales[plane]
+        T.buffer_store(places, total, [code])
+    return places
+
+
+def _store_plane_table(table: Any, high: Any, low: Any, scale: Any, places: Any) -> None:
+    """The group's table, :func:`..reference.plane_table`."""
+    limit, intervals = _float(INT8_MAX), _float(INT4_MAX)
+    top, bottom = T.Bind(high / scale), T.Bind(low / scale)
+    step = T.Bind(T.max(top - bottom, _float(RANGE_MIN)) / intervals)
+    zero = T.Bind(T.max(T.min(T.nearbyint(-bottom / step), intervals), _float(0)))
+    offset = T.Bind(places[T.cast(zero, "int32")])
+    for code in range(CODES):
+        value = T.nearbyint((places[code] - offset) * step)
+        T.buffer_store(table, T.max(T.min(value, limit), -limit), [code])
 
 
 def _store_thresholds(thresholds: Any, table: Any, scale: Any) -> None:
@@ -56,27 +80,30 @@ def _value_of(x: Any, table: Any, thresholds: Any, lanes: int) -> Any:
     return T.cast(T.cast(value, "int32" + suffix), "int8" + suffix)
 
 
-def quantizer(columns: int, group: int, lanes: int, parallel: bool) -> PrimFunc:
-    """Quantizes ``x [M, K]`` to ``values [M, K]`` and ``scale [M, G]``, by ``clip`` and ``knees``.
+def quantizer(columns: int, group: int, lanes: int, parallel: bool, planes: bool = False) -> PrimFunc:
+    """Quantizes ``x [M, K]`` to ``values [M, K]`` and ``scale [M, G]``, by ``clip`` and what shapes its table.
 
     Args:
         columns: ``K``.
         group: channels per scale and table, 0 for the whole token.
         lanes: fp32 lanes of the target's vectors.
         parallel: split the tokens over the thread pool.
+        planes: ``plane_scales [4]`` shape the table, else ``knees [2]``.
     """
+    shapes = PLANES if planes else 2
+    store_table = _store_plane_table if planes else _store_knee_table
     width = group or columns
     groups = group_count(columns, width)
     full, tail = columns // width, columns % width
     loop = T.parallel if parallel else T.serial
 
-    def quantize_group(x, clip, knees, values, scales, ranges, table, thresholds, m, g, count) -> None:
+    def quantize_group(x, clip, shape, values, scales, ranges, table, thresholds, m, g, count) -> None:
         start = T.Bind(g * width)
         vectors, rest = count // lanes, count % lanes
         high, low = ranges.of(x, clip, m, start, count)
         scale = T.Bind(T.max(T.max(high, -low), _float(RANGE_MIN)) / _float(INT8_MAX))
         T.buffer_store(scales, scale, [m, g])
-        _store_table(table, high, low, scale, knees)
+        store_table(table, high, low, scale, shape)
         _store_thresholds(thresholds, table, scale)
         with T.serial(vectors) as i:
             where = T.ramp(start + i * lanes, 1, lanes)
@@ -86,21 +113,22 @@ def quantizer(columns: int, group: int, lanes: int, parallel: bool) -> PrimFunc:
             T.buffer_store(values, _value_of(x[m, where], table, thresholds, 1), [m, where])
 
     @T.prim_func(s_tir=True)
-    def kernel(x_: T.handle, clip_: T.handle, knees_: T.handle, values_: T.handle, scales_: T.handle):
+    def kernel(x_: T.handle, clip_: T.handle, shape_: T.handle, values_: T.handle, scales_: T.handle):
         T.func_attr({"tirx.noalias": True})
         m_count = T.int32()
         x = T.match_buffer(x_, (m_count, columns), "float32", align=4)
         clip = T.match_buffer(clip_, (2,), "float32", align=4)
-        knees = T.match_buffer(knees_, (2,), "float32", align=4)
+        given = T.match_buffer(shape_, (shapes,), "float32", align=4)
         values = T.match_buffer(values_, (m_count, columns), "int8", align=1)
         scales = T.match_buffer(scales_, (m_count, groups), "float32", align=4)
         for m in loop(m_count):
             ranges = T.meta_var(Ranges(lanes))
+            shape = T.meta_var(_places(given) if planes else given)
             table = T.alloc_buffer((CODES,), "float32", scope="local")
             thresholds = T.alloc_buffer((CODES - 1,), "float32", scope="local")
             for g in T.serial(full):
-                quantize_group(x, clip, knees, values, scales, ranges, table, thresholds, m, g, width)
+                quantize_group(x, clip, shape, values, scales, ranges, table, thresholds, m, g, width)
             if tail > 0:
-                quantize_group(x, clip, knees, values, scales, ranges, table, thresholds, m, full, tail)
+                quantize_group(x, clip, shape, values, scales, ranges, table, thresholds, m, full, tail)
 
     return kernel

@@ -1,0 +1,355 @@
+"""Runs a launch list on a device: a sequence, token by token, each step one graph that replays with no update. Another
+such graph takes a part of a prompt at once.
+
+Between two steps the host writes the next token of a prompt, a draw, or nothing: the token that a step has chosen is
+the input of the next one already. Any number of sequences share the weights and the kernels; each has a state, an arena
+and a stream of its own. The driver is all that is needed; there is neither torch nor TVM here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ...backend import StateTensor
+from ...errors import KernelError
+from ...sampling import Draw
+from ...sizes import FIXED_STATE, PAST, STATE, WEIGHTS
+from ..driver import Driver, Number, OutOfMemoryError
+from .launches import PART, Arena, Argument, LaunchList, Place, Result
+
+TOKEN, MASK, POSITION, SAMPLING, ARENA = "input_ids", "attention_mask", "position_ids", "sampling", "arena"
+
+WORTH_A_PART = 8
+"""Fewer tokens than this are fed one by one. A part computes all its tokens, padding included; from where on that takes
+less time has not been measured."""
+
+_MIB = 1 << 20
+
+Launched = tuple[Any, tuple[int, int, int], tuple[int, int, int], list[Number]]
+"""A launch in a session: the function, its block and grid, and its arguments."""
+
+
+class DeviceProgram:
+    """A launch list, its kernels and its weights in a device's memory.
+
+    Args:
+        driver: the device.
+        launches: what a step is.
+        cubin: the compiled :meth:`~.launches.LaunchList.source`.
+        weights: the block of weights from its beginning to its end, in pieces.
+        state: the tensors of the KV state; without them no sequence grows.
+
+    Raises:
+        OutOfMemoryError: the device has no room for the weights.
+        KernelError: the driver reports another error.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        launches: LaunchList,
+        cubin: bytes,
+        weights: Iterable[memoryview],
+        state: Sequence[StateTensor] = (),
+    ):
+        self.driver, self.launches, self.state = driver, launches, state
+        module = driver.module(cubin)
+        self.functions = {k.symbol: (driver.function(module, k.symbol), k.block) for k in launches.all_kernels()}
+        self.weights = allocated(driver, {WEIGHTS: launches.weights}, "the model's weights take")[WEIGHTS]
+        # Memory is zeroed on a stream that the copies do not wait for.
+        driver.synchronize()
+        self._fill(weights)
+
+    def sequence(self, capacity: int) -> DecodeSession:
+        """An empty sequence with room for so many tokens.
+
+        Raises:
+            OutOfMemoryError: the device has no room for its state.
+        """
+        return DecodeSession(self, capacity)
+
+    def _fill(self, pieces: Iterable[memoryview]) -> None:
+        """Copies the weights."""
+        whole, at = self.launches.weights, 0
+        for piece in pieces:
+            part = np.frombuffer(piece, np.uint8)
+            if at + part.nbytes > whole:
+                raise KernelError(f"a program of {whole} bytes of weights is given more")
+            if part.nbytes:
+                self.driver.call("cuMemcpyHtoD_v2", self.weights + at, part.ctypes.data, part.nbytes)
+            at += part.nbytes
+        if at != whole:
+            raise KernelError(f"a program of {whole} bytes of weights is given {at}")
+
+
+def allocated(driver: Driver, sizes: dict[str, int], purpose: str) -> dict[str, int]:
+    """Zeroed blocks of a device's memory, all or none.
+
+    Args:
+        driver: the device.
+        sizes: bytes by name. A block of no bytes has some all the same, which no kernel reads.
+        purpose: what takes the memory, in words.
+
+    Raises:
+        OutOfMemoryError: it has not so much left; says how much there is.
+    """
+    found: dict[str, int] = {}
+    try:
+        for name, size in sizes.items():
+            found[name] = driver.allocate(max(size, 1))
+    except OutOfMemoryError as error:
+        driver.free(found.values())
+        free, whole = (size / _MIB for size in driver.memory())
+        raise OutOfMemoryError(
+            f"{purpose} {sum(sizes.values()) / _MIB:.0f} MiB of {driver.name}'s memory, of which {free:.0f} of"
+            f" {whole:.0f} MiB are free; stop what else uses the device, ask for fewer tokens or sequences, or use"
+            " --target cpu"
+        ) from error
+    return found
+
+
+class DecodeSession:
+    """A sequence in a device's memory; implements :class:`...backend.DecodedSequence`.
+
+    Attributes:
+        capacity: tokens that there is room for.
+        past: tokens decoded so far.
+
+    Args:
+        program: what decodes it.
+        capacity: tokens that there is room for.
+
+    Raises:
+        OutOfMemoryError: the device has no room for it.
+        KernelError: the driver reports another error.
+    """
+
+    def __init__(self, program: DeviceProgram, capacity: int):
+        self.program, self.driver, self.launches = program, program.driver, program.launches
+        self.past = 0
+        self._stream = self.driver.new_stream()
+        self._reserve(capacity)
+        self._write(MASK, np.ones(1, np.int64))
+
+    def _reserve(self, capacity: int) -> None:
+        """Memory for so many tokens, all of it zeros, and the graphs of a step and of a part in it.
+
+        Steps and parts share an arena, of which the logits are the beginning.
+        """
+        driver, launches = self.driver, self.launches
+        arenas = [found.arena(capacity) for found in launches.lists]
+        sizes = {
+            STATE: launches.state * capacity,
+            FIXED_STATE: launches.fixed_state,
+            ARENA: max(arena.bytes for arena in arenas),
+            **{name: size.at(capacity) for found in launches.lists for name, size in found.inputs.items()},
+        }
+        own = allocated(driver, sizes, f"a sequence with room for {capacity} tokens takes")
+        # Memory is zeroed on another stream, which this one does not wait for.
+        driver.synchronize()
+        self.capacity, self._sizes, self._own = capacity, sizes, own
+        self._draw: Draw | None = None
+        self._blocks = {WEIGHTS: self.program.weights, **own}
+        self._work = [
+            [
+                (
+                    *self.program.functions[launch.symbol],
+                    launch.grid(capacity),
+                    [self._argument(argument, arena) for argument in launch.arguments],
+                )
+                for launch in found.launches
+            ]
+            for found, arena in zip(launches.lists, arenas, strict=True)
+        ]
+        self._graphs = [driver.captured(self._stream, partial(self._launch_all, work)) for work in self._work]
+        self._end = weakref.finalize(self, driver.leave, self._graphs, self._stream, list(own.values()))
+        self._end.atexit = False
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more tokens; keeps those that there are, and what was chosen behind them.
+
+        Raises:
+            OutOfMemoryError: the device has no room for it; then nothing has changed.
+        """
+        old, own, graphs, before, end = self._blocks, self._own, self._graphs, self.capacity, self._end
+        token, logits = self._read(TOKEN, 0, 8), self.logits()
+        self._reserve(capacity)
+        end.detach()
+        for tensor in self.program.state:
+            for head in range(tensor.heads):
+                source, target = (
+                    blocks[STATE] + tensor.offset * slots + head * slots * tensor.bytes
+                    for blocks, slots in ((old, before), (self._blocks, capacity))
+                )
+                self._copy_on_device(target, source, self.past * tensor.bytes)
+        self._copy_on_device(self._blocks[FIXED_STATE], old[FIXED_STATE], self._sizes[FIXED_STATE])
+        self._count(self.past)
+        self._write(TOKEN, np.frombuffer(token, np.int64))
+        self._write(ARENA, logits)
+        self.driver.forget(graphs, memory=own.values())
+
+    def step(self, token: int | None = None, draw: Draw | None = None) -> None:
+        """Decodes one token by a replay of the graph.
+
+        Args:
+            token: the input; what the step before has chosen where None.
+            draw: chooses the next token; the most likely one where None.
+
+        Raises:
+            KernelError: there is no room for it.
+        """
+        self._begin(token, draw)
+        self.driver.replay(self._graphs[0], self._stream)
+        self.past += 1
+
+    def step_by_launch(self, token: int | None = None, draw: Draw | None = None) -> None:
+        """As :meth:`step`, with the same launches one by one."""
+        self._begin(token, draw)
+        self._launch_on_stream(self._work[0])
+        self.past += 1
+
+    def feed(self, tokens: Sequence[int], draw: Draw | None = None) -> None:
+        """Decodes several tokens: in parts, each by a replay of its graph, and the rest by steps.
+
+        Args:
+            tokens: to feed.
+            draw: how the device chooses the token behind the last one; None for the most likely.
+
+        Raises:
+            KernelError: there is no room for them.
+        """
+        self._feed(tokens, draw, self.step, lambda: self.driver.replay(self._graphs[1], self._stream))
+
+    def feed_by_launch(self, tokens: Sequence[int], draw: Draw | None = None) -> None:
+        """As :meth:`feed`, with the same launches one by one."""
+        self._feed(tokens, draw, self.step_by_launch, lambda: self._launch_on_stream(self._work[1]))
+
+    def _feed(
+        self,
+        tokens: Sequence[int],
+        draw: Draw | None,
+        step: Callable[[int, Draw | None], None],
+        part: Callable[[], None],
+    ) -> None:
+        self._check_room(len(tokens))
+        most, begin = 0 if self.launches.part is None else self.launches.part.tokens, 0
+        while most and len(tokens) - begin >= WORTH_A_PART:
+            taken = tokens[begin : begin + most]
+            begin += len(taken)
+            self._begin_part(taken, most, draw if begin == len(tokens) else None)
+            part()
+            self.past += len(taken)
+        for number, token in enumerate(tokens[begin:], begin + 1):
+            step(token, draw if number == len(tokens) else None)
+
+    def _begin_part(self, tokens: Sequence[int], most: int, draw: Draw | None) -> None:
+        """Tells the device a part, of which the last tokens are these, and the others padding.
+
+        Its last launch is that of a step, which ends with one token more than there were: the last of the part's.
+        """
+        count, end = len(tokens), self.past + len(tokens)
+        ids, positions = (np.zeros(most, np.int64) for _ in range(2))
+        ids[most - count :], positions[most - count :] = tokens, np.arange(self.past, end)
+        given = [ids, positions, np.array([self.past, count], np.int32)]
+        self._write(PART.name, np.concatenate([values.view(np.uint8) for values in given]))
+        self._count(end - 1)
+        self.past = end - count
+        self._write_draw(draw)
+
+    def _launch_on_stream(self, work: list[Launched]) -> None:
+        self.driver.stream = self._stream
+        try:
+            self._launch_all(work)
+        finally:
+            self.driver.stream = None
+
+    def token(self) -> int:
+        """The token that the last step has chosen: a drawn one, or that of the greatest logit, the first of equal ones
+        and before all others one that is no number."""
+        return int(np.frombuffer(self._read(TOKEN, 0, 8), np.int64)[0])
+
+    def choice(self) -> tuple[int, float]:
+        """As :meth:`token`, with the logit, which is all that is copied."""
+        token = self.token()
+        return token, float(np.frombuffer(self._read(ARENA, 4 * token, 4), np.float32)[0])
+
+    def logits(self) -> np.ndarray:
+        """The last step's logits, float32 ``[V]``; zeros before the first one."""
+        return np.frombuffer(self._read(ARENA, 0, 4 * self.launches.vocabulary), np.float32)
+
+    def state(self) -> bytes:
+        """The whole KV state."""
+        return self._read(STATE, 0, self._sizes[STATE])
+
+    def rewind(self, past: int) -> None:
+        """Forgets all tokens but the first ones.
+
+        Raises:
+            KernelError: there are not so many.
+        """
+        if not 0 <= past <= self.past:
+            raise KernelError(f"a conversation of {self.past} tokens cannot be cut to {past}")
+        self._count(past)
+
+    def _count(self, past: int) -> None:
+        """Tells the device how many tokens there are."""
+        self.past = past
+        mask = np.zeros(self.capacity, np.int64)
+        mask[: past + 1] = 1
+        self._write(MASK, mask)
+        self._write(PAST, np.array([past], np.int32))
+        self._write(POSITION, np.array([past], np.int64))
+
+    def _begin(self, token: int | None, draw: Draw | None) -> None:
+        self._check_room(1)
+        if token is not None:
+            self._write(TOKEN, np.array([token], np.int64))
+        self._write_draw(draw)
+
+    def _write_draw(self, draw: Draw | None) -> None:
+        if draw != self._draw:
+            values = (0.0,) * 4 if draw is None else (draw.scale, draw.top_k, draw.top_p, draw.place)
+            self._write(SAMPLING, np.array(values, np.float64))
+            self._draw = draw
+
+    def _check_room(self, tokens: int) -> None:
+        if self.past + tokens > self.capacity:
+            raise KernelError(f"the KV state has room for {self.capacity} tokens, and no more can be decoded")
+
+    def _launch_all(self, work: list[Launched]) -> None:
+        for function, block, grid, arguments in work:
+            self.driver.launch(function, grid, block, arguments)
+
+    def _argument(self, argument: Argument, arena: Arena) -> Number:
+        if isinstance(argument, Place):
+            return ctypes.c_uint64(self._blocks[argument.block] + argument.offset.at(self.capacity))
+        if isinstance(argument, Result):
+            return ctypes.c_uint64(self._blocks[ARENA] + arena.offsets[argument.number])
+        number = argument.value.at(self.capacity)
+        return ctypes.c_int64(number) if argument.bytes == 8 else ctypes.c_int(number)
+
+    def _write(self, block: str, values: np.ndarray) -> None:
+        self._copy(self._blocks[block], values)
+
+    def _copy(self, target: int, values: np.ndarray) -> None:
+        if values.nbytes:
+            self.driver.call("cuMemcpyHtoDAsync_v2", target, values.ctypes.data, values.nbytes, self._stream)
+            # The driver may read pageable memory later, and this may be gone.
+            self.driver.call("cuStreamSynchronize", self._stream)
+
+    def _copy_on_device(self, target: int, source: int, size: int) -> None:
+        if size:
+            self.driver.call("cuMemcpyDtoDAsync_v2", target, source, size, self._stream)
+
+    def _read(self, block: str, offset: int, size: int) -> bytes:
+        buffer = np.empty(size, np.uint8)
+        source = self._blocks[block] + offset
+        self.driver.call("cuMemcpyDtoHAsync_v2", buffer.ctypes.data, source, size, self._stream)
+        self.driver.call("cuStreamSynchronize", self._stream)
+        return buffer.tobytes()

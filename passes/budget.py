@@ -1,0 +1,496 @@
+"""Chooses how coarsely each linear is quantized, under a limit on bits or on divergence.
+
+Linears that read the same input share a choice, because kernels and quantizers do: an entry of ``choices``, a setting
+or ``dense``. What the choice of one costs is worked out layer by layer on calibration tokens:
+
+* its weights are fitted as ``ptq`` fits them, to the float model's inputs, and the layer is run with them: the *actual
+  error* behind the layer,
+* channels of that error weigh what the *gradient* of the model's output says (:mod:`.calibrate.sensitivity`),
+* and the whole is *measured* once: with the middle choice, alone in the float model, the divergence of the model's
+  output. The other choices cost in proportion to their errors.
+
+Costs add up to a good approximation (HIGGS, arXiv 2411.17525), so the best choice for all is a knapsack problem, which
+is solved exactly (:mod:`.calibrate.knapsack`): with ``bits`` the least divergence within them, with ``max_kl`` the
+fewest bits. Then the model that this gives is fitted and measured as a whole; under ``max_kl`` costs are scaled by what
+that shows, the choice is made once more, and where it is another, that model is measured, too.
+
+What ``annotate`` was told of a linear stands: a linear whose scheme has a group keeps it, one that is dense stays so,
+and both count. The graph stays as it is; what was chosen is in the linears' schemes, which later passes follow and
+dumps show.
+
+Given::
+
+    %q = aten.linear(%x, %w) {path="model.layers.0.self_attn.q_proj", role="decoder"}
+
+Result::
+
+    %q = aten.linear(%x, %w) {path="model.layers.0.self_attn.q_proj", role="decoder", scheme="group=128"}
+
+Comes behind ``annotate`` (and ``smooth``), before ``observe``; needs calibration batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ..codegen.progress import warn
+from ..codegen.sizes import DEFAULT_GROUP, matrix_bytes
+from .annotate import decoder_linears, matched_paths, modules_of
+from .base import EXACT, Contract, Pass, PassCheckpoints, PassContext, PassError, PassResult, Rate
+from .calibrate import knapsack
+from .calibrate.alignment import divergence_of
+from .calibrate.layers import (
+    Activations,
+    Layers,
+    Stage,
+    Values,
+    calibration_batches,
+    finish,
+    segments,
+    set_weight,
+    split,
+    stored_weight,
+)
+from .calibrate.precision import Precision, matrix_products
+from .calibrate.sensitivity import channel_weights, first_tokens
+from .calibrate.training import reconstruction
+from .ir import scheme as schemes
+from .ir.annotations import LINEAR, LinearInfo, linears
+from .ir.program import Program, copy_module, get_attribute
+from .ir.scheme import Entry, Scheme
+from .ir.spool import release, trim
+from .observe import Observe, nothing_to_quantize
+from .ptq import BATCH, Ptq, Statistic
+
+CHOICES = "*: group=32; *: group=64; *: group=128; *: group=256; *: dense"
+
+DENSE_BITS = 32
+"""Bits of a weight that stays float, as stored."""
+
+MEASURED_TOKENS = 1024
+"""Calibration tokens on which the divergence of the model's output is measured."""
+
+
+_UNLIMITED = 1e300
+"""A divergence that every choice keeps within."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may become of the linears behind one input.
+
+    Attributes:
+        schemes: by path.
+        bits: of their weights, as stored.
+    """
+
+    schemes: Mapping[str, Scheme]
+    bits: int
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any of them does not stay float."""
+        return not all(scheme.dense for scheme in self.schemes.values())
+
+
+@dataclass(frozen=True)
+class Site:
+    """The linears behind one input.
+
+    Attributes:
+        paths: of the linears.
+        layer: their decoder layer.
+        options: by rising size.
+    """
+
+    paths: tuple[str, ...]
+    layer: int
+    options: tuple[Option, ...]
+
+    @property
+    def measured(self) -> int:
+        """Index of the option whose divergence is measured: the middle one of those that quantize."""
+        quantizing = [index for index, option in enumerate(self.options) if option.quantizes]
+        return quantizing[len(quantizing) // 2] if quantizing else 0
+
+
+@dataclass(frozen=True)
+class Budget(Pass):
+    """Chooses the schemes of linears under a limit; see the module's description.
+
+    Attributes:
+        bits: most bits per weight, as stored, on average over the linears of the decoder layers; 0 sets no limit.
+        max_kl: most divergence of the output from the float model's, as it is behind ``ptq`` with float activations:
+            of a language model the mean KL divergence in nats, of another module the relative error; 0 sets no limit.
+            Exactly one of the two is set.
+        choices: what linears may become, as entries of a scheme (:mod:`.ir.scheme`), each a choice for the linears that
+            its pattern matches.
+        precision: of the layers' matrix products; fits and divergences are float32.
+    """
+
+    bits: Rate = 0.0
+    max_kl: Rate = 0.0
+    choices: str = CHOICES
+    precision: Precision = "auto"
+
+    name: ClassVar[str] = "budget"
+    contract: ClassVar[Contract] = EXACT
+
+    def __post_init__(self) -> None:
+        schemes.parse(self.choices)
+
+    def rehearsal(self) -> Pass:
+        """The fewest bits, whatever they cost: what one layer takes says nothing of whether the model meets a limit."""
+        return replace(self, bits=0.0, max_kl=_UNLIMITED) if self.bits or self.max_kl else self
+
+    def apply(self, program: Program, context: PassContext) -> PassResult:
+        if bool(self.bits) == bool(self.max_kl):
+            raise PassError("budget needs a limit; set bits or max_kl, and not both")
+        if nothing_to_quantize(self.name, program, context):
+            return PassResult(program, summary={"linears": 0})
+        if not context.calibration:
+            raise PassError("budget needs calibration batches; give a calibration text")
+        if any(info.scheme.outliers for _, info in linears(program)):
+            raise PassError("budget does not count the channels that keep 8 bits; leave 'outliers' out, or budget")
+        found = sites(program, schemes.parse(self.choices))
+        kept, weights = _kept(program), _decoder_weights(program)
+        self._check(found, kept, weights)
+        batches = tuple(first_tokens(calibration_batches(program, context.calibration, 1)))
+        costs = Costs.of(program, replace(context, calibration=batches), self.precision)
+        table = costs.table(found)
+        chosen = self._choose(found, table, kept, weights, 1.0)
+        predicted = sum(row[index] for row, index in zip(table, chosen, strict=True))
+        measured = costs.measured(with_choice(program, found, chosen))
+        if self.max_kl and predicted > 0:
+            scale, first = measured / predicted, chosen
+            chosen = self._choose(found, table, kept, weights, scale)
+            predicted = scale * sum(row[index] for row, index in zip(table, chosen, strict=True))
+            if chosen != first:
+                measured = costs.measured(with_choice(program, found, chosen), "again-")
+        if self.max_kl and measured > self.max_kl:
+            warn(
+                context.progress,
+                None,
+                f"budget: the model diverges by {measured:.3g}, more than max_kl={self.max_kl:g}, within which its"
+                f" choices' costs add up to {predicted:.3g}; give a smaller limit",
+            )
+        bits = kept + sum(site.options[index].bits for site, index in zip(found, chosen, strict=True))
+        summary = {"bits": bits / weights, "predicted": predicted, "measured": measured}
+        return PassResult(with_choice(program, found, chosen), _rows(found, table, chosen), summary)
+
+    def _check(self, found: Sequence[Site], kept: int, weights: int) -> None:
+        """Refuses bits that no choice meets, before the work."""
+        fewest = (kept + sum(site.options[0].bits for site in found)) / weights
+        if self.bits and self.bits < fewest:
+            raise PassError(
+                f"budget: bits={self.bits:g} cannot be met: the smallest choice for every linear takes {fewest:.4g}"
+                " bits a weight; allow more, or give choices with larger groups"
+            )
+
+    def _choose(
+        self, found: Sequence[Site], table: Sequence[Sequence[float]], kept: int, weights: int, scale: float
+    ) -> list[int]:
+        """The index of an option of every site.
+
+        Args:
+            table: divergence of every option.
+            kept: bits of linears that are not to be chosen for.
+            weights: of all linears of the decoder layers.
+            scale: what the divergences are multiplied by.
+
+        Raises:
+            PassError: no choice keeps within the limit.
+        """
+        bits = [[option.bits for option in site.options] for site in found]
+        costs = [[scale * cost for cost in row] for row in table]
+        if self.bits:
+            chosen = knapsack.choose(bits, costs, self.bits * weights - kept)
+        else:
+            chosen = knapsack.choose(costs, bits, self.max_kl)
+        if chosen is None:
+            least = sum(min(row) for row in costs)
+            raise PassError(
+                f"budget: max_kl={self.max_kl:g} cannot be met: the best choice for every linear gives {least:.3g};"
+                " allow more, or add 'dense' to the choices"
+            )
+        return chosen
+
+
+def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
+    """What is to be chosen, in graph order.
+
+    Raises:
+        PassError: a pattern matches nothing, or linears have no choice.
+    """
+    modules = modules_of(info for _, info in linears(program))
+    covered = {entry: matched_paths(modules, entry.pattern, "choices") for entry in entries}
+    found = []
+    for nodes in decoder_linears(program.graph).values():
+        behind = [node.meta[LINEAR] for node in nodes]
+        options: dict[tuple[Scheme, ...], Option] = {}
+        for entry, paths in covered.items():
+            if all(info.path in paths for info in behind):
+                made = tuple(_under(info, entry) for info in behind)
+                options[made] = _option(program, behind, made)
+        if not options:
+            raise PassError(f"budget: none of the choices is for '{behind[0].path}'; add one, e.g. '*: group=64'")
+        ordered = sorted(options.values(), key=lambda option: option.bits)
+        found.append(Site(tuple(info.path for info in behind), behind[0].layer, tuple(ordered)))
+    return found
+
+
+def _under(info: LinearInfo, entry: Entry) -> Scheme:
+    """A linear's scheme under a choice: what it was told itself stands."""
+    if info.scheme.group is not None:
+        return info.scheme
+    return Scheme(dense=True) if entry.dense else entry.on(info.scheme)
+
+
+def _option(program: Program, behind: Sequence[LinearInfo], made: Sequence[Scheme]) -> Option:
+    sizes = {}
+    for info, scheme in zip(behind, made, strict=True):
+        shape = get_attribute(program.module, info.weight).shape
+        count = shape.numel()
+        group = scheme.group or DEFAULT_GROUP
+        sizes[info.weight] = (
+            DENSE_BITS * count if scheme.dense else 8 * matrix_bytes(count // shape[-1], shape[-1], group)
+        )
+    return Option({info.path: scheme for info, scheme in zip(behind, made, strict=True)}, sum(sizes.values()))
+
+
+def _kept(program: Program) -> int:
+    """Bits of the decoder layers' linears that stay float whatever is chosen."""
+    weights = {i.weight for _, i in linears(program) if i.role == "dense" and i.layer is not None}
+    return DENSE_BITS * sum(get_attribute(program.module, weight).numel() for weight in weights)
+
+
+def _decoder_weights(program: Program) -> int:
+    """Weights of all linears of the decoder layers."""
+    weights = {info.weight for _, info in linears(program) if info.role != "head" and info.layer is not None}
+    return sum(get_attribute(program.module, weight).numel() for weight in weights)
+
+
+def with_choice(program: Program, found: Sequence[Site], chosen: Sequence[int]) -> Program:
+    """The same program with the chosen schemes on its linears."""
+    wanted = {
+        path: scheme
+        for site, index in zip(found, chosen, strict=True)
+        for path, scheme in site.options[index].schemes.items()
+    }
+    program = program.copy()
+    for node, info in linears(program):
+        if info.path in wanted:
+            node.meta[LINEAR] = _chosen(info, wanted[info.path])
+    return program
+
+
+def _chosen(info: LinearInfo, scheme: Scheme) -> LinearInfo:
+    if scheme.dense:
+        return replace(info, scheme=scheme, role="dense", reason="float: the budget allows it")
+    return replace(info, scheme=scheme)
+
+
+def _rows(found: Sequence[Site], table: Sequence[Sequence[float]], chosen: Sequence[int]) -> list[dict[str, Any]]:
+    rows = []
+    for site, costs, index in zip(found, table, chosen, strict=True):
+        for path, scheme in site.options[index].schemes.items():
+            row = {"layer": site.layer, "linear": path, "scheme": str(scheme), "together": len(site.paths)}
+            rows.append({**row, "divergence": costs[index], "least": min(costs), "most": max(costs)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Works out what choices cost.
+
+    Attributes:
+        layers: of the float program, with observers.
+        chain: values behind the prologue, of all tokens.
+        tokens: on which divergences are measured, batch by batch.
+        short: values behind the prologue, of these.
+        ends: the float program's values behind the last layer, of these.
+        channels: what errors behind layers weigh, by output.
+        context: has the calibration tokens.
+        precision: of matrix products.
+        kind: the program's.
+    """
+
+    layers: Layers
+    chain: Activations
+    tokens: Sequence[Mapping[str, Any]]
+    short: Activations
+    ends: Activations
+    channels: Mapping[str, Tensor]
+    context: PassContext
+    precision: Precision
+    kind: str
+
+    @classmethod
+    def of(cls, program: Program, context: PassContext, precision: Precision) -> Costs:
+        layers = split(Observe().apply(program, context).program)
+        layers = replace(layers, epilogue=layers.epilogue.on(context.device))
+        done = context.checkpoints.load("budget-channels", 0)
+        channels = channel_weights(program, split(program), context, precision) if done is None else done[0]
+        if done is None:
+            context.checkpoints.save("budget-channels", 0, channels, {})
+        few = tuple(first_tokens(context.calibration, MEASURED_TOKENS))
+        tokens = calibration_batches(program, few, BATCH)
+        chain = Activations(calibration_batches(program, context.calibration, BATCH), context.device)
+        short = Activations(tokens, context.device)
+        for values in (chain, short):
+            values.advance(layers.prologue)
+        ends = short.fork()
+        with context.progress.task("running the float model", len(layers.layers)) as task:
+            for layer in layers.layers:
+                ends.advance(layer)
+                task.advance()
+        return cls(layers, chain, tokens, short, ends, channels, context, precision, program.kind)
+
+    def table(self, found: Sequence[Site]) -> list[list[float]]:
+        """The divergence that every option of every site causes alone; finished layers are checkpoints."""
+        chain, short = self.chain.fork(), self.short.fork()
+        by_paths = {site.paths: site for site in found}
+        checkpoints, costs = self.context.checkpoints, {}
+        with self.context.progress.task("budget: what choices cost", len(self.layers.layers)) as task:
+            for index, layer in enumerate(self.layers.layers):
+                behind = chain.fork()
+                behind.advance(layer, precision=self.precision)
+                done = checkpoints.load(Budget.name, index)
+                if done is None:
+                    rows = self._layer(index, by_paths, chain, behind, short)
+                    done = {}, {"costs": [[list(paths), row] for paths, row in rows.items()]}
+                    checkpoints.save(Budget.name, index, *done)
+                costs |= {tuple(paths): row for paths, row in done[1]["costs"]}
+                chain = behind
+                short.advance(layer)
+                trim()
+                task.advance()
+        return [costs[site.paths] for site in found]
+
+    def _layer(
+        self,
+        index: int,
+        found: Mapping[tuple[str, ...], Site],
+        chain: Activations,
+        behind: Activations,
+        short: Activations,
+    ) -> dict[tuple[str, ...], list[float]]:
+        """The divergence of every option of a layer's sites, by their linears' paths.
+
+        Args:
+            chain, behind: the float model's values in front of the layer and behind it.
+            short: those in front of it, of the tokens on which divergences are measured.
+        """
+        layer = self.layers.layers[index]
+        costs = {}
+        for nodes, statistic, inputs in self._observed(layer, chain):
+            site = found[tuple(node.meta[LINEAR].path for node in nodes)]
+            errors, divergence = [], 0.0
+            for position, option in enumerate(site.options):
+                if not option.quantizes:
+                    errors.append(0.0)
+                    continue
+                trial = _with_weights(layer, self._fitted(layer, nodes, statistic, option, inputs))
+                errors.append(self._error(trial, chain, behind))
+                if position == site.measured:
+                    divergence = self._alone(index, trial, short)
+                trial.discard()
+            reference = errors[site.measured]
+            costs[site.paths] = [divergence * error / reference if reference > 0 else 0.0 for error in errors]
+            release()
+        return costs
+
+    def _observed(self, layer: Stage, chain: Activations) -> Iterator[tuple[list[fx.Node], Statistic, Activations]]:
+        """The linears behind each observer of a layer, what it saw of the float model's inputs, and the values then."""
+        behind = decoder_linears(layer.module.graph)
+        inputs = chain.fork()
+        for part in segments(layer, list(behind)):
+            seen = [observer for observer in behind if observer.name in part.outputs]
+            statistics = [Statistic.of(observer, behind[observer]) for observer in seen]
+
+            def visit(values: Values, here: Sequence[Statistic] = statistics) -> None:
+                for statistic in here:
+                    statistic.add(values)
+
+            inputs.advance(part, visit, self.precision)
+            for observer, statistic in zip(seen, statistics, strict=True):
+                yield behind[observer], statistic, inputs
+
+    def _fitted(
+        self, layer: Stage, nodes: Sequence[fx.Node], statistic: Statistic, option: Option, inputs: Activations
+    ) -> dict[str, Tensor]:
+        """The dequantized weights of an option, fitted as ``ptq`` fits them, by path."""
+        for node in nodes:
+            info = node.meta[LINEAR]
+            node.meta[LINEAR] = replace(info, scheme=option.schemes[info.path])
+        quantized = [node for node in nodes if not node.meta[LINEAR].scheme.dense]
+        # The fit drops the sums of what it is given.
+        own = replace(statistic, linears=quantized, sums=list(statistic.sums))
+        tensors, _ = Ptq(precision=self.precision).fit_behind(layer.module, own, inputs)
+        weights = {}
+        for node in quantized:
+            path, group = node.meta[LINEAR].weight, node.meta[LINEAR].scheme.group or DEFAULT_GROUP
+            columns = get_attribute(layer.module, path).shape[-1]
+            weights[path] = stored_weight(tensors, path, group, columns).dequantize()
+        return weights
+
+    @torch.no_grad()
+    def _error(self, trial: Stage, chain: Activations, behind: Activations) -> float:
+        """The error behind a layer with other weights, see :func:`.training.reconstruction`."""
+        moved = trial.on(chain.device)
+        errors = []
+        for values, after in zip(chain, behind, strict=True):
+            with matrix_products(self.precision, chain.device):
+                outputs = moved.run(values)
+            targets = {name: after[name] for name in trial.outputs if name in self.channels and name in after}
+            weights = {name: self.channels[name].to(chain.device) for name in targets}
+            errors.append(float(reconstruction(outputs, targets, weights)))
+        if moved is not trial:
+            moved.discard()
+        return sum(errors) / len(errors)
+
+    def _alone(self, index: int, trial: Stage, short: Activations) -> float:
+        """The divergence of the float model's output where one layer has other weights."""
+        values = short.fork()
+        for stage in (trial, *self.layers.layers[index + 1 :]):
+            values.advance(stage)
+        return self._divergence(self.layers, values)
+
+    @torch.no_grad()
+    def _divergence(self, layers: Layers, behind: Activations) -> float:
+        """The mean divergence of outputs from the float model's, from values behind the last layer."""
+        divergence = divergence_of(self.kind)
+        found = [
+            float(divergence(finish(self.layers, target).float(), finish(layers, values).float()))
+            for target, values in zip(self.ends, behind, strict=True)
+        ]
+        return sum(found) / len(found)
+
+    def measured(self, program: Program, prefix: str = "") -> float:
+        """The divergence of a float program's output where its linears are quantized as their schemes say.
+
+        Args:
+            prefix: of the checkpoints' names, which differs where the schemes do.
+        """
+        kept = PassCheckpoints(self.context.checkpoints, f"{Budget.name}-{prefix}")
+        context = replace(self.context, checkpoints=kept)
+        observed = Observe().apply(program, context).program
+        layers = split(Ptq(precision=self.precision).apply(observed, context).program)
+        layers = replace(layers, epilogue=layers.epilogue.on(context.device))
+        values = Activations(self.tokens, context.device)
+        for stage in (layers.prologue, *layers.layers):
+            values.advance(stage)
+        return self._divergence(layers, values)
+
+
+def _with_weights(stage: Stage, weights: Mapping[str, Tensor]) -> Stage:
+    """A stage with other weights in the place of some."""
+    changed = replace(stage, module=copy_module(stage.module))
+    for path, weight in weights.items():
+        set_weight(changed, path, weight)
+    return changed

@@ -1,0 +1,112 @@
+"""Fitting the 4-bit codes of an output head to the inputs that a calibration saw.
+
+Weights alone tell little of what an error costs: a few channels of a head's input are a hundred times as loud as most.
+As in :mod:`.fit`, later columns make up for the errors of earlier ones under the Hessian ``H = mean(x x^T)`` (GPTQ,
+arXiv 2210.17323), and a group's scale is the best one for what is left of its columns by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ...codegen.format import Int4Weight, pack_codes
+from ..base import PassContext
+from ..ir.program import Program
+from .fit import Factor
+from .int4 import fit_scales, fit_table, nearest_codes
+from .layers import Activations, Values, calibration_batches, segments, split
+from .moments import BATCH
+
+_ROWS_AT_ONCE = 8192
+"""Rows that are fitted together; none depends on another one."""
+
+
+def fit_int4(weight: Tensor, factored: Factor, group: int) -> tuple[Int4Weight, float]:
+    """Fits 4-bit codes to a matrix ``[N, K]``.
+
+    Args:
+        weight: the matrix.
+        factored: of the inputs' Hessian, for the same ``group``.
+        group: input columns per scale.
+
+    Returns:
+        The codes, and ``||(W - Q) x||^2 / ||W x||^2`` over the calibration inputs, damping included.
+
+    Raises:
+        FormatError: a weight is not finite, or too large for an fp16 scale.
+    """
+    table = fit_table(weight, group)
+    codes, scales, errors, norms = zip(
+        *(_fit_rows(rows, factored, table) for rows in weight.split(_ROWS_AT_ONCE)), strict=True
+    )
+    fitted = Int4Weight(torch.cat(codes), table, torch.cat(scales), weight.shape[1], group)
+    return fitted, sum(errors) / max(sum(norms), 1e-30)
+
+
+def _fit_rows(weight: Tensor, factored: Factor, table: Tensor) -> tuple[Tensor, Tensor, float, float]:
+    """Packed codes and scales of some rows, and the squares of error and output."""
+    # Columns are rows here: the loop over columns reads and writes contiguous memory.
+    work = weight.float().masked_fill(factored.dead, 0.0).t()[factored.order].contiguous()
+    original, quantized = work.clone(), torch.empty_like(work)
+    codes = work.new_empty(work.shape, dtype=torch.uint8)
+    scales = work.new_empty((work.shape[1], len(factored.groups)), dtype=torch.float16)
+    inverse, levels = factored.inverse, table.float()
+    start = 0
+    for index, size in zip(factored.groups, factored.sizes, strict=True):
+        end = start + size
+        # What an error costs once later columns have made up for it.
+        importance = inverse.diagonal()[start:end].square().reciprocal()
+        scale = fit_scales(work[start:end].t().contiguous(), importance, table).squeeze(-1)
+        errors = work.new_empty((size, work.shape[1]))
+        for column in range(start, end):
+            code = nearest_codes(work[column], scale, table)
+            codes[column], quantized[column] = code, levels[code.int()] * scale
+            error = (work[column] - quantized[column]) / inverse[column, column]
+            work[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1.0)
+            errors[column - start] = error
+        work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1.0)
+        scales[:, index] = scale.half()
+        start = end
+    restored = codes.new_empty((work.shape[1], work.shape[0]))
+    restored[:, factored.order] = codes.t()
+    root = factored.root.t()
+    lost, whole = (float((root @ part).square().sum(dtype=torch.float64)) for part in (original - quantized, original))
+    return pack_codes(restored), scales, lost, whole
+
+
+@torch.no_grad()
+def head_hessians(program: Program, context: PassContext, names: set[str], sequences: int) -> dict[str, Tensor]:
+    """``mean(x x^T)`` over calibration tokens, float32 ``[K, K]``, of what output heads read, by name of the node.
+
+    Args:
+        program: an annotated one; it computes the values.
+        context: has the calibration set.
+        names: of the nodes.
+        sequences: of the calibration set that are measured on, at most.
+    """
+    batches = calibration_batches(program, context.calibration, BATCH)[: -(-sequences // BATCH)]
+    layers = split(program)
+    chain = Activations(batches, context.device)
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def take(found: Iterable[Values]) -> None:
+        for name, value in (item for values in found for item in values.items()):
+            x = value.flatten(0, -2).float()
+            sums[name] = sums[name].addmm_(x.t(), x) if name in sums else x.t() @ x
+            counts[name] += len(x)
+
+    with context.progress.task("measuring the head's input", 2 + len(layers.layers)) as task:
+        take(chain.read(sorted(names & {str(node.name) for node in program.placeholders()})))
+        for stage in (layers.prologue, *layers.layers, layers.epilogue):
+            cuts = [n for n in stage.module.graph.nodes if n.name in names and n.op == "call_function"]
+            for part in segments(stage, cuts):
+                # What is behind the last of the values, the head itself, need not run.
+                if missing := names - sums.keys():
+                    chain.advance(part)
+                    take(chain.read([name for name in part.outputs if name in missing]))
+            task.advance()
+    return {name: total.cpu() / counts[name] for name, total in sums.items()}

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lbllm_compile import frontend
 from lbllm_compile.codegen.cache import cache_directory, write_atomically
@@ -37,7 +39,7 @@ from lbllm_compile.passes.base import batches_of
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.program import Program
 
-_SAMPLER = 2
+_SAMPLER = 3
 """Version of the sampling procedure, part of the cache key."""
 
 _CHUNK_BYTES = 2 << 30
@@ -565,11 +567,34 @@ def _generate(module: nn.Module, first: Tensor, length: int, generator: torch.Ge
     layers = module.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     cache = Cache(layers=[_preallocated_layer(length) for _ in range(layers)])
     ids = first
-    for _ in range(length - 1):
-        logits = module(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-        ids = torch.cat([ids, _draw(logits.float().cpu(), generator)], 1)
-        task.advance()
+    with _HeadsTogether():
+        for _ in range(length - 1):
+            logits = module(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+            ids = torch.cat([ids, _draw(logits.float().cpu(), generator)], 1)
+            task.advance()
     return ids
+
+
+class _HeadsTogether(TorchFunctionMode):
+    """Lets the query heads that share a key head attend as rows of one, which is the same attention where each sequence
+    has one query: torch's kernel for CPUs reads, and in bfloat16 rearranges, the keys anew for every head."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attend = functional.scaled_dot_product_attention
+        if func is not attend or not _one_query_of_shared_heads(*args, **(kwargs or {})):
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        batch, heads, length, width = query.shape
+        rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+        found = attend(rows, key, value, scale=(kwargs or {}).get("scale"))
+        return found.reshape(batch, heads, length, value.shape[-1])
+
+
+def _one_query_of_shared_heads(query: Tensor, key: Tensor, value: Tensor, *masked: Any, **options: Any) -> bool:
+    """Whether a call of torch's attention has one query a sequence, of heads that share key heads, for all its keys."""
+    plain = not (masked or any(v for k, v in options.items() if k not in ("scale", "enable_gqa", "attn_mask")))
+    shared = query.dim() == key.dim() == 4 and query.shape[1] > key.shape[1] == value.shape[1]
+    return plain and options.get("attn_mask") is None and shared and query.shape[2] == 1
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

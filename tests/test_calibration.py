@@ -191,6 +191,19 @@ def test_samples_follow_the_model(name: str) -> None:
     assert agreement > 0.9  # sampling may run in bfloat16
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"attn_mask": torch.arange(5)[None] > 1}, {"is_causal": True}])
+def test_heads_that_share_keys_attend_together(queries: int, key_heads: int, options: dict) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, queries, 8, generator=generator)
+    key, value = torch.randn(2, 2, key_heads, 5, 8, generator=generator).unbind()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(query, key, value, enable_gqa=True, **options)
+    with calibration._HeadsTogether():
+        torch.testing.assert_close(attend(query, key, value, enable_gqa=True, **options), expected)
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_every_second_sequence_starts_with_the_start_token(
     model: UserModel, monkeypatch: pytest.MonkeyPatch, at_once: int

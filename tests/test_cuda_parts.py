@@ -17,7 +17,7 @@ from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.program import attention
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, LaunchList
+from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, LaunchList, Number
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import WORTH_A_PART, DecodeSession, DeviceProgram
 from lbllm_compile.codegen.errors import KernelError
@@ -84,9 +84,9 @@ def test_a_prompt_in_parts_is_one_token_by_token(program: DeviceProgram, count: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi3", "mixtral"])
 def test_parts_of_other_architectures_are_their_tokens_one_by_one(name: str, tmp_path: Path) -> None:
-    """But for sums of another order."""
+    """But for sums of another order. What is padding goes to experts, too, and changes nothing."""
     found, translated = lowered(name)
     binary = standin.cubin(found.source(), tmp_path)
     with Driver(library=standin.driver()) as driver:
@@ -96,8 +96,13 @@ def test_parts_of_other_architectures_are_their_tokens_one_by_one(name: str, tmp
 
 
 @pytest.mark.slow
-def test_experts_have_no_parts() -> None:
-    assert lowered("mixtral")[0].part is None
+def test_a_part_of_experts_passes_each_kernel_the_rows_of_its_call() -> None:
+    """A quantizer is launched for tokens, for those of all their experts, and for the last one."""
+    part = lowered("mixtral")[0].part
+    assert part is not None
+    quantized = [launch for launch in part.launches if launch.symbol.startswith("quantize")]
+    assert {launch.work.fixed for launch in quantized} == {WHOLE, 2 * WHOLE, 1}
+    assert all(Number(launch.work, 4) in launch.arguments for launch in quantized)
 
 
 def test_steps_go_on_behind_a_part_and_parts_behind_steps(program: DeviceProgram) -> None:

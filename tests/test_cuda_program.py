@@ -21,11 +21,12 @@ from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.program import attention, launches, prologue
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import TOKEN, Launch, LaunchList, ProgramKernel, Result, Size
+from lbllm_compile.codegen.cuda.program.launches import TOKEN, Launch, LaunchList, Place, ProgramKernel, Result, Size
 from lbllm_compile.codegen.cuda.program.loops import nests
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
+from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec
 from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import cuda_source, s_tir, te, tirx
@@ -276,6 +277,24 @@ def test_layers_that_are_alike_share_their_kernels() -> None:
     launch_list = lowered("llama")[0]
     # The first layer's norm reads the embedding, and its attention computes the rotary embedding for all.
     assert len(launch_list.kernels) == 5 + 2 + 3
+
+
+def test_layers_that_are_alike_read_their_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops of any size, too, which become loops of their sizes in every layer."""
+    monkeypatch.setattr("lbllm_compile.codegen.cuda.program.lower.MOST_STEPS", 0)
+    kernels, none = ProgramKernels(Target.parse("cuda:sm_90")), Layout.of(())
+    shapes = {"x": (1, 8), "first": (8, 8), "second": (8, 8)}
+    weights = Layout.of(TensorSpec(name, shape, "float32") for name, shape in shapes.items())
+    whole, dense = ProgramBuilder(weights, none), kernels.dense(8, 8, True)
+    function, kernel = FunctionBuilder(whole, TOKEN.name, [], {}, blocks=True), whole.kernel(dense.name, dense.make)
+    rows = function.value("x")
+    for name in ("first", "second"):
+        rows = function.call(kernel, [rows, function.value(name)], ((1, 8), "float32"))
+    function.finish(rows)
+    first, second, _ = lower(whole.finish(), kernels, weights, none, none).launches
+    x, *matrices = (Place("weights", Size(offset)) for offset in weights.offsets.values())
+    assert first.arguments == (x, matrices[0], Result(0))
+    assert second.arguments == (Result(0), matrices[1], Result(1))
 
 
 # The stand-in refuses what a driver refuses

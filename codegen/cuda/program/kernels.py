@@ -89,7 +89,6 @@ class ProgramKernels:
 
     Attributes:
         called: by name, what stands behind the functions that the translation was given.
-        of_experts: the translation was given a linear of several experts.
 
     Args:
         target: the architecture; kernels' text is the same for all.
@@ -100,7 +99,6 @@ class ProgramKernels:
     def __init__(self, target: Target):
         self.target = target
         self.called: dict[str, Called] = {}
-        self.of_experts = False
         self._attentions: dict[AttentionSpec, str] = {}
 
     def declared(
@@ -194,7 +192,6 @@ class ProgramKernels:
         name = f"dense_{rows}x{columns}"
 
         def by_expert(matrices: Sequence[Sequence[int]], count: int) -> TirKernel:
-            self.of_experts = True
             experts = int(matrices[0][0])
             return TirKernel(f"{name}_{experts}_experts", lambda: computed.dense_by_expert(experts, rows, columns))
 
@@ -268,7 +265,6 @@ class ProgramLinear:
             return Called(many, function, [*parameters], threads, work, tile.rows, number=Size(count))
 
         def by_expert(matrices: Sequence[Sequence[int]], rows: int) -> TirKernel:
-            self.kernels.of_experts = True
             packed = {key: (shape, dtype) for (key, (_, dtype)), shape in zip(own.items(), matrices, strict=True)}
             experts = f"{name}_{rows}_of_{matrices[0][0]}_experts"
             places = ("values", "x_scale", "output")

@@ -55,7 +55,7 @@ def lower(
     apart: Collection[str] = (),
 ) -> LaunchList:
     """The launch list of the function :data:`~.launches.TOKEN` of a module, and of :data:`~.launches.PART` beside it,
-    where the module has it, no padding changes a state and no linear is one of several experts.
+    where the module has it and no padding changes a state.
 
     Args:
         module: of :class:`...program.builder.ProgramBuilder`, translated with ``kernels``.
@@ -71,8 +71,7 @@ def lower(
     module = fused_loops(module, approximate=False)
     blocks = weights.bytes, state.bytes, fixed.bytes
     token = _lowered(module, TOKEN, kernels, blocks, apart)
-    # A part's logits are not those of its tokens one by one where there are experts; its keys and values are.
-    if PART.name not in names or fixed.tensors or kernels.of_experts:
+    if PART.name not in names or fixed.tensors:
         return token
     return replace(token, part=_lowered(module, PART, kernels, blocks, apart))
 
@@ -86,7 +85,7 @@ def _lowered(
         raise UntranslatableError("the logits are no result of a kernel")
     lowering = _Lowering(kernels, calls, logits, apart, of_part=entry is PART)
     return LaunchList(
-        tuple(kernel for kernel, _ in lowering.texts.values()),
+        tuple(lowering.texts.values()),
         tuple(lowering.launches),
         tuple(lowering.sizes),
         {PART.name: PART_BYTES} if entry is PART else INPUTS,
@@ -106,7 +105,7 @@ class _Lowering:
 
     Attributes:
         launches: in order.
-        texts: by name of a kernel: what it is, and where its parameters get their arguments.
+        texts: by name, the kernels.
         sizes: of the results.
     """
 
@@ -119,15 +118,16 @@ class _Lowering:
         of_part: bool = False,
     ):
         self.launches: list[Launch] = []
-        self.texts: dict[str, tuple[ProgramKernel, tuple[int | Number, ...]]] = {}
+        self.texts: dict[str, ProgramKernel] = {}
         self.sizes: list[Size] = []
         calls = [call for call in calls if not all(map(_is_empty, call.writes))]
         self._kernels, self._calls, self._logits, self._apart = kernels, calls, logits, apart
         self._of_part = of_part
         self._results: dict[int, Result] = {}
-        self._nests: dict[str, list[tuple[Called, Any]]] = {}
+        self._nests: dict[str, tuple[Sequence[Any], list[tuple[Called, Any]]]] = {}
         self._loops: dict[str, Loops | None] = {}
         self._joined: dict[Any, Called | None] = {}
+        self._orders: dict[tuple[str, Size], tuple[int | Number, ...]] = {}
         small = [i for i, call in enumerate(calls) if not of_part and self._is_small(call)]
         self._waiting = {write.result: i for i in small for write in calls[i].writes}
         for i in range(len(calls)):
@@ -285,8 +285,9 @@ class _Lowering:
                 self._launch(called, places)
                 continue
             _check_symbols(call)
-            between: dict[Any, Argument] = dict(zip(call.kernel.params, places, strict=True))
-            for nest, buffers in self._nests_of(call):
+            parameters, found = self._nests_of(call)
+            between: dict[Any, Argument] = dict(zip(parameters, places, strict=True))
+            for nest, buffers in found:
                 for buffer in buffers:
                     if buffer not in between:
                         between[buffer] = self._fresh(buffer.ty.shape, buffer.ty.dtype)
@@ -304,13 +305,18 @@ class _Lowering:
         """One launch of a kernel on the arguments of a call."""
         if called.name not in self.texts:
             source = self._kernels.text(called)
-            kernel = ProgramKernel(signature(source).symbol, source, called.block)
-            self.texts[called.name] = kernel, called.order(source)
-        kernel, order = self.texts[called.name]
+            self.texts[called.name] = ProgramKernel(signature(source).symbol, source, called.block)
+        kernel = self.texts[called.name]
+        # A kernel of any number of rows is passed that of each call.
+        if (key := (called.name, called.number)) not in self._orders:
+            self._orders[key] = called.order(kernel.source)
+        order = self._orders[key]
         arguments = tuple(places[argument] if isinstance(argument, int) else argument for argument in order)
         self.launches.append(Launch(kernel.symbol, called.work, called.per_block, arguments))
 
-    def _nests_of(self, call: KernelCall) -> list[tuple[Called, Any]]:
+    def _nests_of(self, call: KernelCall) -> tuple[Sequence[Any], list[tuple[Called, Any]]]:
+        """The parameters that a call's arguments stand for, and the nests on them. Calls of one name share both: loops
+        of any size are made loops of their sizes anew for each call (:func:`_of_size`), with other parameters."""
         if call.name not in self._nests:
             found = []
             for number, nest in enumerate(nests(call.kernel)):
@@ -318,7 +324,7 @@ class _Lowering:
                 block, work = (nest.threads, 1, 1), size_of(nest.work)
                 called = Called(f"{call.name}_{number}", nest.function, names, block, work, nest.per_block)
                 found.append((called, nest.buffers))
-            self._nests[call.name] = found
+            self._nests[call.name] = call.kernel.params, found
         return self._nests[call.name]
 
 

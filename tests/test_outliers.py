@@ -325,6 +325,9 @@ def test_all_stages_train_beside_outliers():
     quantized = apply(moved, text.partition(",")[2], data).program
     trained = apply(quantized, "distill{epochs=1},activate{group=32,steps=2}", data)
     assert trained.summary["kl_after"] <= trained.summary["kl_before"] * 1.0001
+    tuned = apply(trained.program, "finetune{steps=4,every=2,planes=nearest,lr_weight=0.01}", data)
+    assert tuned.summary["kl_after"] <= tuned.summary["kl_before"] * 1.0001
+    assert 0 < tuned.summary["sign_flips"] + tuned.summary["bitmap_flips"] < 0.5
 
 
 @pytest.mark.slow

@@ -328,8 +328,9 @@ class Together:
         found = {}
         for layer, teacher in zip(whole.layers, whole.teacher.layers, strict=True):
             for path in layer.weights:
-                original = get_attribute(teacher.module, path).to(packed[path].sign.device)
-                found[path] = NearestWeight.of(packed[path], original, rules[path])
+                # Columns of outliers, which are last, do not train.
+                original = get_attribute(teacher.module, path)[..., : packed[path].in_features]
+                found[path] = NearestWeight.of(packed[path], original.to(packed[path].sign.device), rules[path])
         release()
         return found
 

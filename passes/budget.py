@@ -225,13 +225,21 @@ def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
     """What is to be chosen, in graph order.
 
     Raises:
-        PassError: a pattern matches nothing, or linears have no choice.
+        PassError: a pattern matches nothing, linears have no choice, or a weight would have two.
     """
     modules = modules_of(info for _, info in linears(program))
     covered = {entry: matched_paths(modules, entry.pattern, "choices") for entry in entries}
     found = []
+    users = {info.weight: info.path for _, info in linears(program) if info.role != "decoder"}
     for nodes in decoder_linears(program.graph).values():
         behind = [node.meta[LINEAR] for node in nodes]
+        for info in behind:
+            if info.weight in users:
+                raise PassError(
+                    f"budget: '{users[info.weight]}' and '{info.path}' share one weight and read different inputs, so"
+                    " they cannot have a choice each; keep both float with --keep-dense, or set no limit"
+                )
+        users |= {info.weight: info.path for info in behind}
         options: dict[tuple[Scheme, ...], Option] = {}
         for entry, paths in covered.items():
             if all(info.path in paths for info in behind):

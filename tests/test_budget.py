@@ -255,6 +255,25 @@ def test_a_plain_module_is_chosen_for_by_its_relative_error():
     assert tight.summary["predicted"] <= 0.05 and tight.summary["bits"] > free.summary["bits"]
 
 
+def test_a_weight_behind_two_inputs_is_refused_or_kept_float():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear, last = torch.nn.Linear(96, 96), torch.nn.Linear(96, 96)
+    module = torch.nn.Sequential(linear, torch.nn.ReLU(), linear, torch.nn.ReLU(), last).requires_grad_(False)
+    inputs = {"input": normal(64, 96, seed=1)}
+    user = UserModel(module, "module", "mlp", "", inputs=inputs)
+    item = apply(frontend.capture(user), "canonicalize,annotate").program
+    with pytest.raises(PassError, match="'0' and '2' share one weight and .* float with --keep-dense"):
+        Budget(bits=3.5).apply(item, PassContext(teacher=item, calibration=[inputs]))
+    one = apply(item, 'annotate{keep_dense="0"}').program
+    with pytest.raises(PassError, match="'0' and '2' share one weight"):
+        Budget(bits=19).apply(one, PassContext(teacher=one, calibration=[inputs]))
+    both = apply(item, 'annotate{keep_dense="0|2"}').program
+    result = Budget(bits=18).apply(both, PassContext(teacher=both, calibration=[inputs]))
+    assert schemes(result.program) | {"4": ""} == {"0": "dense", "2": "dense", "4": ""}
+    assert 17 < result.summary["bits"] <= 18
+
+
 def test_outlier_channels_are_refused_because_they_are_not_counted():
     start = annotated().copy()
     for node, info in linears(start):

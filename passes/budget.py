@@ -6,8 +6,8 @@ or ``dense``. What the choice of one costs is worked out layer by layer on calib
 * its weights are fitted as ``ptq`` fits them, to the float model's inputs, and the layer is run with them: the *actual
   error* behind the layer,
 * channels of that error weigh what the *gradient* of the model's output says (:mod:`.calibrate.sensitivity`),
-* and the whole is *measured* once: with the middle choice, alone in the float model, the divergence of the model's
-  output. The other choices cost in proportion to their errors.
+* and the whole is *measured* once: with the middle choice (the worst one where the middle one is all but exact), alone
+  in the float model, the divergence of the model's output. The other choices cost in proportion to their errors.
 
 Costs add up to a good approximation (HIGGS, arXiv 2411.17525), so the best choice for all is a knapsack problem, which
 is solved exactly (:mod:`.calibrate.knapsack`): with ``bits`` the least divergence within them, with ``max_kl`` the
@@ -75,6 +75,9 @@ DENSE_BITS = 32
 MEASURED_TOKENS = 1024
 """Calibration tokens on which the divergence of the model's output is measured."""
 
+MEASURABLE = 1e-3
+"""The least error whose divergence is taken for that of others in proportion, as a share of the largest error: what an
+all but exact fit does to the output is lost in rounding."""
 
 _UNLIMITED = 1e300
 """A divergence that every choice keeps within."""
@@ -398,17 +401,29 @@ class Costs:
         costs = {}
         for nodes, statistic, inputs in self._observed(layer, chain):
             site = found[tuple(node.meta[LINEAR].path for node in nodes)]
-            errors, divergence = [], 0.0
+
+            def tried(
+                option: Option, nodes: list[fx.Node] = nodes, seen: Statistic = statistic, at: Activations = inputs
+            ) -> Stage:
+                return _with_weights(layer, self._fitted(layer, nodes, seen, option, at))
+
+            errors, divergence, measured = [], 0.0, site.measured
             for position, option in enumerate(site.options):
                 if not option.quantizes:
                     errors.append(0.0)
                     continue
-                trial = _with_weights(layer, self._fitted(layer, nodes, statistic, option, inputs))
+                trial = tried(option)
                 errors.append(self._error(trial, chain, behind))
-                if position == site.measured:
+                if position == measured:
                     divergence = self._alone(index, trial, short)
                 trial.discard()
-            reference = errors[site.measured]
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            if errors[measured] < MEASURABLE * errors[worst]:
+                measured = worst
+                trial = tried(site.options[worst])
+                divergence = self._alone(index, trial, short)
+                trial.discard()
+            reference = errors[measured]
             costs[site.paths] = [divergence * error / reference if reference > 0 else 0.0 for error in errors]
             release()
         return costs

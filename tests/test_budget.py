@@ -255,6 +255,26 @@ def test_a_plain_module_is_chosen_for_by_its_relative_error():
     assert tight.summary["predicted"] <= 0.05 and tight.summary["bits"] > free.summary["bits"]
 
 
+@pytest.mark.parametrize("unit", [2.0**-10, 0.001])
+def test_what_the_middle_choice_holds_exactly_is_not_free_to_coarser_ones(unit):
+    """Four levels in every 64 columns, and others in the next 64; as stored, or all but that."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.ReLU(), torch.nn.Linear(64, 24))
+    module.requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    picked = torch.tensor([-127.0, -30.0, 11.0, 127.0])[torch.randint(4, (64, 256), generator=generator)]
+    module[0].weight.copy_(picked * torch.tensor([1.0, 3.0, 7.0, 13.0]).repeat_interleave(64) * unit)
+    inputs = {"input": normal(512, 256, seed=1)}
+    user = UserModel(module, "module", "mlp", "", inputs=inputs)
+    item = apply(frontend.capture(user), 'canonicalize,annotate{keep_dense="2"}').program
+    where = PassContext(teacher=item, calibration=[inputs])
+    result = Budget(max_kl=0.05, choices=GROUPS, precision="float32").apply(item, where)
+    costs = {row["linear"]: row for row in result.rows}
+    assert costs["0"]["scheme"] == "group=64" and 0.1 < costs["0"]["most"] < 0.5
+    assert result.summary["measured"] <= 0.05
+
+
 def test_a_weight_behind_two_inputs_is_refused_or_kept_float():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

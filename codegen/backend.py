@@ -350,7 +350,8 @@ class DecodedSequence(Protocol):
         """Makes room for more tokens.
 
         Raises:
-            KernelError: the device has none; then nothing has changed.
+            OutOfMemoryError: the device has none.
+            KernelError: it reports another error. Nothing has changed then, either.
         """
         ...
 

@@ -23,6 +23,10 @@ class KernelError(LbllmError):
     """A kernel is missing, failed to compile, or disagreed with the reference. Never answered by a slow path."""
 
 
+class OutOfMemoryError(KernelError):
+    """A device has too little memory left."""
+
+
 class DisprovedError(KernelError):
     """A generated kernel gives other bits than the reference, or races: a bug, or a fault of this CPU."""
 

@@ -4,23 +4,34 @@
 // Every CUDA thread is a fiber where the kernel has barriers or shuffles, else a call. Memory is the host's, filled with
 // junk, and has junk around it: what a kernel reads without anybody having written it, or writes outside, shows.
 //
-// While a stream is captured it refuses what a driver refuses: allocation, loading, copies and waiting, and launches
-// that are not on the captured stream; what was captured is then invalid. Captured launches keep a copy of their
-// arguments, as those of a driver do.
+// Work of a stream is done when somebody waits for that stream, or for all of its device, and not before.
+//
+// While a thread captures a stream it is refused what a driver refuses: allocation, loading, copies and waiting, and
+// launches that are not on the captured stream; so is every thread that waits for the whole device. What was captured is
+// then invalid. Captured launches keep a copy of their arguments, as those of a driver do.
+//
+// Devices have contexts of their own. A stream, a graph or a kernel is used where its context is current, and a kernel
+// that is given another device's memory faults. A fault is reported by every later call, those that give something back
+// included, until the context is released (by anyone: tests share the process).
 //
 // LBLLM_STANDIN_ORDER=descending runs threads and thread blocks in the other order. LBLLM_STANDIN_VERSION is the version
-// of CUDA that it says it is for, LBLLM_STANDIN_MEMORY how many bytes of memory its device has.
+// of CUDA that it says it is for, LBLLM_STANDIN_DEVICES how many devices there are, LBLLM_STANDIN_MEMORY how many bytes
+// of memory each has. standin_refuse_instantiation(n) refuses one graph: that of the n-th call from now on.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <dlfcn.h>
 #include <elf.h>
+#include <functional>
 #include <map>
+#include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <ucontext.h>
 #include <unistd.h>
 #include <vector>
@@ -39,7 +50,10 @@ constexpr std::size_t kGuard = 4096, kStack = 64 << 10;
 constexpr unsigned char kJunk = 0xC5;
 constexpr int kWarp = 32;
 
+struct Context;
+
 struct Module {
+  Context* context;
   void* library;
   const standin::Kernel* kernels;
   void (*shared)(char**, char**);
@@ -57,24 +71,39 @@ struct Launch {
 };
 
 struct Graph {
+  Context* context;
   std::vector<Launch> launches;
 };
 
 struct Stream {
-  bool capturing = false, invalid = false;
+  Context* context;
+  std::thread::id capturing;  // the thread that captures it
+  bool invalid = false;
   Graph graph;
+  std::deque<std::function<int()>> waiting;
+};
+
+struct Context {
+  int sticky = 0;  // an error of a kernel, which every later call reports
+  Stream legacy{this};
 };
 
 struct Memory {
   std::size_t size;
+  Context* context;
 };
 
+constexpr int kMostDevices = 2;
+const std::thread::id kNobody;
+
+std::recursive_mutex entered;
+Context contexts[kMostDevices];
 std::map<uint64_t, Memory> memory;
 std::map<std::pair<void*, std::string>, Function> functions;
 std::set<Stream*> streams;
-std::set<void*> graphs;
-thread_local bool has_context = false;
-int sticky = 0;  // an error of a kernel, which every later call reports
+std::set<Graph*> graphs;
+thread_local Context* context = nullptr;
+int instantiations_to_refusal = 0, retained = 0;
 
 bool descending() {
   const char* order = std::getenv("LBLLM_STANDIN_ORDER");
@@ -201,6 +230,7 @@ bool run_block(const Launch& launch) {
 
 bool guards_hold() {
   for (const auto& [address, m] : memory) {
+    if (m.context != context) continue;
     const unsigned char* at = reinterpret_cast<const unsigned char*>(address);
     for (std::size_t i = 1; i <= kGuard; i++)
       if (at[-long(i)] != kJunk || at[m.size + i - 1] != kJunk) return false;
@@ -208,8 +238,22 @@ bool guards_hold() {
   return true;
 }
 
+const Memory* found(uint64_t pointer) {
+  auto next = memory.upper_bound(pointer);
+  if (next == memory.begin()) return nullptr;
+  --next;
+  return pointer < next->first + next->second.size ? &next->second : nullptr;
+}
+
 int run(const Launch& launch) {
-  if (sticky) return sticky;
+  Context* own = launch.function->module->context;
+  if (own->sticky) return own->sticky;
+  for (const auto& argument : launch.arguments) {
+    uint64_t pointer = 0;
+    if (argument.size() == sizeof pointer) std::memcpy(&pointer, argument.data(), sizeof pointer);
+    const Memory* m = found(pointer);
+    if (m && m->context != own) return own->sticky = kIllegalAddress;
+  }
   grid = launch.grid;
   block = launch.block;
   running = &launch;
@@ -220,10 +264,21 @@ int run(const Launch& launch) {
     if (!run_block(launch)) {
       std::fprintf(stderr, "stand-in driver: %s in %s\n", failure.c_str(), launch.function->kernel->name);
       failure.clear();
-      return sticky = kLaunchFailed;
+      return own->sticky = kLaunchFailed;
     }
   }
   return 0;
+}
+
+void finish(Stream& stream) {
+  for (; !stream.waiting.empty(); stream.waiting.pop_front())
+    if (int failed = stream.waiting.front()()) stream.context->sticky = failed;
+}
+
+void finish_all(Context* of) {
+  finish(of->legacy);
+  for (Stream* stream : streams)
+    if (stream->context == of) finish(*stream);
 }
 
 std::size_t setting(const char* name, std::size_t otherwise) {
@@ -235,33 +290,56 @@ std::size_t device_memory() { return setting("LBLLM_STANDIN_MEMORY", std::size_t
 
 std::size_t taken() {
   std::size_t sum = 0;
-  for (const auto& [_, m] : memory) sum += m.size;
+  for (const auto& [_, m] : memory)
+    if (m.context == context) sum += m.size;
   return sum;
+}
+
+// Spoils captures: those of this thread, or all that the context has.
+bool spoiled(bool all_threads) {
+  bool any = false;
+  for (Stream* stream : streams)
+    if (all_threads ? stream->capturing != kNobody && stream->context == context : stream->capturing == std::this_thread::get_id())
+      any = stream->invalid = true;
+  return any;
 }
 
 // What a driver does not do while any stream of this thread is being captured.
 int refused() {
-  if (!has_context) return kInvalidContext;
-  for (Stream* stream : streams)
-    if (stream->capturing) {
-      stream->invalid = true;
-      return kCaptureUnsupported;
-    }
-  return sticky;
+  if (!context) return kInvalidContext;
+  return spoiled(false) ? kCaptureUnsupported : context->sticky;
 }
 
-int waited() {
-  if (int failed = refused()) return failed;
-  if (!guards_hold()) sticky = kIllegalAddress;
-  return sticky;
+int checked() {
+  if (!context->sticky && !guards_hold()) context->sticky = kIllegalAddress;
+  return context->sticky;
+}
+
+// The stream of a handle, where the current context has such a one.
+Stream* stream_of(void* handle) {
+  if (!handle) return &context->legacy;
+  Stream* stream = static_cast<Stream*>(handle);
+  return streams.count(stream) && stream->context == context ? stream : nullptr;
 }
 
 // Whether bytes belong to one allocation.
 bool known(uint64_t pointer, std::size_t size) {
-  auto found = memory.upper_bound(pointer);
-  if (found == memory.begin()) return false;
-  --found;
-  return pointer + size <= found->first + found->second.size;
+  const Memory* m = found(pointer);
+  return m && (!size || m == found(pointer + size - 1));
+}
+
+int submit(void* handle, std::function<int()> work) {
+  Stream* stream = stream_of(handle);
+  if (!stream) return kInvalidHandle;
+  stream->waiting.push_back(std::move(work));
+  return 0;
+}
+
+int submit_copy(uint64_t to, uint64_t from, std::size_t size, void* stream) {
+  return submit(stream, [=] {
+    std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+    return 0;
+  });
 }
 
 }  // namespace
@@ -297,11 +375,12 @@ uint64_t warp_exchange(int line, unsigned mask, uint64_t value, int source) {
 }  // namespace emulation
 
 #define ENTRY extern "C" int
+#define ENTER const std::lock_guard<std::recursive_mutex> here(entered)
 
 ENTRY cuInit(unsigned) {
   // The modules' kernels call what is above, wherever this library was loaded.
   Dl_info info;
-  dladdr(reinterpret_cast<void*>(&waited), &info);
+  dladdr(reinterpret_cast<void*>(&checked), &info);
   return dlopen(info.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD) ? 0 : 3;
 }
 
@@ -325,16 +404,29 @@ ENTRY cuGetErrorString(int error, const char** text) {
 }
 
 ENTRY cuDriverGetVersion(int* version) { *version = int(setting("LBLLM_STANDIN_VERSION", 13000)); return 0; }
-ENTRY cuDeviceGetCount(int* n) { *n = 1; return 0; }
-ENTRY cuDeviceGet(int* device, int ordinal) { *device = ordinal; return ordinal ? 101 : 0; }
+ENTRY cuDeviceGetCount(int* n) { *n = int(setting("LBLLM_STANDIN_DEVICES", 1)); return 0; }
+ENTRY cuDeviceGet(int* device, int ordinal) {
+  int count;
+  cuDeviceGetCount(&count);
+  *device = ordinal;
+  return ordinal < std::min(count, kMostDevices) ? 0 : 101;
+}
 ENTRY cuDeviceGetName(char* to, int size, int) { std::strncpy(to, "stand-in", size); return 0; }
 ENTRY cuDeviceGetAttribute(int* value, int which, int) { *value = which == 75 ? 9 : 0; return 0; }
-ENTRY cuDevicePrimaryCtxRetain(void** context, int) { *context = &memory; return 0; }
-ENTRY cuDevicePrimaryCtxRelease_v2(int) { sticky = 0; return 0; }
-ENTRY cuCtxSetCurrent(void* context) { has_context = context; return 0; }
-ENTRY cuCtxSynchronize() { return waited(); }
+ENTRY cuDevicePrimaryCtxRetain(void** to, int device) { ENTER; *to = &contexts[device]; retained++; return 0; }
+ENTRY cuDevicePrimaryCtxRelease_v2(int device) { ENTER; contexts[device].sticky = 0; retained--; return 0; }
+ENTRY cuCtxSetCurrent(void* to) { context = static_cast<Context*>(to); return 0; }
+
+ENTRY cuCtxSynchronize() {
+  ENTER;
+  if (int failed = refused()) return failed;
+  if (spoiled(true)) return kCaptureUnsupported;
+  finish_all(context);
+  return checked();
+}
 
 ENTRY cuMemAlloc_v2(uint64_t* pointer, size_t size) {
+  ENTER;
   if (int failed = refused()) return failed;
   if (!size) return kInvalidValue;
   if (taken() + size > device_memory()) return kOutOfMemory;
@@ -342,59 +434,82 @@ ENTRY cuMemAlloc_v2(uint64_t* pointer, size_t size) {
   if (!whole) return kOutOfMemory;
   std::memset(whole, kJunk, size + 2 * kGuard);
   *pointer = reinterpret_cast<uint64_t>(whole) + kGuard;
-  memory[*pointer] = {size};
+  memory[*pointer] = {size, context};
   return 0;
 }
 
 ENTRY cuMemGetInfo_v2(size_t* free, size_t* whole) {
+  ENTER;
   *whole = device_memory();
   *free = *whole - std::min(*whole, taken());
   return 0;
 }
 
 ENTRY cuMemFree_v2(uint64_t pointer) {
-  for (Stream* stream : streams)
-    if (stream->capturing) {
-      stream->invalid = true;
-      return kCaptureUnsupported;
-    }
-  if (!memory.erase(pointer)) return kInvalidValue;
+  ENTER;
+  if (spoiled(false)) return kCaptureUnsupported;
+  auto m = memory.find(pointer);
+  if (m == memory.end()) return kInvalidValue;
+  finish_all(m->second.context);
+  memory.erase(m);
   std::free(reinterpret_cast<char*>(pointer) - kGuard);
-  return 0;
+  return context->sticky;
+}
+
+ENTRY cuMemsetD8Async(uint64_t pointer, unsigned char value, size_t size, void* stream) {
+  ENTER;
+  if (int failed = refused()) return failed;
+  if (!known(pointer, size)) return kInvalidValue;
+  return submit(stream, [=] {
+    std::memset(reinterpret_cast<void*>(pointer), value, size);
+    return 0;
+  });
 }
 
 ENTRY cuMemsetD8_v2(uint64_t pointer, unsigned char value, size_t size) {
-  if (int failed = refused()) return failed;
-  if (!known(pointer, size)) return kInvalidValue;
-  std::memset(reinterpret_cast<void*>(pointer), value, size);
-  return 0;
+  return cuMemsetD8Async(pointer, value, size, nullptr);
 }
 
+// Reads the host's memory at once, and writes the device's some time later.
 ENTRY cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t size) {
-  if (int failed = waited()) return failed;
+  ENTER;
+  if (int failed = refused()) return failed;
   if (!known(to, size)) return kInvalidValue;
-  std::memcpy(reinterpret_cast<void*>(to), from, size);
-  return 0;
+  const char* begin = static_cast<const char*>(from);
+  return submit(nullptr, [to, staged = std::vector<char>(begin, begin + size)] {
+    std::memcpy(reinterpret_cast<void*>(to), staged.data(), staged.size());
+    return 0;
+  });
 }
 
 ENTRY cuMemcpyDtoH_v2(void* to, uint64_t from, size_t size) {
-  if (int failed = waited()) return failed;
+  ENTER;
+  if (int failed = refused()) return failed;
   if (!known(from, size)) return kInvalidValue;
+  finish(context->legacy);
   std::memcpy(to, reinterpret_cast<void*>(from), size);
-  return 0;
+  return checked();
 }
 
 // A driver captures such copies; nothing of ours does.
-ENTRY cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
+ENTRY cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void* stream) {
+  ENTER;
   if (int failed = refused()) return failed;
-  if (!known(to, size) || !known(from, size)) return kInvalidValue;
-  std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
-  return 0;
+  return known(to, size) && known(from, size) ? submit_copy(to, from, size, stream) : kInvalidValue;
 }
-ENTRY cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) { return cuMemcpyHtoD_v2(to, from, size); }
-ENTRY cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) { return cuMemcpyDtoH_v2(to, from, size); }
+ENTRY cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
+  ENTER;
+  if (int failed = refused()) return failed;
+  return known(to, size) ? submit_copy(to, reinterpret_cast<uint64_t>(from), size, stream) : kInvalidValue;
+}
+ENTRY cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void* stream) {
+  ENTER;
+  if (int failed = refused()) return failed;
+  return known(from, size) ? submit_copy(reinterpret_cast<uint64_t>(to), from, size, stream) : kInvalidValue;
+}
 
 ENTRY cuModuleLoadData(void** module, const void* image) {
+  ENTER;
   if (int failed = refused()) return failed;
   const auto* header = static_cast<const Elf64_Ehdr*>(image);
   if (std::memcmp(header->e_ident, ELFMAG, SELFMAG)) return kInvalidImage;
@@ -415,18 +530,22 @@ ENTRY cuModuleLoadData(void** module, const void* image) {
   auto* kernels = static_cast<const standin::Kernel*>(dlsym(library, "standin_kernels"));
   auto* shared = reinterpret_cast<void (*)(char**, char**)>(dlsym(library, "standin_shared"));
   if (!kernels || !shared) return kInvalidImage;
-  *module = new Module{library, kernels, shared};
+  *module = new Module{context, library, kernels, shared};
   return 0;
 }
 
 ENTRY cuModuleUnload(void* module) {
+  ENTER;
+  if (spoiled(false)) return kCaptureUnsupported;
+  finish_all(static_cast<Module*>(module)->context);
   for (auto i = functions.begin(); i != functions.end();) i = i->first.first == module ? functions.erase(i) : std::next(i);
   dlclose(static_cast<Module*>(module)->library);
   delete static_cast<Module*>(module);
-  return 0;
+  return context->sticky;
 }
 
 ENTRY cuModuleGetFunction(void** function, void* module, const char* name) {
+  ENTER;
   for (const standin::Kernel* k = static_cast<Module*>(module)->kernels; k->name; k++) {
     if (std::strcmp(k->name, name)) continue;
     *function = &(functions[{module, name}] = {k, static_cast<Module*>(module)});
@@ -437,16 +556,12 @@ ENTRY cuModuleGetFunction(void** function, void* module, const char* name) {
 
 ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                      unsigned shared, void* stream, void** arguments, void**) {
+  ENTER;
   const auto* f = static_cast<const Function*>(function);
-  Stream* on = static_cast<Stream*>(stream);
-  if (!has_context) return kInvalidContext;
-  if (!on)
-    for (Stream* other : streams)
-      if (other->capturing) {
-        other->invalid = true;
-        return kCaptureImplicit;
-      }
-  if (on && !streams.count(on)) return kInvalidHandle;
+  if (!context) return kInvalidContext;
+  Stream* on = stream_of(stream);
+  if (!on || f->module->context != context) return kInvalidHandle;
+  if (!stream && spoiled(false)) return kCaptureImplicit;
   if (!gx || !gy || !gz || !bx || !by || !bz || gy > 65535 || gz > 65535 || bz > 64) return kInvalidValue;
   if (bx * by * bz > 1024 || bx * by * bz > f->kernel->most_threads || shared) return kOutOfResources;
   Launch launch{f, {gx, gy, gz}, {bx, by, bz}, {}};
@@ -454,77 +569,107 @@ ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsi
     const char* at = static_cast<const char*>(arguments[i]);
     launch.arguments.emplace_back(at, at + f->kernel->sizes[i]);
   }
-  if (on && on->capturing) {
+  if (on->capturing != kNobody) {
     on->graph.launches.push_back(std::move(launch));
     return 0;
   }
-  return run(launch);
+  if (context->sticky) return context->sticky;
+  return submit(stream, [launch] { return run(launch); });
 }
 
 ENTRY cuStreamCreate(void** stream, unsigned) {
-  auto* made = new Stream;
+  ENTER;
+  if (!context) return kInvalidContext;
+  auto* made = new Stream{context};
   streams.insert(made);
   *stream = made;
-  return 0;
+  return context->sticky;
 }
 
-ENTRY cuStreamDestroy_v2(void* stream) {
-  if (!streams.erase(static_cast<Stream*>(stream))) return kInvalidHandle;
-  delete static_cast<Stream*>(stream);
-  return 0;
+ENTRY cuStreamDestroy_v2(void* handle) {
+  ENTER;
+  Stream* stream = stream_of(handle);
+  if (!handle || !stream) return kInvalidHandle;
+  finish(*stream);
+  streams.erase(stream);
+  delete stream;
+  return context->sticky;
 }
 
-ENTRY cuStreamSynchronize(void* stream) {
-  return streams.count(static_cast<Stream*>(stream)) ? waited() : kInvalidHandle;
-}
-
-ENTRY cuStreamBeginCapture_v2(void* stream, int mode) {
-  auto* s = static_cast<Stream*>(stream);
-  if (!streams.count(s)) return kInvalidHandle;
-  if (s->capturing || mode < 0 || mode > 2) return kInvalidValue;
-  *s = {true, false, {}};
-  return 0;
-}
-
-ENTRY cuStreamEndCapture(void* stream, void** graph) {
-  auto* s = static_cast<Stream*>(stream);
-  if (!streams.count(s) || !s->capturing) return kInvalidValue;
-  s->capturing = false;
-  if (s->invalid) {
-    *graph = nullptr;
-    return kCaptureInvalidated;
-  }
-  *graph = new Graph(s->graph);
-  graphs.insert(*graph);
-  return 0;
-}
-
-ENTRY cuGraphInstantiateWithFlags(void** executable, void* graph, uint64_t) {
-  if (!graphs.count(graph)) return kInvalidValue;
-  *executable = new Graph(*static_cast<Graph*>(graph));
-  graphs.insert(*executable);
-  return 0;
-}
-
-ENTRY cuGraphLaunch(void* executable, void* stream) {
-  if (!graphs.count(executable)) return kInvalidHandle;
+ENTRY cuStreamSynchronize(void* handle) {
+  ENTER;
   if (int failed = refused()) return failed;
-  if (stream && !streams.count(static_cast<Stream*>(stream))) return kInvalidHandle;
-  for (const Launch& launch : static_cast<Graph*>(executable)->launches)
-    if (int failed = run(launch)) return failed;
-  return 0;
+  Stream* stream = stream_of(handle);
+  if (!stream) return kInvalidHandle;
+  if (stream->capturing != kNobody) {
+    stream->invalid = true;
+    return kCaptureUnsupported;
+  }
+  finish(*stream);
+  return checked();
 }
 
-static int destroy(void* graph) {
+ENTRY cuStreamBeginCapture_v2(void* handle, int mode) {
+  ENTER;
+  Stream* stream = stream_of(handle);
+  if (!handle || !stream) return kInvalidHandle;
+  if (stream->capturing != kNobody || mode != 1) return kInvalidValue;
+  stream->capturing = std::this_thread::get_id();
+  stream->invalid = false;
+  stream->graph = {context, {}};
+  return context->sticky;
+}
+
+ENTRY cuStreamEndCapture(void* handle, void** graph) {
+  ENTER;
+  Stream* stream = stream_of(handle);
+  if (!handle || !stream || stream->capturing != std::this_thread::get_id()) return kInvalidValue;
+  stream->capturing = kNobody;
+  *graph = nullptr;
+  if (stream->invalid) return kCaptureInvalidated;
+  *graph = *graphs.insert(new Graph(stream->graph)).first;
+  return context->sticky;
+}
+
+ENTRY cuGraphInstantiateWithFlags(void** executable, void* handle, uint64_t) {
+  ENTER;
+  Graph* graph = static_cast<Graph*>(handle);
+  if (!graphs.count(graph) || graph->context != context) return kInvalidValue;
+  if (instantiations_to_refusal && !--instantiations_to_refusal) return kOutOfMemory;
+  *executable = *graphs.insert(new Graph(*graph)).first;
+  return context->sticky;
+}
+
+ENTRY cuGraphLaunch(void* executable, void* handle) {
+  ENTER;
+  if (int failed = refused()) return failed;
+  Graph* graph = static_cast<Graph*>(executable);
+  if (!graphs.count(graph) || graph->context != context) return kInvalidHandle;
+  return submit(handle, [launches = graph->launches] {
+    for (const Launch& launch : launches)
+      if (int failed = run(launch)) return failed;
+    return 0;
+  });
+}
+
+static int destroy(void* handle) {
+  ENTER;
+  Graph* graph = static_cast<Graph*>(handle);
   if (!graphs.erase(graph)) return kInvalidHandle;
-  delete static_cast<Graph*>(graph);
-  return 0;
+  delete graph;
+  return context->sticky;
 }
 
 ENTRY cuGraphExecDestroy(void* executable) { return destroy(executable); }
 ENTRY cuGraphDestroy(void* graph) { return destroy(graph); }
+
+ENTRY standin_refuse_instantiation(int n) { instantiations_to_refusal = n; return 0; }
+ENTRY standin_graphs() { ENTER; return int(graphs.size()); }
+ENTRY standin_streams() { ENTER; return int(streams.size()); }
+ENTRY standin_retained() { return retained; }
+
 ENTRY cuEventCreate(void** event, unsigned) { *event = new char; return 0; }
 ENTRY cuEventRecord(void*, void*) { return 0; }
-ENTRY cuEventSynchronize(void*) { return waited(); }
+ENTRY cuEventSynchronize(void*) { return cuCtxSynchronize(); }
 ENTRY cuEventElapsedTime(float* ms, void*, void*) { *ms = 1.0f; return 0; }
 ENTRY cuEventDestroy_v2(void* event) { delete static_cast<char*>(event); return 0; }

@@ -685,6 +685,7 @@ ENTRY cuMemGetInfo_v2(size_t* free, size_t* whole) { *free = *whole = 1 << 30; r
 ENTRY cuMemAlloc_v2(uint64_t* p, size_t n) { *p = (uint64_t)malloc(n); return 0; }
 ENTRY cuMemFree_v2(uint64_t p) { free((void*)p); return 0; }
 ENTRY cuMemsetD8_v2(uint64_t p, unsigned char v, size_t n) { memset((void*)p, v, n); return 0; }
+ENTRY cuMemsetD8Async(uint64_t p, unsigned char v, size_t n, void*) { memset((void*)p, v, n); return 0; }
 ENTRY cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) { memcpy((void*)to, from, n); return 0; }
 ENTRY cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) { memcpy(to, (void*)from, n); return 0; }
 ENTRY cuModuleLoadData(void** m, const char* image) { *m = strdup(image); return 0; }

@@ -11,11 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
-from ..errors import KernelError
+from ..errors import KernelError, OutOfMemoryError
 from ..targets import cuda
 from ..targets.cuda import CAPABILITY_MAJOR, CAPABILITY_MINOR
 
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _CAPTURE_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
@@ -35,6 +34,7 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuMemAlloc_v2": (ctypes.POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
     "cuMemsetD8_v2": (c_uint64, ctypes.c_ubyte, c_size_t),
+    "cuMemsetD8Async": (c_uint64, ctypes.c_ubyte, c_size_t, c_void_p),
     "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, c_uint64, c_size_t),
     "cuModuleLoadData": (ctypes.POINTER(c_void_p), c_char_p),
@@ -81,19 +81,63 @@ def _driver(library: str) -> ctypes.CDLL:
     return driver
 
 
-class OutOfMemoryError(KernelError):
-    """A device has too little memory left."""
-
-
 class ImageError(KernelError):
     """A device does not load compiled kernels."""
+
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_BAD_IMAGES = (200, 209, 218, 222)  # CUDA_ERROR_INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX, UNSUPPORTED_PTX_VERSION
 
 
 class _OfThread(threading.local):
     """What a driver keeps for every thread."""
 
-    current = False
     stream: c_void_p | None = None
+
+
+class _Turns:
+    """Lets one thread at a time capture, allocate or give back, whatever the device: a driver refuses the others during
+    a capture, which then fails, too.
+
+    What the garbage collector finds is given back at once where nobody has a turn, else at the end of that turn: it may
+    be found during a capture, in the thread that captures.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._left: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+        self._give_back()
+
+    def leave(self, give_back: Callable[[], None]) -> None:
+        """Calls ``give_back``, which raises nothing, as soon as nobody has a turn."""
+        self._left.append(give_back)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        # What is left while another thread has the lock, that one sees behind its release.
+        while self._left and self._lock.acquire(blocking=False):
+            try:
+                if self._depth:
+                    return
+                self._depth += 1
+                try:
+                    self._left.popleft()()
+                finally:
+                    self._depth -= 1
+            finally:
+                self._lock.release()
+
+
+_TURN = _Turns()
 
 
 Number = ctypes.c_uint64 | ctypes.c_int64 | ctypes.c_int
@@ -114,7 +158,6 @@ class Driver:
     def __init__(self, ordinal: int = 0, library: str | None = None):
         self._driver = _driver(cuda.LIBRARY if library is None else library)
         device, self._context = c_int(), c_void_p()
-        # A context is current in one thread, and a device is used from any.
         self._thread = _OfThread()
         self._check("cuInit", self._driver.cuInit(0))
         self._check("cuDeviceGet", self._driver.cuDeviceGet(byref(device), ordinal))
@@ -126,7 +169,6 @@ class Driver:
         self._graphs: list[c_void_p] = []
         self._streams: list[c_void_p] = []
         self._closed = False
-        self._left: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> Driver:
         return self
@@ -135,20 +177,27 @@ class Driver:
         self.close()
 
     def close(self) -> None:
-        """Gives everything back; nothing of it may be used any more. A second time does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self._left.clear()
-        for graph in self._graphs:
-            self.call("cuGraphExecDestroy", graph)
-        for stream in self._streams:
-            self.call("cuStreamDestroy_v2", stream)
-        for pointer in self._memory:
-            self.call("cuMemFree_v2", pointer)
-        for module in self._modules:
-            self.call("cuModuleUnload", module)
-        self.call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+        """Gives everything back; nothing of it may be used any more. A second time does nothing.
+
+        Raises nothing: behind a kernel that has faulted the driver refuses all but the context's release.
+        """
+        with _TURN:
+            if self._closed:
+                return
+            self._closed = True
+            for name, handles in (
+                ("cuGraphExecDestroy", self._graphs),
+                ("cuStreamDestroy_v2", self._streams),
+                ("cuMemFree_v2", self._memory),
+                ("cuModuleUnload", self._modules),
+                ("cuDevicePrimaryCtxRelease_v2", [self._ordinal]),
+            ):
+                for handle in handles:
+                    self._result(name, handle)
+
+    def leave_all(self) -> None:
+        """As :meth:`close`, soon: may be called at any time, during a capture, too."""
+        _TURN.leave(self.close)
 
     @property
     def stream(self) -> c_void_p | None:
@@ -181,13 +230,9 @@ class Driver:
             ImageError: it is none that the device and the driver load.
         """
         module = c_void_p()
-        try:
+        with _TURN:
             self.call("cuModuleLoadData", byref(module), cubin)
-        except OutOfMemoryError:
-            raise
-        except KernelError as error:
-            raise ImageError(str(error)) from error
-        self._modules.append(module)
+            self._modules.append(module)
         return module
 
     def function(self, module: c_void_p, symbol: str) -> c_void_p:
@@ -196,24 +241,29 @@ class Driver:
         self.call("cuModuleGetFunction", byref(function), module, symbol.encode())
         return function
 
-    def allocate(self, size: int) -> int:
-        """A zeroed buffer of ``size`` bytes, which lives as long as this object, or until :meth:`leave`.
+    def allocate(self, size: int, stream: c_void_p | None = None) -> int:
+        """A buffer of ``size`` bytes, which lives as long as this object, or until :meth:`free` or :meth:`leave`.
+
+        Args:
+            size: of it.
+            stream: where zeros are written before anything else; None for the stream that others wait for.
 
         Raises:
             OutOfMemoryError: the device has not so much left.
         """
-        self._give_back()
         pointer = c_uint64()
-        self.call("cuMemAlloc_v2", byref(pointer), size)
-        self._memory.append(pointer.value)
-        self.call("cuMemsetD8_v2", pointer, 0, size)
+        with _TURN:
+            self.call("cuMemAlloc_v2", byref(pointer), size)
+            self._memory.append(pointer.value)
+        self.call("cuMemsetD8Async", pointer, 0, size, stream)
         return pointer.value
 
     def new_stream(self) -> c_void_p:
         """A stream that waits for no other one."""
         stream = c_void_p()
-        self.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
-        self._streams.append(stream)
+        with _TURN:
+            self.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+            self._streams.append(stream)
         return stream
 
     def launch(
@@ -234,46 +284,50 @@ class Driver:
             KernelError: ``work`` does what cannot be captured.
         """
         graph, executable, before = c_void_p(), c_void_p(), self.stream
-        self.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD)
-        self.stream = stream
-        try:
-            work()
-        finally:
-            self.stream = before
-            ended = self._driver.cuStreamEndCapture(stream, byref(graph))
-        self._check("cuStreamEndCapture", ended)
-        self.call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
-        self.call("cuGraphDestroy", graph)
-        self._graphs.append(executable)
+        with _TURN:
+            self.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD)
+            self.stream = stream
+            try:
+                try:
+                    work()
+                finally:
+                    self.stream = before
+                    ended = self._result("cuStreamEndCapture", stream, byref(graph))
+                self._check("cuStreamEndCapture", ended)
+                self.call("cuGraphInstantiateWithFlags", byref(executable), graph, 0)
+                self._graphs.append(executable)
+            finally:
+                if graph:
+                    self._result("cuGraphDestroy", graph)
         return executable
 
     def replay(self, graph: c_void_p, stream: c_void_p) -> None:
         """Starts what was captured."""
         self.call("cuGraphLaunch", graph, stream)
 
-    def forget(self, graphs: Sequence[c_void_p], stream: c_void_p | None = None, memory: Iterable[int] = ()) -> None:
-        """Gives graphs, a stream and buffers back before the end."""
-        for graph in graphs:
-            self._graphs.remove(graph)
-            self.call("cuGraphExecDestroy", graph)
-        if stream is not None:
-            self._streams.remove(stream)
-            self.call("cuStreamDestroy_v2", stream)
-        self.free(memory)
+    def forget(
+        self, graphs: Iterable[c_void_p] = (), stream: c_void_p | None = None, memory: Iterable[int] = ()
+    ) -> None:
+        """Gives graphs, a stream and buffers back before the end; raises nothing, as :meth:`close`."""
+        with _TURN:
+            if self._closed:
+                return
+            for name, known, given in (
+                ("cuGraphExecDestroy", self._graphs, graphs),
+                ("cuStreamDestroy_v2", self._streams, [] if stream is None else [stream]),
+                ("cuMemFree_v2", self._memory, memory),
+            ):
+                for handle in given:
+                    known.remove(handle)
+                    self._result(name, handle)
 
     def free(self, memory: Iterable[int]) -> None:
         """Gives buffers back before the end."""
-        for pointer in memory:
-            self._memory.remove(pointer)
-            self.call("cuMemFree_v2", pointer)
+        self.forget(memory=memory)
 
     def leave(self, graphs: Sequence[c_void_p], stream: c_void_p, memory: Sequence[int]) -> None:
-        """As :meth:`forget`, when memory is asked for next: may be called at any time, during a capture, too."""
-        self._left.append(lambda: self.forget(graphs, stream, memory))
-
-    def _give_back(self) -> None:
-        while self._left:
-            self._left.popleft()()
+        """As :meth:`forget`, soon: may be called at any time, during a capture, too."""
+        _TURN.leave(lambda: self.forget(graphs, stream, memory))
 
     def memory(self) -> tuple[int, int]:
         """Bytes of the device's memory: free ones, and all."""
@@ -282,25 +336,31 @@ class Driver:
         return free.value, whole.value
 
     def synchronize(self) -> None:
-        """Waits for all work of the device."""
-        self.call("cuCtxSynchronize")
+        """Waits for all work of the device, and for captures, which could not go on."""
+        with _TURN:
+            self.call("cuCtxSynchronize")
 
     def call(self, name: str, *arguments: object) -> None:
         """Calls a function of the driver.
 
         Raises:
             OutOfMemoryError: it has too little memory.
+            ImageError: it cannot use compiled kernels.
             KernelError: it reports another error.
         """
-        if not self._thread.current:
-            self._check("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(self._context))
-            self._thread.current = True
-        self._check(name, getattr(self._driver, name)(*arguments))
+        self._check(name, self._result(name, *arguments))
+
+    def _result(self, name: str, *arguments: object) -> int:
+        """The error that a function of the driver reports, or 0.
+
+        The context is the thread's, and another device's driver or torch may have put its own there since.
+        """
+        return self._driver.cuCtxSetCurrent(self._context) or getattr(self._driver, name)(*arguments)
 
     def _check(self, name: str, failed: int) -> None:
         if failed:
             text = c_char_p()
             self._driver.cuGetErrorString(failed, byref(text))
             reason = text.value.decode() if text.value else f"error {failed}"
-            kind = OutOfMemoryError if failed == _OUT_OF_MEMORY else KernelError
+            kind = {_OUT_OF_MEMORY: OutOfMemoryError, **dict.fromkeys(_BAD_IMAGES, ImageError)}.get(failed, KernelError)
             raise kind(f"the CUDA driver refuses {name}: {reason}")

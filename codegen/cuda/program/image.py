@@ -92,7 +92,7 @@ def on_device(file: Path, weights: Path, state: Sequence[StateTensor], target: T
                 " driver, or install a CUDA toolkit that is no newer than it"
             ) from error
         undone.pop_all()
-    weakref.finalize(program, driver.close).atexit = False
+    weakref.finalize(program, driver.leave_all).atexit = False
     return program
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_void_p
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ...backend import StateTensor
-from ...errors import KernelError
+from ...errors import KernelError, OutOfMemoryError
 from ...sampling import Draw
-from ...sizes import FIXED_STATE, PAST, STATE, WEIGHTS
-from ..driver import Driver, Number, OutOfMemoryError
+from ...sizes import CAPACITY_MULTIPLE, FIXED_STATE, PAST, STATE, WEIGHTS
+from ..driver import Driver, Number
 from .launches import PART, Arena, Argument, LaunchList, Place, Result
 
 TOKEN, MASK, POSITION, SAMPLING, ARENA = "input_ids", "attention_mask", "position_ids", "sampling", "arena"
@@ -61,13 +64,14 @@ class DeviceProgram:
         self.driver, self.launches, self.state = driver, launches, state
         module = driver.module(cubin)
         self.functions = {k.symbol: (driver.function(module, k.symbol), k.block) for k in launches.all_kernels()}
-        self.weights = allocated(driver, {WEIGHTS: launches.weights}, "the model's weights take")[WEIGHTS]
-        # Memory is zeroed on a stream that the copies do not wait for.
+        with reserved(driver, {WEIGHTS: launches.weights}, "the model's weights take") as (blocks, _):
+            self.weights = blocks[WEIGHTS]
+            self._fill(weights)
+        # They are copied on a stream that those of sequences do not wait for.
         driver.synchronize()
-        self._fill(weights)
 
     def sequence(self, capacity: int) -> DecodeSession:
-        """An empty sequence with room for so many tokens.
+        """An empty sequence with room for so many tokens at least.
 
         Raises:
             OutOfMemoryError: the device has no room for its state.
@@ -88,30 +92,56 @@ class DeviceProgram:
             raise KernelError(f"a program of {whole} bytes of weights is given {at}")
 
 
-def allocated(driver: Driver, sizes: dict[str, int], purpose: str) -> dict[str, int]:
-    """Zeroed blocks of a device's memory, all or none.
+@contextmanager
+def reserved(
+    driver: Driver, sizes: dict[str, int], purpose: str, stream: c_void_p | None = None
+) -> Iterator[tuple[dict[str, int], list[c_void_p]]]:
+    """Blocks of a device's memory, and a list of the graphs that are captured over them: all of it is given back where
+    the work with them raises.
 
     Args:
         driver: the device.
         sizes: bytes by name. A block of no bytes has some all the same, which no kernel reads.
         purpose: what takes the memory, in words.
+        stream: where blocks are zeroed; see :meth:`..driver.Driver.allocate`.
 
     Raises:
         OutOfMemoryError: it has not so much left; says how much there is.
     """
-    found: dict[str, int] = {}
+    blocks, graphs = dict[str, int](), list[c_void_p]()
     try:
         for name, size in sizes.items():
-            found[name] = driver.allocate(max(size, 1))
-    except OutOfMemoryError as error:
-        driver.free(found.values())
+            blocks[name] = driver.allocate(max(size, 1), stream)
+        yield blocks, graphs
+    except BaseException as error:
+        driver.forget(graphs, memory=blocks.values())
+        if not isinstance(error, OutOfMemoryError):
+            raise
         free, whole = (size / _MIB for size in driver.memory())
         raise OutOfMemoryError(
             f"{purpose} {sum(sizes.values()) / _MIB:.0f} MiB of {driver.name}'s memory, of which {free:.0f} of"
             f" {whole:.0f} MiB are free; stop what else uses the device, ask for fewer tokens or sequences, or use"
             " --target cpu"
         ) from error
-    return found
+
+
+@dataclass
+class _Room:
+    """A sequence's memory, and what runs in it.
+
+    Attributes:
+        capacity: tokens that there is room for.
+        sizes: bytes of the blocks, by name.
+        own: the blocks.
+        work: the launches of a step and, where there are parts, of a part.
+        graphs: the same, captured.
+    """
+
+    capacity: int
+    sizes: dict[str, int]
+    own: dict[str, int]
+    work: list[list[Launched]]
+    graphs: list[c_void_p]
 
 
 class DecodeSession:
@@ -123,7 +153,7 @@ class DecodeSession:
 
     Args:
         program: what decodes it.
-        capacity: tokens that there is room for.
+        capacity: tokens that there is room for at least.
 
     Raises:
         OutOfMemoryError: the device has no room for it.
@@ -133,16 +163,24 @@ class DecodeSession:
     def __init__(self, program: DeviceProgram, capacity: int):
         self.program, self.driver, self.launches = program, program.driver, program.launches
         self.past = 0
+        self._draw: Draw | None = None
         self._stream = self.driver.new_stream()
-        self._reserve(capacity)
+        try:
+            room = self._reserved(capacity)
+        except BaseException:
+            self.driver.forget(stream=self._stream)
+            raise
+        self._take(room)
         self._write(MASK, np.ones(1, np.int64))
 
-    def _reserve(self, capacity: int) -> None:
-        """Memory for so many tokens, all of it zeros, and the graphs of a step and of a part in it.
+    def _reserved(self, capacity: int) -> _Room:
+        """Memory for so many tokens or a few more, all of it zeros, and the graphs of a step and of a part in it.
 
         Steps and parts share an arena, of which the logits are the beginning.
         """
-        driver, launches = self.driver, self.launches
+        launches = self.launches
+        # Tensors of the state lie at a number of bytes a token that may be odd, and have elements of several bytes.
+        capacity = -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         arenas = [found.arena(capacity) for found in launches.lists]
         sizes = {
             STATE: launches.state * capacity,
@@ -150,49 +188,58 @@ class DecodeSession:
             ARENA: max(arena.bytes for arena in arenas),
             **{name: size.at(capacity) for found in launches.lists for name, size in found.inputs.items()},
         }
-        own = allocated(driver, sizes, f"a sequence with room for {capacity} tokens takes")
-        # Memory is zeroed on another stream, which this one does not wait for.
-        driver.synchronize()
-        self.capacity, self._sizes, self._own = capacity, sizes, own
-        self._draw: Draw | None = None
-        self._blocks = {WEIGHTS: self.program.weights, **own}
-        self._work = [
-            [
-                (
-                    *self.program.functions[launch.symbol],
-                    launch.grid(capacity),
-                    [self._argument(argument, arena) for argument in launch.arguments],
-                )
-                for launch in found.launches
+        purpose = f"a sequence with room for {capacity} tokens takes"
+        with reserved(self.driver, sizes, purpose, self._stream) as (own, graphs):
+            blocks = {WEIGHTS: self.program.weights, **own}
+            work = [
+                [
+                    (
+                        *self.program.functions[launch.symbol],
+                        launch.grid(capacity),
+                        [_argument(argument, blocks, arena, capacity) for argument in launch.arguments],
+                    )
+                    for launch in found.launches
+                ]
+                for found, arena in zip(launches.lists, arenas, strict=True)
             ]
-            for found, arena in zip(launches.lists, arenas, strict=True)
-        ]
-        self._graphs = [driver.captured(self._stream, partial(self._launch_all, work)) for work in self._work]
-        self._end = weakref.finalize(self, driver.leave, self._graphs, self._stream, list(own.values()))
+            for launched in work:
+                graphs.append(self.driver.captured(self._stream, partial(self._launch_all, launched)))
+        return _Room(capacity, sizes, own, work, graphs)
+
+    def _take(self, room: _Room) -> None:
+        self.capacity, self._sizes, self._blocks = room.capacity, room.sizes, room.own
+        self._work, self._graphs = room.work, room.graphs
+        memory = list(room.own.values())
+        self._end = weakref.finalize(self, self.driver.leave, room.graphs, self._stream, memory)
         self._end.atexit = False
 
     def grow(self, capacity: int) -> None:
-        """Makes room for more tokens; keeps those that there are, and what was chosen behind them.
+        """Makes room for more tokens at least; keeps those that there are, and what was chosen behind them.
 
         Raises:
-            OutOfMemoryError: the device has no room for it; then nothing has changed.
+            OutOfMemoryError: the device has no room for it.
+            KernelError: the driver reports another error. Nothing has changed then, either.
         """
-        old, own, graphs, before, end = self._blocks, self._own, self._graphs, self.capacity, self._end
-        token, logits = self._read(TOKEN, 0, 8), self.logits()
-        self._reserve(capacity)
+        graphs, blocks, end = self._graphs, self._blocks, self._end
+        room = self._reserved(capacity)
+        try:
+            for tensor in self.program.state:
+                for head in range(tensor.heads):
+                    target, source = (
+                        at + tensor.offset * slots + head * slots * tensor.bytes
+                        for at, slots in ((room.own[STATE], room.capacity), (blocks[STATE], self.capacity))
+                    )
+                    self._copy_on_device(target, source, self.past * tensor.bytes)
+            kept = {name: self._sizes[name] for name in (FIXED_STATE, TOKEN, POSITION, PAST, SAMPLING)}
+            for name, size in {**kept, ARENA: 4 * self.launches.vocabulary}.items():
+                self._copy_on_device(room.own[name], blocks[name], size)
+            self._copy(room.own[MASK], _mask(self.past, room.capacity))
+        except BaseException:
+            self.driver.forget(room.graphs, memory=room.own.values())
+            raise
         end.detach()
-        for tensor in self.program.state:
-            for head in range(tensor.heads):
-                source, target = (
-                    blocks[STATE] + tensor.offset * slots + head * slots * tensor.bytes
-                    for blocks, slots in ((old, before), (self._blocks, capacity))
-                )
-                self._copy_on_device(target, source, self.past * tensor.bytes)
-        self._copy_on_device(self._blocks[FIXED_STATE], old[FIXED_STATE], self._sizes[FIXED_STATE])
-        self._count(self.past)
-        self._write(TOKEN, np.frombuffer(token, np.int64))
-        self._write(ARENA, logits)
-        self.driver.forget(graphs, memory=own.values())
+        self._take(room)
+        self.driver.forget(graphs, memory=blocks.values())
 
     def step(self, token: int | None = None, draw: Draw | None = None) -> None:
         """Decodes one token by a replay of the graph.
@@ -300,9 +347,7 @@ class DecodeSession:
     def _count(self, past: int) -> None:
         """Tells the device how many tokens there are."""
         self.past = past
-        mask = np.zeros(self.capacity, np.int64)
-        mask[: past + 1] = 1
-        self._write(MASK, mask)
+        self._write(MASK, _mask(past, self.capacity))
         self._write(PAST, np.array([past], np.int32))
         self._write(POSITION, np.array([past], np.int64))
 
@@ -326,14 +371,6 @@ class DecodeSession:
         for function, block, grid, arguments in work:
             self.driver.launch(function, grid, block, arguments)
 
-    def _argument(self, argument: Argument, arena: Arena) -> Number:
-        if isinstance(argument, Place):
-            return ctypes.c_uint64(self._blocks[argument.block] + argument.offset.at(self.capacity))
-        if isinstance(argument, Result):
-            return ctypes.c_uint64(self._blocks[ARENA] + arena.offsets[argument.number])
-        number = argument.value.at(self.capacity)
-        return ctypes.c_int64(number) if argument.bytes == 8 else ctypes.c_int(number)
-
     def _write(self, block: str, values: np.ndarray) -> None:
         self._copy(self._blocks[block], values)
 
@@ -353,3 +390,17 @@ class DecodeSession:
         self.driver.call("cuMemcpyDtoHAsync_v2", buffer.ctypes.data, source, size, self._stream)
         self.driver.call("cuStreamSynchronize", self._stream)
         return buffer.tobytes()
+
+
+def _argument(argument: Argument, blocks: dict[str, int], arena: Arena, capacity: int) -> Number:
+    if isinstance(argument, Place):
+        return ctypes.c_uint64(blocks[argument.block] + argument.offset.at(capacity))
+    if isinstance(argument, Result):
+        return ctypes.c_uint64(blocks[ARENA] + arena.offsets[argument.number])
+    number = argument.value.at(capacity)
+    return ctypes.c_int64(number) if argument.bytes == 8 else ctypes.c_int(number)
+
+
+def _mask(past: int, capacity: int) -> np.ndarray:
+    """Which slots a step behind ``past`` tokens sees: int64 ``[capacity]``."""
+    return (np.arange(capacity) <= past).astype(np.int64)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lbllm_compile.codegen.backend import DecodedSequence, SequenceBackend, StateTensor, backend_of
-from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.errors import KernelError, OutOfMemoryError
 from lbllm_compile.codegen.sampling import Draw
-from lbllm_compile.codegen.sizes import MOST_ELEMENTS, capacity_for
+from lbllm_compile.codegen.sizes import CAPACITY_MULTIPLE, MOST_ELEMENTS, capacity_for
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.native.description import DESCRIPTION, LIBRARY, WEIGHTS, Description, Member, StoredModel
 from lbllm_compile.native.generate import GenerationError, Sampling, check_finite
@@ -69,6 +70,25 @@ class ReplayedProgram:
         if capacity > self._slots:
             raise GenerationError(f"{tokens} tokens of a sequence are too many for one state; use a shorter context")
         return capacity
+
+    def grown(self, sequence: DecodedSequence, tokens: int) -> None:
+        """Makes room for so many tokens in a sequence: for twice as many as there was, so that it seldom has to, as far
+        as the model has positions, kernels can index and the device has memory.
+
+        Raises:
+            GenerationError: kernels could not index it.
+            KernelError: the device has no room for it.
+        """
+        least = self.capacity_for(tokens)
+        bounds = self.description.bounds
+        most = [self._slots // CAPACITY_MULTIPLE * CAPACITY_MULTIPLE]
+        most += [capacity_for(limit) for limit in (bounds.positions, bounds.slots) if limit is not None]
+        wanted = max(least, min(2 * sequence.capacity, *most))
+        if wanted > least:
+            with suppress(OutOfMemoryError):
+                sequence.grow(wanted)
+                return
+        sequence.grow(least)
 
 
 def _state_tensor(member: Member) -> StateTensor:
@@ -161,7 +181,7 @@ class ReplayedSession:
         bounds.check_length(longest, longest)
         for sequence, count in zip(self.sequences, counts, strict=True):
             if count > sequence.capacity:
-                sequence.grow(self._program.capacity_for(max(count, 2 * sequence.capacity)))
+                self._program.grown(sequence, count)
         self._prompt_mask = None
         return mask
 

@@ -71,7 +71,7 @@ def lower(
     module = fused_loops(module, approximate=False)
     blocks = weights.bytes, state.bytes, fixed.bytes
     token = _lowered(module, TOKEN, kernels, blocks, apart)
-    if PART.name not in names or fixed.tensors:
+    if PART.name not in names or fixed.bytes:
         return token
     return replace(token, part=_lowered(module, PART, kernels, blocks, apart))
 

@@ -165,11 +165,14 @@ def _stage(nest: Any) -> Stage | None:
     own = [isinstance(side, tvm.ir.TensorLoad) and side.source.same_as(store.buffer) for side in sides]
     if own.count(True) != 1:
         return None
+    # Each lane begins with it.
+    if isinstance(update, tirx.Add) and not _is_number(init.value, 0):
+        return None
     return Stage(store.buffer, over, of, sides[own.index(False)], type(update), init.value)
 
 
 def _is_number(value: Any, number: int) -> bool:
-    return isinstance(value, tirx.IntImm) and int(value) == number
+    return isinstance(value, (tirx.IntImm, tirx.FloatImm)) and value.value == number
 
 
 @dataclass(frozen=True)

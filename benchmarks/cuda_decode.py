@@ -2,11 +2,12 @@
 
     python -m benchmarks.cuda_decode --packed FOLDER [--models NAME ...] [--json FILE]
 
-Models are those that ``benchmarks/cuda_all.sh pack`` wrote. Before a program is timed, its replays are held against its
-launches one by one, to the bit, and against the graph's logits where its weights came along. Then everyone decodes the
-same number of tokens behind the same prompt, one sequence, greedily, in turns. *Greedy* copies each token to the host,
-as text needs it; *replayed* waits for the device only at the end, so that the difference is what the host costs. Times
-are of the clock on the wall, around work that is waited for. *prefill* is a prompt; programs take it token by token.
+Models are those that ``benchmarks/cuda_all.sh pack`` wrote. Before a program is timed, its replays, of steps and of
+parts of a prompt, are held against its launches one by one, to the bit, what they choose against what the host would,
+and their logits against the graph's where its weights came along. Then everyone decodes the same number of tokens
+behind the same prompt, one sequence, greedily, in turns. *Greedy* copies each token to the host, as text needs it;
+*replayed* waits for the device only at the end, so that the difference is what the host costs. Times are of the clock
+on the wall, around work that is waited for. *prefill* is a prompt, which programs take in parts.
 Without a GPU it ends in a sentence and exit code 2.
 """
 
@@ -22,9 +23,10 @@ from typing import Any
 import numpy as np
 from lbllm_compile.codegen.cuda.program.session import DecodeSession
 from lbllm_compile.codegen.errors import KernelError, LbllmError
+from lbllm_compile.codegen.sampling import Draw, drawn
 
 from . import cuda_peers, cuda_timing
-from .cuda_packed import EXPECTED, PROVEN_TOKENS, PackedModel
+from .cuda_packed import EXPECTED, PROVEN_PROMPT, PROVEN_TOKENS, PackedModel
 from .cuda_timing import Bench, attempted
 
 MODELS, GGUF = "models", "gguf"
@@ -49,8 +51,8 @@ class Settings:
     rounds: int = 5
 
 
-QUICK = Settings(prompt=2, steps=2, prefill=3, rounds=1)
-"""A smoke test."""
+QUICK = Settings(prompt=2, steps=2, prefill=9, rounds=1)
+"""A smoke test, whose long prompt is one part."""
 
 Turn = Callable[[], dict[str, float]]
 """A round of a contender: seconds of a token of each kind."""
@@ -62,37 +64,56 @@ def agreeing(model: PackedModel, folder: Path, one: DecodeSession, other: Decode
     Args:
         model: what it is.
         folder: where it is.
-        one, other: empty sequences.
+        one, other: empty sequences with room for :data:`.cuda_packed.PROVEN_PROMPT` tokens.
 
     Returns:
         What was checked, in words.
 
     Raises:
-        KernelError: replays give other bits than launches, or logits other than the graph's.
+        KernelError: replays give other bits than launches, tokens that the host would not choose, or logits other than
+            the graph's.
     """
-    given: list[int | None] = [*np.random.default_rng(0).integers(0, model.vocabulary, PROVEN_TOKENS).tolist()]
-    found = []
-    for token in [*given, *[None] * PROVEN_TOKENS]:
-        one.step(token)
-        other.step_by_launch(token)
-        found.append(one.logits())
-        same = found[-1].tobytes() == other.logits().tobytes() and one.state() == other.state()
-        if not same or one.token() != other.token():
-            raise KernelError(f"replaying {model.name} gives other bits than its launches one by one")
-        if not np.isfinite(found[-1]).all():
-            raise KernelError(f"the logits of {model.name} are infinite or no numbers")
+    ids = np.random.default_rng(0).integers(0, model.vocabulary, PROVEN_PROMPT).tolist()
+    found, draw = [], Draw(temperature=1.0, top_k=20, top_p=0.9, place=0.7)
+    for number, token in enumerate([*ids[:PROVEN_TOKENS], *[None] * PROVEN_TOKENS]):
+        chosen = draw if number % 2 else None
+        one.step(token, chosen)
+        other.step_by_launch(token, chosen)
+        found.append(_same(model, one, other, chosen, "steps"))
+    for sequence in (one, other):
+        sequence.rewind(0)
+    one.feed(ids, draw)
+    other.feed_by_launch(ids, draw)
+    found = [*found[:PROVEN_TOKENS], _same(model, one, other, draw, "a prompt")]
+    said = "replays of steps and of a prompt equal launches, to the bit"
     if not model.bound:
-        return "replays equal launches, to the bit; weights were drawn here, so there are no logits to compare with"
+        return f"{said}; weights were drawn here, so there are no logits to compare with"
     with np.load(folder / EXPECTED) as arrays:
         expected = arrays["logits"]
-        assert arrays["ids"].tolist() == given
-    distances = [
-        float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        for ours, theirs in zip(found, expected, strict=False)
-    ]
-    if not max(distances) <= model.bound:
-        raise KernelError(f"the logits of {model.name} are {max(distances):.2g} of their length from the graph's")
-    return f"replays equal launches, to the bit; logits are {max(distances):.2g} of their length from the graph's"
+        assert arrays["ids"].tolist() == ids
+    distance = max(_distance(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    if not distance <= model.bound:
+        raise KernelError(f"the logits of {model.name} are {distance:.2g} of their length from the graph's")
+    return f"{said}; logits are {distance:.2g} of their length from the graph's"
+
+
+def _same(model: PackedModel, one: DecodeSession, other: DecodeSession, draw: Draw | None, where: str) -> np.ndarray:
+    """The logits of a sequence that was replayed, which are those of one that was launched."""
+    logits = one.logits()
+    if logits.tobytes() != other.logits().tobytes() or one.state() != other.state() or one.token() != other.token():
+        raise KernelError(f"replaying {model.name} gives other bits than its launches one by one, in {where}")
+    if not np.isfinite(logits).all():
+        raise KernelError(f"the logits of {model.name} are infinite or no numbers")
+    expected = int(logits.argmax()) if draw is None else drawn(logits, draw)
+    if one.token() != expected:
+        raise KernelError(f"{model.name} chooses token {one.token()} where the host chooses {expected}, in {where}")
+    return logits
+
+
+def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of logits, apart from their means, as a share of their length."""
+    difference, centered = (values - values.mean() for values in (ours - theirs, theirs))
+    return float(np.linalg.norm(difference) / np.linalg.norm(centered))
 
 
 def _own(bench: Bench, session: DecodeSession, model: PackedModel, settings: Settings) -> Turn:
@@ -101,8 +122,7 @@ def _own(bench: Bench, session: DecodeSession, model: PackedModel, settings: Set
 
     def fed(count: int) -> None:
         session.rewind(0)
-        for token in ids[:count]:
-            session.step(token)
+        session.feed(ids[:count])
         bench.driver.synchronize()
 
     def turn() -> dict[str, float]:
@@ -168,7 +188,7 @@ def measured(bench: Bench, packed: Path, name: str, settings: Settings) -> dict[
     start = time.perf_counter()
     free = driver.memory()[0]
     program = model.program(folder, driver)
-    capacity = max(settings.prefill, settings.prompt + settings.steps, 2 * PROVEN_TOKENS)
+    capacity = max(settings.prefill, settings.prompt + settings.steps, PROVEN_PROMPT)
     session = program.sequence(capacity)
     driver.synchronize()
     loading, taken = time.perf_counter() - start, free - driver.memory()[0]
@@ -196,6 +216,7 @@ def measured(bench: Bench, packed: Path, name: str, settings: Settings) -> dict[
         "bits_per_decoder_weight": model.bits,
         "weight_bytes": model.weight_bytes,
         "launches_of_a_step": model.launches,
+        "launches_of_a_part": model.part_launches,
         "load_seconds": loading,
         "device_bytes": taken,
         "copy_gigabytes_per_second": bandwidth / 1e9,

@@ -27,7 +27,7 @@ from lbllm_compile.codegen.cuda.emulator import Launch, Sparse
 from lbllm_compile.codegen.cuda.kernel import EmittedKernel
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import TOKEN
+from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN
 from lbllm_compile.codegen.cuda.proof import proof_runs
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
@@ -38,8 +38,8 @@ from torch import Tensor
 
 from lbllm_compile import runtime
 from lbllm_compile.evaluate import bits_per_weight
-from lbllm_compile.lowering.executor import Executor, requirements
-from lbllm_compile.lowering.session import Session
+from lbllm_compile.lowering.compare import explained, probed
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.lowering.translate import translate
 
 from . import cuda_timing, harness, subjects
@@ -47,6 +47,7 @@ from .cuda_packed import (
     EXPECTED,
     IMAGE,
     KEPT,
+    PROVEN_PROMPT,
     PROVEN_TOKENS,
     Case,
     PackedKernel,
@@ -74,9 +75,6 @@ DRAWN_TENSOR = 64 << 10
 
 DRAWN_DTYPES = ("int32", "int8", "uint8")
 """Of packed codes, levels and rows, of which any bits are valid; scales and norms are kept."""
-
-ONE_CODE = 1e-2
-"""Distance of logits where a code of a quantizer is the next one, because sums of another order moved an element."""
 
 
 def measured_spec(rows: int, columns: int, group: int) -> LinearSpec:
@@ -205,14 +203,15 @@ def pack_model(folder: Path, source: str, archs: Sequence[str]) -> None:
         program = runtime.load(source).program
     harness.CONSOLE.print(f"[dim]{source}: lowered[/dim]")
     folder.mkdir(parents=True)
-    launches = 0
+    launches = part_launches = 0
     translated = None
     for arch in archs:
         kernels = ProgramKernels(Target.parse(f"cuda:{arch}"))
-        translated = translate(program, kernels, [TOKEN])
+        translated = translate(program, kernels, [TOKEN, PART])
         compiled = compile_launches(translated.functions(), kernels)
         compiled.export(folder / f"{IMAGE}.{arch}")
-        launches = len(compiled.image.launches.launches)
+        step, part = compiled.image.launches, compiled.image.launches.part
+        launches, part_launches = len(step.launches), 0 if part is None else len(part.launches)
         harness.CONSOLE.print(f"[dim]{source}: compiled for {arch}[/dim]")
     assert translated is not None
     whole = b"".join(translated.weight_bytes())
@@ -227,16 +226,18 @@ def pack_model(folder: Path, source: str, archs: Sequence[str]) -> None:
     vocabulary = translated.bounds.vocabulary
     if vocabulary is None:
         raise LbllmError(f"the graph of {source} does not say how many tokens it knows")
+    # Weights that are drawn on arrival have no logits to compare with.
+    bound = 0.0
     if not is_drawn:
         needed = requirements(program)
         on_cpu = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-        session = Session(program, Executor(program, on_cpu), 1, 0)
-        ids = np.random.default_rng(0).integers(0, vocabulary, (1, PROVEN_TOKENS))
-        session.start(np.ones_like(ids))
-        np.savez(folder / EXPECTED, ids=ids[0], logits=session.logits(torch.from_numpy(ids))[0].numpy())
+        ids = np.random.default_rng(0).integers(0, vocabulary, (1, PROVEN_PROMPT))
+        ends = [*range(1 + PROVEN_TOKENS), PROVEN_PROMPT]
+        found, moved = zip(*probed(program, on_cpu, ids, np.ones_like(ids), ends), strict=True)
+        np.savez(folder / EXPECTED, ids=ids[0], logits=np.concatenate([logits[0, -1:].numpy() for logits in found]))
+        bound = explained(max(moved))
     bits = bits_per_weight(program)["bits_per_weight"]
-    bound = 0.0 if is_drawn else ONE_CODE
-    model = PackedModel(folder.name, config, vocabulary, len(whole), bits, launches, bound, pieces)
+    model = PackedModel(folder.name, config, vocabulary, len(whole), bits, launches, part_launches, bound, pieces)
     model.write(folder)
 
 

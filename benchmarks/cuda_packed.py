@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 from lbllm_compile.codegen.cuda.driver import Driver, Number
 from lbllm_compile.codegen.cuda.program.image import Image
-from lbllm_compile.codegen.cuda.program.session import DeviceProgram
+from lbllm_compile.codegen.cuda.program.launches import PART
+from lbllm_compile.codegen.cuda.program.session import WORTH_A_PART, DeviceProgram
 from lbllm_compile.codegen.errors import LbllmError
 
 INDEX, IMAGE, MODEL, KEPT, EXPECTED = "kernels.json", "image", "model.json", "kept.bin", "expected.npz"
 
 PROVEN_TOKENS = 3
-"""Tokens of a proof of a program that are given; as many more go on with what was chosen."""
+"""Tokens of a proof of a program that are given one by one; as many more go on with what was chosen."""
+
+PROVEN_PROMPT = (PART.length or 1) + WORTH_A_PART + 3
+"""Tokens of a proof that are a prompt, the first ones those of :data:`PROVEN_TOKENS`: a whole part and one with
+padding."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,7 @@ class PackedModel:
         weight_bytes: what a token reads of the weights at most: all of them.
         bits: of a decoder weight.
         launches: of a step.
+        part_launches: of a part of a prompt; 0 where prompts are fed token by token.
         bound: how far logits may be from those of the graph, as a share of their length; 0 where weights are drawn on
             arrival, so that there are none to compare with.
         pieces: of the weights, in order.
@@ -200,6 +206,7 @@ class PackedModel:
     weight_bytes: int
     bits: float
     launches: int
+    part_launches: int
     bound: float
     pieces: list[Piece] = field(default_factory=list)
 

@@ -39,7 +39,7 @@ def main() -> int:
                 folder = options.packed / cuda_decode.MODELS / name
                 model = cuda_packed.PackedModel.read(folder)
                 program = model.program(folder, driver)
-                sequences = [program.sequence(2 * cuda_packed.PROVEN_TOKENS) for _ in range(2)]
+                sequences = [program.sequence(cuda_packed.PROVEN_PROMPT) for _ in range(2)]
                 return cuda_decode.agreeing(model, folder, *sequences)
 
             proven[path.name] = attempted(failed, path.name, agreement)

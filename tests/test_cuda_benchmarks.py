@@ -41,7 +41,7 @@ ENTRY cublasGemmEx(void* handle, int ta, int tb, int m, int n, int k, const void
 
 LLAMA = """#!/bin/sh
 case "$*" in *bad*) echo 'no such file' >&2; exit 1 ;; esac
-echo '[{"backends": "CUDA", "n_prompt": 3, "n_gen": 0, "avg_ts": 100.0},'
+echo '[{"backends": "CUDA", "n_prompt": 9, "n_gen": 0, "avg_ts": 100.0},'
 echo ' {"backends": "CUDA", "n_prompt": 0, "n_gen": 2, "avg_ts": 50.0}]'
 """
 
@@ -109,7 +109,7 @@ def test_one_script_runs_every_part_and_tells_what_failed(packed: Path, tmp_path
     assert document["machine"]["device"] == "stand-in" and document["machine"]["driver_for_cuda"] == "13.0"
     proven = document["parts"]["prove"]["proven"]
     assert len(proven) == 3 and sum("equal to the bit" in said for said in proven.values()) == 2
-    assert "of their length from the graph's" in proven["less"]
+    assert "steps and of a prompt" in proven["less"] and "of their length from the graph's" in proven["less"]
     for form, tokens in (("gemv", [1]), ("gemm", [4, 16])):
         cases = document["parts"][form]["cases"]
         assert [case["tokens"] for case in cases] == tokens
@@ -122,7 +122,8 @@ def test_one_script_runs_every_part_and_tells_what_failed(packed: Path, tmp_path
     own = {("lbllm", kind) for kind in ("greedy", "replayed", "prefill")}
     assert kinds == own | {("llama.cpp q2_k", "greedy"), ("llama.cpp q2_k", "prefill")}
     assert "no such file" in model["absent"]["llama.cpp bad"] and "torch" in model["absent"]["torch bf16"]
-    assert model["launches_of_a_step"] > 5 and model["device_bytes"] > model["weight_bytes"]
+    assert model["launches_of_a_part"] > model["launches_of_a_step"] > 5
+    assert model["device_bytes"] > model["weight_bytes"]
 
 
 def test_a_wrong_kernel_is_told_and_not_timed(packed: Path, tmp_path: Path) -> None:
@@ -138,6 +139,22 @@ def test_a_wrong_kernel_is_told_and_not_timed(packed: Path, tmp_path: Path) -> N
     document = json.loads((tmp_path / "out.json").read_text())
     assert done.returncode == 1 and document["cases"] == []
     assert "1 of 33 outputs differ for random values" in next(iter(document["failed"].values()))
+
+
+def test_a_program_that_takes_a_prompt_wrongly_is_told(packed: Path, tmp_path: Path) -> None:
+    """Though its steps are right."""
+    folder = tmp_path / "carried"
+    shutil.copytree(packed, folder)
+    file = folder / "models" / "less" / cuda_packed.EXPECTED
+    with np.load(file) as arrays:
+        ids, logits = arrays["ids"], arrays["logits"]
+    logits[-1] = -logits[-1]
+    np.savez(file, ids=ids, logits=logits)
+    arguments = ["--packed", str(folder), "--quick", "--json", str(tmp_path / "out.json")]
+    done = started(sys.executable, "-m", "benchmarks.cuda_prove", *arguments, library=libraries(packed))
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert done.returncode == 1 and list(document["failed"]) == ["less"]
+    assert "the logits of less are 2 of their length from the graph's" in document["failed"]["less"]
 
 
 @pytest.mark.parametrize("name", ["gemv", "gemm", "decode", "prove"])

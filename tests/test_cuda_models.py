@@ -274,9 +274,23 @@ def test_a_wrong_program_is_refused(device: Path, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(DisagreementError, match="does not compute the model"):
         prepared_anew(device, monkeypatch, Spoils(device / "module"))
-    monkeypatch.setattr(DecodeSession, "step", lambda self, token=None: self.step_by_launch(3))
+    monkeypatch.setattr(DecodeSession, "step", lambda self, token=None, draw=None: self.step_by_launch(3))
     with pytest.raises(DisagreementError, match="replaying the program on cuda:sm_90 gives other logits"):
         check_replay(model.native)
+
+
+def test_a_program_that_draws_wrongly_is_refused(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays and launches draw alike, and the most likely token is right."""
+
+    class Draws(StandInCompiler):
+        identity = "draws"
+
+        def compile(self, source: str, arch: str) -> Binary:
+            assert "sampling_ptr[3]" in source
+            return super().compile(source.replace("sampling_ptr[3]", "0.0"), arch)
+
+    with pytest.raises(DisagreementError, match=r"chooses token \d+ of a probe where the host draws \d+"):
+        prepared_anew(device, monkeypatch, Draws(device / "module"))
 
 
 def test_what_no_program_holds_is_refused(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:

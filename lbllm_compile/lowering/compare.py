@@ -9,11 +9,13 @@ moved one. Without quantized activations it stays small, and so does the bound.
 
 The forms of the program that decode one token of a sequence or of a few, in few launches and kernel by kernel, compute
 the same in the same order, and are held against each other to the bit; so are replays of a list of launches and these
-launches one by one.
+launches one by one, and the tokens that a device chooses and those that the host would.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from lbllm_compile.codegen.backend import DecodedSequence, EagerKernels
 from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.sampling import Draw, drawn
 from lbllm_compile.lowering.bounds import lookups
 from lbllm_compile.lowering.executor import Executor
 from lbllm_compile.lowering.session import Session
@@ -49,6 +52,9 @@ DISTURBED = 3
 FACTOR, FLOOR, CEILING = 2, 1e-3, 1.0
 """The bound is so many times the most that the disturbance does to the logits of a token, at least and at most so much;
 unrelated logits are at 1.4."""
+
+DRAWN_FROM = ((0, 1.0), (20, 0.9), (0, 0.7), (5, 1.0))
+"""Top-k and top-p of the draws of a probe: each way to leave tokens out, and none."""
 
 UNBOUNDED_VOCABULARY = 100
 """Token ids to draw from where the model looks them up in no table."""
@@ -86,27 +92,46 @@ def _merging_is_exact(native: NativeProgram, batch: int) -> bool:
 
 
 def check_replay(native: ReplayedProgram) -> None:
-    """Checks that replays give what their launches give one by one, to the bit: tokens, logits and KV state.
+    """Checks that replays give what their launches give one by one, to the bit: tokens, logits and KV state; and that
+    the tokens are those that the host would choose from these logits, greedily and drawn.
 
     Half of the steps are given their token, the others go on with the one that was chosen. Then the probe is fed as a
     prompt, in two parts.
 
     Raises:
-        DisagreementError: they do not.
+        DisagreementError: they do not, or are others.
     """
     (ids,) = _probe(native.description.bounds, 1).tolist()
     replayed, launched = (native.session(1).sequences[0] for _ in range(2))
     for number, token in enumerate(ids):
-        given = None if number > len(ids) // 2 else token
-        replayed.step(given)
-        launched.step_by_launch(given)
+        given, draw = None if number > len(ids) // 2 else token, _draw(replayed.logits(), number)
+        replayed.step(given, draw)
+        launched.step_by_launch(given, draw)
         _check_same(native, replayed, launched, f"from token {number + 1} of a probe on")
+        _check_choice(native, replayed, draw)
     for sequence in (replayed, launched):
         sequence.rewind(0)
-    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
-        replayed.feed(half)
-        launched.feed_by_launch(half)
+    for number, half in enumerate((ids[: len(ids) // 2], ids[len(ids) // 2 :])):
+        draw = _draw(replayed.logits(), number)
+        replayed.feed(half, draw)
+        launched.feed_by_launch(half, draw)
         _check_same(native, replayed, launched, "in a prompt")
+        _check_choice(native, replayed, draw)
+
+
+def _draw(logits: np.ndarray, number: int) -> Draw | None:
+    """How the token of a probe is chosen: every other time it is drawn, each time elsewhere and from other tokens.
+
+    Args:
+        logits: of the step before, whose spread is the temperature, so that draws fall on many tokens.
+        number: of the step.
+    """
+    if number % 2 == 0:
+        return None
+    top_k, top_p = DRAWN_FROM[number // 2 % len(DRAWN_FROM)]
+    finite = logits[np.isfinite(logits)]
+    spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
+    return Draw(spread or 1.0, top_k, top_p, number * math.sqrt(2.0) % 1.0)
 
 
 def _check_same(native: ReplayedProgram, replayed: DecodedSequence, launched: DecodedSequence, where: str) -> None:
@@ -116,6 +141,19 @@ def _check_same(native: ReplayedProgram, replayed: DecodedSequence, launched: De
         raise DisagreementError(
             f"replaying the program on {native.description.target} gives other logits than its launches one by one,"
             f" {where}; it is not used, and this is a bug: please report it"
+        )
+
+
+def _check_choice(native: ReplayedProgram, sequence: DecodedSequence, draw: Draw | None) -> None:
+    """Holds the token that a device has chosen against the one that the host chooses from the same logits."""
+    logits, (token, logit) = sequence.logits(), sequence.choice()
+    if not np.isfinite(logits.max()):  # there is nothing to draw from, and no model gives such logits
+        return
+    expected = int(logits.argmax()) if draw is None else drawn(logits, draw)
+    if (token, logit) != (expected, logits[expected]):
+        raise DisagreementError(
+            f"the program on {native.description.target} chooses token {token} of a probe where the host"
+            f" {'takes' if draw is None else 'draws'} {expected}; it is not used, and this is a bug: please report it"
         )
 
 
@@ -150,29 +188,57 @@ def distances(program: Program, kernels: EagerKernels, native: StoredProgram) ->
     mask[1, : min(PADDING, ids.shape[1] - 1)] = 0
     ends = [end for end in accumulate(PARTS, initial=0) if end < ids.shape[1]] + [ids.shape[1]]
 
-    copies = 1 + DISTURBED
-    disturbed = _disturbed(program, exact=2)
-    reference = Session(disturbed, Executor(disturbed, kernels), 2 * copies, 0)
-    reference.start(np.tile(mask[:, : ends[1]], (copies, 1)))
     one, two, whole = native.session(1), native.session(2), native.session(2)
     for session, batch in ((one, 1), (two, 2), (whole, 2)):
         session.start(mask[:batch, : ends[1]])
 
     found, rounding = [], []
-    for begin, end in pairwise(ends):
+    for (begin, end), (exact, moved) in zip(pairwise(ends), probed(program, kernels, ids, mask, ends), strict=True):
         part, seen = ids[:, begin:end], torch.from_numpy(mask[:, begin:end]).bool()
-        exact, *moved = reference.logits(torch.from_numpy(np.tile(part, (copies, 1)))).split(2)
-        if not bool(torch.isfinite(exact[seen]).all()):
-            raise KernelError(
-                "the model's logits of probe tokens are infinite or NaN: its weights are too large; compile it again"
-            )
-        rounding += [_distance(logits, exact)[seen].max() for logits in moved]
+        rounding.append(moved)
         found.append(_distance(torch.from_numpy(one.step(part[:1])), exact[:1, -1]))
         found.append(_distance(torch.from_numpy(two.step(part)), exact[:, -1]))
         found.append(_distance(torch.from_numpy(whole.logits(part)), exact)[seen])
     bounded = native.description.bounds.vocabulary is not None
-    bound = min(max(FACTOR * float(max(rounding)), FLOOR), CEILING) if bounded else CEILING
+    bound = explained(max(rounding)) if bounded else CEILING
     return max(float(distance.mean()) for distance in found), bound
+
+
+def probed(
+    program: Program, kernels: EagerKernels, ids: np.ndarray, mask: np.ndarray, ends: Sequence[int]
+) -> Iterator[tuple[Tensor, float]]:
+    """The executor's logits of tokens, and what the disturbance does to them.
+
+    Args:
+        program: the lowered graph.
+        kernels: of the executor.
+        ids, mask: int64 ``[B, S]``: tokens, and which of them are not padding.
+        ends: 0, and the end of each part that is fed at once.
+
+    Yields:
+        For each part, logits ``[B, part, V]``, and the farthest that those of a token are moved, relative to their
+        length.
+
+    Raises:
+        KernelError: the logits are not finite.
+    """
+    batch, copies = len(ids), 1 + DISTURBED
+    disturbed = _disturbed(program, exact=batch)
+    reference = Session(disturbed, Executor(disturbed, kernels), batch * copies, 0)
+    reference.start(np.tile(mask[:, : ends[1]], (copies, 1)))
+    for begin, end in pairwise(ends):
+        seen = torch.from_numpy(mask[:, begin:end]).bool()
+        exact, *moved = reference.logits(torch.from_numpy(np.tile(ids[:, begin:end], (copies, 1)))).split(batch)
+        if not bool(torch.isfinite(exact[seen]).all()):
+            raise KernelError(
+                "the model's logits of probe tokens are infinite or NaN: its weights are too large; compile it again"
+            )
+        yield exact, max(float(_distance(logits, exact)[seen].max()) for logits in moved)
+
+
+def explained(moved: float) -> float:
+    """The distance of logits that rounding explains where the disturbance moves them so far."""
+    return min(max(FACTOR * moved, FLOOR), CEILING)
 
 
 def _probe(bounds: InputBounds, batch: int) -> np.ndarray:

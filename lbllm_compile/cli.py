@@ -531,6 +531,7 @@ def eval_command(
 
 @app.command("bench")
 def bench_command(
+    context: typer.Context,
     directory: ArtifactDir,
     against: Annotated[
         str, typer.Option(metavar="NAME,…", help="compare with torch, torch-bf16 and llama.cpp, or some of them")
@@ -558,8 +559,9 @@ def bench_command(
     """Time an artifact here, whole and linear by linear, in turns with others; says where it is slower."""
     with _terminal(as_json) as ui:
         if predict:
-            if against or threads or original or gguf:
-                raise UsageError("--predict times nothing; leave out --against, --threads, --original and --gguf")
+            given = _given(context, ("against", "threads", "original", "gguf", "rounds", "target"))
+            if given:
+                raise UsageError(f"--predict times nothing; leave out {' and '.join(given)}")
             from lbllm_compile import plan as planning
             from lbllm_compile.bench.predicted import predicted
 
@@ -1024,12 +1026,15 @@ def _refuse_given(context: typer.Context, names: Sequence[str], lacking: str) ->
     Raises:
         UsageError: one of them was given.
     """
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            option = "--" + name.replace("_", "-")
-            counterpart = lacking.split()[0]
-            raise UsageError(f"{option} has no effect without {counterpart}; give {lacking}, too, or drop {option}")
+    for option in _given(context, names):
+        counterpart = lacking.split()[0]
+        raise UsageError(f"{option} has no effect without {counterpart}; give {lacking}, too, or drop {option}")
+
+
+def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Those options of parameters that were given, whatever their values."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return ["--" + name.replace("_", "-") for name, source in sources.items() if source and source.name != "DEFAULT"]
 
 
 def _as_text(argument: str) -> str:

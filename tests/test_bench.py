@@ -207,6 +207,12 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path):
     assert result.exit_code == 2 and "is not an lbllm artifact" in result.stderr
 
 
+def test_a_target_without_kernels_to_time_is_refused_before_anything_is_timed(compiled, monkeypatch):
+    monkeypatch.setattr(command, "_models", None)
+    with pytest.raises(BenchError, match=r"kernels for cuda:sm_90 are not timed one by one; `bench DIR --predict`"):
+        command.bench(BenchOptions(compiled, target="cuda:sm_90"))
+
+
 def test_a_prediction_times_nothing(compiled, plain, monkeypatch):
     monkeypatch.setattr(command, "bench", None)
     result = CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict", "--json"])
@@ -218,8 +224,9 @@ def test_a_prediction_times_nothing(compiled, plain, monkeypatch):
     assert all(row["gaps_s"] == pytest.approx(1.3e-6 * 13) for row in found)
     assert all(row["gaps_s"] < row["seconds"] < 3e-5 for row in found)
     assert "PREDICTION, not measured" in CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict"]).stdout
-    result = CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict", "--against", "torch"])
-    assert result.exit_code == 2 and "--predict times nothing; leave out --against" in result.stderr
+    for option, value in {"--against": "torch", "--rounds": "5", "--target": "cuda:sm_90"}.items():
+        result = CliRunner().invoke(cli.app, ["bench", str(compiled), "--predict", option, value])
+        assert result.exit_code == 2 and f"--predict times nothing; leave out {option}\n" in result.stderr
     result = CliRunner().invoke(cli.app, ["bench", str(plain), "--predict"])
     assert result.exit_code == 2 and "is of language models without experts" in result.stderr
 

@@ -283,7 +283,7 @@ def test_a_weight_behind_two_inputs_is_refused_or_kept_float():
     inputs = {"input": normal(64, 96, seed=1)}
     user = UserModel(module, "module", "mlp", "", inputs=inputs)
     item = apply(frontend.capture(user), "canonicalize,annotate").program
-    with pytest.raises(PassError, match="'0' and '2' share one weight and .* float with --keep-dense"):
+    with pytest.raises(PassError, match=r"'0' and '2' share one weight and .* float with --keep-dense"):
         Budget(bits=3.5).apply(item, PassContext(teacher=item, calibration=[inputs]))
     one = apply(item, 'annotate{keep_dense="0"}').program
     with pytest.raises(PassError, match="'0' and '2' share one weight"):

@@ -28,7 +28,7 @@ import talker
 from typer.testing import CliRunner
 
 from lbllm_compile import cli
-from lbllm_compile.runtime import CompiledModel
+from lbllm_compile.runtime import CompiledModel, opening
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sesame"
@@ -572,6 +572,14 @@ def test_a_wrong_command_line_is_one_sentence(artifact, options, said):
     result = CliRunner().invoke(cli.app, ["serve", str(artifact[0]), *options], prog_name="lbllm-compile")
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_target_that_is_not_served_is_told_before_the_model_is_opened(artifact, monkeypatch):
+    monkeypatch.setattr(opening, "find", None)
+    options = ["--port", "0", "--target", "cuda:sm_90"]
+    result = CliRunner().invoke(cli.app, ["serve", str(artifact[0]), *options], prog_name="lbllm-compile")
+    assert result.exit_code == 2
+    assert "programs on cuda:sm_90 are not served; `run` and `chat` take them" in result.stderr
 
 
 def test_an_address_in_use_is_named(artifact):

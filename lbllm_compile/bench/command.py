@@ -22,6 +22,7 @@ from lbllm_compile.bench import decoders, decoding, llama, turns
 from lbllm_compile.bench.decoders import LLAMA_CPP, NATIVE, TORCH, TORCH_BF16, Loading
 from lbllm_compile.bench.decoding import Settings
 from lbllm_compile.bench.turns import Spread
+from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import LbllmError, suggestion
 from lbllm_compile.codegen.progress import NoProgress, Progress
 from lbllm_compile.codegen.targets import Target, host
@@ -163,7 +164,12 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> Report:
         ArtifactError, KernelError, ExportError: the artifact cannot be read, run, or written for the others.
     """
     progress = progress or NoProgress()
-    Target.parse(options.target)
+    target = Target.parse(options.target)
+    if not backend_of(target).searches:
+        raise BenchError(
+            f"kernels for {target.name} are not timed one by one; `bench DIR --predict` predicts them, or time"
+            " the artifact with --target cpu"
+        )
     program, config = (artifact.read_object(options.directory, name) for name in ("program.json", "config.json"))
     settings = _settings(options, context_length(config)) if program.get("kind") == "causal-lm" else None
     if settings is None and LLAMA_CPP in options.against:

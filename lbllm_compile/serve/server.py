@@ -18,11 +18,12 @@ from typing import Any
 
 import uvicorn
 
+from lbllm_compile.codegen.backend import SequenceBackend, backend_of
 from lbllm_compile.codegen.errors import LbllmError
 from lbllm_compile.codegen.progress import Progress
+from lbllm_compile.codegen.targets import Target
 from lbllm_compile.native.batch import can_batch, is_exact
 from lbllm_compile.native.program import NativeModel, NativeProgram
-from lbllm_compile.native.replayed import ReplayedProgram
 from lbllm_compile.runtime.opening import open_model
 from lbllm_compile.serve.app import Front, application
 from lbllm_compile.serve.engine import Engine
@@ -211,13 +212,13 @@ def _opened(options: ServeOptions, progress: Progress) -> NativeModel:
         if tokenizer is None:
             raise ServeError("the model has no tokenizer, so it cannot be served; use it from Python, with token ids")
 
+    target = Target.parse(options.target)
+    if isinstance(backend_of(target), SequenceBackend):
+        raise ServeError(
+            f"programs on {target.name} are not served; `run` and `chat` take them, or serve it with --target cpu"
+        )
     model = open_model(options.directory, target=options.target, progress=progress, check=check)
     program = getattr(model, "native", None) or getattr(model, "program", None)
-    if isinstance(program, ReplayedProgram):
-        raise ServeError(
-            f"programs on {program.description.target} are not served yet; `run` and `chat` take them, or serve it with"
-            " --target cpu"
-        )
     if not isinstance(program, NativeProgram):
         raise ServeError("the model runs operator by operator in torch, which is not served; `run` and `chat` take it")
     return NativeModel(program, model.tokenizer)

@@ -30,6 +30,11 @@ _UNSEEDED: dict[str, Any] = dict.fromkeys(("random_seed", "numpy_random_seed", "
 """Keeps the harness from seeding the process."""
 
 
+_FAULTS_OF_TASKS = (OSError, ValueError, KeyError, ImportError)
+"""What the harness raises while it scores, for a task's own reasons: data that cannot be read or has no such column, a
+metric whose package is missing. Anything else is the model's, and ours to mend."""
+
+
 class TaskError(LbllmError):
     """A task is not known, or cannot be loaded or scored."""
 
@@ -82,7 +87,7 @@ def score(
     wrapped: Any = HFLM
 
     def answers(model: Any, **options: Any) -> Any:
-        with _one_sentence("scored"):
+        with _one_sentence("scored", _FAULTS_OF_TASKS):
             return simple_evaluate(
                 wrapped(model, backend="causal", batch_size=BATCH, **options),
                 tasks=list(names),
@@ -219,9 +224,9 @@ def _check_names(names: Sequence[str], manager: Any) -> None:
 
 
 @contextlib.contextmanager
-def _one_sentence(done: str) -> Iterator[None]:
-    """Whatever the harness raises meanwhile, a data set that cannot be read or a metric whose package is missing, is
-    the user's to mend.
+def _one_sentence(done: str, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """What the harness raises meanwhile, a data set that cannot be read or a metric whose package is missing, is the
+    user's to mend, as far as it is one of ``faults``.
 
     Raises:
         TaskError: in its place.
@@ -230,5 +235,5 @@ def _one_sentence(done: str) -> Iterator[None]:
         yield
     except LbllmError:
         raise
-    except Exception as error:
+    except faults as error:
         raise TaskError(f"the tasks cannot be {done}: {first_line(error)}") from error

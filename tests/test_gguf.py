@@ -296,7 +296,16 @@ def test_matrices_of_each_type_are_counted(tmp_path):
     assert report.facts["W(1+1)_matrices_exact_in_Q8_0"].startswith("12 of 12,")
     assert report.facts["int8_matrices_in_Q8_0"].startswith("2 of 2,")
     assert report.facts["dense_matrices_in_bfloat16"] == 2
-    assert "others_in_bfloat16" not in report.facts
+    assert "others_in_bfloat16" not in report.facts and "router_matrices_in_F32" not in report.facts
+
+
+def test_routers_are_counted_by_themselves(tmp_path):
+    program = even("MixtralForCausalLM", **OTHERS["MixtralForCausalLM"])
+    report = export.export(saved(program, tmp_path), "gguf", tmp_path / "model.gguf", dtype="bfloat16")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    routers = [kind for name, kind in kinds.items() if name.endswith("ffn_gate_inp.weight")]
+    assert report.facts["router_matrices_in_F32"] == routers.count("F32") == 2
+    assert report.facts["dense_matrices_in_bfloat16"] == [*kinds.values()].count("BF16") == 0
 
 
 def test_rows_of_llamas_queries_and_keys_and_their_biases_alternate(tmp_path):

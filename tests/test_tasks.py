@@ -185,6 +185,31 @@ def test_unknown_tasks_and_missing_folders_are_told_before_anything_is_loaded(tm
         tasks.score(tmp_path / "none", [str(tmp_path / "broken.yaml")])
 
 
+def test_what_tasks_lack_is_told_and_what_is_wrong_with_the_model_is_not_theirs(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+
+    monkeypatch.setattr(artifact, "load", lambda directory: SimpleNamespace(program=None))
+    monkeypatch.setattr(evaluate, "tokenizer_of", lambda program: None)
+    monkeypatch.setattr(evaluate, "find_teacher", lambda *_: None)
+    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", lambda model, **_: None)
+    manager = SimpleNamespace(load=lambda names: None)
+
+    def scored(error):
+        def simple_evaluate(model, **options):
+            raise error
+
+        monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", simple_evaluate)
+        return tasks.score(tmp_path, ["t"], manager=manager)
+
+    with pytest.raises(TaskError, match="the tasks cannot be scored: no package rouge"):
+        scored(ModuleNotFoundError("no package rouge"))
+    for ours in (AttributeError("session"), IndexError("7"), RuntimeError("can't allocate memory"), MemoryError()):
+        with pytest.raises(type(ours)):
+            scored(ours)
+
+
 def test_what_is_no_language_model_is_told(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     from test_artifact import lowered

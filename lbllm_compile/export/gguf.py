@@ -109,7 +109,9 @@ class Gguf(Form):
 
     def facts(self) -> Mapping[str, Any]:
         bit, int4, rows = self.original.bit, self.original.int4, self.original.rows
-        matrices = [path for path, parameter in self.original.module.named_parameters() if parameter.dim() > 1]
+        matrices = {path for path, parameter in self.original.module.named_parameters() if parameter.dim() > 1}
+        dense = matrices - {*bit, *int4, *rows}
+        routers = {path for path in dense if path.endswith(_ROUTER)}
         chosen, of_rows = self._chosen, self._chosen if self._chosen.dtype else ggml.TYPES["q8_0"]
         kept = [path for path in bit if self._types[path] == chosen.name]
         fit, coded = ([path for path in paths if self._types[path] == of_rows.name] for paths in (rows, int4))
@@ -117,8 +119,10 @@ class Gguf(Form):
         facts: dict[str, Any] = {
             f"W(1+1)_matrices{exact}_in_{chosen.name}": f"{len(kept)} of {len(bit)}, {chosen.bits:g} bits a weight",
             f"int8_matrices_in_{of_rows.name}": f"{len(fit)} of {len(rows)}, {of_rows.bits:g} bits a weight",
-            f"dense_matrices_in_{self.dtype}": len(matrices) - len(bit) - len(int4) - len(rows),
+            f"dense_matrices_in_{self.dtype}": len(dense - routers),
         }
+        if routers:
+            facts["router_matrices_in_F32"] = len(routers)
         if int4:
             exact = "_exact" if of_rows.exact else ""
             share = f"{len(coded)} of {len(int4)}"

@@ -21,8 +21,9 @@ demo: .venv/.installed
 	.venv/bin/lbllm-compile examples/smollm2.py --target cpu --preset quick --out demo-out
 	.venv/bin/lbllm-compile run demo-out --prompt "$(PROMPT)"
 
+# Workers are as many as small machines have cores: torch's threads of one would wait, spinning, for what another keeps.
 test: .venv-test/.installed
-	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
+	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) .venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

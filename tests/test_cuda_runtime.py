@@ -312,7 +312,7 @@ def test_what_was_captured_in_vain_is_given_back(made: Make) -> None:
 
 
 def test_a_sequence_begins_while_another_one_is_captured(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits for the capture; one that there is goes on meanwhile."""
+    """It waits for the capture, as does who waits for the device; a sequence that there is goes on meanwhile."""
     program = made()
     going_on = program.sequence(16)
     captured, launch, main = threading.Event(), Driver.launch, threading.current_thread()
@@ -329,9 +329,9 @@ def test_a_sequence_begins_while_another_one_is_captured(made: Make, monkeypatch
         assert captured.wait(60)
         going_on.step(5)
         check(going_on, [5])
+        program.driver.synchronize()
         mine = program.sequence(16)
         going_on.grow(32)
-        program.driver.synchronize()
         for session in (other.result(), mine):
             session.feed(TOKENS[:9])
             check(session, TOKENS[:9])

@@ -2,8 +2,8 @@
 
     python -m benchmarks.cuda_bounds [--out docs/cuda-bounds.md]
 
-Every kernel of the linears of four models is compiled for every architecture, disassembled and counted. What was
-compiled is kept in the cache directory, so a second run takes seconds.
+Every kernel of the linears of four models, and of what chooses their next token, is compiled for every architecture,
+disassembled and counted. What was compiled is kept in the cache directory, so a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lbllm_compile.codegen.backend import Prediction
 from lbllm_compile.codegen.cache import cache_directory
@@ -25,10 +27,12 @@ from lbllm_compile.codegen.cuda.disassembly import nvdisasm
 from lbllm_compile.codegen.cuda.emit import cached_binary, emit, schedules
 from lbllm_compile.codegen.cuda.kernel import EmittedKernel, Form
 from lbllm_compile.codegen.cuda.predict import GPUS, predict
-from lbllm_compile.codegen.cuda.text import PREAMBLE
+from lbllm_compile.codegen.cuda.program.choice import next_token, threads
+from lbllm_compile.codegen.cuda.text import PREAMBLE, signature
 from lbllm_compile.codegen.errors import KernelError, LbllmError
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets.cuda import ARCHITECTURES
+from lbllm_compile.codegen.tvm_api import cuda_source
 
 PAGE = Path(__file__).parents[1] / "docs" / "cuda-bounds.md"
 GROUPS = (64, 128)
@@ -37,6 +41,18 @@ SHOWN = "sm_90"
 
 TOGETHER = 16
 """Kernels of one compilation: starting the compiler takes longer than most of them."""
+
+LOGIT_BYTES = 4
+
+CHOICE = "\n".join(
+    textwrap.wrap(
+        "One thread block chooses, so a single multiprocessor reads the bytes: each logit once, for the most likely"
+        " token. A draw reads the logits several times more, and writes a share of eight bytes for each, which it reads"
+        " as often. Instructions are those of all innermost loops.",
+        120,
+    )
+)
+"""What is to be said of the kernels that choose."""
 
 FORMS: Mapping[Form, str] = {
     "gemv": "Linears, one token",
@@ -104,27 +120,66 @@ def kernels_of(wanted: Iterable[LinearSpec | QuantizeSpec]) -> list[EmittedKerne
     return kernels
 
 
-def measured(kernels: Sequence[EmittedKernel], archs: Sequence[str] = ARCHITECTURES) -> list[Bound]:
-    """What is known of each kernel on each architecture; a schedule that spills on one is dropped for the next.
+@dataclass(frozen=True)
+class ChoiceKernel:
+    """The kernel that chooses the next token.
+
+    Attributes:
+        vocabulary: of so many.
+        source: the CUDA text.
+        symbol: its name in it.
+        block: threads along x, y, z.
+    """
+
+    vocabulary: int
+    source: str
+    symbol: str
+    block: tuple[int, int, int]
+
+
+def choices_of(models: Iterable[Shapes]) -> list[ChoiceKernel]:
+    """What chooses models' next tokens, one for each vocabulary."""
+    found = []
+    for vocabulary in sorted({model.vocabulary for model in models}):
+        source = cuda_source(next_token(vocabulary), f"next_token_{vocabulary}", ARCHITECTURES[0])
+        found.append(ChoiceKernel(vocabulary, source, signature(source).symbol, (threads(vocabulary), 1, 1)))
+    return found
+
+
+Counted = TypeVar("Counted", EmittedKernel, ChoiceKernel)
+
+
+def counted(kernels: Sequence[Counted], archs: Sequence[str]) -> list[Bound[Counted]]:
+    """What is known of each kernel on each architecture.
 
     Raises:
-        LbllmError: there is no CUDA compiler, or a kernel does not compile, or spills with every schedule.
+        SpillError: the registers of some spill.
+        LbllmError: there is no CUDA compiler, or a kernel does not compile.
     """
     compiler, folder = CudaCompiler.find(), cache_directory() / "cuda"
     compiler.check(archs)
 
-    def part(kernels: Sequence[EmittedKernel], arch: str) -> list[Bound]:
+    def part(arch: str, kernels: Sequence[Counted]) -> list[Bound[Counted]]:
         source = "\n".join([PREAMBLE, *(kernel.source.removeprefix(PREAMBLE) for kernel in kernels)])
         found = bounds(kernels, cached_binary(compiler, source, arch, folder), arch, compiler, source)
         print(f"{arch}: {len(found)} kernels", file=sys.stderr, flush=True)
         return found
 
+    parts = [kernels[at : at + TOGETHER] for at in range(0, len(kernels), TOGETHER)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        jobs = [pool.submit(partial(part, arch, kernels)) for arch in archs for kernels in parts]
+    return [bound for job in jobs for bound in job.result()]
+
+
+def measured(kernels: Sequence[EmittedKernel], archs: Sequence[str] = ARCHITECTURES) -> list[Bound[EmittedKernel]]:
+    """As :func:`counted`; a schedule that spills on an architecture is dropped for the next.
+
+    Raises:
+        LbllmError: there is no CUDA compiler, or a kernel does not compile, or spills with every schedule.
+    """
     while True:
-        parts = [kernels[at : at + TOGETHER] for at in range(0, len(kernels), TOGETHER)]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            jobs = [pool.submit(part, kernels, arch) for arch in archs for kernels in parts]
         try:
-            return [bound for job in jobs for bound in job.result()]
+            return counted(kernels, archs)
         except SpillError as error:
             print(error, file=sys.stderr, flush=True)
             kernels = [following(kernel) if kernel.symbol in error.spilled else kernel for kernel in kernels]
@@ -143,7 +198,7 @@ def following(kernel: EmittedKernel) -> EmittedKernel:
     return emit(kernel.spec, kernel.form, ARCHITECTURES[0], rest[0])
 
 
-def dropped(found: Sequence[Bound]) -> str:
+def dropped(found: Sequence[Bound[EmittedKernel]]) -> str:
     """Which kernels have another schedule than the default, in a sentence."""
     others = {
         f"{row_name(bound.kernel.spec)} ({FORMS[bound.kernel.form].lower()})": None
@@ -155,7 +210,7 @@ def dropped(found: Sequence[Bound]) -> str:
     return f"The default schedule of {'; '.join(others)} spills on some architecture, and the next one took its place."
 
 
-def cell(bound: Bound) -> str:
+def cell(bound: Bound[Any]) -> str:
     """Registers, occupancy and, where there are multiply-adds, integer instructions each."""
     integers = bound.main.integers_per_product
     return f"{bound.registers}, {100 * bound.occupancy:.0f} %" + ("" if integers is None else f", {integers:.2f}")
@@ -171,20 +226,42 @@ def row_name(spec: LinearSpec | QuantizeSpec) -> str:
     return f"{spec.out_features}x{spec.in_features}, {kind}, {group}, A{spec.act_bits}{bias}"
 
 
-def table(found: Sequence[Bound], form: Form) -> list[str]:
-    """The rows of one form: what of it is the same everywhere, a column an architecture, and one main loop by pipe."""
-    archs = [*dict.fromkeys(bound.arch for bound in found)]
-    rows: dict[LinearSpec | QuantizeSpec, dict[str, Bound]] = {}
-    for bound in found:
-        if bound.kernel.form == form:
-            rows.setdefault(bound.kernel.spec, {})[bound.arch] = bound
+def choice_name(kernel: ChoiceKernel) -> str:
+    """The first cell of a choice's row."""
+    return f"one of {kernel.vocabulary} tokens"
+
+
+def tables(found: Sequence[Bound[EmittedKernel]], choices: Sequence[Bound[ChoiceKernel]]) -> str:
+    """A section for each form of kernels."""
+    sections = []
+    for form, title in FORMS.items():
+        rows: dict[tuple[str, int], list[Bound[EmittedKernel]]] = {}
+        for bound in found:
+            if bound.kernel.form == form:
+                spec = bound.kernel.spec
+                rows.setdefault((row_name(spec), bytes_moved(spec, 1)), []).append(bound)
+        sections += [f"## {title}", "", *table(rows), ""]
+    of_choices: dict[tuple[str, int], list[Bound[ChoiceKernel]]] = {}
+    for bound in choices:
+        kernel = bound.kernel
+        of_choices.setdefault((choice_name(kernel), LOGIT_BYTES * kernel.vocabulary), []).append(bound)
+    return "\n".join([*sections, "## The choice of the next token", "", CHOICE, "", *table(of_choices), ""])
+
+
+def table(rows: Mapping[tuple[str, int], Sequence[Bound[Any]]]) -> list[str]:
+    """The rows of one form: what of it is the same everywhere, a column an architecture, and one main loop by pipe.
+
+    Args:
+        rows: by name and bytes of a token, what is known on each architecture.
+    """
+    archs = [*dict.fromkeys(bound.arch for bounds_of in rows.values() for bound in bounds_of)]
     shown = SHOWN if SHOWN in archs else archs[-1]
     columns = ["kernel", "bytes of a token", *archs, f"main loop on {shown}"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for spec, bounds_of in rows.items():
-        pipes = ", ".join(f"{pipe} {count}" for pipe, count in sorted(bounds_of[shown].main.pipes.items()))
-        cells = [row_name(spec), f"{bytes_moved(spec, 1)}", *(cell(bounds_of[arch]) for arch in archs), pipes]
-        lines.append(f"| {' | '.join(cells)} |")
+    for (name, size), bounds_of in rows.items():
+        by_arch = {bound.arch: bound for bound in bounds_of}
+        pipes = ", ".join(f"{pipe} {count}" for pipe, count in sorted(by_arch[shown].main.pipes.items()))
+        lines.append(f"| {' | '.join([name, f'{size}', *(cell(by_arch[arch]) for arch in archs), pipes])} |")
     return lines
 
 
@@ -206,7 +283,7 @@ def predicted_cell(prediction: Prediction) -> str:
     return f"{1e3 * prediction.seconds:.2f} ms ({100 * share:.0f} % gaps; {prediction.limit})"
 
 
-def page(found: Sequence[Bound]) -> str:
+def page(found: Sequence[Bound[EmittedKernel]], choices: Sequence[Bound[ChoiceKernel]]) -> str:
     """The whole page."""
     identity = CudaCompiler.find().identity
     compiler = next((line for line in identity.splitlines() if "release" in line), identity)
@@ -214,7 +291,6 @@ def page(found: Sequence[Bound]) -> str:
     decode = [b for b in found if b.kernel.form == "gemv" and getattr(b.kernel.spec, "kind", "") == "bit"]
     integers = sorted(b.main.integers_per_product or 0.0 for b in decode)
     middle, few = integers[len(integers) // 2], sum(count <= 0.9 for count in integers)
-    tables = "\n".join("\n".join([f"## {title}", "", *table(found, form), ""]) for form, title in FORMS.items())
     kernels = len({bound.kernel.symbol for bound in found})
     archs = len({bound.arch for bound in found})
     opening = "\n".join(
@@ -246,7 +322,7 @@ middle, at most 0.9 in {few} of {len(integers)}. Decoding and multiplying 16 wei
 shifts, four `prmt` and four `dp4a`. The rest is scales, sums and addresses, of which small groups and loops that are
 not unrolled have most.
 
-{tables}
+{tables(found, choices)}
 ## Predicted time of a token
 
 **A prediction, no measurement**: a roofline over these facts, whose assumptions `codegen/cuda/predict.py` lists. A
@@ -264,7 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE")
     options = parser.parse_args()
-    options.out.write_text(page(measured(kernels_of(specs(MODELS.values())))), encoding="utf-8")
+    found = measured(kernels_of(specs(MODELS.values())))
+    choices = counted(choices_of(MODELS.values()), ARCHITECTURES)
+    options.out.write_text(page(found, choices), encoding="utf-8")
     print(f"wrote {options.out}")
 
 

@@ -192,7 +192,7 @@ class PackedModel:
         config: of transformers, to build the same shape in torch.
         vocabulary: tokens to draw from.
         weight_bytes: what a token reads of the weights at most: all of them.
-        bits: of a decoder weight.
+        bits: of a decoder weight; None where there is none.
         launches: of a step.
         part_launches: of a part of a prompt; 0 where prompts are fed token by token.
         bound: how far logits may be from those of the graph, as a share of their length; 0 where weights are drawn on
@@ -204,7 +204,7 @@ class PackedModel:
     config: dict[str, Any]
     vocabulary: int
     weight_bytes: int
-    bits: float
+    bits: float | None
     launches: int
     part_launches: int
     bound: float

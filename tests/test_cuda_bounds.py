@@ -245,8 +245,9 @@ def test_the_page_has_every_kernel_and_architecture() -> None:
     wanted = cuda_bounds.specs(cuda_bounds.MODELS.values())
     names = [cuda_bounds.row_name(spec) for spec in wanted]
     linears = [cuda_bounds.row_name(spec) for spec in wanted if isinstance(spec, LinearSpec)]
-    found = [row for row in rows(text) if row[0] in names]
-    assert sorted(row[0] for row in found) == sorted(names + linears)  # one token and many
+    choices = [f"one of {model.vocabulary} tokens" for model in cuda_bounds.MODELS.values()]
+    found = [row for row in rows(text) if row[0] in names + choices]
+    assert sorted(row[0] for row in found) == sorted(names + linears + choices)  # one token and many
     assert "none spills" in text and "prediction" in text.lower()
     for row in found:
         assert len(row) == len(ARCHITECTURES) + 3
@@ -259,18 +260,18 @@ def test_the_page_has_every_kernel_and_architecture() -> None:
 @needs_nvdisasm
 @pytest.mark.parametrize("archs", [("sm_90",), pytest.param(ARCHITECTURES, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_the_page_is_what_a_run_gives(archs: tuple[str, ...]) -> None:
-    """One shape on one architecture; slowly, all of it."""
+    """One shape and one vocabulary on one architecture; slowly, all of it."""
     text = cuda_bounds.PAGE.read_text(encoding="utf-8")
     build = re.search(r"V[\d.]+\d", text)
     if build is None or build[0] not in CudaCompiler.find().identity:
         pytest.skip("the page was written with another compiler, which chooses other registers")
     wanted = [SPEC] if len(archs) == 1 else cuda_bounds.specs(cuda_bounds.MODELS.values())
     fresh = cuda_bounds.measured(cuda_bounds.kernels_of(wanted), archs)
+    choices = cuda_bounds.counted(cuda_bounds.choices_of(list(cuda_bounds.MODELS.values())[: len(archs)]), archs)
     if len(archs) > 1:
-        assert cuda_bounds.page(fresh) == text
+        assert cuda_bounds.page(fresh, choices) == text
     header = next(row for row in rows(text) if row[0] == "kernel")
-    for bound in fresh:
-        cells = [
-            row[header.index(bound.arch)] for row in rows(text) if row[0] == cuda_bounds.row_name(bound.kernel.spec)
-        ]
+    named = [(cuda_bounds.row_name(bound.kernel.spec), bound) for bound in fresh]
+    for name, bound in [*named, *((cuda_bounds.choice_name(bound.kernel), bound) for bound in choices)]:
+        cells = [row[header.index(bound.arch)] for row in rows(text) if row[0] == name]
         assert cuda_bounds.cell(bound) in cells, (bound.kernel.symbol, bound.arch)

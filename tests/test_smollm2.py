@@ -4,11 +4,19 @@ llama.cpp computes what its exported weights do."""
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import standin
 import torch
 from lbllm_compile.codegen.cpu.build import KernelSet
+from lbllm_compile.codegen.cuda.driver import Driver
+from lbllm_compile.codegen.cuda.program.compile import compile_launches
+from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
+from lbllm_compile.codegen.cuda.program.launches import TOKEN
+from lbllm_compile.codegen.cuda.program.session import DeviceProgram
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
@@ -21,7 +29,9 @@ from benchmarks import llama
 from lbllm_compile import artifact, frontend
 from lbllm_compile.evaluate import compare
 from lbllm_compile.frontend import UserModel
+from lbllm_compile.lowering.compare import explained, probed
 from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.lowering.translate import translate
 from lbllm_compile.runtime import CompiledModel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2.py"
@@ -71,6 +81,42 @@ def test_kernels_simulation_and_eager_oracle_agree(stages):
         figures = compare(lambda _: logits, lambda _, other=other: other, [inputs["input_ids"]]).summary()
         assert figures["kld_mean"] <= 1e-3
         assert figures["top1_agreement"] >= 0.99
+
+
+@pytest.mark.slow
+@needs_weights
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the search path")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run CUDA kernels with")
+@pytest.mark.timeout(1800)
+def test_cuda_decodes_to_the_bit_what_its_launches_do_one_by_one(stages, tmp_path):
+    """The launch list that compiles for a GPU without spills, on a stand-in for the driver. A step takes it tens of
+    seconds, so there are three, of which the last one goes on with the token that was chosen; the tokens, and but for
+    rounding the logits, are those of the CPU."""
+    model, _, lowered = stages
+    kernels = ProgramKernels(Target.parse("cuda:sm_90"))
+    translated = translate(lowered, kernels, [TOKEN])
+    launches = compile_launches(translated.functions(), kernels).image.launches
+    ids, found = tokens(model, TEXT)["input_ids"][0, :2].tolist(), []
+    with Driver(library=standin.driver()) as driver:
+        cubin = standin.cubin(launches.source(), tmp_path)
+        program = DeviceProgram(driver, launches, cubin, translated.weight_bytes())
+        replayed, launched = (program.sequence(4) for _ in range(2))
+        for given in (*ids, None):
+            replayed.step(given)
+            launched.step_by_launch(given)
+            found.append((replayed.token(), replayed.logits()))
+            assert found[-1][0] == launched.token() and np.array_equal(found[-1][1], launched.logits())
+            assert replayed.state() == launched.state()
+    needed = requirements(lowered)
+    on_cpu = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
+    fed = np.array([[*ids, found[1][0]]])
+    for (token, ours), (theirs, moved) in zip(
+        found, probed(lowered, on_cpu, fed, np.ones_like(fed), range(4)), strict=True
+    ):
+        expected = theirs[0, 0].numpy()
+        difference, centered = (values - values.mean() for values in (ours - expected, expected))
+        assert np.linalg.norm(difference) <= explained(moved) * np.linalg.norm(centered)
+        assert token == expected.argmax()
 
 
 @pytest.mark.slow

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from ..errors import KernelError
 from ..spec import LinearSpec, QuantizeSpec
 from .compiler import Binary, CudaCompiler
 from .disassembly import MainLoop, disassemble, instructions, main_loop, nvdisasm
 from .dp4a import ROWS, Geometry, pitch
-from .kernel import EmittedKernel
 from .limits import occupancy
 
 
+class Launched(Protocol):
+    """A kernel's name in what was compiled, and its threads along x, y, z."""
+
+    @property
+    def symbol(self) -> str: ...
+
+    @property
+    def block(self) -> tuple[int, int, int]: ...
+
+
+Kernel = TypeVar("Kernel", bound=Launched)
+
+
 @dataclass(frozen=True)
-class Bound:
+class Bound(Generic[Kernel]):
     """What is known of one kernel on one architecture.
 
     Attributes:
-        kernel: its text and launch shape.
+        kernel: which one.
         arch: a real architecture.
         registers: per thread; none spills.
         shared_bytes: per block.
@@ -27,7 +40,7 @@ class Bound:
         main: instructions of the main loop.
     """
 
-    kernel: EmittedKernel
+    kernel: Kernel
     arch: str
     registers: int
     shared_bytes: int
@@ -36,8 +49,8 @@ class Bound:
 
 
 def bounds(
-    kernels: Sequence[EmittedKernel], binary: Binary, arch: str, compiler: CudaCompiler, source: str
-) -> list[Bound]:
+    kernels: Sequence[Kernel], binary: Binary, arch: str, compiler: CudaCompiler, source: str
+) -> list[Bound[Kernel]]:
     """What is known of kernels that were compiled together.
 
     Args:

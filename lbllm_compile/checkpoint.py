@@ -44,22 +44,32 @@ class WorkDir:
         fingerprint: named facts that decide the result; all must match what the directory was made for.
         fresh: start over, dropping what an earlier compile left here.
         option: what chooses the directory, in messages.
+        holds: what is kept in it, in messages; the last word is what may use it.
 
     Raises:
         WorkDirError: the directory holds something else, is locked by a running compile, or has finished pieces of a
             different compile (the message names what changed).
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, str], *, fresh: bool = False, option: str = "--work-dir"):
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Mapping[str, str],
+        *,
+        fresh: bool = False,
+        option: str = "--work-dir",
+        holds: str = "an unfinished compile",
+    ):
         self.path = path
         self.reused = 0
-        self._option = option
+        self._option, self._holds = option, holds
         _make(path, option)
         self._lock = FileLock(path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise WorkDirError(f"another compile is using {path}; wait for it, or pass another {option}") from None
+            user = holds.split()[-1]
+            raise WorkDirError(f"another {user} is using {path}; wait for it, or pass another {option}") from None
         try:
             self._claim(dict(fingerprint), fresh)
         except BaseException:
@@ -81,7 +91,7 @@ class WorkDir:
             changed = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
             if changed and self.finished():
                 raise WorkDirError(
-                    f"{self.path} holds an unfinished compile with another {', '.join(changed)};"
+                    f"{self.path} holds {self._holds} with another {', '.join(changed)};"
                     f" pass --fresh to start over, or another {self._option}"
                 )
             if not changed:

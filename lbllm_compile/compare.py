@@ -270,7 +270,7 @@ def _claimed(first: Job) -> WorkDir:
     """
     facts = {"model": frontend.program_hash(first.program), "version": __version__}
     try:
-        return WorkDir(first.out / _WORK, facts, fresh=first.options.fresh, option="--out")
+        return WorkDir(first.out / _WORK, facts, fresh=first.options.fresh, option="--out", holds="a comparison")
     except WorkDirError as error:
         raise CompareError(f"'{first.out}' cannot take this comparison: {error}") from error
 

@@ -238,7 +238,7 @@ class Study:
         # Every piece of work is kept under its pipeline, so that studies of other pipelines share the directory.
         facts = {k: v for k, v in job.fingerprint(data).items() if k != "pipeline"}
         self.calibration = data.source
-        self.work = WorkDir(job.work, facts, fresh=job.options.fresh)
+        self.work = WorkDir(job.work, facts, fresh=job.options.fresh, holds="a study")
         context = PassContext(
             calibration=data.calibration,
             validation=data.validation,

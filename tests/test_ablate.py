@@ -281,7 +281,7 @@ def test_a_diverged_variant_is_a_row(tmp_path, text, monkeypatch):
 
 
 def test_another_ablation_is_refused_and_told_what_changed(outcome, text):
-    with pytest.raises(WorkDirError, match=r"another calibration, seed; pass --fresh"):
+    with pytest.raises(WorkDirError, match=r"holds a study with another calibration, seed; pass --fresh"):
         ablate.ablate(options(outcome.work.parent, seed=1), text, seq_len=32, chunks=3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def base(tmp_path_factory):
 
 
 def options(base, **changes):
-    return CompileOptions(str(base / "small.py"), preset="quick", out=base / "compared", **changes)
+    return CompileOptions(str(base / "small.py"), **{"preset": "quick", "out": base / "compared", **changes})
 
 
 def run(base, recipes=RECIPES, compiles=driver.compile, **changes):
@@ -136,7 +137,10 @@ def test_a_rerun_measures_nothing_and_keeps_every_artifact(base, outcome, monkey
     assert json.loads((base / "compared" / compare.COMPARISON).read_text()) == outcome.to_json()
 
 
-def test_what_another_compile_would_give_is_compiled_again(base, outcome):
+def test_what_another_compile_would_give_is_compiled_again(base, outcome, tmp_path):
+    """``fresh`` also drops the figures, so it has a copy of the folder."""
+    copied = tmp_path / "compared"
+    shutil.copytree(base / "compared", copied)
     asked = []
 
     def refuse(given):
@@ -146,7 +150,8 @@ def test_what_another_compile_would_give_is_compiled_again(base, outcome):
     with pytest.raises(CompareError, match="stop"):
         run(base, compiles=refuse, seed=1)
     with pytest.raises(CompareError, match="stop"):
-        run(base, compiles=refuse, fresh=True)
+        run(base, compiles=refuse, fresh=True, out=copied)
+    assert (base / "compared" / "comparison.lbllm-work" / "stages").is_dir()
     assert asked == [("lbllm", 1, True), ("lbllm", 0, True)]
 
 
@@ -241,10 +246,12 @@ def test_a_folder_of_another_model_or_in_use_is_left_as_it_is(base, tmp_path):
         compared(given)
     (tmp_path / "other.py").write_text(MODEL.replace("manual_seed(1)", "manual_seed(3)"))
     other = dataclasses.replace(given, model=str(tmp_path / "other.py"))
-    with pytest.raises(CompareError, match=r"another model; pass --fresh to start over, or another --out$"):
+    with pytest.raises(
+        CompareError, match=r"holds a comparison with another model; pass --fresh to start over, or another --out$"
+    ):
         compared(other)
     held = FileLock(tmp_path / "compared" / "comparison.lbllm-work" / LOCK)
-    with held, pytest.raises(CompareError, match=r"another compile is using .*wait for it, or pass another --out$"):
+    with held, pytest.raises(CompareError, match=r"another comparison is using .*wait for it, or pass another --out$"):
         compared(given)
     assert asked == RECIPES
     with pytest.raises(CompareError, match="stop"):

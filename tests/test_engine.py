@@ -122,14 +122,21 @@ def stub(say: Callable[[bytes], int] = letter, slots: int | None = 1 << 16) -> A
 
 
 class Heard:
-    """Writes down what an engine does."""
+    """Writes down what an engine does.
+
+    Attributes:
+        gate: behind every step the engine waits until it is set.
+    """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.ends: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
 
     def step(self, sequences: int, seconds: float) -> None:
         self.steps.append(sequences)
+        self.gate.wait(60)
 
     def read(self, tokens: int, cached: int) -> None: ...
 
@@ -240,13 +247,14 @@ def test_short_prompts_are_read_in_one_step(engines, talking, lengths, steps):
 @pytest.mark.parametrize(("answered", "more", "steps"), [(2, 2, [2, 3, 4]), (1, 3, [1, 4])])
 def test_more_is_read_in_one_step_where_more_wait_than_are_answered(engines, talking, answered, more, steps):
     heard = Heard()
+    heard.gate.clear()
     engine = engines(native(talking), listener=heard)
     prompts = [talking.encode(chr(65 + i) * 90) for i in range(answered + more)]
     with engine._changed:  # the scheduler sees none before all are there
         first = [Asked(engine, prompt, 60) for prompt in prompts[:answered]]
     assert [each.begun() for each in first] == first
-    with engine._changed:
-        asked = first + [Asked(engine, prompt, 3) for prompt in prompts[answered:]]
+    asked = first + [Asked(engine, prompt, 3) for prompt in prompts[answered:]]
+    heard.gate.set()
     assert all(isinstance(each.end(), Finished) for each in asked)
     assert [sequences for sequences, _ in itertools.groupby(heard.steps)][: len(steps)] == steps
 

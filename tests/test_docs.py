@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import stages
 import test_operators
 import torch
 from lbllm_compile.codegen import backend, levels, targets
@@ -19,6 +20,7 @@ from lbllm_compile.codegen.operators import registry as op_registry
 from lbllm_compile.codegen.operators.registry import OperatorError
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import Pass, PassContext, pipeline, registry
+from lbllm_compile.passes.ir.annotations import linears
 from plain_backend import PlainBackend
 from test_cli import layered
 from test_operators import CASES, Graph, Input, case, check, run_natively
@@ -67,6 +69,18 @@ def test_documents_name_files_that_exist() -> None:
         text = document.read_text()
         for path in re.findall(r"`((?:lbllm_compile|passes|codegen|tests|examples|docs)/[\w/.-]*)`", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_documented_names_of_tensors_are_those_that_are_stored() -> None:
+    """A path in docs/format.md is that of a module."""
+    documented = set(re.findall(r"`<path>\.([\w.]+)`", (ROOT / "docs" / "format.md").read_text()))
+    text = "outliers{share=0.1},observe,ptq{group=32},head{bits=4,sequences=0}"
+    program = stages.apply(stages.annotated(), text, stages.context(count=4)).program
+    modules = [info.path for _, info in linears(program)]
+    stored = [
+        path.removeprefix(f"{m}.") for path, _ in program.parameters() for m in modules if path.startswith(f"{m}.")
+    ]
+    assert documented and documented <= {*stored}
 
 
 def blocks(document: str) -> list[str]:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
 
 from ..errors import KernelError, OutOfMemoryError
 from ..targets import cuda
@@ -312,11 +313,12 @@ class Driver:
         with _TURN:
             if self._closed:
                 return
-            for name, known, given in (
+            all_given: list[tuple[str, list[Any], Iterable[Any]]] = [
                 ("cuGraphExecDestroy", self._graphs, graphs),
                 ("cuStreamDestroy_v2", self._streams, [] if stream is None else [stream]),
                 ("cuMemFree_v2", self._memory, memory),
-            ):
+            ]
+            for name, known, given in all_given:
                 for handle in given:
                     known.remove(handle)
                     self._result(name, handle)

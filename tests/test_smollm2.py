@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import standin
 import torch
+from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.cuda.driver import Driver
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
@@ -89,11 +90,14 @@ def test_kernels_simulation_and_eager_oracle_agree(stages):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run CUDA kernels with")
 @pytest.mark.timeout(1800)
 def test_cuda_decodes_to_the_bit_what_its_launches_do_one_by_one(stages, tmp_path):
-    """The launch list that compiles for a GPU without spills, on a stand-in for the driver. A step takes it tens of
-    seconds, so there are three, of which the last one goes on with the token that was chosen; the tokens, and but for
-    rounding the logits, are those of the CPU."""
+    """The kernels of a compile for ``cpu,cuda:sm_90``, and the launch list that compiles for a GPU without spills, on a
+    stand-in for the driver. A step takes it tens of seconds, so there are three, of which the last one goes on with the
+    token that was chosen; the tokens, and but for rounding the logits, are those of the CPU."""
     model, _, lowered = stages
-    kernels = ProgramKernels(Target.parse("cuda:sm_90"))
+    needed, target = requirements(lowered), Target.parse("cuda:sm_90")
+    emitted = backend_of(target).emit(needed.linears, needed.quantizers, [target])
+    assert emitted.proofs == ["sm_90: emulated on CPU, unverified on device"]
+    kernels = ProgramKernels(target)
     translated = translate(lowered, kernels, [TOKEN])
     launches = compile_launches(translated.functions(), kernels).image.launches
     ids, found = tokens(model, TEXT)["input_ids"][0, :2].tolist(), []
@@ -107,7 +111,6 @@ def test_cuda_decodes_to_the_bit_what_its_launches_do_one_by_one(stages, tmp_pat
             found.append((replayed.token(), replayed.logits()))
             assert found[-1][0] == launched.token() and np.array_equal(found[-1][1], launched.logits())
             assert replayed.state() == launched.state()
-    needed = requirements(lowered)
     on_cpu = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
     fed = np.array([[*ids, found[1][0]]])
     for (token, ours), (theirs, moved) in zip(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,6 +159,38 @@ def test_a_conversation_grows_and_is_cut(device: Path) -> None:
     assert len(set(taken[1:])) == 1
 
 
+def test_a_conversation_grows_as_far_as_there_is_room(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To twice as many tokens, but no further than the model has positions, kernels index and memory allows."""
+    program = loaded(saved(device), "cuda").native
+    assert isinstance(program, ReplayedProgram)
+    driver, description = program.machine.driver, program.description
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (1, 66))
+    whole = program.session(1, 80).step(ids)
+
+    def grown() -> int:
+        session = program.session(1)
+        session.step(ids[:, :60])
+        assert session.sequences[0].capacity == 64
+        if "LBLLM_STANDIN_MEMORY" in os.environ:  # exactly what the sequence of 80 tokens takes is left
+            free, other = driver.memory()[0], program.session(1, 80)
+            monkeypatch.setenv("LBLLM_STANDIN_MEMORY", str(driver.memory()[1] - driver.memory()[0]))
+            assert free > driver.memory()[0] == 0
+            del other
+        assert np.array_equal(session.step(ids[:, 60:]), whole)
+        return session.sequences[0].capacity
+
+    assert grown() == 128
+    with monkeypatch.context() as patch:
+        bounds = dataclasses.replace(description.bounds, positions=90)
+        patch.setattr(program, "description", dataclasses.replace(description, bounds=bounds))
+        assert grown() == 96
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_slots", 120)
+        assert grown() == 112
+    monkeypatch.setenv("LBLLM_STANDIN_MEMORY", str(1 << 34))
+    assert grown() == 80
+
+
 def test_a_conversation_answers_as_on_the_cpu(device: Path) -> None:
     out = saved(device)
     answers = []
@@ -168,10 +201,16 @@ def test_a_conversation_answers_as_on_the_cpu(device: Path) -> None:
 
 
 def test_several_threads_decode_on_one_device(device: Path) -> None:
-    """A context is current in one thread only."""
-    model = loaded(saved(device), "cuda")
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(generated, model).result() == generated(model)
+    """At the same time, each in a session of its own."""
+    model, begin = loaded(saved(device), "cuda"), threading.Barrier(2)
+
+    def together() -> list[list[int | None]]:
+        begin.wait()
+        return generated(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(together) for _ in range(2)]
+        assert [done.result() for done in found] == 2 * [generated(model)]
 
 
 def environment(place: Path, **more: str) -> dict[str, str]:

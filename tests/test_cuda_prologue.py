@@ -286,3 +286,12 @@ def test_only_blocks_that_do_all_from_0_on_are_taken_along(kind: str) -> None:
     if kind != "as it is":
         function = function.with_body(tvm_ffi.structural_map(function.body, (s_tir.SBlockRealize, other)))
     assert (Loops.of(function) is None) == (kind != "as it is")
+
+
+@pytest.mark.parametrize(("start", "taken"), [(0.0, True), (1.0, False)])
+def test_only_sums_that_begin_with_0_are_taken_along(start: float, taken: bool) -> None:
+    """Every lane begins with it."""
+    total = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(start, dtype), name="total")
+    x, k = te.placeholder((K,), "float32", "x"), te.reduce_axis((0, K), "k")
+    function = te.create_prim_func([x, te.compute((1,), lambda i: total(x[k], axis=k), "out")])
+    assert (Loops.of(function) is not None) == taken

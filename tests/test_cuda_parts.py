@@ -21,6 +21,7 @@ from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, LaunchList,
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import WORTH_A_PART, DecodeSession, DeviceProgram
 from lbllm_compile.codegen.errors import KernelError
+from lbllm_compile.codegen.program.builder import Layout
 from lbllm_compile.codegen.sampling import Draw, drawn
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
@@ -52,6 +53,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceProgram]
     binary = standin.cubin(found.source(), tmp_path_factory.mktemp("module"))
     with Driver(library=standin.driver()) as driver:
         yield DeviceProgram(driver, found, binary, translated.weight_bytes())
+
+
+def test_a_program_with_a_state_of_fixed_size_has_no_parts() -> None:
+    """Padding would change it. A compile knows how many bytes it has, and not of which tensors."""
+    kernels = ProgramKernels(Target.parse("cuda:sm_90"))
+    translated = translate(stages("llama")[1], kernels, [TOKEN, PART])
+    fixed = Layout({}, {}, 64)
+    assert lower(translated.functions(), kernels, translated.layout, translated.state, fixed).part is None
 
 
 def fed(program: DeviceProgram, tokens: list[int]) -> DecodeSession:

@@ -97,7 +97,7 @@ def test_rows_that_were_computed_in_another_shape(order: int, tmp_path: Path) ->
     lowering, weights, wanted = fused()
     launch, *others = lowering.launches
     assert [other.symbol for other in others] == ["next_token_kernel"]
-    kernel = next(kernel for kernel, _ in lowering.texts.values() if kernel.symbol == launch.symbol)
+    kernel = next(kernel for kernel in lowering.texts.values() if kernel.symbol == launch.symbol)
     parameters = signature(kernel.source).parameters
     names = {argument: parameter.name for parameter, argument in zip(parameters, launch.arguments, strict=True)}
     inputs = {name: weights[place.offset.fixed] for place, name in names.items() if isinstance(place, Place)}

@@ -128,7 +128,9 @@ def made(cubin: bytes) -> Iterator[Make]:
 
         def make(device: int = 0, weight: float = 1.0) -> DeviceProgram:
             driver = drivers.enter_context(Driver(device, standin.driver()))
-            return DeviceProgram(driver, launch_list(), cubin, [np.float32([weight]).data.cast("B")], STATE_TENSORS)
+            return DeviceProgram(
+                driver, launch_list(), cubin, [np.array([weight], np.float32).data.cast("B")], STATE_TENSORS
+            )
 
         yield make
 
@@ -233,7 +235,9 @@ def test_what_a_fault_says_is_not_replaced_and_the_context_is_released(cubin: by
     for ends in ("by itself", "with a sequence left"):
         with pytest.raises(KernelError, match="cuCtxSynchronize: unspecified launch failure"), ExitStack() as stack:
             driver = stack.enter_context(Driver(library=standin.driver()))
-            program = DeviceProgram(driver, launch_list(), cubin, [np.float32([1]).data.cast("B")], STATE_TENSORS)
+            program = DeviceProgram(
+                driver, launch_list(), cubin, [np.array([1], np.float32).data.cast("B")], STATE_TENSORS
+            )
             sessions = [program.sequence(16) for _ in range(2)]
             if ends == "with a sequence left":
                 fault(driver, program)

@@ -3,21 +3,13 @@ llama.cpp computes what its exported weights do."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import standin
 import torch
-from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.cpu.build import KernelSet
-from lbllm_compile.codegen.cuda.driver import Driver
-from lbllm_compile.codegen.cuda.program.compile import compile_launches
-from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import TOKEN
-from lbllm_compile.codegen.cuda.program.session import DeviceProgram
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext
@@ -30,9 +22,7 @@ from benchmarks import llama
 from lbllm_compile import artifact, frontend
 from lbllm_compile.evaluate import compare
 from lbllm_compile.frontend import UserModel
-from lbllm_compile.lowering.compare import explained, probed
 from lbllm_compile.lowering.executor import requirements
-from lbllm_compile.lowering.translate import translate
 from lbllm_compile.runtime import CompiledModel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2.py"
@@ -45,8 +35,8 @@ LONGER = f"""{TEXT} writes what it has made into one directory. Whoever opens it
 On 3 November 1957, a dog went around the Earth; nobody asked her. "Why?" said the child. 17 * 23 = 391."""
 
 
-@pytest.fixture(scope="module")
-def stages() -> tuple[UserModel, Program, Program]:
+@functools.cache
+def lowered() -> tuple[UserModel, Program, Program]:
     """The model, with simulated linears and lowered."""
     model = frontend.load(EXAMPLE)
     context = PassContext(probe=tokens(model, TEXT))
@@ -58,6 +48,11 @@ def stages() -> tuple[UserModel, Program, Program]:
 
     simulated = apply(simulate(apply(frontend.capture(model), "canonicalize,annotate"), group=64), "head")
     return model, simulated, apply(simulated, "merge,lower,cache,cleanup")
+
+
+@pytest.fixture(scope="module")
+def stages() -> tuple[UserModel, Program, Program]:
+    return lowered()
 
 
 def tokens(model: UserModel, text: str) -> dict[str, torch.Tensor]:
@@ -73,53 +68,15 @@ needs_weights = pytest.mark.skipif(
 @needs_weights
 @pytest.mark.timeout(1800)
 def test_kernels_simulation_and_eager_oracle_agree(stages):
-    model, simulated, lowered = stages
+    model, simulated, program = stages
     inputs = tokens(model, TEXT)
-    needed = requirements(lowered)
+    needed = requirements(program)
     kernels = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    logits = CompiledModel(lowered, kernels).logits(inputs["input_ids"])
-    for other in (exact.run(simulated, inputs), Oracle(model.module, lowered, group=64)(inputs)):
+    logits = CompiledModel(program, kernels).logits(inputs["input_ids"])
+    for other in (exact.run(simulated, inputs), Oracle(model.module, program, group=64)(inputs)):
         figures = compare(lambda _: logits, lambda _, other=other: other, [inputs["input_ids"]]).summary()
         assert figures["kld_mean"] <= 1e-3
         assert figures["top1_agreement"] >= 0.99
-
-
-@pytest.mark.slow
-@needs_weights
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the search path")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run CUDA kernels with")
-@pytest.mark.timeout(1800)
-def test_cuda_decodes_to_the_bit_what_its_launches_do_one_by_one(stages, tmp_path):
-    """The kernels of a compile for ``cpu,cuda:sm_90``, and the launch list that compiles for a GPU without spills, on a
-    stand-in for the driver. A step takes it tens of seconds, so there are three, of which the last one goes on with the
-    token that was chosen; the tokens, and but for rounding the logits, are those of the CPU."""
-    model, _, lowered = stages
-    needed, target = requirements(lowered), Target.parse("cuda:sm_90")
-    emitted = backend_of(target).emit(needed.linears, needed.quantizers, [target])
-    assert emitted.proofs == ["sm_90: emulated on CPU, unverified on device"]
-    kernels = ProgramKernels(target)
-    translated = translate(lowered, kernels, [TOKEN])
-    launches = compile_launches(translated.functions(), kernels).image.launches
-    ids, found = tokens(model, TEXT)["input_ids"][0, :2].tolist(), []
-    with Driver(library=standin.driver()) as driver:
-        cubin = standin.cubin(launches.source(), tmp_path)
-        program = DeviceProgram(driver, launches, cubin, translated.weight_bytes())
-        replayed, launched = (program.sequence(4) for _ in range(2))
-        for given in (*ids, None):
-            replayed.step(given)
-            launched.step_by_launch(given)
-            found.append((replayed.token(), replayed.logits()))
-            assert found[-1][0] == launched.token() and np.array_equal(found[-1][1], launched.logits())
-            assert replayed.state() == launched.state()
-    on_cpu = KernelSet.build(needed.linears, needed.quantizers, Target.parse("cpu"), trials=0)
-    fed = np.array([[*ids, found[1][0]]])
-    for (token, ours), (theirs, moved) in zip(
-        found, probed(lowered, on_cpu, fed, np.ones_like(fed), range(4)), strict=True
-    ):
-        expected = theirs[0, 0].numpy()
-        difference, centered = (values - values.mean() for values in (ours - expected, expected))
-        assert np.linalg.norm(difference) <= explained(moved) * np.linalg.norm(centered)
-        assert token == expected.argmax()
 
 
 @pytest.mark.slow
@@ -128,13 +85,13 @@ def test_cuda_decodes_to_the_bit_what_its_launches_do_one_by_one(stages, tmp_pat
 def test_llama_cpp_computes_what_the_exported_weights_do(stages, tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    model, _, lowered = stages
-    artifact.save(lowered, tmp_path / "compiled", lock={"model": "0" * 64, "seed": "0"})
+    model, _, program = stages
+    artifact.save(program, tmp_path / "compiled", lock={"model": "0" * 64, "seed": "0"})
     files = llama.export_artifact(tmp_path / "compiled", ["q8_0", "f32"], 1, tmp_path)
     assert {t.tensor_type.name for t in gguf.GGUFReader(files["q8_0"]).tensors if len(t.shape) > 1} == {"Q8_0"}
     item = tokens(model, LONGER)
     ids = item["input_ids"][0].tolist()
-    expected = weight_only.run(lowered, item)
+    expected = weight_only.run(program, item)
     # Of the Q8_0 file itself llama.cpp rounds activations to 8 bits, which weights without calibration magnify.
     scorer = llama.Scorer(files["f32"], 256, 1)
     assert scorer.tokens(LONGER) == ids

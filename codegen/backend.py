@@ -611,6 +611,21 @@ class SequenceBackend(Protocol):
         """
         ...
 
+    def prove(self, machine: Any, kernels: Any, progress: Progress | None = None) -> None:
+        """Proves the kernels of a program on the device that has loaded it, as :meth:`Backend.build` does those of
+        other backends.
+
+        Args:
+            machine: from :meth:`sequences`.
+            kernels: what the program was translated with.
+            progress: told about each kernel.
+
+        Raises:
+            DisprovedError: a kernel disagrees with the reference; says which.
+            KernelError: one cannot be run.
+        """
+        ...
+
 
 _BACKENDS: dict[str, Backend] = {}
 

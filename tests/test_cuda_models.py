@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ import torch
 import transformers
 from lbllm_compile.codegen.backend import backend_named
 from lbllm_compile.codegen.cuda.compiler import Binary, CudaCompiler
+from lbllm_compile.codegen.cuda.kernel import kernel_name
 from lbllm_compile.codegen.cuda.program.image import Image, on_device
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
 from lbllm_compile.codegen.cuda.program.session import DecodeSession
-from lbllm_compile.codegen.errors import KernelError, TargetError, UntranslatableError
+from lbllm_compile.codegen.errors import DisprovedError, KernelError, TargetError, UntranslatableError
+from lbllm_compile.codegen.progress import NoProgress, Task
 from lbllm_compile.codegen.targets import Target, cuda, parse_targets
 from test_zoo import stages
 from zoo import VOCABULARY
@@ -32,6 +35,7 @@ from zoo import VOCABULARY
 from lbllm_compile import artifact
 from lbllm_compile.chat import Conversation
 from lbllm_compile.lowering.compare import DisagreementError, check_replay
+from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.native import program as native
 from lbllm_compile.native.replayed import ReplayedProgram, ReplayedSession
 from lbllm_compile.runtime import GenerationError, Sampling, load
@@ -293,6 +297,7 @@ def prepared_anew(device: Path, monkeypatch: pytest.MonkeyPatch, compiler: Stand
     """Loads an artifact as if no program of it was stored, with another compiler; what is stored stays as it is."""
     monkeypatch.setattr(CudaCompiler, "find", lambda: compiler)
     monkeypatch.setattr(native, "stored_at", lambda digest, target: native.programs_directory() / "none")
+    native.programs_directory().mkdir(parents=True, exist_ok=True)
     before = {path for path in native.programs_directory().iterdir() if path.is_dir()}
     try:
         load(saved(device), target="cuda")
@@ -308,7 +313,6 @@ def test_a_wrong_program_is_refused(device: Path, monkeypatch: pytest.MonkeyPatc
         identity = "spoils"
 
         def compile(self, source: str, arch: str) -> Binary:
-            assert "slot = past_ptr[0]" in source
             return super().compile(source.replace("slot = past_ptr[0]", "slot = 3"), arch)
 
     with pytest.raises(DisagreementError, match="does not compute the model"):
@@ -318,6 +322,70 @@ def test_a_wrong_program_is_refused(device: Path, monkeypatch: pytest.MonkeyPatc
         check_replay(model.native)
 
 
+class Proven(NoProgress):
+    """Keeps which kernels are proven."""
+
+    def __init__(self) -> None:
+        self.symbols: list[str] = []
+
+    def task(self, title: str, total: int) -> AbstractContextManager[Task]:
+        return self if title == "proving kernels on stand-in" else super().task(title, total)
+
+    def __enter__(self) -> Proven:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, note: str = "") -> None:
+        self.symbols.append(note)
+
+
+def test_kernels_are_proven_on_the_device_before_they_are_used(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every linear the one of a token, and where parts run one of many that, too; and every quantizer."""
+
+    class Honest(StandInCompiler):
+        identity = "honest"
+
+    proven = Proven()
+    monkeypatch.setattr(CudaCompiler, "find", lambda: Honest(device / "module"))
+    monkeypatch.setattr(native, "stored_at", lambda digest, target: native.programs_directory() / "honest")
+    load(saved(device), target="cuda", progress=proven)
+    needed = requirements(artifact.load(saved(device)).program)
+    assert {*proven.symbols} >= {f"{kernel_name(spec, 'gemv')}_kernel" for spec in needed.linears}
+    assert {*proven.symbols} >= {f"{kernel_name(spec, 'quantize')}_kernel" for spec in needed.quantizers}
+    assert sum("_gemm_" in symbol for symbol in proven.symbols) >= len(needed.linears) - 1
+    assert len({*proven.symbols}) == len(proven.symbols)
+
+
+SWAPPED = "#define swapped_prmt(a, b, c) ptx_prmt_b32(a, b, ((c) & ~255u) | (((c) & 15u) << 4) | (((c) >> 4) & 15u))\n"
+
+FAULTS = {
+    "a swapped nibble of a gemv": ("bit_gemv_", "ptx_prmt_b32(", "swapped_prmt("),
+    "a swapped nibble of a gemm": ("bit_gemm_", "ptx_prmt_b32(", "swapped_prmt("),
+    "a quantizer that rounds up": ("quantize_", "rintf(", "ceilf("),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_is_wrong_on_a_device_is_refused(
+    device: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """By its name, before the program is used: one that the program launches, and one that it has with a prologue."""
+    begin, right, wrong = FAULTS[fault]
+
+    class Wrong(StandInCompiler):
+        identity = fault
+
+        def compile(self, source: str, arch: str) -> Binary:
+            head, *kernels = re.split(r'(?=extern "C" __global__)', source)
+            kernels = [k.replace(right, wrong) if re.search(rf"\) {begin}\w+\(", k[:200]) else k for k in kernels]
+            return super().compile(head + SWAPPED + "".join(kernels), arch)
+
+    with pytest.raises(DisprovedError, match=rf"on stand-in {begin}\w+_kernel is wrong: .* not used there"):
+        prepared_anew(device, monkeypatch, Wrong(device / "module"))
+
+
 def test_a_program_that_draws_wrongly_is_refused(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays and launches draw alike, and the most likely token is right."""
 
@@ -325,7 +393,6 @@ def test_a_program_that_draws_wrongly_is_refused(device: Path, monkeypatch: pyte
         identity = "draws"
 
         def compile(self, source: str, arch: str) -> Binary:
-            assert "sampling_ptr[3]" in source
             return super().compile(source.replace("sampling_ptr[3]", "0.0"), arch)
 
     with pytest.raises(DisagreementError, match=r"chooses token \d+ of a probe where the host draws \d+"):

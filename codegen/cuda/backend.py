@@ -48,8 +48,8 @@ class CudaBackend:
         progress: Progress | None = None,
         records: Sequence[Mapping[str, Any]] | None = None,
     ) -> ProgramKernels:
-        """Kernels of programs, whose text is made when a program is translated: :meth:`emit` proves it in emulation,
-        and the program as a whole is held against the graph."""
+        """Kernels of programs, whose text is made when a program is translated; :meth:`prove` proves them once a device
+        has loaded it, and the program as a whole is held against the graph."""
         target.check_runs_here()
         from .program.kernels import ProgramKernels  # TVM takes seconds to import
 
@@ -105,3 +105,8 @@ class CudaBackend:
 
     def sequences(self, file: Path, weights: Path, state: Sequence[StateTensor], target: Target) -> DeviceProgram:
         return on_device(file, weights, state, target)
+
+    def prove(self, machine: DeviceProgram, kernels: ProgramKernels, progress: Progress | None = None) -> None:
+        from .program.arrival import prove_on_arrival  # TVM takes seconds to import
+
+        prove_on_arrival(machine, kernels, progress)

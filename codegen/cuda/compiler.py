@@ -47,12 +47,13 @@ class SpillError(KernelError):
 
     Attributes:
         spilled: bytes a thread, by the kernel's symbol.
+        cubin: what was compiled all the same, for where its speed does not matter; None where it is not known.
     """
 
-    def __init__(self, spilled: Mapping[str, int]):
+    def __init__(self, spilled: Mapping[str, int], cubin: bytes | None = None):
         said = "; ".join(f"registers of {symbol} spill: {count} bytes a thread" for symbol, count in spilled.items())
         super().__init__(said)
-        self.spilled = spilled
+        self.spilled, self.cubin = spilled, cubin
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Binary:
         if 2 * len(kernels) != len(parts) or not kernels:
             raise KernelError(f"ptxas reported no register count: {log.strip()[:500]!r}")
         if spilled:
-            raise SpillError(spilled)
+            raise SpillError(spilled, cubin)
         return cls(cubin, kernels)
 
 

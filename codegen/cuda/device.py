@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .driver import Driver, Number
+from .driver import Driver
 from .emulator import Launch, Sparse
-from .kernel import CudaKernel
+from .kernel import CudaKernel, EmittedKernel
+from .program.session import reserved
 from .proof import check_outputs, proof_runs
 
 
@@ -25,19 +26,6 @@ class Device(Driver):
     def load(self, cubin: bytes, symbol: str) -> c_void_p:
         """A function of a cubin."""
         return self.function(self.module(cubin), symbol)
-
-    def upload(self, tensor: Tensor, pointer: int | None = None) -> int:
-        """Copies a tensor to ``pointer``, or to a buffer of its own."""
-        array = tensor.detach().contiguous().cpu().numpy()
-        target = self.allocate(array.nbytes) if pointer is None else pointer
-        self.call("cuMemcpyHtoD_v2", target, array.ctypes.data, array.nbytes)
-        return target
-
-    def download(self, pointer: int, like: Tensor) -> Tensor:
-        """A CPU tensor with the shape and type of ``like``, filled from ``pointer``."""
-        array = np.empty(like.shape, like.numpy().dtype)
-        self.call("cuMemcpyDtoH_v2", array.ctypes.data, pointer, array.nbytes)
-        return torch.from_numpy(array)
 
     def microseconds(self, work: Callable[[], None], repeats: int = 15) -> float:
         """Median device time of the launches in ``work``.
@@ -63,31 +51,52 @@ class Device(Driver):
         return statistics.median(times)
 
     def run(self, kernel: CudaKernel, launch: Launch) -> dict[str, Tensor]:
-        """Runs a whole launch (its ``blocks`` are ignored) and returns the outputs by name.
+        """Runs a whole launch; see :func:`run`."""
+        return run(self, self.load(kernel.cubin, kernel.symbol), kernel, launch)
 
-        Raises:
-            KernelError: the driver reports an error.
-        """
-        function = self.load(kernel.cubin, kernel.symbol)
-        arguments: list[Number] = []
-        outputs: dict[str, int] = {}
-        for name in kernel.parameters:
-            value = launch.outputs[name] if name in launch.outputs else launch.inputs[name]
-            if isinstance(value, int):
-                arguments.append(c_int(value))
-                continue
-            if isinstance(value, Sparse):
-                pointer = self.allocate(value.size)
-                for offset, part in value.segments:
-                    self.upload(part, pointer + offset)
-            else:
-                pointer = self.upload(value)
-            if name in launch.outputs:
-                outputs[name] = pointer
-            arguments.append(c_uint64(pointer))
-        self.launch(function, launch.grid, launch.block, arguments)
-        self.synchronize()
-        return {name: self.download(pointer, launch.outputs[name]) for name, pointer in outputs.items()}
+
+def run(driver: Driver, function: c_void_p, kernel: EmittedKernel, launch: Launch) -> dict[str, Tensor]:
+    """Runs a whole launch (its ``blocks`` are ignored) in memory that is given back.
+
+    Args:
+        driver: the device.
+        function: the kernel there.
+        kernel: the same as text.
+        launch: of it.
+
+    Returns:
+        The outputs by name.
+
+    Raises:
+        OutOfMemoryError: the device has no room for it; says how much it takes.
+        KernelError: the driver reports another error.
+    """
+    every = {**launch.inputs, **launch.outputs}
+    given = {name: every[name] for name in kernel.parameters}
+    buffers = {
+        name: value if isinstance(value, Sparse) else Sparse(value.nbytes, [(0, value)])
+        for name, value in given.items()
+        if not isinstance(value, int)
+    }
+    sizes = {name: buffer.size for name, buffer in buffers.items()}
+    with reserved(driver, sizes, f"the proof of {kernel.symbol} takes") as (blocks, _):
+        for name, buffer in buffers.items():
+            for offset, part in buffer.segments:
+                array = part.detach().contiguous().cpu().numpy()
+                driver.call("cuMemcpyHtoD_v2", blocks[name] + offset, array.ctypes.data, array.nbytes)
+        arguments = [c_uint64(blocks[name]) if name in blocks else c_int(value) for name, value in given.items()]
+        driver.launch(function, launch.grid, launch.block, arguments)
+        driver.synchronize()
+        found = {name: _download(driver, blocks[name], like) for name, like in launch.outputs.items()}
+    driver.free(blocks.values())
+    return found
+
+
+def _download(driver: Driver, pointer: int, like: Tensor) -> Tensor:
+    """A CPU tensor with the shape and type of ``like``, filled from ``pointer``."""
+    array = np.empty(like.shape, like.numpy().dtype)
+    driver.call("cuMemcpyDtoH_v2", array.ctypes.data, pointer, array.nbytes)
+    return torch.from_numpy(array)
 
 
 def prove_on_device(kernel: CudaKernel, device: Device) -> str:
@@ -99,6 +108,16 @@ def prove_on_device(kernel: CudaKernel, device: Device) -> str:
     Raises:
         KernelError: a result differs, or the driver reports an error.
     """
-    for name, launch, expected in proof_runs(kernel):
-        check_outputs(kernel.symbol, name, device.run(kernel, launch), expected)
+    prove_loaded(device, device.load(kernel.cubin, kernel.symbol), kernel)
     return f"proven on {device.name}"
+
+
+def prove_loaded(driver: Driver, function: c_void_p, kernel: EmittedKernel) -> None:
+    """Runs a kernel that a device has loaded against the reference.
+
+    Raises:
+        DisprovedError: a result differs.
+        KernelError: the driver reports an error.
+    """
+    for name, launch, expected in proof_runs(kernel):
+        check_outputs(kernel.symbol, name, run(driver, function, kernel, launch), expected)

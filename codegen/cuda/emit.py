@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..cache import cache_directory, write_atomically
 from ..errors import KernelError
@@ -46,21 +46,36 @@ def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Sched
     Raises:
         KernelError: there is no CUDA kernel for ``spec``, or TVM rejects it.
     """
-    block: tuple[int, int, int]
     chosen: Any = _chosen(schedule, schedules(spec, form))
     if isinstance(spec, QuantizeSpec):
-        function, block = quantizer.quantize(spec, chosen), (quantizer.LANES, chosen.warps, 1)
-        rows_per_block, tokens_per_block = 0, 1
+        function = quantizer.quantize(spec, chosen)
     elif form == "gemv":
-        function, block = dp4a.gemv(spec, chosen), (dp4a.ROWS, chosen.row_warps * chosen.slice_warps, 1)
+        function = dp4a.gemv(spec, chosen)
+    else:
+        function = dp4a.gemm(spec, chosen)
+    return of_text(PREAMBLE + cuda_source(function, kernel_name(spec, form), arch), spec, form, chosen)
+
+
+def of_text(text: str, spec: LinearSpec | QuantizeSpec, form: Form, schedule: Schedule) -> EmittedKernel:
+    """A kernel whose text there is already.
+
+    Args:
+        text: of it alone.
+        spec: what it computes.
+        form: which kernel of it.
+        schedule: how it is cut.
+    """
+    head, chosen = signature(text), cast(Any, schedule)
+    block: tuple[int, int, int]
+    if isinstance(spec, QuantizeSpec):
+        block, rows_per_block, tokens_per_block = (quantizer.LANES, chosen.warps, 1), 0, 1
+    elif form == "gemv":
+        block = dp4a.ROWS, chosen.row_warps * chosen.slice_warps, 1
         rows_per_block, tokens_per_block = dp4a.ROWS * chosen.row_warps, 1
     else:
-        function, block = dp4a.gemm(spec, chosen), (chosen.threads[0], chosen.threads[1], 1)
-        rows_per_block, tokens_per_block = chosen.rows, chosen.tokens
-    text = PREAMBLE + cuda_source(function, kernel_name(spec, form), arch)
-    head = signature(text)
+        block, rows_per_block, tokens_per_block = (*chosen.threads, 1), chosen.rows, chosen.tokens
     names = tuple(p.name for p in head.parameters)
-    return EmittedKernel(spec, form, chosen, text, head.symbol, names, block, rows_per_block, tokens_per_block)
+    return EmittedKernel(spec, form, schedule, text, head.symbol, names, block, rows_per_block, tokens_per_block)
 
 
 def schedules(spec: LinearSpec | QuantizeSpec, form: Form) -> Sequence[Schedule]:

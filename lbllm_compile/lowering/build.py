@@ -1,10 +1,10 @@
 """Prepares an artifact for this machine: translates its graph, compiles the program, packs and stores the weights.
 
 This happens once for an artifact and a target; what is stored then runs without torch (:mod:`..native.program`). The
-kernels in it were proven one by one before. The program that decodes a token in few launches, in which kernels are
-joined with what is before and behind them, is held against them: where it does not give, to the bit, what they give
-when they are called one after the other, it is not used. One that replays a list of launches is held against these
-launches one by one. The whole is held against the executor (:mod:`.compare`).
+kernels in it were proven one by one before, or are once a device has loaded the program. The program that decodes a
+token in few launches, in which kernels are joined with what is before and behind them, is held against them: where it
+does not give, to the bit, what they give when they are called one after the other, it is not used. One that replays a
+list of launches is held against these launches one by one. The whole is held against the executor (:mod:`.compare`).
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ def build_native(
         task.advance("stored")
         native = opened(folder, kernels.target)
         if isinstance(native, ReplayedProgram):
+            native.backend.prove(native.machine, kernels, progress)
             check_replay(native)
         else:
             native = _exactly_merged(native, progress)

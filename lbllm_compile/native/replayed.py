@@ -40,6 +40,7 @@ class ReplayedProgram:
         backend = backend_of(target)
         if not isinstance(backend, SequenceBackend):
             raise KernelError(f"programs of {target.name} do not decode sequences one by one; this is a bug")
+        self.backend: SequenceBackend = backend
         try:
             self.description = Description.from_json((directory / DESCRIPTION).read_text(encoding="utf-8"))
             state = [_state_tensor(member) for member in self.description.state]

@@ -19,7 +19,17 @@ from ...format import QuantizedWeight
 from ...spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from ...targets import Target
 from ...tvm_api import PrimFunc, cuda_source, symbolic_dimension, tirx
-from ..dp4a import ROWS, gemm, gemm_schedules, gemv, gemv_schedules, pack_bit_weight, pack_int8_weight, pitch
+from ..dp4a import (
+    ROWS,
+    GemmSchedule,
+    gemm,
+    gemm_schedules,
+    gemv,
+    gemv_schedules,
+    pack_bit_weight,
+    pack_int8_weight,
+    pitch,
+)
 from ..kernel import kernel_name
 from ..quantize import LANES, quantize, quantize_schedules
 from ..text import signature
@@ -89,6 +99,7 @@ class ProgramKernels:
 
     Attributes:
         called: by name, what stands behind the functions that the translation was given.
+        linears, quantizers: what the translation has asked for.
 
     Args:
         target: the architecture; kernels' text is the same for all.
@@ -99,6 +110,8 @@ class ProgramKernels:
     def __init__(self, target: Target):
         self.target = target
         self.called: dict[str, Called] = {}
+        self.linears: dict[LinearSpec, ProgramLinear] = {}
+        self.quantizers: dict[QuantizeSpec, ProgramQuantizer] = {}
         self._attentions: dict[AttentionSpec, str] = {}
 
     def declared(
@@ -123,10 +136,10 @@ class ProgramKernels:
     def linear(self, spec: LinearSpec) -> ProgramLinear:
         if spec.kind == "int4":
             raise UntranslatableError("CUDA programs have no kernel for heads of 4-bit codes")
-        return ProgramLinear(spec, self)
+        return self.linears.setdefault(spec, ProgramLinear(spec, self))
 
     def quantizer(self, spec: QuantizeSpec) -> ProgramQuantizer:
-        return ProgramQuantizer(spec, self)
+        return self.quantizers.setdefault(spec, ProgramQuantizer(spec, self))
 
     def attention(self, spec: AttentionSpec, queries: int | None, parallel: bool) -> TirKernel:
         if queries is None:
@@ -238,6 +251,21 @@ class ProgramLinear:
     def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> NoReturn:
         raise KernelError("CUDA kernels are launched by programs, not on tensors")
 
+    def tile(self, rows: int) -> GemmSchedule:
+        """How the kernel for several rows is cut.
+
+        Raises:
+            UntranslatableError: no such kernel takes so many.
+        """
+        tile = next((s for s in gemm_schedules(self.spec) if s.tokens >= rows), None)
+        if tile is None:
+            raise UntranslatableError(f"CUDA programs have no kernel for a linear of {rows} rows at once")
+        return tile
+
+    def of_tile(self, tile: GemmSchedule) -> str:
+        """That kernel's name."""
+        return f"{kernel_name(self.spec, 'gemm')}_{tile.tokens}"
+
     def tir(self, bucket: str) -> TirKernel:
         """``(values, x_scale, *packed, out)``, for any number of rows where the bucket is not of one."""
         spec, own = self.spec, self._packed_shapes()
@@ -257,12 +285,9 @@ class ProgramLinear:
         def of_rows(count: int) -> Called:
             if count == 1:
                 return make()
-            tile = next((s for s in gemm_schedules(spec) if s.tokens >= count), None)
-            if tile is None:
-                raise UntranslatableError(f"CUDA programs have no kernel for a linear of {count} rows at once")
+            tile = self.tile(count)
             function, threads = gemm(spec, tile), (*tile.threads, 1)
-            many = f"{kernel_name(spec, 'gemm')}_{tile.tokens}"
-            return Called(many, function, [*parameters], threads, work, tile.rows, number=Size(count))
+            return Called(self.of_tile(tile), function, [*parameters], threads, work, tile.rows, number=Size(count))
 
         def by_expert(matrices: Sequence[Sequence[int]], rows: int) -> TirKernel:
             packed = {key: (shape, dtype) for (key, (_, dtype)), shape in zip(own.items(), matrices, strict=True)}

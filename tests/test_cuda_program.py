@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import standin
 import torch
 from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.cuda.compiler import Binary, CudaCompiler, SpillError
+from lbllm_compile.codegen.cuda.dp4a import ROWS, gemv_schedules
 from lbllm_compile.codegen.cuda.driver import Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
@@ -34,7 +36,7 @@ from reference_kernels import ReferenceKernels
 from test_zoo import stages
 from zoo import LAYERS, VOCABULARY
 
-from lbllm_compile.lowering.executor import Executor
+from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.lowering.session import Session
 from lbllm_compile.lowering.translate import Translated, translate
 
@@ -508,6 +510,28 @@ def test_kernels_that_spill_take_nothing_along(monkeypatch: pytest.MonkeyPatch) 
     sources = {kernel.symbol: kernel.source for kernel in after.kernels}
     assert {kernel.symbol for kernel in before.kernels if kernel.symbol not in sources} == {*gemvs[:2]}
     assert all(sources[k.symbol] == k.source for k in before.kernels if k.symbol in sources)
+
+
+def test_a_linear_that_spills_by_itself_has_its_next_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of SmolLM2 does, on one architecture."""
+
+    class HeadSpills(SpillingCompiler):
+        """Until it is alone and cut otherwise."""
+
+        def compile(self, source: str, arch: str) -> Binary:
+            self.spilling = [] if self.compiled == 2 else re.findall(r"\b(int8_gemv\w*)\(", source)
+            return super().compile(source, arch)
+
+    def heads(launches: LaunchList) -> list[ProgramKernel]:
+        return [kernel for kernel in launches.kernels if kernel.symbol.startswith("int8_gemv")]
+
+    compiler = HeadSpills([])
+    (head,) = heads(compiled(compiler, monkeypatch))
+    spec = next(spec for spec in requirements(stages("llama")[1]).linears if spec.kind == "int8")
+    first, second, *_ = gemv_schedules(spec)
+    assert compiler.compiled == 3 and first.slice_warps != second.slice_warps
+    assert head.block == (ROWS, second.row_warps * second.slice_warps, 1)
+    assert [kernel.block for kernel in heads(lowered("llama")[0])] == [(ROWS, first.row_warps * first.slice_warps, 1)]
 
 
 def test_a_kernel_that_spills_by_itself_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

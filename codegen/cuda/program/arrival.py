@@ -58,8 +58,8 @@ def _kernels(machine: DeviceProgram, kernels: ProgramKernels) -> Iterator[Emitte
     arch = kernels.target.arch or ""
     for spec, linear in kernels.linears.items():
         text = texts.get(f"{kernel_name(spec, 'gemv')}_kernel")
-        first = schedules(spec, "gemv")[0]
-        yield emit(spec, "gemv", arch, first) if text is None else of_text(PREAMBLE + text, spec, "gemv", first)
+        cut = kernels.cut(spec)
+        yield emit(spec, "gemv", arch, cut) if text is None else of_text(PREAMBLE + text, spec, "gemv", cut)
         tile = linear.tile(PART.length or 1)
         if (text := texts.get(f"{linear.of_tile(tile)}_kernel")) is not None:
             yield of_text(PREAMBLE + text, spec, "gemm", tile)

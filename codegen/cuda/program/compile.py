@@ -42,7 +42,7 @@ def compile_launches(module: Any, kernels: ProgramKernels) -> CompiledLaunches:
     """Lowers a module of :class:`...program.builder.ProgramBuilder` to launches, and compiles their kernels.
 
     A kernel whose registers spill because of what it computes in front of its own work leaves that to launches of their
-    own.
+    own. One of a linear that spills by itself has its next schedule.
 
     Args:
         module: with the function :data:`~.launches.TOKEN`, and with :data:`~.launches.PART` where it is to take prompts
@@ -51,7 +51,7 @@ def compile_launches(module: Any, kernels: ProgramKernels) -> CompiledLaunches:
 
     Raises:
         UntranslatableError: the function has something that no launch computes.
-        KernelError: there is no compiler, or it refuses the kernels, or one spills by itself.
+        KernelError: there is no compiler, or it refuses the kernels, or one spills whatever its schedule.
     """
     compiler = CudaCompiler.find()
     blocks = {p.name: p.ty.shape for p in module[TOKEN.name].params}
@@ -64,10 +64,13 @@ def compile_launches(module: Any, kernels: ProgramKernels) -> CompiledLaunches:
         except SpillError as error:
             apart |= error.spilled.keys()
             before, launches = launches, lower(module, kernels, *layouts, apart=apart)
-            if launches == before:
+            if launches != before:
+                continue
+            if not kernels.give_up(error.spilled):
                 raise KernelError(
                     f"the program cannot be compiled for {arch}: {error}; another release of CUDA, or another"
                     " architecture, may have registers enough"
                 ) from error
+            launches = lower(module, kernels, *layouts, apart=apart)
         else:
             return CompiledLaunches(Image(launches, cubin, arch, compiler.version))

@@ -6,7 +6,7 @@ stands for, a CUDA text and how its parameters get their arguments, is kept besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from ...tvm_api import PrimFunc, cuda_source, symbolic_dimension, tirx
 from ..dp4a import (
     ROWS,
     GemmSchedule,
+    GemvSchedule,
     gemm,
     gemm_schedules,
     gemv,
@@ -113,6 +114,8 @@ class ProgramKernels:
         self.linears: dict[LinearSpec, ProgramLinear] = {}
         self.quantizers: dict[QuantizeSpec, ProgramQuantizer] = {}
         self._attentions: dict[AttentionSpec, str] = {}
+        self._makers: dict[str, Callable[[], Called]] = {}
+        self._given_up: dict[LinearSpec, int] = {}
 
     def declared(
         self, name: str, parameters: Mapping[str, tuple[Sequence[Any], str]], make: Callable[[], Called]
@@ -126,12 +129,30 @@ class ProgramKernels:
         """
 
         def function() -> Any:
-            self.called[name] = make()
+            self.called[name], self._makers[name] = make(), make
             buffers = [tirx.decl_buffer([*shape], dtype, key) for key, (shape, dtype) in parameters.items()]
             empty: Any = PrimFunc(buffers, tirx.Evaluate(tirx.const(0, "int32")))
             return empty.with_attr({"s_tir": True, CALLED: name})
 
         return TirKernel(name, function)
+
+    def cut(self, spec: LinearSpec) -> GemvSchedule:
+        """How a linear's kernel of one token is cut."""
+        return gemv_schedules(spec)[self._given_up.get(spec, 0)]
+
+    def give_up(self, symbols: Collection[str]) -> bool:
+        """Takes the next schedule of each linear of whose kernels of one token, its experts' among them, one has one of
+        these symbols.
+
+        Returns:
+            Whether there was one for any.
+        """
+        names = {spec: f"{kernel_name(spec, 'gemv')}_" for spec in self.linears}
+        cut = [spec for spec, name in names.items() if any(symbol.startswith(name) for symbol in symbols)]
+        left = [spec for spec in cut if self._given_up.get(spec, 0) + 1 < len(gemv_schedules(spec))]
+        self._given_up |= {spec: self._given_up.get(spec, 0) + 1 for spec in left}
+        self.called |= {name: self._makers[name]() for name in self.called} if left else {}
+        return bool(left)
 
     def linear(self, spec: LinearSpec) -> ProgramLinear:
         if spec.kind == "int4":
@@ -276,11 +297,14 @@ class ProgramLinear:
             **own,
             "output": ((rows, spec.out_features), "float32"),
         }
-        name, cut = kernel_name(spec, "gemv"), gemv_schedules(spec)[0]
-        block, work = (ROWS, cut.row_warps * cut.slice_warps, 1), Size(spec.out_features)
+        name, work = kernel_name(spec, "gemv"), Size(spec.out_features)
+
+        def block(cut: GemvSchedule) -> tuple[int, int, int]:
+            return ROWS, cut.row_warps * cut.slice_warps, 1
 
         def make() -> Called:
-            return Called(name, gemv(spec, cut), [*parameters], block, work, ROWS * cut.row_warps)
+            cut = self.kernels.cut(spec)
+            return Called(name, gemv(spec, cut), [*parameters], block(cut), work, ROWS * cut.row_warps)
 
         def of_rows(count: int) -> Called:
             if count == 1:
@@ -298,9 +322,10 @@ class ProgramLinear:
             given = {**of_rows, **packed, "offsets": ((matrices[0][0],), "int32"), "output": output}
 
             def made() -> Called:
+                cut = self.kernels.cut(spec)
                 function = gemv_by_expert(gemv(spec, cut), {key: shape for key, (shape, _) in packed.items()}, rows)
                 blocks = -(-spec.out_features // (ROWS * cut.row_warps))
-                return Called(experts, function, [*given], block, Size(rows * blocks))
+                return Called(experts, function, [*given], block(cut), Size(rows * blocks))
 
             return self.kernels.declared(experts, given, made)
 

@@ -79,7 +79,8 @@ def test_intervals_are_those_of_means_over_chunks():
     assert math.log(high) == pytest.approx(float(means.mean()) + error, abs=0.15 * error)
     figures = scores.summary()
     for name, (low, high) in scores.intervals().items():
-        assert low <= figures[name] <= high, name
+        # Where all chunks have one ratio, all three are the same but for rounding.
+        assert low <= figures[name] <= high or figures[name] == pytest.approx(low, rel=1e-12), name
 
 
 def test_what_both_models_find_difficult_cancels_in_the_ratio():

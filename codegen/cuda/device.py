@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .driver import Driver
+from .driver import Driver, reserved
 from .emulator import Launch, Sparse
 from .kernel import CudaKernel, EmittedKernel
-from .program.session import reserved
 from .proof import check_outputs, proof_runs
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
 from ..errors import KernelError, OutOfMemoryError
 from ..targets import cuda
 from ..targets.cuda import CAPABILITY_MAJOR, CAPABILITY_MINOR
+
+_MIB = 1 << 20
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _CAPTURE_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -366,3 +369,36 @@ class Driver:
             reason = text.value.decode() if text.value else f"error {failed}"
             kind = {_OUT_OF_MEMORY: OutOfMemoryError, **dict.fromkeys(_BAD_IMAGES, ImageError)}.get(failed, KernelError)
             raise kind(f"the CUDA driver refuses {name}: {reason}")
+
+
+@contextmanager
+def reserved(
+    driver: Driver, sizes: dict[str, int], purpose: str, stream: c_void_p | None = None
+) -> Iterator[tuple[dict[str, int], list[c_void_p]]]:
+    """Blocks of a device's memory, and a list of the graphs that are captured over them: all of it is given back where
+    the work with them raises.
+
+    Args:
+        driver: the device.
+        sizes: bytes by name. A block of no bytes has some all the same, which no kernel reads.
+        purpose: what takes the memory, in words.
+        stream: where blocks are zeroed; see :meth:`Driver.allocate`.
+
+    Raises:
+        OutOfMemoryError: it has not so much left; says how much there is.
+    """
+    blocks, graphs = dict[str, int](), list[c_void_p]()
+    try:
+        for name, size in sizes.items():
+            blocks[name] = driver.allocate(max(size, 1), stream)
+        yield blocks, graphs
+    except BaseException as error:
+        driver.forget(graphs, memory=blocks.values())
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        free, whole = (size / _MIB for size in driver.memory())
+        raise OutOfMemoryError(
+            f"{purpose} {sum(sizes.values()) / _MIB:.0f} MiB of {driver.name}'s memory, of which {free:.0f} of"
+            f" {whole:.0f} MiB are free; stop what else uses the device, ask for fewer tokens or sequences, or use"
+            " --target cpu"
+        ) from error

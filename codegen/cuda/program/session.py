@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from ...backend import StateTensor
-from ...errors import KernelError, OutOfMemoryError
+from ...errors import KernelError
 from ...sampling import Draw
 from ...sizes import CAPACITY_MULTIPLE, FIXED_STATE, PAST, STATE, WEIGHTS
-from ..driver import Driver, Number
+from ..driver import Driver, Number, reserved
 from .launches import PART, Arena, Argument, LaunchList, Place, Result
 
 TOKEN, MASK, POSITION, SAMPLING, ARENA = "input_ids", "attention_mask", "position_ids", "sampling", "arena"
@@ -31,8 +30,6 @@ TOKEN, MASK, POSITION, SAMPLING, ARENA = "input_ids", "attention_mask", "positio
 WORTH_A_PART = 8
 """Fewer tokens than this are fed one by one. A part computes all its tokens, padding included; from where on that takes
 less time has not been measured."""
-
-_MIB = 1 << 20
 
 Launched = tuple[Any, tuple[int, int, int], tuple[int, int, int], list[Number]]
 """A launch in a session: the function, its block and grid, and its arguments."""
@@ -90,39 +87,6 @@ class DeviceProgram:
             at += part.nbytes
         if at != whole:
             raise KernelError(f"a program of {whole} bytes of weights is given {at}")
-
-
-@contextmanager
-def reserved(
-    driver: Driver, sizes: dict[str, int], purpose: str, stream: c_void_p | None = None
-) -> Iterator[tuple[dict[str, int], list[c_void_p]]]:
-    """Blocks of a device's memory, and a list of the graphs that are captured over them: all of it is given back where
-    the work with them raises.
-
-    Args:
-        driver: the device.
-        sizes: bytes by name. A block of no bytes has some all the same, which no kernel reads.
-        purpose: what takes the memory, in words.
-        stream: where blocks are zeroed; see :meth:`..driver.Driver.allocate`.
-
-    Raises:
-        OutOfMemoryError: it has not so much left; says how much there is.
-    """
-    blocks, graphs = dict[str, int](), list[c_void_p]()
-    try:
-        for name, size in sizes.items():
-            blocks[name] = driver.allocate(max(size, 1), stream)
-        yield blocks, graphs
-    except BaseException as error:
-        driver.forget(graphs, memory=blocks.values())
-        if not isinstance(error, OutOfMemoryError):
-            raise
-        free, whole = (size / _MIB for size in driver.memory())
-        raise OutOfMemoryError(
-            f"{purpose} {sum(sizes.values()) / _MIB:.0f} MiB of {driver.name}'s memory, of which {free:.0f} of"
-            f" {whole:.0f} MiB are free; stop what else uses the device, ask for fewer tokens or sequences, or use"
-            " --target cpu"
-        ) from error
 
 
 @dataclass

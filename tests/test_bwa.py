@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 from graphs import context as no_probe
@@ -25,14 +24,12 @@ from lbllm_compile.passes.ir import exact, graph_json
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import Lower
-from reference_kernels import ReferenceKernels
 from rtn import planes
 from stages import annotated, apply, batches, context, quantized
 from test_kernels import FAMILIES, build
-from test_zoo import agree
+from test_zoo import agree, decodes_as_the_executor
 
 from lbllm_compile import artifact, recipe, runtime
-from lbllm_compile.runtime import CompiledModel
 
 lbllm = torch.ops.lbllm
 
@@ -351,13 +348,4 @@ def test_a_stored_model_runs_natively_as_on_the_executor(tmp_path):
     artifact.save(lowered, tmp_path / "out", lock={})
     model = runtime.load(tmp_path / "out")
     assert model.native is not None
-    executor = CompiledModel(lowered, ReferenceKernels())
-    item = batches(1, rows=2, length=25, seed=6)[0]
-    ids, mask = item["input_ids"], item["attention_mask"]
-    wanted = executor.logits(ids, mask)
-    agree(model.logits(ids, mask), wanted, mask.bool())
-    session = model.session(2)
-    session.start(mask[:, :20].numpy())
-    parts = [ids[:, :20], *ids[:, 20:].split(1, 1)]
-    steps = np.stack([session.step(part.numpy()) for part in parts], 1)
-    agree(torch.from_numpy(steps), wanted[:, 19:], mask[:, 19:].bool())
+    decodes_as_the_executor(model, lowered, batches(1, rows=2, length=25, seed=6)[0], prompt=20)

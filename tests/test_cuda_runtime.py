@@ -158,6 +158,14 @@ def fault(driver: Driver, program: DeviceProgram) -> None:
     driver.synchronize()
 
 
+def stored(cubin: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], DeviceProgram]:
+    """Stores the made-up program; what loads it on the stand-in, as a load of an artifact does."""
+    monkeypatch.setattr(cuda, "LIBRARY", standin.driver())
+    Image(launch_list(), cubin, "sm_90", "13.0").write(folder / "image")
+    (folder / "weights").write_bytes(np.float32(1).tobytes())
+    return lambda: on_device(folder / "image", folder / "weights", [], Target.parse("cuda"))
+
+
 def test_steps_and_parts_of_a_growing_sequence(made: Make) -> None:
     session = made(weight=0.5).sequence(16)
     session.feed(TOKENS[:10])
@@ -250,14 +258,12 @@ def test_what_a_fault_says_is_not_replaced_and_the_context_is_released(cubin: by
 def test_behind_a_fault_no_other_driver_is_advised(
     made: Make, cubin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "LIBRARY", standin.driver())
-    Image(launch_list(), cubin, "sm_90", "13.0").write(tmp_path / "image")
-    (tmp_path / "weights").write_bytes(np.float32(1).tobytes())
+    load = stored(cubin, tmp_path, monkeypatch)
     before, program = held(), made()
     with pytest.raises(KernelError, match="unspecified launch failure"):
         fault(program.driver, program)
     with pytest.raises(KernelError, match=r"refuses cuModuleLoadData: unspecified launch failure$"):
-        on_device(tmp_path / "image", tmp_path / "weights", [], Target.parse("cuda"))
+        load()
     assert held()[2] == before[2] + 1
 
 
@@ -374,12 +380,10 @@ def test_a_program_that_the_collector_ends_during_a_capture(
     made: Make, cubin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its sequence; what is captured stays valid, and the memory is given back behind it."""
-    monkeypatch.setattr(cuda, "LIBRARY", standin.driver())
-    Image(launch_list(), cubin, "sm_90", "13.0").write(tmp_path / "image")
-    (tmp_path / "weights").write_bytes(np.float32(1).tobytes())
+    load = stored(cubin, tmp_path, monkeypatch)
     driver = made().driver
     stream, before = driver.new_stream(), held(driver)
-    old = on_device(tmp_path / "image", tmp_path / "weights", [], Target.parse("cuda"))
+    old = load()
     old.cycle = [old, old.sequence(16)]  # type: ignore[attr-defined]
     between = held(driver)
     assert between[2] == before[2] + 1 and between[-1] < before[-1]
@@ -399,12 +403,10 @@ def test_a_program_is_given_back_as_it_ends(
     made: Make, cubin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing is captured nobody has to ask for memory first."""
-    monkeypatch.setattr(cuda, "LIBRARY", standin.driver())
-    Image(launch_list(), cubin, "sm_90", "13.0").write(tmp_path / "image")
-    (tmp_path / "weights").write_bytes(np.float32(1).tobytes())
+    load = stored(cubin, tmp_path, monkeypatch)
     driver = made().driver
     before = held(driver)
-    program = on_device(tmp_path / "image", tmp_path / "weights", [], Target.parse("cuda"))
+    program = load()
     session = program.sequence(16)
     assert held(driver) != before
     del session, program

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import numpy as np
 import pytest
 import torch
 from graphs import context as no_probe
@@ -29,18 +28,16 @@ from lbllm_compile.passes.ir.program import Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
 from lbllm_compile.passes.lower import Lower
 from oracle import Oracle
-from reference_kernels import ReferenceKernels
 from rtn import KNEES, planes
 from rtn import simulate as quantized_linears
 from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
 from test_kernels import FAMILIES, build
 from test_lower import two_linears
-from test_zoo import agree, inputs
+from test_zoo import agree, decodes_as_the_executor, inputs
 from zoo import ZOO, captured
 
 from lbllm_compile import artifact, recipe, runtime
 from lbllm_compile.lowering.executor import requirements
-from lbllm_compile.runtime import CompiledModel
 
 lbllm = torch.ops.lbllm
 
@@ -436,17 +433,8 @@ def test_a_stored_model_runs_natively_as_on_the_executor(tmp_path):
     artifact.save(lowered, tmp_path / "out", lock={})
     model = runtime.load(tmp_path / "out")
     assert model.native is not None and model.native.description.merged
-    executor = CompiledModel(lowered, ReferenceKernels())
     for batch, length, prompt in ((1, 9, 3), (3, 25, 20)):
-        item = inputs(batch, length)
-        ids, mask = item["input_ids"], item["attention_mask"]
-        wanted = executor.logits(ids, mask)
-        agree(model.logits(ids, mask), wanted, mask.bool())
-        session = model.session(batch)
-        session.start(mask[:, :prompt].numpy())
-        parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
-        steps = np.stack([session.step(part.numpy()) for part in parts], 1)
-        agree(torch.from_numpy(steps), wanted[:, prompt - 1 :], mask[:, prompt - 1 :].bool())
+        decodes_as_the_executor(model, lowered, inputs(batch, length), prompt)
 
 
 @pytest.mark.slow

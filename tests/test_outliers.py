@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 
-import numpy as np
 import pytest
 import torch
 from graphs import normal, rewrites
@@ -21,15 +20,13 @@ from lbllm_compile.passes.ir.program import Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls, operands_of
 from lbllm_compile.passes.outliers import Outliers, order_of
 from lbllm_compile.passes.ptq import Ptq
-from reference_kernels import ReferenceKernels
 from stages import annotated, apply, batches, context
-from test_zoo import agree
+from test_zoo import agree, decodes_as_the_executor
 from zoo import ZOO
 
 from lbllm_compile import ablate, artifact, evaluate, explain, recipe, runtime
 from lbllm_compile.ablate import Parts
 from lbllm_compile.html_report.weights import code_shares
-from lbllm_compile.runtime import CompiledModel
 
 lbllm, aten = torch.ops.lbllm, torch.ops.aten
 
@@ -299,16 +296,7 @@ def test_a_stored_model_runs_natively_as_on_the_executor(tmp_path):
     artifact.save(lowered, tmp_path / "out", lock={})
     model = runtime.load(tmp_path / "out")
     assert model.native is not None
-    executor = CompiledModel(lowered, ReferenceKernels())
-    item = batches(1, rows=2, length=25, seed=6)[0]
-    ids, mask = item["input_ids"], item["attention_mask"]
-    wanted = executor.logits(ids, mask)
-    agree(model.logits(ids, mask), wanted, mask.bool())
-    session = model.session(2)
-    session.start(mask[:, :20].numpy())
-    parts = [ids[:, :20], *ids[:, 20:].split(1, 1)]
-    steps = np.stack([session.step(part.numpy()) for part in parts], 1)
-    agree(torch.from_numpy(steps), wanted[:, 19:], mask[:, 19:].bool())
+    decodes_as_the_executor(model, lowered, batches(1, rows=2, length=25, seed=6)[0], prompt=20)
 
 
 def test_outlier_columns_are_explained_in_their_shape(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from lbllm_compile.passes import pipeline
@@ -69,6 +70,19 @@ def agree(actual: Tensor, expected: Tensor, seen: Tensor) -> None:
     figures = scores.summary()
     assert figures["kld_mean"] <= 1e-3
     assert figures["top1_agreement"] >= 0.99
+
+
+def decodes_as_the_executor(model: CompiledModel, lowered: Program, item: dict[str, Tensor], prompt: int) -> None:
+    """Holds a loaded model's logits of a batch against the executor's: of all tokens at once, and of single ones behind
+    so many that are fed as a prompt."""
+    ids, mask = item["input_ids"], item["attention_mask"]
+    wanted = CompiledModel(lowered, ReferenceKernels()).logits(ids, mask)
+    agree(model.logits(ids, mask), wanted, mask.bool())
+    session = model.session(len(ids))
+    session.start(mask[:, :prompt].numpy())
+    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
+    steps = np.stack([session.step(part.numpy()) for part in parts], 1)
+    agree(torch.from_numpy(steps), wanted[:, prompt - 1 :], mask[:, prompt - 1 :].bool())
 
 
 def pad(logits: Tensor) -> Tensor:

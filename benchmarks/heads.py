@@ -36,6 +36,9 @@ FORMS = (
     "head{bits=4,sequences=0}",
     "head{bits=4,group=32,embedding=4}",
     "head{bits=4,embedding=4}",
+    "head{bits=2,group=32}",
+    "head{bits=2}",
+    "head{bits=2,embedding=4}",
 )
 """The pass with its options, a row each."""
 
@@ -78,7 +81,7 @@ def measure(options: argparse.Namespace) -> None:
         (item,) = pipeline.parse(text)
         quantized = item.apply(program, context).program
         figures = scorer.score(quantized)
-        assert figures is not None, "a head of 4 or 8 bits gives finite logits"
+        assert figures is not None, "a quantized head gives finite logits"
         cells = [f"{figures['ppl']:.2f}", f"{figures['kld_mean']:.4f}", f"{100 * figures['top1_agreement']:.1f} %"]
         cells += [f"{size / 1e6:.1f}" for size in sizes(quantized)]
         print(f"| `{text}` | {' | '.join(cells)} |", flush=True)
@@ -109,7 +112,13 @@ def time_kernels(rows: int, columns: int, trials: int) -> None:
 
     from lbllm_compile.report.terminal import make_progress
 
-    forms = {"int8": ("int8", 64), "int4 g64": ("int4", 64), "int4 g32": ("int4", 32)}
+    forms = {
+        "int8": ("int8", 64),
+        "int4 g64": ("int4", 64),
+        "int4 g32": ("int4", 32),
+        "W(1+1) g64": ("bit", 64),
+        "W(1+1) g32": ("bit", 32),
+    }
     specs = {name: LinearSpec(kind, rows, columns, group, 8) for name, (kind, group) in forms.items()}
     kernels = KernelSet.build(
         specs.values(), [], Target.parse("cpu"), trials=trials, progress=make_progress(harness.CONSOLE)

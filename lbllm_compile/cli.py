@@ -214,7 +214,7 @@ def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 _MODELLING = (
     "target", "recipe", "preset", "pipeline", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense",
-    "bits", "max_kl", "context", "device",
+    "bits", "max_kl", "budget_over", "context", "device",
 )  # fmt: skip
 """What decides what a model becomes."""
 
@@ -609,8 +609,8 @@ def ablate(
 
 @app.command("compare")
 @_takes(
-    "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl", "context",
-    "device", "seed", "fresh",
+    "preset", "calibration", "group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl",
+    "budget_over", "context", "device", "seed", "fresh",
 )  # fmt: skip
 def compare_command(
     options: CompileOptions,

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lbllm_compile import artifact, frontend, greedy, origin
 from lbllm_compile.codegen.errors import LbllmError
+from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.codegen.targets import Target
@@ -39,7 +40,7 @@ from lbllm_compile.frontend import UserModel
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.lower import readers, stored_int4, stored_weights
+from lbllm_compile.passes.lower import planes_of_heads, readers, stored_int4, stored_weights
 from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime.loader import prepared
@@ -454,7 +455,8 @@ def sizes(program: Program, original: UserModel | None) -> dict[str, Any]:
     """``bytes_original``, the original's weights in 16 bit (None without it); ``bytes_compiled``, all weights of the
     artifact, embedding and head included; ``bytes_decoder``, those of its decoder layers' linears; and the figures of
     :func:`bits_per_weight`."""
-    parts = {f"{path}.{part}" for path in stored_weights(program) for part in WEIGHT} | _kept_float(program)
+    planes = stored_weights(program).keys() - planes_of_heads(program)
+    parts = {f"{path}.{part}" for path in planes for part in WEIGHT} | _kept_float(program)
     parts |= {path for path, _ in program.parameters() if path.startswith(_outliers(program))}
     stored = {path: tensor.numel() * tensor.element_size() for path, tensor in program.parameters()}
     whole = None
@@ -492,17 +494,22 @@ def bits_per_weight(program: Program) -> dict[str, float | None]:
     Linears are the W(1+1) ones, with their outlier columns, and those that were kept float; None where there are
     neither.
     """
-    matrices = stored_weights(program).values()
-    decoder_weights = sum(math.prod(w.sign.shape[:-1]) * w.in_features for w in matrices)
-    decoder_bits = sum(w.stored_bits for w in matrices)
+    heads, matrices = planes_of_heads(program), stored_weights(program)
+    decoder = [weight for path, weight in matrices.items() if path not in heads]
+    decoder_weights = sum(_weights(w) for w in decoder)
+    decoder_bits = sum(w.stored_bits for w in decoder)
     kept = _kept_float(program)
     other_weights = other_bits = 0
-    planes = {f"{path}.{part}" for path in stored_weights(program) for part in WEIGHT}
+    planes = {f"{path}.{part}" for path in matrices.keys() - heads for part in WEIGHT}
     stored = dict(program.parameters())
-    # A head that was tied to an embedding with int8 rows is stored again, but is no further weights.
+    # A head that was tied to an embedding of another form is stored again, but is no further weights.
     codes = {
         f"{path}.codes": 0 if f"{path}.rows" in stored else w.out_features * w.in_features
         for path, w in stored_int4(program).items()
+    }
+    codes |= {
+        f"{path}.sign": 0 if {f"{path}.rows", f"{path}.codes"} & stored.keys() else _weights(matrices[path])
+        for path in heads
     }
     outliers, describing = _outliers(program), _describing(program)
     for path, tensor in stored.items():
@@ -520,6 +527,11 @@ def bits_per_weight(program: Program) -> dict[str, float | None]:
         "bits_per_weight": decoder_bits / decoder_weights if decoder_weights else None,
         "bits_per_weight_file": whole,
     }
+
+
+def _weights(matrix: QuantizedWeight) -> int:
+    """Weights of a W(1+1) matrix, or of a stack of them."""
+    return math.prod(matrix.sign.shape[:-1]) * matrix.in_features
 
 
 def _resampled_means(values: Sequence[Tensor]) -> Tensor | None:

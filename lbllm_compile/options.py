@@ -39,6 +39,9 @@ class Flag:
     choices: tuple[str | int, ...] = ()
 
 
+BUDGET_OVER = ("layers", "model")
+"""What a limit may be on."""
+
 FORMAT, WORK, LOOK = "What it becomes", "How much is done, and where", "Looking at what happens"
 """Parts of the help."""
 
@@ -58,6 +61,7 @@ class CompileOptions:
         keep_dense: linears that stay float, whatever the scheme says; ``*`` leaves the whole model as it is.
         bits, max_kl: a limit under which the group of every linear is chosen, or that it stays float, see
             :mod:`lbllm_compile.passes.budget`.
+        budget_over: what the limit is on: the linears of the decoder ``layers``, or the whole ``model``.
         fallback: ``dense`` keeps linears float whose kernels are slower than float ones on this machine, see
             :mod:`lbllm_compile.fallback`.
         context: tokens that a language model shall attend to at most, see :func:`lbllm_compile.frontend.capture`.
@@ -122,6 +126,15 @@ class CompileOptions:
     max_kl: Annotated[
         float | None,
         Flag("choose them for the fewest bits at so much KL divergence behind stage 1, in nats, e.g. 0.5", FORMAT),
+    ] = None
+    budget_over: Annotated[
+        str | None,
+        Flag(
+            "what --bits or --max-kl counts and chooses for: layers, or model, embedding and head too [default:"
+            " layers]",
+            FORMAT,
+            choices=BUDGET_OVER,
+        ),
     ] = None
     fallback: Annotated[
         str | None,

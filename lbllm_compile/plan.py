@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import RenderableType
@@ -30,7 +30,7 @@ from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.backend import Prediction, predicting, predictions
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.levels import FREE
-from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, int4_bytes, int8_bytes, matrix_bytes
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, matrix_bytes
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.doctor import memory
@@ -39,10 +39,11 @@ from lbllm_compile.options import CompileOptions
 from lbllm_compile.passes import annotate, canonicalize, pipeline, ptq
 from lbllm_compile.passes.activate import Activate, quantizer_scheme
 from lbllm_compile.passes.base import Pass, PassContext
-from lbllm_compile.passes.budget import MEASURED_TOKENS
+from lbllm_compile.passes.budget import MEASURED_TOKENS, Budget
 from lbllm_compile.passes.calibrate import sensitivity
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
 from lbllm_compile.passes.finetune import Finetune
+from lbllm_compile.passes.head import FITTED, Head
 from lbllm_compile.passes.ir import spool
 from lbllm_compile.passes.ir.annotations import LinearInfo
 from lbllm_compile.passes.ir.program import CPU, get_attribute
@@ -225,7 +226,7 @@ def make_plan(options: CompileOptions) -> Plan:
     linears = tuple(_treatment(linear, passes) for linear in found)
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
-    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, model, _keeps_head(model, found))
+    artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, model, found)
     tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
     text = _sampling_bytes(model, preset, options)
     size, work = footprint_of(model, found, passes, preset, artifact, text)
@@ -301,15 +302,24 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
             of_loud = QuantizeSpec(outliers, 0, max(8, _option(passes, "activate", "bits", 4)))
             found.append((LinearSpec("int8", rows, outliers, 0, of_loud.bits, per_token=True), of_loud))
         return found
-    bits = _option(passes, "head", "bits", 16)
-    if info.role == "head" and bits < 16:
-        group = _option(passes, "head", "group", DEFAULT_GROUP)
-        of_input = QuantizeSpec(columns, group if info.scheme.act_group is None else info.scheme.act_group, 8)
-        per_token = of_input.group == 0
-        if bits == 4:
-            return [(LinearSpec("int4", rows, columns, group, 8, per_token), of_input)]
-        return [(LinearSpec("int8", rows, columns, of_input.group, 8, per_token), of_input)]
+    head = _head(passes)
+    if info.role == "head" and (form := head.form(info.scheme)).bits < 16:
+        group = info.scheme.act_group
+        of_input = QuantizeSpec(columns, (form.group or head.group) if group is None else group, 8)
+        kind: Literal["bit", "int4", "int8"] = "int8" if form.bits == 8 else "int4" if form.bits == 4 else "bit"
+        group = form.group or of_input.group
+        return [(LinearSpec(kind, rows, columns, group, 8, per_token=of_input.group == 0), of_input)]
     return []
+
+
+def _head(passes: Sequence[Pass]) -> Head:
+    """The pass that quantizes embedding and head; one that leaves them where the pipeline has none."""
+    return next((item for item in passes if isinstance(item, Head)), Head(bits=16))
+
+
+def _over_model(passes: Sequence[Pass]) -> Budget | None:
+    """The budget of a pipeline that counts embedding and head, too."""
+    return next((item for item in passes if isinstance(item, Budget) and item.over == "model"), None)
 
 
 def footprint_of(
@@ -492,20 +502,18 @@ def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
         size = f"W(1+1) g{group}" if limit is None else "W(1+1) or float, as the budget chooses"
         kept = f", {outliers} columns int8 A8" if outliers else ""
         text = f"{size}{levels}" + _activations(info.scheme, passes) + kept
-    elif info.role == "head" and (bits := _option(passes, "head", "bits", 16)) < 16:
-        after, text = _head_form(passes, bits, rows, columns)
-        text += ", A8"
+    elif info.role == "head" and (form := _head(passes).form(info.scheme)).bits < 16:
+        after, text = form.bytes(rows, columns), f"{_FORMS[form.bits]}{f' g{form.group}' if form.group else ''}, A8"
+        if (budget := _over_model(passes)) and not info.scheme.bits:
+            after = int(budget.bits * linear.weights / 8) if budget.bits else after
+            text = "int8, int4, W(1+1) or float, as the budget chooses, A8"
     else:
         after, text = 4 * linear.weights, "float"
     return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
 
 
-def _head_form(passes: Sequence[Pass], bits: int, rows: int, columns: int) -> tuple[int, str]:
-    """Bytes of a matrix that the pass ``head`` stores in so many bits, and what that is in words."""
-    if bits == 8:
-        return int8_bytes(rows, columns), "int8 per row"
-    group = _option(passes, "head", "group", DEFAULT_GROUP)
-    return int4_bytes(rows, columns, group), f"int4 g{group}"
+_FORMS = {8: "int8 per row", 4: "int4", 2: "W(1+1)"}
+"""What a head of so many bits is, in words."""
 
 
 def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:
@@ -544,26 +552,28 @@ def _keeps_head(model: frontend.UserModel, found: Sequence[_Linear]) -> bool:
     return all(linear.info.role != "head" for linear in found)
 
 
-def _rest_bytes(passes: Sequence[Pass], rest: int, model: frontend.UserModel, keeps_head: bool) -> int:
+def _rest_bytes(passes: Sequence[Pass], rest: int, model: frontend.UserModel, found: Sequence[_Linear]) -> int:
     """Bytes of what is no linear: the embedding as the pass ``head`` stores it, norms and biases in float32.
 
     Args:
         rest: numbers that are no linear's.
-        keeps_head: the output head stays float.
+        found: all linears.
     """
     if model.kind != "causal-lm":
         return 4 * max(0, rest)
     embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and bool(getattr(model.module.config, "tie_word_embeddings", False))
     weights = 0 if tied else embedding.weight.numel()
-    of_head = _option(passes, "head", "bits", 16)
-    bits = _option(passes, "head", "embedding", 8) if of_head == 4 else of_head
-    if keeps_head or bits == 16:
+    item, heads = _head(passes), [x.info.scheme for x in found if x.info.role == "head"]
+    form, budget = item.form_beside(heads), _over_model(passes)
+    if _keeps_head(model, found) or form.bits == 16:
         own = 4 * weights
-    elif tied and bits == of_head:
+    elif budget and budget.bits and not any(scheme.bits for scheme in heads):
+        own = int(budget.bits * weights / 8)
+    elif tied and form in map(item.form, heads):
         own = 0  # the head's
     else:
-        own = _head_form(passes, bits, *embedding.weight.shape)[0]
+        own = form.bytes(*embedding.weight.shape)
     return own + 4 * max(0, rest - weights)
 
 
@@ -595,6 +605,8 @@ def _seconds(
     result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
     if any(item.name == "budget" for item in passes):
         result["budget"] = _budget_seconds(weights, everything, layers, tokens, passes, speed)
+        heads = sum(x.weights for x in found if x.info.role == "head")
+        result["budget"] += _forms_seconds(heads, everything, tokens, passes, speed)
     for stage in ("distill", "activate"):
         if work.get(stage) and _option(passes, stage, "epochs", 0):
             result[_TITLES[stage]] += everything * min(tokens, sensitivity.TOKENS) * speed.seconds(_CHANNELS)
@@ -619,7 +631,7 @@ def _budget_seconds(
     """Every choice is fitted, run and weighed by gradients on a few tokens, one of each input in the whole model; the
     choice for all is fitted as a whole, under ``max_kl`` twice at most."""
     entries = parse(_option(passes, "budget", "choices", ""))
-    fitted = sum(not entry.dense for entry in entries)
+    fitted = sum(not (entry.dense or entry.of_head) for entry in entries)
     few = min(tokens, sensitivity.TOKENS)
     measured = min(tokens, MEASURED_TOKENS)
     wholes = 2 if _option(passes, "budget", "max_kl", 0.0) else 1
@@ -627,6 +639,18 @@ def _budget_seconds(
     gradients = everything * few * speed.seconds(_CHANNELS)
     runs = _INPUTS * weights * (fitted * few + layers * measured / 2) * speed.seconds(_CHAIN)
     return fits + gradients + runs
+
+
+def _forms_seconds(heads: int, everything: int, tokens: int, passes: Sequence[Pass], speed: Speed) -> float:
+    """The head's inputs are seen twice; each of its forms is fitted to them and run through the model, the chosen one
+    in the end once more."""
+    budget = _over_model(passes)
+    if budget is None:
+        return 0.0
+    forms = [dict(entry.settings)["bits"] for entry in parse(budget.choices) if entry.of_head]
+    few, measured = min(tokens, sensitivity.TOKENS), min(tokens, MEASURED_TOKENS)
+    fits = (sum(bits in FITTED for bits in forms) + 1) * heads * few * speed.seconds(_COSTS["ptq"])
+    return fits + everything * (2 * few + (len(forms) + 1) * measured) * speed.seconds(_CHAIN)
 
 
 _TITLES = {

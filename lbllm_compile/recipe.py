@@ -15,12 +15,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.errors import suggestion
 from lbllm_compile.codegen.levels import DUAL, FREE
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
-from lbllm_compile.options import OptionError
+from lbllm_compile.codegen.targets import parse_targets
+from lbllm_compile.options import BUDGET_OVER, OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
+from lbllm_compile.passes.budget import without_codes
 
 ALIGN_BATCH = 4
 """Sequences of a step where levels train in stage 2's place."""
@@ -207,9 +210,10 @@ class Choices:
     keep_dense: tuple[str, ...] = ()
     bits: float | None = None
     max_kl: float | None = None
+    budget_over: str | None = None
 
 
-_IN_PIPELINE = ("group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl")
+_IN_PIPELINE = ("group", "act_bits", "kv_bits", "scheme", "keep_dense", "bits", "max_kl", "budget_over")
 """Choices that pipeline text makes itself."""
 
 
@@ -284,7 +288,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
             )
         return given
     recipe = RECIPES[choices.recipe]
-    limit = _limit(choices)
+    limit = _limit(choices, target)
     group = _one_of("group", choices.group, recipe.group, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, recipe.act_bits, ACTIVATION_BITS)
     weight_only = act_bits == recipe.act_bits == 16
@@ -328,14 +332,17 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     ]
 
 
-def _limit(choices: Choices) -> dict[str, float]:
-    """The option of the pass ``budget`` that is asked for; empty where there is no limit.
+def _limit(choices: Choices, target: str) -> dict[str, float | str]:
+    """The options of the pass ``budget`` that are asked for; none where there is no limit.
 
     Raises:
         OptionError: it cannot be, or contradicts another option.
     """
-    given = {name: getattr(choices, name) for name in ("bits", "max_kl") if getattr(choices, name) is not None}
-    for name, value in given.items():
+    given: dict[str, Any] = {}
+    for name in ("bits", "max_kl"):
+        if (value := getattr(choices, name)) is None:
+            continue
+        given[name] = value
         flag = f"--{name.replace('_', '-')}"
         if not 0 < value < math.inf:
             raise OptionError(f"{flag} cannot be {value:g}; give a number above 0, e.g. {_LIMITS[name]}")
@@ -349,7 +356,17 @@ def _limit(choices: Choices) -> dict[str, float]:
             )
     if len(given) > 1:
         raise OptionError("--bits and --max-kl contradict each other; give one of them")
-    return given
+    over = choices.budget_over
+    if over is None:
+        return given
+    if over not in BUDGET_OVER:
+        raise OptionError(f"--budget-over cannot be '{over}'; choose {' or '.join(BUDGET_OVER)}")
+    if not given:
+        raise OptionError("--budget-over says what a limit is on; give --bits or --max-kl with it")
+    if over == "layers":
+        return given
+    coded = all(backend_of(each).has_int4 for each in parse_targets(target))
+    return {**given, "over": over, **({} if coded else {"choices": without_codes()})}
 
 
 _LIMITS = {"bits": 2.5, "max_kl": 0.5}

@@ -212,7 +212,9 @@ class Activate(Pass):
         if knees:
             groups.append(Group(tuple(knees.values()), self.lr_knees * scale, low=-KNEE_LOGIT, high=KNEE_LOGIT))
         for path, weight in levels.items():
-            deviation = float(get_attribute(teacher.module, path).float().std())
+            # Columns of outliers, which are last and loud, have no levels that could train.
+            trained = get_attribute(teacher.module, path)[..., : packed[path].in_features]
+            deviation = float(trained.float().std())
             groups.append(Group((weight.parameters,), self.lr_levels * deviation * scale))
 
         def parameters() -> dict[str, Tensor]:

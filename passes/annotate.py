@@ -130,7 +130,9 @@ def shared_scheme(behind: Sequence[fx.Node]) -> Scheme:
 def completed(linear: fx.Node) -> Scheme:
     """The scheme of a quantized linear with what the options of passes decided, as the operators of its graph tell."""
     info = linear.meta.get(LINEAR)
-    return replace(Scheme() if info is None else info.scheme, **schemes.told(linear))
+    if info is None:
+        return replace(Scheme(), **schemes.told(linear, head=False))
+    return replace(info.scheme, **schemes.told(linear, info.role == "head"))
 
 
 def _asked(info: LinearInfo) -> str:
@@ -379,7 +381,10 @@ SLOWER = "its kernel is slower than a float one"
 """Why a linear of ``slower`` stays float."""
 
 HEAD_KEYS = ("act-group",)
-"""Settings that an output head has; its weights are as the pass ``head`` says, and its input has 8 bits."""
+"""Settings that an output head has beside its form; its input has 8 bits."""
+
+HEAD_FORM = ("bits", "group", "embedding")
+"""Settings of the form itself, in an entry that has ``bits``; without one the pass ``head`` says it."""
 
 
 def choose(
@@ -406,6 +411,7 @@ def choose(
             raise PassError(
                 f"scheme: '{entry}' cannot set outliers; use the pass 'outliers', which finds and moves them"
             )
+        _check_form(entry)
         if entry.dense:
             keep(matched, f"kept by the pattern '{entry.pattern}'")
             continue
@@ -462,8 +468,26 @@ def matched_paths(modules: Mapping[str, set[str]], pattern: str, option: str) ->
 
 def _keys(info: LinearInfo, entry: Entry) -> tuple[str, ...]:
     """The settings of an entry that concern a linear."""
-    allowed = {"decoder": tuple(schemes.KEYS), "head": HEAD_KEYS}.get(info.role, ())
+    if entry.of_head:
+        allowed = (*HEAD_FORM, *HEAD_KEYS) if info.role == "head" else ()
+    else:
+        allowed = {"decoder": tuple(schemes.KEYS), "head": HEAD_KEYS}.get(info.role, ())
     return tuple(key for key, _ in entry.settings if key in allowed)
+
+
+def _check_form(entry: Entry) -> None:
+    """Refuses settings that only heads have and others in one entry, which would be for different linears."""
+    keys = [key for key, _ in entry.settings]
+    if not entry.of_head and "embedding" in keys:
+        raise PassError(
+            f"scheme: '{entry}' sets embedding, which goes with bits=4 or bits=2 of an output head; give bits"
+        )
+    foreign = [key for key in keys if key not in (*HEAD_FORM, *HEAD_KEYS)]
+    if entry.of_head and foreign:
+        raise PassError(
+            f"scheme: '{entry}' cannot set {foreign[0]}: bits is of output heads, which have group, embedding and"
+            " act-group beside it; give other linears an entry without bits"
+        )
 
 
 def _check_schemes(infos: Sequence[LinearInfo]) -> None:
@@ -476,11 +500,22 @@ def _check_schemes(infos: Sequence[LinearInfo]) -> None:
                 " act-group=0"
             )
         other = by_weight.setdefault(info.weight, info)
-        if other.role == info.role == "decoder" and other.scheme != info.scheme:
+        if {other.role, info.role} == {"decoder", "dense"}:
+            kept, quantized = (other, info) if other.role == "dense" else (info, other)
+            raise PassError(
+                f"'{kept.path}', which stays float ({kept.reason}), and '{quantized.path}' share one weight, which"
+                " cannot be both; keep both float with --keep-dense, or quantize both"
+            )
+        if other.role == info.role and _of_weight(other) != _of_weight(info):
             raise PassError(
                 f"scheme: '{other.path}' ({_asked(other)}) and '{info.path}' ({_asked(info)}) share one weight; give"
                 " both the same"
             )
+
+
+def _of_weight(info: LinearInfo) -> Scheme:
+    """The part of a linear's scheme that all linears over its weight share: of a head all but its input's groups."""
+    return replace(info.scheme, act_group=None) if info.role == "head" else info.scheme
 
 
 def _rows(program: Program) -> list[dict[str, object]]:

@@ -14,9 +14,14 @@ is solved exactly (:mod:`.calibrate.knapsack`): with ``bits`` the least divergen
 fewest bits. Then the model that this gives is fitted and measured as a whole; under ``max_kl`` costs are scaled by what
 that shows, the choice is made once more, and where it is another, that model is measured, too.
 
-What ``annotate`` was told of a linear stands: a linear whose scheme has a group keeps it, one that is dense stays so,
-and both count. The graph stays as it is; what was chosen is in the linears' schemes, which later passes follow and
-dumps show.
+With ``over=model`` embedding and head are chosen, too, together, because an embedding may be tied to the head: for the
+head the entries of ``choices`` that have ``bits``, and ``dense``. What each form costs is measured outright, as the
+divergence of the float model with it alone, and what counts are all matrices of the model as they are stored, one that
+is tied once (twice where its readers get two forms of it).
+
+What ``annotate`` was told of a linear stands: a linear whose scheme has a group keeps it, a head whose scheme has bits
+keeps these, one that is dense stays so, and all count. The graph stays as it is; what was chosen is in the linears'
+schemes, which later passes follow and dumps show.
 
 Given::
 
@@ -26,6 +31,10 @@ Result::
 
     %q = aten.linear(%x, %w) {path="model.layers.0.self_attn.q_proj", role="decoder", scheme="group=128"}
 
+and with ``over=model``::
+
+    %logits = aten.linear(%h, %embed) {path="lm_head", role="head", scheme="bits=4 group=64 embedding=4"}
+
 Comes behind ``annotate`` (and ``smooth``), before ``observe``; needs calibration batches.
 """
 
@@ -33,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -59,15 +68,23 @@ from .calibrate.layers import (
 from .calibrate.precision import Precision, matrix_products
 from .calibrate.sensitivity import channel_weights, first_tokens
 from .calibrate.training import reconstruction
+from .head import FITTED, Form, Head, outside_matrices
 from .ir import scheme as schemes
 from .ir.annotations import LINEAR, LinearInfo, linears
-from .ir.program import Program, copy_module, get_attribute
-from .ir.scheme import Entry, Scheme
+from .ir.program import LAYER, Program, copy_module, get_attribute, set_attribute
+from .ir.rewrite import UNPACKED, calls, constant, make_attribute, same_storage
+from .ir.scheme import Entry, Scheme, SchemeError
 from .ir.spool import release, trim
 from .observe import Observe, nothing_to_quantize
 from .ptq import BATCH, Ptq, Statistic
 
-CHOICES = "*: group=32; *: group=64; *: group=128; *: group=256; *: dense"
+HEADS = (
+    "*: bits=8; *: bits=4 group=32; *: bits=4 group=64; *: bits=4 group=32 embedding=4; *: bits=4 group=64 embedding=4;"
+    " *: bits=2 group=32; *: bits=2 group=64; *: bits=2 group=64 embedding=4"
+)
+"""What an output head may become, and the token embedding beside it."""
+
+CHOICES = f"*: group=32; *: group=64; *: group=128; *: group=256; {HEADS}; *: dense"
 
 DENSE_BITS = 32
 """Bits of a weight that stays float, as stored."""
@@ -81,6 +98,12 @@ all but exact fit does to the output is lost in rounding."""
 
 _UNLIMITED = 1e300
 """A divergence that every choice keeps within."""
+
+
+def without_codes() -> str:
+    """The choices without heads and embeddings of 4-bit codes, for targets that have no kernels for them."""
+    entries = schemes.parse(CHOICES)
+    return schemes.render([entry for entry in entries if dict(entry.settings).get("bits") != 4])
 
 
 @dataclass(frozen=True)
@@ -107,12 +130,12 @@ class Site:
 
     Attributes:
         paths: of the linears.
-        layer: their decoder layer.
+        layer: their decoder layer; None for output heads.
         options: by rising size.
     """
 
     paths: tuple[str, ...]
-    layer: int
+    layer: int | None
     options: tuple[Option, ...]
 
     @property
@@ -127,17 +150,21 @@ class Budget(Pass):
     """Chooses the schemes of linears under a limit; see the module's description.
 
     Attributes:
-        bits: most bits per weight, as stored, on average over the linears of the decoder layers; 0 sets no limit.
+        bits: most bits per weight, as stored, on average over what is chosen for; 0 sets no limit.
         max_kl: most divergence of the output from the float model's, as it is behind ``ptq`` with float activations:
             of a language model the mean KL divergence in nats, of another module the relative error; 0 sets no limit.
             Exactly one of the two is set.
+        over: what is chosen for, and counted: the linears of the decoder ``layers``, or all matrices of the ``model``,
+            the output head and the token embedding among them.
         choices: what linears may become, as entries of a scheme (:mod:`.ir.scheme`), each a choice for the linears that
-            its pattern matches.
+            its pattern matches; those with ``bits`` are for output heads, and ``dense`` leaves a head and the token
+            embedding float.
         precision: of the layers' matrix products; fits and divergences are float32.
     """
 
     bits: Rate = 0.0
     max_kl: Rate = 0.0
+    over: Literal["layers", "model"] = "layers"
     choices: str = CHOICES
     precision: Precision = "auto"
 
@@ -160,12 +187,18 @@ class Budget(Pass):
             raise PassError("budget needs calibration batches; give a calibration text")
         if any(info.scheme.outliers for _, info in linears(program)):
             raise PassError("budget does not count the channels that keep 8 bits; leave 'outliers' out, or budget")
-        found = sites(program, schemes.parse(self.choices))
+        entries = schemes.parse(self.choices)
+        found, heads = sites(program, entries), self._heads(program, entries)
         kept, weights = _kept(program), _decoder_weights(program)
-        self._check(found, kept, weights)
+        if self.over == "model":
+            kept += 0 if heads else outside_bits(program)
+            weights += sum(matrix.numel() for matrix in outside_matrices(program).values())
+        self._check([*found, *heads], kept, weights)
         batches = tuple(first_tokens(calibration_batches(program, context.calibration, 1)))
-        costs = Costs.of(program, replace(context, calibration=batches), self.precision)
-        table = costs.table(found)
+        head = Head() if self.over == "model" else None
+        costs = Costs.of(program, replace(context, calibration=batches), self.precision, head)
+        table = [*costs.table(found), *(costs.of_head(program, site) for site in heads)]
+        found += heads
         chosen = self._choose(found, table, kept, weights, 1.0)
         predicted = sum(row[index] for row, index in zip(table, chosen, strict=True))
         measured = costs.measured(with_choice(program, found, chosen))
@@ -185,6 +218,14 @@ class Budget(Pass):
         bits = kept + sum(site.options[index].bits for site, index in zip(found, chosen, strict=True))
         summary = {"bits": bits / weights, "predicted": predicted, "measured": measured}
         return PassResult(with_choice(program, found, chosen), _rows(found, table, chosen), summary)
+
+    def _heads(self, program: Program, entries: Sequence[Entry]) -> list[Site]:
+        """What is to be chosen outside the decoder layers: the output heads, in one, or nothing."""
+        site = head_site(program, entries) if self.over == "model" else None
+        if site is not None and self.max_kl == _UNLIMITED:
+            # The smallest one will be taken, whatever the others would cost.
+            site = replace(site, options=site.options[:1])
+        return [] if site is None else [site]
 
     def _check(self, found: Sequence[Site], kept: int, weights: int) -> None:
         """Refuses bits that no choice meets, before the work."""
@@ -231,7 +272,7 @@ def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
         PassError: a pattern matches nothing, linears have no choice, or a weight would have two.
     """
     modules = modules_of(info for _, info in linears(program))
-    covered = {entry: matched_paths(modules, entry.pattern, "choices") for entry in entries}
+    covered = {entry: matched_paths(modules, entry.pattern, "choices") for entry in entries if not entry.of_head}
     found = []
     users = {info.weight: info.path for _, info in linears(program) if info.role != "decoder"}
     for nodes in decoder_linears(program.graph).values():
@@ -253,6 +294,64 @@ def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
         ordered = sorted(options.values(), key=lambda option: option.bits)
         found.append(Site(tuple(info.path for info in behind), behind[0].layer, tuple(ordered)))
     return found
+
+
+def head_site(program: Program, entries: Sequence[Entry]) -> Site | None:
+    """What is to be chosen for the output heads and the token embedding; None where no head is to be quantized.
+
+    Choices that contradict what ``annotate`` was told of a head's input are left out. So are those that store all that
+    another choice makes do with, and a coarser form for the head: of a matrix that is tied the head then had better
+    read what the embedding does.
+
+    Raises:
+        PassError: a pattern matches nothing, or there is no choice.
+    """
+    heads = [info for _, info in linears(program) if info.role == "head"]
+    if not heads:
+        return None
+    modules = modules_of(info for _, info in linears(program))
+    options: dict[tuple[Scheme, ...], Option] = {}
+    stored: dict[tuple[Scheme, ...], set[tuple[str, Form]]] = {}
+    for entry in entries:
+        if not (entry.dense or entry.of_head):
+            continue
+        paths = matched_paths(modules, entry.pattern, "choices")
+        if not all(info.path in paths for info in heads):
+            continue
+        try:
+            made = tuple(info.scheme if info.scheme.bits else entry.on(info.scheme) for info in heads)
+        except SchemeError:
+            continue
+        own = {info.path: scheme for info, scheme in zip(heads, made, strict=True)}
+        trial = _with_schemes(program, own)
+        options[made] = Option(own, outside_bits(trial))
+        stored[made] = {(site.path, site.form) for site in Head().sites(trial)}
+    if not options:
+        raise PassError(f"budget: none of the choices is for '{heads[0].path}'; add one, e.g. '*: bits=8'")
+    useful = [
+        option
+        for made, option in options.items()
+        if not any(stored[other] < stored[made] and _finer(other, made) for other in options)
+    ]
+    ordered = sorted(useful, key=lambda option: option.bits)
+    return Site(tuple(info.path for info in heads), None, tuple(ordered))
+
+
+def _finer(one: Sequence[Scheme], other: Sequence[Scheme]) -> bool:
+    """Whether heads have more bits under the first schemes than under the others."""
+    return all((a.bits or 0) > (b.bits or 0) for a, b in zip(one, other, strict=True))
+
+
+def outside_bits(program: Program) -> int:
+    """Bits of the matrices outside the decoder layers, as they are stored under the linears' schemes."""
+    sizes = Head().sizes(program)
+    stored = [get_attribute(program.module, path) for path in sizes]
+    kept = [
+        matrix
+        for matrix in outside_matrices(program).values()
+        if not any(same_storage(matrix, other) for other in stored)
+    ]
+    return 8 * sum(sizes.values()) + DENSE_BITS * sum(matrix.numel() for matrix in kept)
 
 
 def _under(info: LinearInfo, entry: Entry) -> Scheme:
@@ -293,6 +392,11 @@ def with_choice(program: Program, found: Sequence[Site], chosen: Sequence[int]) 
         for site, index in zip(found, chosen, strict=True)
         for path, scheme in site.options[index].schemes.items()
     }
+    return _with_schemes(program, wanted)
+
+
+def _with_schemes(program: Program, wanted: Mapping[str, Scheme]) -> Program:
+    """The same program with other schemes on some linears, by path."""
     program = program.copy()
     for node, info in linears(program):
         if info.path in wanted:
@@ -329,6 +433,7 @@ class Costs:
         context: has the calibration tokens.
         precision: of matrix products.
         kind: the program's.
+        head: quantizes embedding and head; None where they stay float.
     """
 
     layers: Layers
@@ -340,9 +445,10 @@ class Costs:
     context: PassContext
     precision: Precision
     kind: str
+    head: Head | None = None
 
     @classmethod
-    def of(cls, program: Program, context: PassContext, precision: Precision) -> Costs:
+    def of(cls, program: Program, context: PassContext, precision: Precision, head: Head | None = None) -> Costs:
         layers = split(Observe().apply(program, context).program)
         layers = replace(layers, epilogue=layers.epilogue.on(context.device))
         done = context.checkpoints.load("budget-channels", 0)
@@ -360,7 +466,7 @@ class Costs:
             for layer in layers.layers:
                 ends.advance(layer)
                 task.advance()
-        return cls(layers, chain, tokens, short, ends, channels, context, precision, program.kind)
+        return cls(layers, chain, tokens, short, ends, channels, context, precision, program.kind, head)
 
     def table(self, found: Sequence[Site]) -> list[list[float]]:
         """The divergence that every option of every site causes alone; finished layers are checkpoints."""
@@ -382,6 +488,33 @@ class Costs:
                 trim()
                 task.advance()
         return [costs[site.paths] for site in found]
+
+    def of_head(self, program: Program, site: Site) -> list[float]:
+        """The divergence that every form of head and embedding causes alone; finished forms are checkpoints.
+
+        Args:
+            program: the float one.
+            site: of the heads.
+        """
+        head, checkpoints = self.head or Head(), self.context.checkpoints
+        hessians: Mapping[str, Tensor] | None = None
+        costs: list[float] = []
+        with self.context.progress.task("budget: what forms of the head cost", len(site.options)) as task:
+            for index, option in enumerate(site.options):
+                done = checkpoints.load(f"{Budget.name}-head", index)
+                if done is None:
+                    divergence = 0.0
+                    if option.quantizes:
+                        if hessians is None and any(scheme.bits in FITTED for scheme in option.schemes.values()):
+                            hessians = head.hessians(program, self.context)
+                        trial = head.quantized(_with_schemes(program, option.schemes), hessians or {})
+                        divergence = self._of(trial.program)
+                    done = {}, {"divergence": divergence}
+                    checkpoints.save(f"{Budget.name}-head", index, *done)
+                costs.append(done[1]["divergence"])
+                trim()
+                task.advance()
+        return costs
 
     def _layer(
         self,
@@ -503,12 +636,32 @@ class Costs:
         kept = PassCheckpoints(self.context.checkpoints, f"{Budget.name}-{prefix}")
         context = replace(self.context, checkpoints=kept)
         observed = Observe().apply(program, context).program
-        layers = split(Ptq(precision=self.precision).apply(observed, context).program)
-        layers = replace(layers, epilogue=layers.epilogue.on(context.device))
-        values = Activations(self.tokens, context.device)
+        fitted = Ptq(precision=self.precision).apply(observed, context).program
+        return self._of(fitted if self.head is None else self.head.apply(fitted, context).program)
+
+    def _of(self, program: Program) -> float:
+        """The mean divergence of a program's output from the float model's."""
+        layers = split(_unpacked_outside(program))
+        layers = replace(layers, epilogue=layers.epilogue.on(self.context.device))
+        values = Activations(self.tokens, self.context.device)
         for stage in (layers.prologue, *layers.layers):
             values.advance(stage)
         return self._divergence(layers, values)
+
+
+def _unpacked_outside(program: Program) -> Program:
+    """The program with the matrices outside the decoder layers dequantized: computed, they would be among the values
+    that every layer hands on."""
+    program = program.copy()
+    for node in calls(program.graph, *UNPACKED):
+        if node.meta.get(LAYER) is None:
+            path = f"{node.name}_dequantized"
+            set_attribute(program.module, path, node.target(*(constant(program.module, part) for part in node.args)))
+            with program.graph.inserting_before(node):
+                node.replace_all_uses_with(make_attribute(program.graph, path, node))
+            program.graph.erase_node(node)
+    program.module.recompile()
+    return program
 
 
 def _with_weights(stage: Stage, weights: Mapping[str, Tensor]) -> Stage:

@@ -277,6 +277,12 @@ def stored_weights(program: Program) -> dict[str, QuantizedWeight]:
     return found
 
 
+def planes_of_heads(program: Program) -> set[str]:
+    """Paths of the W(1+1) matrices of a lowered program that output heads read; the others are of decoder layers."""
+    found = _stored_parts(program)
+    return {path for node, path, _ in found if LINEAR in node.meta and node.meta[LINEAR].role == "head"}
+
+
 def stored_int4(program: Program) -> dict[str, Int4Weight]:
     """Every 4-bit matrix of a lowered program under its original path, e.g. ``lm_head.weight``.
 

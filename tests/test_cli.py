@@ -128,7 +128,7 @@ def test_verbs_describe_the_options_they_share_alike(monkeypatch: pytest.MonkeyP
     lacking = {
         "plan": {"fallback", "out", "work_dir", "seed", "fresh", "no_sheet"} | look,
         "preflight": {"fallback", "out", "work_dir", "fresh", "no_sheet"} | look,
-        "ablate": {"target", "pipeline", "bits", "max_kl", "fallback", "out", "no_sheet"} | look,
+        "ablate": {"target", "pipeline", "bits", "max_kl", "budget_over", "fallback", "out", "no_sheet"} | look,
     }
     for verb, absent in lacking.items():
         text = shown_help(verb)

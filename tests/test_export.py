@@ -55,37 +55,37 @@ def smoothed(name: str) -> Program:
 
 
 @functools.cache
-def with_int4(name: str, options: str) -> Program:
-    """A lowered model with a head of 4 bits."""
+def with_head(name: str, options: str) -> Program:
+    """A lowered model with a head of few bits."""
     simulated = simulate(apply(captured(name)[1], "canonicalize,annotate"))
-    text = f"head{{bits=4,group=32,{options}}},merge,lower,cache,cleanup"
+    text = f"head{{group=32,{options}}},merge,lower,cache,cleanup"
     return apply_passes(simulated, text, PassContext(probe=inputs(2, 9), calibration=batches(2))).program
 
 
-INT4 = [
+HEADS = [
     pytest.param(name, options, id=f"{name} {options}")
     for name in ("llama", "llama-tied")
-    for options in ("embedding=4,sequences=0", "embedding=8")
+    for options in ("bits=4,embedding=4,sequences=0", "bits=4", "bits=2", "bits=2,embedding=4")
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), INT4)
-def test_heads_of_four_bits_are_exported_as_they_are(name, options, tmp_path):
+@pytest.mark.parametrize(("name", "options"), HEADS)
+def test_heads_of_few_bits_are_exported_as_they_are(name, options, tmp_path):
     """A head that was tied to an embedding with int8 rows is written apart from it."""
-    program = with_int4(name, options)
+    program = with_head(name, options)
     out = tmp_path / "dense"
     export.export(saved(program, tmp_path), "hf-dense", out, dtype="float32")
     assert relative_error(weight_only_logits(program), logits_of(out)) < 1e-5
-    apart = "embedding=8" in options or name == "llama"
+    apart = name == "llama" or options != "bits=4,embedding=4,sequences=0"
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) == apart
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*INT4[:1], *(pytest.param(*each.values, id=each.id, marks=pytest.mark.slow) for each in INT4[1:])],
+    [*HEADS[:1], *(pytest.param(*each.values, id=each.id, marks=pytest.mark.slow) for each in HEADS[1:])],
 )
-def test_heads_of_four_bits_run_natively_as_their_operators_define(name, options, tmp_path):
-    program = with_int4(name, options)
+def test_heads_of_few_bits_run_natively_as_their_operators_define(name, options, tmp_path):
+    program = with_head(name, options)
     loaded = artifact.load(saved(program, tmp_path)).program
     found = build_native(loaded, kernels_of(loaded), tmp_path)
     assert found is not None

@@ -130,17 +130,100 @@ def test_a_four_bit_embedding_that_is_tied_reads_the_heads_codes():
     rewrites(Head(bits=4, embedding=4, sequences=0), TIED, expected, context(IDS), kind="causal-lm")
 
 
+W11_TIED = """
+    %ids: i64[1, 3] = input input_ids
+    %mask = input attention_mask
+    %sign: u8[7, 5] = weight head.weight.sign
+    %bitmap: u8[7, 5] = weight head.weight.bitmap
+    %levels: i8[7, 2, 4] = weight head.weight.levels
+    %scale: f16[7, 2] = weight head.weight.scale
+    %head: f32[7, 40] = lbllm.unpack_weight(%sign, %bitmap, %levels, %scale, 40, 32)
+    %rows: i8[7, 40] = weight head.weight.rows
+    %row_scale: f32[7] = weight head.weight.row_scale
+    %embed: f32[7, 40] = lbllm.unpack_rows(%rows, %row_scale)
+    %flat = aten.view(%ids, [-1, 3])
+    %x = aten.embedding(%embed, %flat)
+    %clip: f32[2] = weight head.input_clip
+    %quantized: f32[1, 3, 40] = lbllm.fake_quantize(%x, %clip, 8, 32)
+    %y = aten.linear(%quantized, %head) {path="head", role="head"}
+    return %y
+"""
+
+
+def test_a_tied_pair_becomes_a_head_of_planes_and_an_int8_embedding():
+    rewrites(Head(bits=2, group=32, sequences=0), TIED, W11_TIED, context(IDS), kind="causal-lm")
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "sequences": 0}, {"bits": 16}])
+def test_the_form_that_a_scheme_gives_a_head_wins_over_the_options(options):
+    told = 'role="head", scheme="bits=2 group=32"'
+    before, expected = (text.replace('role="head"', told) for text in (TIED, W11_TIED))
+    given = dataclasses.replace(context(IDS), calibration=[IDS])
+    rewrites(Head(**options), before, expected, given, kind="causal-lm")
+
+
+def test_a_scheme_says_how_many_bits_the_embedding_has_beside_a_head():
+    told = UNTIED.replace('role="head"', 'role="head", scheme="bits=2 group=32 embedding=4"')
+    after = Head(sequences=0).apply(parse(told, kind="causal-lm"), context()).program
+    paths = {path.rpartition(".")[0]: path.rpartition(".")[2] for path, _ in after.parameters() if "weight." in path}
+    assert paths == {"head.weight": "scale", "embed.weight": "code_scale"}
+    assert get_attribute(after.module, "embed.weight.code_scale").shape == (7, 2)
+
+
+def test_a_head_of_planes_is_closer_than_its_weights_rounded_and_farther_than_codes():
+    few = {"input_ids": torch.arange(8)[None]}
+    given = dataclasses.replace(context(few), calibration=[few] * 4)
+    before = parse(FITTED, kind="causal-lm")
+    errors = {}
+    for bits, sequences in ((2, 0), (2, 4), (4, 4)):
+        after = Head(bits=bits, sequences=sequences).apply(before, given)
+        errors[bits, sequences] = float((after.program.run(few) - before.run(few)).norm() / before.run(few).norm())
+    assert errors[4, 4] < errors[2, 4] < 0.6 * errors[2, 0]
+    assert [row["bits"] for row in Head(bits=2).apply(before, given).rows] == [8, 2]
+
+
+def test_sizes_are_those_of_the_stored_tensors():
+    for options in (
+        {},
+        {"bits": 4, "group": 32},
+        {"bits": 4, "embedding": 4},
+        {"bits": 2},
+        {"bits": 2, "embedding": 4},
+    ):
+        item = Head(**options, sequences=0)
+        for text in (TIED, UNTIED):
+            before = parse(text, kind="causal-lm")
+            stored: dict[str, int] = {}
+            for path, tensor in item.apply(before, context(IDS)).program.parameters():
+                if ".weight." in path:
+                    owner = path.rpartition(".")[0]
+                    stored[owner] = stored.get(owner, 0) + tensor.nbytes
+            assert item.sizes(before) == stored
+
+
+def test_heads_over_one_matrix_have_one_group():
+    text = TIED.replace(
+        "    return %y",
+        '    %z = aten.linear(%x, %w) {path="second", weight="head.weight", role="head", scheme="bits=4 group=32"}\n'
+        "    %both = aten.add.Tensor(%y, %z)\n    return %both",
+    )
+    with pytest.raises(PassError, match="read one matrix with 4 bits, in groups of 64 and of 32; give both the same"):
+        Head(bits=4, sequences=0).apply(parse(text, kind="causal-lm"), context())
+
+
+FITTED = """
+    %ids = input input_ids
+    %embed: f32[90, 64] = weight embed.weight
+    %x = aten.embedding(%embed, %ids)
+    %w: f32[90, 64] = weight head.weight
+    %y = aten.linear(%x, %w) {path="head", role="head"}
+    return %y
+"""
+
+
 def test_a_four_bit_head_is_fitted_to_the_inputs_it_gets():
     """The calibration uses eight tokens of the vocabulary: on these the logits are much closer than rounded ones."""
-    text = """
-        %ids = input input_ids
-        %embed: f32[90, 64] = weight embed.weight
-        %x = aten.embedding(%embed, %ids)
-        %w: f32[90, 64] = weight head.weight
-        %y = aten.linear(%x, %w) {path="head", role="head"}
-        return %y
-    """
-    before = parse(text, kind="causal-lm")
+    before = parse(FITTED, kind="causal-lm")
     few = {"input_ids": torch.arange(8)[None]}
     errors = []
     for sequences in (0, 4):
@@ -170,7 +253,7 @@ def test_what_a_four_bit_head_cannot_have_is_refused(options, text, message):
 def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(PassError, match="needs groups of one of"):
         Head(bits=4, group=0)
-    with pytest.raises(PassError, match="goes with bits=4 alone"):
+    with pytest.raises(PassError, match="goes with bits=4 or bits=2"):
         Head(embedding=4)
 
 

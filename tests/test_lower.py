@@ -118,7 +118,7 @@ def test_embedding_and_head_lower_to_int8():
         %values: i8[2, 3, 40] = getitem(%quantized, 0)
         %scale: f32[2, 3, 1] = getitem(%quantized, 1)
         %y: f32[2, 3, 7] = lbllm.int8_linear(%values, %scale, %rows, %row_scale, None, 64) {
-            path="head", role="head", scheme="act=8 act-group=64 codebook=none", in_features=40}
+            path="head", role="head", scheme="bits=8 act=8 act-group=64 codebook=none", in_features=40}
         return %y
     """
     weights = {"head.weight.row_scale": normal(7).abs(), "head.input_clip": torch.ones(2)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -10,10 +11,12 @@ import torch
 from graphs import normal, rewrites
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.format import planes_to_codes
-from lbllm_compile.passes import pipeline
+from lbllm_compile.passes import activate, pipeline
 from lbllm_compile.passes.annotate import LINEAR, Annotate, matrix_count
 from lbllm_compile.passes.base import PassContext, PassError
 from lbllm_compile.passes.calibrate.fit import factor, fit
+from lbllm_compile.passes.calibrate.layers import calibration_batches
+from lbllm_compile.passes.calibrate.training import step_scale
 from lbllm_compile.passes.ir import exact, graph_json
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program, get_attribute
@@ -227,6 +230,30 @@ def test_stage_1_can_leave_outliers_their_order_alone():
     program = apply(moved, "ptq{group=32,outliers=false}", data).program
     assert not [info for _, info in linears(program) if info.role == "outliers" or info.scheme.outliers]
     assert calls(program.graph, lbllm.unpack_weight.default) and not calls(program.graph, lbllm.unpack_rows.default)
+
+
+def test_levels_train_at_the_rate_of_their_own_columns(monkeypatch):
+    """Outliers have no levels, so how far they spread does not say how far a level may go."""
+
+    class SeenError(Exception):
+        pass
+
+    def seen(groups, *_):
+        raise SeenError(groups)
+
+    moved = apply(annotated(), "outliers{share=0.1}", context()).program
+    get_attribute(moved.module, "model.layers.0.mlp.down_proj.weight")[:, -10:] *= 100
+    data = dataclasses.replace(context(), teacher=moved)
+    fitted = apply(moved, "observe,ptq{group=32}", data).program
+    monkeypatch.setattr(activate, "train_epochs", seen)
+    with pytest.raises(SeenError) as raised:
+        apply(fitted, "activate{epochs=1,group=32}", data)
+    (groups,) = raised.value.args
+    infos = [info for _, info in linears(moved) if info.layer == 0]
+    weights = [(get_attribute(moved.module, info.weight), info.scheme.outliers) for info in infos]
+    deviations = [float(weight[:, : weight.shape[1] - count].std()) for weight, count in weights]
+    scale = activate.Activate().lr_levels * step_scale(len(calibration_batches(moved, data.calibration, 4)))
+    assert sorted(group.rate for group in groups[1:]) == pytest.approx(sorted(scale * d for d in deviations))
 
 
 def test_the_ablation_compares_them_where_a_recipe_has_them():

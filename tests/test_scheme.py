@@ -52,6 +52,8 @@ ENTRIES = st.builds(
             "act-group": st.sampled_from((0, 32, 64)),
             "codebook": st.sampled_from(CODEBOOKS),
             "outliers": st.integers(1, 500),
+            "bits": st.sampled_from((2, 4, 8)),
+            "embedding": st.sampled_from((4, 8)),
         },
     ).flatmap(lambda settings: st.permutations(list(settings.items())).map(tuple)),
 )
@@ -136,6 +138,12 @@ def test_later_entries_win_setting_by_setting():
     assert schemes["lm_head"] == ""
 
 
+def test_an_entry_with_bits_is_for_heads_alone_and_is_their_whole_form():
+    found = chosen("*: group=128; *: bits=4 group=32 embedding=4; lm_head: act-group=0; lm_head: bits=2")
+    assert found["lm_head"].scheme == Scheme(bits=2, act_group=0)
+    assert {str(info.scheme) for path, info in found.items() if path != "lm_head"} == {"group=128"}
+
+
 def test_dense_is_keep_dense():
     text, option = chosen("model.layers.0.self_attn: dense; lm_head: dense"), chosen("", keep_dense=("*.0.self_attn",))
     path = "model.layers.0.self_attn.q_proj"
@@ -150,6 +158,11 @@ def test_dense_is_keep_dense():
     [
         ("*.donw_proj: group=32", r"scheme: the pattern '\*.donw_proj' matches no linear; did you mean '\*.down_proj'"),
         ("lm_head: group=32", "none of the linears that 'lm_head' matches has the settings"),
+        ("*.q_proj: bits=4", "none of the linears that '\\*.q_proj' matches has the settings"),
+        ("*: bits=4 act=8", "cannot set act: bits is of output heads, which have group, embedding and act-group"),
+        ("*: group=32 embedding=4", "sets embedding, which goes with bits=4 or bits=2 of an output head"),
+        ("lm_head: bits=8 group=32", "group=32 does not go with bits=8: int8 rows have a scale a row"),
+        ("lm_head: bits=8 embedding=4", "embedding=4 needs bits=4 or bits=2 beside it"),
         ("*.down_proj: act-group=32", "has act-group=32 and no group"),
         ("*.down_proj: group=32 act-group=32; *.1.*: group=64", "'.*1.mlp.down_proj' cannot have .* does not go with"),
         (
@@ -311,7 +324,7 @@ def test_a_lowered_program_says_its_schemes(mixed):
         "1.mlp.gate_proj": Scheme(32, "free", 4, 32, "none"),  # of other levels than up, so not merged with it
         "1.mlp.up_proj": Scheme(32, "symmetric", 4, 32, "none"),
         "1.mlp.down_proj": Scheme(64, "free", 8, 64, "none"),
-        "lm_head": Scheme(None, "free", 8, 64, "none"),
+        "lm_head": Scheme(None, "free", 8, 64, "none", bits=8),
     }
     rules = {path: bool(is_symmetric(weight.levels).all()) for path, weight in stored_weights(mixed).items()}
     assert {path for path, symmetric in rules.items() if symmetric} == {

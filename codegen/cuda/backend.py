@@ -28,6 +28,7 @@ class CudaBackend:
     kind: TargetKind = CudaKind()
     eager = False
     searches = False
+    has_int4 = False
     entry_points: Sequence[EntryPoint] = (TOKEN, PART)
 
     def present(self, target: Target) -> bool:

@@ -30,7 +30,7 @@ from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import Node, calls, constant, is_call
-from lbllm_compile.passes.lower import stored_int4, stored_weights
+from lbllm_compile.passes.lower import planes_of_heads, stored_int4, stored_weights
 from lbllm_compile.passes.outliers import ORDER
 
 TOLERANCE = 1e-4
@@ -79,12 +79,15 @@ def original(program: Program) -> Original:
             f"{what} cannot be exported: the loudest channels of its inputs have moved (pass 'outliers'), which no"
             " format of an export has; run, chat and serve take the artifact as it is"
         )
-    bit, rows = stored_weights(program), _int8_rows(program)
+    planes, rows = stored_weights(program), _int8_rows(program)
     shared = stored_int4(program)
-    int4 = _apart(program, shared, rows)
+    apart = _apart(program)
+    int4 = {apart[path] if path in apart and path in rows else path: weight for path, weight in shared.items()}
+    heads = {path: apart[path] for path in planes_of_heads(program) if path in {**rows, **shared}}
+    bit = {heads.get(path, path): weight for path, weight in planes.items()}
     dropped = (COMPILED_CONTEXT, "quantization_config")
     config = {k: v for k, v in program.config.items() if k not in dropped}
-    if int4.keys() != shared.keys():
+    if int4.keys() != shared.keys() or bit.keys() != planes.keys():
         config["tie_word_embeddings"] = False
     empty = skeleton_of(config, what)
     foreign = sorted((bit.keys() | int4.keys() | rows.keys()) - empty.state_dict().keys())
@@ -102,16 +105,16 @@ def _moves_outliers(program: Program) -> bool:
     return any(info.role == "outliers" for _, info in linears(program)) or any(orders)
 
 
-def _apart(
-    program: Program, int4: Mapping[str, Int4Weight], rows: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, Int4Weight]:
-    """4-bit matrices, that of a head under its own path where the embedding that it was tied to has int8 rows."""
-    heads = {
-        str(Arguments(node).codes.target).removesuffix(".codes"): f"{info.path}.weight"
-        for node, info in linears(program)
-        if node.target is _lbllm.int4_linear.default
-    }
-    return {heads[path] if path in rows else path: weight for path, weight in int4.items()}
+def _apart(program: Program) -> dict[str, str]:
+    """Paths of their own for the matrices of heads of 4 or 2 bits, by the path that each is stored under: what a matrix
+    takes where the embedding that the head was tied to has another form."""
+    found: dict[str, str] = {}
+    for node, info in linears(program):
+        if info.role == "head" and is_call(node, _lbllm.int4_linear.default, _lbllm.bit_linear.default):
+            arguments = Arguments(node)
+            part = arguments.codes if is_call(node, _lbllm.int4_linear.default) else arguments.sign
+            found[str(part.target).rpartition(".")[0]] = f"{info.path}.weight"
+    return found
 
 
 def _int8_rows(program: Program) -> dict[str, tuple[Tensor, Tensor]]:

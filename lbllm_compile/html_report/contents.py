@@ -143,6 +143,7 @@ _TABLES = {
     _lbllm.int8_linear.default: ("int8", "head"),
     _lbllm.int4_embedding.default: ("4-bit", "embedding"),
     _lbllm.int4_linear.default: ("4-bit", "head"),
+    _lbllm.bit_linear.default: ("W(1+1)", "head"),
 }
 """Operators that read the embedding or the head: in what form, and which of the two."""
 
@@ -157,7 +158,8 @@ def parts_of(program: Program) -> dict[str, str]:
     users: dict[str, set[str]] = {}
     for path, read in readers(program).items():
         for node, name in read:
-            if is_call(node, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
+            of_head = LINEAR in node.meta and node.meta[LINEAR].role == "head"
+            if is_call(node, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default) and not of_head:
                 planes[path] = _PARTS[name]
             elif LINEAR in node.meta and node.meta[LINEAR].role == "outliers":
                 outliers[path] = "int8 outlier columns"

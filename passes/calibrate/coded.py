@@ -1,4 +1,4 @@
-"""Fitting the 4-bit codes of an output head to the inputs that a calibration saw.
+"""Fitting the codes or planes of an output head to the inputs that a calibration saw.
 
 Weights alone tell little of what an error costs: a few channels of a head's input are a hundred times as loud as most.
 As in :mod:`.fit`, later columns make up for the errors of earlier ones under the Hessian ``H = mean(x x^T)`` (GPTQ,
@@ -12,10 +12,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ...codegen.format import Int4Weight, pack_codes
+from ...codegen.format import Int4Weight, QuantizedWeight, pack_codes
+from ...codegen.levels import FREE
 from ..base import PassContext
 from ..ir.program import Program
-from .fit import Factor
+from .fit import Factor, fit
 from .int4 import fit_scales, fit_table, nearest_codes
 from .layers import Activations, Values, calibration_batches, segments, split
 from .moments import BATCH
@@ -75,6 +76,15 @@ def _fit_rows(weight: Tensor, factored: Factor, table: Tensor) -> tuple[Tensor, 
     root = factored.root.t()
     lost, whole = (float((root @ part).square().sum(dtype=torch.float64)) for part in (original - quantized, original))
     return pack_codes(restored), scales, lost, whole
+
+
+def fit_planes(weight: Tensor, factored: Factor, group: int) -> tuple[QuantizedWeight, float]:
+    """Fits W(1+1) to a matrix ``[N, K]``, see :func:`.fit.fit`; arguments and results are as those of
+    :func:`fit_int4`."""
+    parts = [fit(rows, factored, group) for rows in weight.split(_ROWS_AT_ONCE)]
+    codes, levels = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "levels"))
+    error, norm = (sum(float(getattr(part, name).double().sum()) for part in parts) for name in ("error", "norm"))
+    return QuantizedWeight.from_codes(codes, levels, group, FREE.quantize), error / max(norm, 1e-30)
 
 
 @torch.no_grad()

@@ -456,7 +456,7 @@ def _scheme(value: Any, what: str) -> Scheme:
     names = tuple(f.name for f in dataclasses.fields(Scheme))
     fields = dict(_object(value, f"{what}'s scheme", optional=names))
     _integer(fields.get("outliers", 0), f"{what}'s outliers", 0, MAX_DIMENSION)
-    for name in ("group", "act_bits", "act_group"):
+    for name in ("bits", "group", "act_bits", "act_group", "embedding"):
         if fields.get(name) is not None:
             _integer(fields[name], f"{what}'s {name}", 0, MAX_DIMENSION)
     for name in ("levels", "codebook"):
@@ -474,8 +474,9 @@ def _check_scheme(node: Node, what: str) -> None:
     """Checks that a linear's scheme says what its operators do."""
     if LINEAR not in node.meta or not isinstance(node.target, torch._ops.OpOverload):
         return
-    scheme = node.meta[LINEAR].scheme
-    for name, value in told(node).items():
+    info = node.meta[LINEAR]
+    scheme = info.scheme
+    for name, value in told(node, info.role == "head").items():
         if getattr(scheme, name) not in (None, value):
             raise GraphFormatError(
                 f"{what} has {value} as {name}, and {getattr(scheme, name)} in its scheme; the artifact is damaged"

@@ -4,6 +4,9 @@
 pattern over module paths and, behind a colon, what holds for the linears that it matches: ``dense``, or settings as
 ``key=value``. Later entries win: a setting replaces that of an earlier entry, ``dense`` replaces all of them, and a
 setting behind ``dense`` quantizes the linear after all. What no entry sets is left to the options of the passes.
+
+An entry with ``bits`` is for output heads alone, and gives the form of their weights as a whole: ``lm_head: bits=4
+group=32 embedding=4``. Other entries are for the linears of the decoder layers; heads have their ``act-group``, too.
 """
 
 from __future__ import annotations
@@ -28,13 +31,21 @@ CODEBOOKS = ("none", "knees", "planes")
 """Codes of 4-bit activations: uniform over a clipped range, or places in a table that two knees, or the scales of four
 binary planes, shape."""
 
+HEAD_BITS = (2, 4, 8)
+"""Bits of an output head's weights: W(1+1), 4-bit codes, int8 rows."""
+
+EMBEDDING_BITS = (4, 8)
+"""Bits of the token embedding beside a head of fewer than 8: codes or int8 rows."""
+
 KEYS = {
+    "bits": "bits",
     "group": "group",
     "levels": "levels",
     "act": "act_bits",
     "act-group": "act_group",
     "codebook": "codebook",
     "outliers": "outliers",
+    "embedding": "embedding",
 }
 """Keys of the text, and the fields of :class:`Scheme` that they set."""
 
@@ -50,13 +61,15 @@ class Scheme:
     """How a linear is quantized. A field that is None is as the options of ``ptq``, ``activate`` and ``head`` say.
 
     Attributes:
-        group: input columns per group of levels; None for an output head, too, which has no levels.
+        group: input columns per group of levels, or per scale of 4-bit codes; None for int8 rows, which have no groups.
         levels: name of the level rule (:mod:`lbllm_compile.codegen.levels`).
         act_bits: of the input: 4, 8 or 16.
         act_group: channels per scale of the input: 0 for one scale per token, else the weights' group.
         codebook: for 4-bit inputs ``knees`` or ``planes``, where these shape a table; else ``none``.
         outliers: the last columns of the weight and channels of the input that have 8 bits, which the pass ``outliers``
             put there.
+        bits: of an output head's weights: 8 (int8 rows), 4 (codes) or 2 (W(1+1)); None for every other linear.
+        embedding: bits of the token embedding beside a head of 4 or 2 bits: 8 or 4.
         dense: the linear stays float.
 
     Raises:
@@ -69,6 +82,8 @@ class Scheme:
     act_group: int | None = None
     codebook: str | None = None
     outliers: int = 0
+    bits: int | None = None
+    embedding: int | None = None
     dense: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +91,15 @@ class Scheme:
             _check(key, getattr(self, name))
         if self.dense and self._set():
             raise SchemeError("a linear that is dense has no other setting")
+        if self.bits and self.levels != level_rules.FREE.name:
+            raise SchemeError(f"levels={self.levels} does not go with bits={self.bits}: a head has free levels")
+        if self.bits == 8 and self.group:
+            raise SchemeError(f"group={self.group} does not go with bits=8: int8 rows have a scale a row")
+        if self.embedding and self.bits not in (2, 4):
+            raise SchemeError(
+                f"embedding={self.embedding} needs bits=4 or bits=2 beside it; an embedding beside an int8 head has"
+                " int8 rows"
+            )
         if self.group and self.act_group and self.group != self.act_group:
             raise SchemeError(
                 f"act-group={self.act_group} does not go with group={self.group}; inputs have a scale per token (0) or"
@@ -88,7 +112,7 @@ class Scheme:
     def activation(self) -> Scheme:
         """The part that all linears behind one quantizer share: how their input is quantized, and in what groups."""
         group = None if self.act_group == 0 else self.group
-        return Scheme(group, act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
+        return Scheme(group=group, act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
 
     def __str__(self) -> str:
         """The settings as text that :func:`parse` reads behind a pattern; empty where none is set."""
@@ -114,7 +138,14 @@ def _check(key: str, value: Any) -> None:
             raise SchemeError("levels must be the name of a level rule")
         level_rules.get(value)
     else:
-        choices = {"group": GROUPS, "act": ACTIVATION_BITS, "act-group": (0, *GROUPS), "codebook": CODEBOOKS}[key]
+        choices = {
+            "bits": HEAD_BITS,
+            "group": GROUPS,
+            "act": ACTIVATION_BITS,
+            "act-group": (0, *GROUPS),
+            "codebook": CODEBOOKS,
+            "embedding": EMBEDDING_BITS,
+        }[key]
         if value is not None and (isinstance(value, bool) or value not in choices):
             raise SchemeError(f"{key} cannot be {value}; choose {', '.join(map(str, choices))}")
 
@@ -164,7 +195,14 @@ class Entry:
         if self.dense:
             return Scheme(dense=True)
         changes: dict[str, Any] = {KEYS[key]: value for key, value in self.settings if key in keys}
+        if "bits" in changes:
+            changes = {"group": None, "embedding": None, **changes}
         return replace(Scheme() if scheme.dense and changes else scheme, **changes)
+
+    @property
+    def of_head(self) -> bool:
+        """Whether it is for output heads alone."""
+        return "bits" in dict(self.settings)
 
     def __str__(self) -> str:
         return f"{self.pattern}: " + (" ".join(f"{key}={value}" for key, value in self.settings) or "dense")
@@ -202,20 +240,37 @@ def _entry(text: str) -> Entry:
     return Entry(pattern.strip(), tuple(settings))
 
 
-def told(linear: Node) -> dict[str, Any]:
-    """The fields of a linear's scheme that the operators of its graph decide; none where it is computed in float."""
-    if is_call(linear, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
-        group, source = Arguments(linear).group, Arguments(linear).values
-    elif is_call(linear, _lbllm.int4_linear.default, _lbllm.int8_linear.default):
-        group, source = None, Arguments(linear).values
+_STORED_BITS = {
+    _lbllm.bit_linear.default: 2,
+    _lbllm.grouped_bit_linear.default: 2,
+    _lbllm.unpack_weight.default: 2,
+    _lbllm.int4_linear.default: 4,
+    _lbllm.unpack_int4.default: 4,
+    _lbllm.int8_linear.default: 8,
+    _lbllm.unpack_rows.default: 8,
+}
+"""Bits of the weights of integer linears, and of simulated weights."""
+
+
+def told(linear: Node, head: bool) -> dict[str, Any]:
+    """The fields of a linear's scheme that the operators of its graph decide; none where it is computed in float.
+
+    Args:
+        linear: the call.
+        head: whether it is an output head, whose scheme says how many bits its weights have.
+    """
+    if is_call(linear, *_STORED_BITS):
+        bits, grouped, source = _STORED_BITS[linear.target], linear, Arguments(linear).values
     elif is_call(linear, *LINEARS):
-        source, weight = operands_of(linear)
-        if not is_call(weight, *UNPACKED):
+        source, grouped = operands_of(linear)
+        if not is_call(grouped, *UNPACKED):
             return {}
-        group = Arguments(weight).group if is_call(weight, _lbllm.unpack_weight.default) else None
+        bits = _STORED_BITS[grouped.target]
     else:
         return {}
-    fields: dict[str, Any] = {"group": group, "dense": False}
+    fields: dict[str, Any] = {"group": None if bits == 8 else Arguments(grouped).group, "dense": False}
+    if head:
+        fields["bits"] = bits
     if is_call(source, operator.getitem):
         source = Arguments(source).value
     if is_call(source, _lbllm.fake_quantize.default, _lbllm.quantize_activation.default):

@@ -23,7 +23,7 @@ from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.options import BUDGET_OVER, OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
-from lbllm_compile.passes.budget import without_codes
+from lbllm_compile.passes.choices import without_codes
 
 ALIGN_BATCH = 4
 """Sequences of a step where levels train in stage 2's place."""
@@ -285,6 +285,10 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         if {"budget", "outliers"} <= set(names):
             raise OptionError(
                 "the pass 'budget' does not count the channels that 'outliers' keeps at 8 bits; leave out one of them"
+            )
+        if "head" not in names and any(getattr(item, "over", "") == "model" for item in given):
+            raise OptionError(
+                "budget{over=model} chooses the form of the head, which the pass 'head' makes; add 'head'"
             )
         return given
     recipe = RECIPES[choices.recipe]

@@ -14,7 +14,8 @@ from lbllm_compile.codegen.progress import LbllmWarning
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import Annotate, decoder_linears
 from lbllm_compile.passes.base import PassContext, PassError
-from lbllm_compile.passes.budget import Budget, Costs, sites
+from lbllm_compile.passes.budget import Budget, Costs
+from lbllm_compile.passes.choices import sites
 from lbllm_compile.passes.ir.annotations import LINEAR, linears
 from lbllm_compile.passes.ir.scheme import Scheme, parse
 from lbllm_compile.passes.lower import stored_weights

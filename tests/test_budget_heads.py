@@ -11,7 +11,8 @@ import pytest
 from lbllm_compile.codegen.sizes import int8_bytes, matrix_bytes
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassError
-from lbllm_compile.passes.budget import CHOICES, Budget, head_site, sites, without_codes
+from lbllm_compile.passes.budget import Budget
+from lbllm_compile.passes.choices import CHOICES, head_site, sites, without_codes
 from lbllm_compile.passes.head import Head, outside_matrices
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.annotations import linears
@@ -225,6 +226,7 @@ def test_the_command_line_says_what_a_limit_is_on():
     assert "budget{bits=3.5}" in pipeline.render(recipe.passes(Choices(bits=3.5, budget_over="layers"), "cpu"))
     for choices, message in (
         ({"budget_over": "model"}, "--budget-over says what a limit is on; give --bits or --max-kl with it"),
+        ({"pipeline": "annotate,budget{bits=3,over=model},observe"}, "which the pass 'head' makes; add 'head'"),
         ({"bits": 3.5, "budget_over": "all"}, "--budget-over cannot be 'all'; choose layers or model"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -416,9 +416,13 @@ def test_the_plan_says_what_annotate_does(name: str) -> None:
         ("llama", "bits=8", 8),
         ("llama", "bits=4", 8),
         ("llama", "bits=4,embedding=4", 4),
+        ("llama", "bits=2", 8),
+        ("llama", "bits=2,embedding=4", 4),
         ("llama-tied", "bits=8", 0),
         ("llama-tied", "bits=4", 8),
         ("llama-tied", "bits=4,embedding=4", 0),
+        ("llama-tied", "bits=2", 8),
+        ("llama-tied", "bits=2,embedding=4", 4),
     ],
 )
 def test_the_plan_counts_the_embedding_beside_the_head(name: str, options: str, bits: int) -> None:
@@ -428,7 +432,7 @@ def test_the_plan_counts_the_embedding_beside_the_head(name: str, options: str, 
     passes = pipeline.parse(f"head{{{options}}}")
     rest = 10 + (0 if zoo.ZOO[name].tied else rows * columns)
     scales = {8: 4 * rows, 4: 2 * rows * -(-columns // 64) + 16}.get(bits, 0)
-    assert plan._rest_bytes(passes, rest, model, keeps_head=False) == 40 + rows * columns * bits // 8 + scales
+    assert plan._rest_bytes(passes, rest, model, plan.survey(model)) == 40 + rows * columns * bits // 8 + scales
 
 
 def test_the_plan_divides_by_the_speed_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

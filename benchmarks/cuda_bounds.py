@@ -24,8 +24,10 @@ from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.cuda.bounds import Bound, bounds, bytes_moved
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler, SpillError
 from lbllm_compile.codegen.cuda.disassembly import nvdisasm
+from lbllm_compile.codegen.cuda.dp4a import gemm_schedules
 from lbllm_compile.codegen.cuda.emit import cached_binary, emit, schedules
 from lbllm_compile.codegen.cuda.kernel import EmittedKernel, Form
+from lbllm_compile.codegen.cuda.mma import mma_schedules
 from lbllm_compile.codegen.cuda.predict import GPUS, predict
 from lbllm_compile.codegen.cuda.program.choice import next_token, threads
 from lbllm_compile.codegen.cuda.text import PREAMBLE, signature
@@ -59,6 +61,20 @@ FORMS: Mapping[Form, str] = {
     "gemm": "Linears, many tokens",
     "quantize": "Quantizers",
 }
+
+
+COMPARED = (
+    (576, 576),
+    (960, 576),
+    (3072, 576),
+    (576, 1536),
+    (4096, 4096),
+    (11008, 4096),
+)
+"""Rows and columns of the linears of which both kinds of kernels for many tokens are compared: of SmolLM2-135M and of
+LLaMA-2-7B."""
+
+COMPARED_ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120")
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,38 @@ def choices_of(models: Iterable[Shapes]) -> list[ChoiceKernel]:
         source = cuda_source(next_token(vocabulary), f"next_token_{vocabulary}", ARCHITECTURES[0])
         found.append(ChoiceKernel(vocabulary, source, signature(source).symbol, (threads(vocabulary), 1, 1)))
     return found
+
+
+def compared_kernels() -> dict[str, list[EmittedKernel]]:
+    """Kernels for many tokens, by what multiplies: of each of :data:`COMPARED`, and each group, the default of both."""
+    specs = [LinearSpec("bit", rows, columns, group) for group in GROUPS for rows, columns in COMPARED]
+    found: dict[str, list[EmittedKernel]] = {}
+    for name, first in (("mma.sync", mma_schedules), ("dp4a", gemm_schedules)):
+        found[name] = [emit(spec, "gemm", ARCHITECTURES[0], first(spec)[0]) for spec in specs]
+    return found
+
+
+def thread_products(kernel: EmittedKernel) -> int:
+    """Multiply-adds of a thread in a group of a kernel for many tokens."""
+    x, y, z = kernel.block
+    assert isinstance(kernel.spec, LinearSpec)
+    return kernel.rows_per_block * kernel.tokens_per_block * kernel.spec.group // (x * y * z)
+
+
+def compared(archs: Sequence[str] = COMPARED_ARCHITECTURES) -> list[str]:
+    """The table that holds them against each other."""
+    lines = [f"| linear | multiplied by | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+    found = {}
+    for name, kernels in compared_kernels().items():
+        for bound in counted(kernels, archs):
+            spec, products = bound.kernel.spec, thread_products(bound.kernel)
+            each = bound.main.instructions(products) / products
+            cell = f"{bound.registers}, {100 * bound.occupancy:.0f} %, {each:.3f}"
+            found.setdefault((spec, name), []).append(cell)
+    for spec, name in sorted(found, key=lambda key: (key[0].group, key[0].in_features * key[0].out_features)):
+        shape = f"{spec.out_features}x{spec.in_features}, g{spec.group}"
+        lines.append(f"| {shape} | `{name}` | {' | '.join(found[spec, name])} |")
+    return lines
 
 
 Counted = TypeVar("Counted", EmittedKernel, ChoiceKernel)
@@ -283,8 +331,8 @@ def predicted_cell(prediction: Prediction) -> str:
     return f"{1e3 * prediction.seconds:.2f} ms ({100 * share:.0f} % gaps; {prediction.limit})"
 
 
-def page(found: Sequence[Bound[EmittedKernel]], choices: Sequence[Bound[ChoiceKernel]]) -> str:
-    """The whole page."""
+def page(found: Sequence[Bound[EmittedKernel]], choices: Sequence[Bound[ChoiceKernel]], against: Sequence[str]) -> str:
+    """The whole page; ``against`` is :func:`compared`."""
     identity = CudaCompiler.find().identity
     compiler = next((line for line in identity.splitlines() if "release" in line), identity)
     read = "SASS, by nvdisasm" if nvdisasm() else "PTX, because there is no nvdisasm"
@@ -323,6 +371,16 @@ shifts, four `prmt` and four `dp4a`. The rest is scales, sums and addresses, of 
 not unrolled have most.
 
 {tables(found, choices)}
+## Many tokens: tensor cores against dp4a
+
+W(1+1) linears have two kinds of kernels for many tokens (`codegen/cuda/gemm.py`); the tables above have the one that is
+taken. A cell has the registers of a thread, the occupancy, and **all** instructions of a thread for each multiply-add,
+which is each weight and token: of a whole group, so copies to shared memory, decoding and the fp32 sums are among them.
+Each kernel has its default schedule, whose tile has 64 tokens. How long instructions take, and how far they overlap,
+this does not say.
+
+{chr(10).join(against)}
+
 ## Predicted time of a token
 
 **A prediction, no measurement**: a roofline over these facts, whose assumptions `codegen/cuda/predict.py` lists. A
@@ -342,7 +400,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measured(kernels_of(specs(MODELS.values())))
     choices = counted(choices_of(MODELS.values()), ARCHITECTURES)
-    options.out.write_text(page(found, choices), encoding="utf-8")
+    options.out.write_text(page(found, choices, compared()), encoding="utf-8")
     print(f"wrote {options.out}")
 
 

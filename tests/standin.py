@@ -17,6 +17,7 @@ _FLAGS = [
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fno-gnu-unique",
+    "-D__CUDA_ARCH__=900",
     "-w",
     f"-I{TESTS}",
     f"-I{EMULATION}",

@@ -1,7 +1,8 @@
 // A stand-in for libcuda.so.1: runs the kernels of a launch list on the CPU, for tests alone.
 //
 // A "cubin" is a shared library: the kernels' CUDA text, compiled against codegen/cuda/emulation.h and standin_module.h.
-// Every CUDA thread is a fiber where the kernel has barriers or shuffles, else a call. Memory is the host's, filled with
+// Every CUDA thread is a fiber where the kernel has barriers or shuffles, else a call. Copies of cp.async are made when
+// their thread waits for them. Memory is the host's, filled with
 // junk, and has junk around it: what a kernel reads without anybody having written it, or writes outside, shows.
 //
 // Work of a stream is done when somebody waits for that stream, or for all of its device, and not before.
@@ -28,6 +29,7 @@
 #include <elf.h>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -114,6 +116,13 @@ bool descending() {
 
 enum class State { runnable, at_block, at_warp, returned };
 
+// A copy to shared memory, which is made when its thread waits for it.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -122,6 +131,11 @@ struct Fiber {
   unsigned mask;
   uint64_t value;
   int source;
+  const unsigned* words;  // what it gives to a gathering of so many words; none for a shuffle
+  int count;
+  std::shared_ptr<std::vector<unsigned>> gathered;
+  std::vector<Copy> copies;
+  int groups;
 };
 
 std::vector<Fiber> fibers;
@@ -139,6 +153,7 @@ void run_thread() {
 
 void fiber_main() {
   run_thread();
+  if (!fibers[current].copies.empty()) failure = "a thread that returns and does not wait for its copies";
   fibers[current].state = State::returned;
   swapcontext(&fibers[current].context, &scheduler);
 }
@@ -153,9 +168,20 @@ bool release_warps(int threads) {
       bool complete = true;
       for (int other = 0; other < count; other++) {
         const Fiber& f = fibers[first + other];
-        if (leader.mask >> other & 1u) complete &= f.state == State::at_warp && f.line == leader.line && f.mask == leader.mask;
+        if (leader.mask >> other & 1u) complete &= f.state == State::at_warp && f.line == leader.line && f.mask == leader.mask && f.count == leader.count;
       }
-      if (!complete) continue;
+      if (!complete || (leader.count && count < kWarp)) continue;
+      if (leader.count) {
+        auto all = std::make_shared<std::vector<unsigned>>(kWarp * leader.count);
+        for (int other = 0; other < kWarp; other++) {
+          Fiber& f = fibers[first + other];
+          std::copy(f.words, f.words + f.count, all->begin() + other * f.count);
+          f.gathered = all;
+          f.state = State::runnable;
+        }
+        released = true;
+        continue;
+      }
       std::vector<uint64_t> given(count);
       for (int other = 0; other < count; other++) given[other] = fibers[first + other].value;
       const unsigned mask = leader.mask;
@@ -207,6 +233,8 @@ bool run_block(const Launch& launch) {
     Fiber& f = fibers[i];
     f.stack.resize(kStack);
     f.state = State::runnable;
+    f.copies.clear();
+    f.groups = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = kStack;
@@ -223,7 +251,7 @@ bool run_block(const Launch& launch) {
       }
       all_returned &= fibers[thread].state == State::returned;
     }
-    if (all_returned) return true;
+    if (all_returned) return failure.empty();
     if (!release_warps(threads) && (!failure.empty() || !release_block(threads))) return false;
   }
 }
@@ -368,8 +396,39 @@ uint64_t warp_exchange(int line, unsigned mask, uint64_t value, int source) {
   f.mask = mask;
   f.value = value;
   f.source = source;
+  f.count = 0;
   swapcontext(&f.context, &scheduler);
   return fibers[current].value;
+}
+
+const unsigned* warp_gather(int line, const unsigned* words, int count) {
+  Fiber& f = fibers[current];
+  f.state = State::at_warp;
+  f.line = line;
+  f.mask = ~0u;
+  f.words = words;
+  f.count = count;
+  swapcontext(&f.context, &scheduler);
+  return fibers[current].gathered->data();
+}
+
+void copy_begin(int, void* to, const void* from, int bytes) {
+  Fiber& f = fibers[current];
+  f.copies.push_back({to, from, bytes, f.groups});
+}
+
+void copy_commit() { fibers[current].groups++; }
+
+void copy_wait(int left) {
+  Fiber& f = fibers[current];
+  std::vector<Copy> under_way;
+  for (const Copy& copy : f.copies) {
+    if (copy.group >= f.groups - left)
+      under_way.push_back(copy);
+    else
+      std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  f.copies = std::move(under_way);
 }
 
 }  // namespace emulation

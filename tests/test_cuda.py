@@ -19,6 +19,7 @@ from lbllm_compile.codegen.cuda import compiler as cuda_compiler
 from lbllm_compile.codegen.cuda import device as cuda_device
 from lbllm_compile.codegen.cuda import dp4a as cuda_dp4a
 from lbllm_compile.codegen.cuda import emit as cuda
+from lbllm_compile.codegen.cuda import mma as cuda_mma
 from lbllm_compile.codegen.cuda import proof as cuda_proof
 from lbllm_compile.codegen.cuda.dp4a import GemmSchedule, GemvSchedule
 from lbllm_compile.codegen.cuda.emulator import DESCENDING, Emulator, Launch, Sparse
@@ -194,7 +195,7 @@ def test_too_many_tokens_are_refused(gemv: cuda.EmittedKernel) -> None:
     with pytest.raises(KernelError, match="split the call"):
         gemv.grid(2)
     gemm = cuda.emit(LinearSpec("bit", 100, 259, 64), "gemm", "sm_80")
-    assert gemm.grid(65) == (2, 2, 1)
+    assert gemm.grid(65) == (4, 2, 1)
     with pytest.raises(KernelError, match="split the call"):
         gemm.grid(10_000_000)
 
@@ -468,7 +469,7 @@ def test_emit_cuda_compiles_proves_and_caches(cache: Path, monkeypatch: pytest.M
         assert 0 < kernel.registers <= 128
         assert kernel.proof in (cuda_proof.EMULATED, cuda_proof.NOT_RUN)
         assert kernel.record()["cubin_bytes"] == len(kernel.cubin)
-    assert kernels[2].shared_bytes == 2 * 4 * (64 // 4) * (64 + 4)
+    assert kernels[2].shared_bytes == cuda_mma.mma_schedules(SMALL)[0].shared_bytes(64)
 
     compiled: list[str] = []
     compile_once = cuda_compiler.CudaCompiler.compile

@@ -133,6 +133,7 @@ def test_the_innermost_loop_that_multiplies_is_the_main_one() -> None:
     loop = main_loop(found, "SASS")
     assert loop.pipes == {"alu": 3, "fma": 1, "other": 1}
     assert (loop.integers, loop.products, loop.integers_per_product) == (4, 4, 1.0)
+    assert loop.around == 2 and loop.instructions(12) == 3 * 5 + 2
 
 
 def test_an_unrolled_loop_is_the_stretch_that_multiplies() -> None:
@@ -175,8 +176,8 @@ def test_a_weight_takes_thirteen_sixteenths() -> None:
 def test_without_nvdisasm_ptx_is_read_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lbllm_compile.codegen.cuda.bounds.nvdisasm", lambda: None)
     monkeypatch.setattr(disassembly, "nvdisasm", lambda: None)
-    (kernel, _) = cuda_bounds.kernels_of([SPEC])
-    (bound,) = cuda_bounds.measured([kernel], ["sm_90"])
+    (bound, many) = cuda_bounds.measured(cuda_bounds.kernels_of([SPEC]), ["sm_90"])
+    assert many.main.source == "PTX" and many.main.products == 128 * many.main.pipes["tensor"] > 0
     assert bound.main.source == "PTX" and bound.main.products == 4 * 32
     assert 13 / 16 <= (bound.main.integers_per_product or 0) < 1.3
     with pytest.raises(
@@ -269,7 +270,7 @@ def test_the_page_is_what_a_run_gives(archs: tuple[str, ...]) -> None:
     fresh = cuda_bounds.measured(cuda_bounds.kernels_of(wanted), archs)
     choices = cuda_bounds.counted(cuda_bounds.choices_of(list(cuda_bounds.MODELS.values())[: len(archs)]), archs)
     if len(archs) > 1:
-        assert cuda_bounds.page(fresh, choices) == text
+        assert cuda_bounds.page(fresh, choices, cuda_bounds.compared()) == text
     header = next(row for row in rows(text) if row[0] == "kernel")
     named = [(cuda_bounds.row_name(bound.kernel.spec), bound) for bound in fresh]
     for name, bound in [*named, *((cuda_bounds.choice_name(bound.kernel), bound) for bound in choices)]:

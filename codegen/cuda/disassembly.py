@@ -26,7 +26,7 @@ PIPES: Mapping[str, str] = {
     " MOV SGXT BMSK FCHK P2R R2P and or xor not lop3 prmt shl shr shf add sub min max setp selp bfe bfi abs neg mov",
     "fma": "IMAD IDP IMUL FFMA FMUL FADD HFMA2 HADD2 HMUL2 FSWZADD FFMA2 FADD2 FMUL2 mad mul dp4a fma",
     "tensor": "IMMA BMMA HMMA IGMMA HGMMA mma wgmma",
-    "memory": "LDG STG LDS STS LD ST LDL STL LDSM LDGSTS SHFL ATOM ATOMS ATOMG RED ld st shfl ldmatrix atom red",
+    "memory": "LDG STG LDS STS LD ST LDL STL LDSM LDGSTS SHFL ATOM ATOMS ATOMG RED ld st shfl ldmatrix cp atom red",
     "special": "MUFU I2F F2I F2F FRND POPC FLO BREV I2I popc rcp sqrt ex2 cvt",
 }
 """Mnemonics by pipe, of SASS (capitals) and of PTX, as the documentation of NVIDIA's Nsight Compute divides them: *alu*
@@ -42,7 +42,15 @@ _INTEGER = (
 _PTX_TYPED = "add sub min max setp selp mad mul abs neg"
 _PTX_INTEGER = re.compile(r"\.[sub](?:16|32|64)\b")
 
-_PRODUCTS = {"IDP.4A": 4, "dp4a": 4, "IMMA.8816": 32, "IMMA.16816": 64, "IMMA.16832": 128}
+_PRODUCTS = {
+    "IDP.4A": 4,
+    "dp4a": 4,
+    "IMMA.8816": 32,
+    "IMMA.16816": 64,
+    "IMMA.16832": 128,
+    "mma.sync.aligned.m8n8k16": 32,
+    "mma.sync.aligned.m16n8k32": 128,
+}
 """Multiply-adds of a thread in one instruction; those of a tensor core are a warp's, shared out."""
 
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);", re.MULTILINE)
@@ -109,17 +117,23 @@ class MainLoop:
         integers: those that compute with integers.
         products: multiply-adds of 8-bit integers of a thread.
         source: ``"SASS"`` or ``"PTX"``.
+        around: instructions of the next loop around it, its own not among them; 0 where there is none.
     """
 
     pipes: Mapping[str, int]
     integers: int
     products: int
     source: str
+    around: int = 0
 
     @property
     def integers_per_product(self) -> float | None:
         """Integer instructions a multiply-add; None where there are no multiply-adds."""
         return self.integers / self.products if self.products else None
+
+    def instructions(self, products: int) -> float:
+        """All instructions of a thread for so many multiply-adds, after which the loop around it begins anew."""
+        return sum(self.pipes.values()) * products / self.products + self.around
 
 
 def nvdisasm() -> str | None:
@@ -194,12 +208,15 @@ def main_loop(found: Sequence[Instruction], source: str) -> MainLoop:
     spans = inner or [(0, len(found) - 1)]
     if multiplying:
         spans = _with_any(multiplying, inner) or _with_any(multiplying, _stretches(found))
+    begin, end = min(b for b, _ in spans), max(e for _, e in spans)
+    outer = [1 + e - b for b, e in back if b <= begin and end <= e and (b, e) not in spans]
     chosen = [found[at] for at in sorted({at for begin, end in spans for at in range(begin, end + 1)})]
     return MainLoop(
         dict(Counter(i.pipe for i in chosen)),
         sum(i.integer for i in chosen),
         sum(i.products for i in chosen),
         source,
+        min(outer) - len(chosen) if outer else 0,
     )
 
 

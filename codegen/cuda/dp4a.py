@@ -240,7 +240,7 @@ def _dp4a(a, b, c):
     return T.call_pure_extern("int32", "__dp4a", a, b, c)
 
 
-def _codes(word, pair: int):
+def codes_of(word, pair: int):
     """The codes of quads ``2 * pair`` and ``2 * pair + 1`` of ``word``, one a nibble.
 
     The mask is an instruction of its own: CUDA's compiler, which knows that a quad needs 16 bits of it, would mask each
@@ -250,7 +250,7 @@ def _codes(word, pair: int):
     return T.call_pure_extern("uint32", "ptx_and_b32", shifted, T.uint32(CODES_MASK))
 
 
-def _picked(levels, codes, upper: int):
+def picked(levels, codes, upper: int):
     """The four int8 levels that a quad's codes pick: those in the lower or the upper half of ``codes``.
 
     ``__byte_perm`` would mask its selector once more.
@@ -266,7 +266,7 @@ def half_as_float(bits):
     cuda_fp16.h.
     """
     shifted = T.shift_left(T.cast(bits, "uint32"), T.uint32(13))
-    return _multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
+    return multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
 
 
 def _weight_scale(bits, kind: str):
@@ -274,7 +274,7 @@ def _weight_scale(bits, kind: str):
     return bits if kind == "int8" else half_as_float(bits)
 
 
-def _multiply(a, b):
+def multiply(a, b):
     """fp32 product that no compiler contracts into an fma."""
     return T.call_pure_extern("float32", "__fmul_rn", a, b)
 
@@ -335,19 +335,19 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                             for word in T.unroll(words):
                                 first: T.let = g * slice_words + (chunk * words + word) * 4
                                 x[T.ramp(0, 1, 4)] = values[0, T.ramp(first, 1, 4)]
-                                low: T.let = _codes(loaded[word], 0)
-                                high: T.let = _codes(loaded[word], 1)
-                                sums[0] = _dp4a(x[0], _picked(level, low, 0), sums[0])
-                                sums[1] = _dp4a(x[1], _picked(level, low, 1), sums[1])
-                                sums[2] = _dp4a(x[2], _picked(level, high, 0), sums[2])
-                                sums[3] = _dp4a(x[3], _picked(level, high, 1), sums[3])
+                                low: T.let = codes_of(loaded[word], 0)
+                                high: T.let = codes_of(loaded[word], 1)
+                                sums[0] = _dp4a(x[0], picked(level, low, 0), sums[0])
+                                sums[1] = _dp4a(x[1], picked(level, low, 1), sums[1])
+                                sums[2] = _dp4a(x[2], picked(level, high, 0), sums[2])
+                                sums[3] = _dp4a(x[3], picked(level, high, 1), sums[3])
                         else:
                             x[T.ramp(0, 1, 4)] = values[0, T.ramp(g * slice_words + chunk * 4, 1, 4)]
                             for quad in T.unroll(4):
                                 sums[quad] = _dp4a(x[quad], T.cast(loaded[quad], "int32"), sums[quad])
                     partial[slot, warp % row_warps, lane] = sums[0] + sums[1] + sums[2] + sums[3]
                     if grouped:
-                        factor[slot, warp % row_warps, lane] = _multiply(
+                        factor[slot, warp % row_warps, lane] = multiply(
                             x_scale[0, 0 if spec.x_scales == 1 else g],
                             _weight_scale(w_scale[row_block, g if bit else 0, lane], spec.kind),
                         )
@@ -364,7 +364,7 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
         row: T.let = row_block * ROWS + lane
         if warp < row_warps and row < n:
             if not grouped:
-                y[0] = _scaled_add(total[0], _multiply(x_scale[0, 0], w_scale[row_block, 0, lane]), y[0])
+                y[0] = _scaled_add(total[0], multiply(x_scale[0, 0], w_scale[row_block, 0, lane]), y[0])
             if spec.bias:
                 y[0] = T.call_pure_extern("float32", "__fadd_rn", y[0], bias[row])
             output[0, row] = y[0]
@@ -461,12 +461,12 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                         for k in T.unroll(words):
                             if bit:
                                 at: T.let = (chunk * words + k) * 4
-                                low: T.let = _codes(loaded[k], 0)
-                                high: T.let = _codes(loaded[k], 1)
-                                w_tile[at * w_pitch + column] = _picked(level[0], low, 0)
-                                w_tile[(at + 1) * w_pitch + column] = _picked(level[0], low, 1)
-                                w_tile[(at + 2) * w_pitch + column] = _picked(level[0], high, 0)
-                                w_tile[(at + 3) * w_pitch + column] = _picked(level[0], high, 1)
+                                low: T.let = codes_of(loaded[k], 0)
+                                high: T.let = codes_of(loaded[k], 1)
+                                w_tile[at * w_pitch + column] = picked(level[0], low, 0)
+                                w_tile[(at + 1) * w_pitch + column] = picked(level[0], low, 1)
+                                w_tile[(at + 2) * w_pitch + column] = picked(level[0], high, 0)
+                                w_tile[(at + 3) * w_pitch + column] = picked(level[0], high, 1)
                             else:
                                 w_tile[(chunk * 4 + k) * w_pitch + column] = T.cast(loaded[k], "int32")
                 T.tvm_storage_sync("shared")
@@ -493,7 +493,7 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                         )
                 for i in T.unroll(thread_tokens):
                     for j in T.unroll(thread_rows):
-                        y[i, j] = _scaled_add(sums[i, j], _multiply(x_factor[i], w_factor[j]), y[i, j])
+                        y[i, j] = _scaled_add(sums[i, j], multiply(x_factor[i], w_factor[j]), y[i, j])
                         sums[i, j] = 0
         for i in T.unroll(thread_tokens):
             for j in T.unroll(thread_rows):

@@ -26,6 +26,7 @@ from ..tvm_api import cuda_source
 from . import dp4a
 from . import quantize as quantizer
 from .compiler import Binary, CudaCompiler, Resources, SpillError
+from .gemm import gemm, gemm_schedules
 from .kernel import CudaKernel, EmittedKernel, Form, Schedule, kernel_name
 from .proof import prove_emulated
 from .text import PREAMBLE, signature
@@ -52,7 +53,7 @@ def emit(spec: LinearSpec | QuantizeSpec, form: Form, arch: str, schedule: Sched
     elif form == "gemv":
         function = dp4a.gemv(spec, chosen)
     else:
-        function = dp4a.gemm(spec, chosen)
+        function = gemm(spec, chosen)
     return of_text(PREAMBLE + cuda_source(function, kernel_name(spec, form), arch), spec, form, chosen)
 
 
@@ -86,7 +87,7 @@ def schedules(spec: LinearSpec | QuantizeSpec, form: Form) -> Sequence[Schedule]
     """
     if isinstance(spec, QuantizeSpec):
         return quantizer.quantize_schedules(spec)
-    return dp4a.gemv_schedules(spec) if form == "gemv" else dp4a.gemm_schedules(spec)
+    return dp4a.gemv_schedules(spec) if form == "gemv" else gemm_schedules(spec)
 
 
 def _chosen(schedule: Schedule | None, candidates: Sequence[Schedule]) -> Schedule:

@@ -5,23 +5,28 @@
 //   - an access outside every buffer, misaligned for its width, or a store to an input, is an error;
 //   - two threads that touch the same byte, one of them writing, without a barrier between, are a race: an error;
 //   - reading shared memory that no thread of the block wrote is an error;
-//   - __syncthreads() that only a part of the block reaches, or a shuffle that not all lanes of its mask reach, is an error.
+//   - __syncthreads() that only a part of the block reaches, or a shuffle that not all lanes of its mask reach, is an error,
+//     and so is a product of a warp's matrices that not all lanes reach; it is no barrier for memory;
+//   - cp.async fills shared memory when its thread waits for it, and not before; until then whoever touches that memory,
+//     and a thread that returns, is in error, and so are other threads that touch it without a barrier behind the wait.
 //
 // Usage: program JOB RESULT. Both are binary; emulator.py writes the one and reads the other. Errors go to stderr,
 // one line, exit code 3.
-
-#include "emulation.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
+
+// Behind the others, which its macros would change.
+#include "emulation.h"
 
 extern "C" char __start_cuda_shared __attribute__((weak)), __stop_cuda_shared __attribute__((weak));
 
@@ -34,6 +39,14 @@ constexpr int kWarp = 32;
 
 enum class State { runnable, at_block_barrier, at_warp_barrier, returned };
 
+// A copy to shared memory that is under way.
+struct Copy {
+  char* to;
+  char* from;
+  int bytes;
+  int group;
+};
+
 struct Fiber {
   ucontext_t context;
   char* stack;
@@ -43,6 +56,11 @@ struct Fiber {
   unsigned mask;    // lanes the warp barrier waits for
   uint64_t value;   // what it gives to the exchange, then what it got
   int source;
+  const unsigned* words;  // what it gives to a gathering of so many words; none for an exchange
+  int count;
+  std::shared_ptr<std::vector<unsigned>> gathered;
+  std::vector<Copy> copies;
+  int groups;  // of copies that it has committed
 };
 
 // One access to a byte: by whom and in which interval between barriers.
@@ -55,6 +73,8 @@ struct Access {
 
 struct Shadow {
   Access write, read, other_read;
+  int32_t filler = -1;  // the thread whose copy fills it
+  int line = 0;         // where that began
 };
 
 struct Buffer {
@@ -106,8 +126,22 @@ void fiber_main() {
   in_kernel = true;
   emulation::call_kernel(arguments.data());
   in_kernel = false;
+  if (!fibers[current].copies.empty()) fail("%s returned and did not wait for its copies", describe(current).c_str());
   fibers[current].state = State::returned;
   swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Gives each lane the words of all lanes of its warp.
+void gather(int first, int lanes) {
+  const int count = fibers[first].count;
+  if (lanes < kWarp) fail("%s multiplies matrices in a warp of %d lanes", describe(first).c_str(), lanes);
+  auto all = std::make_shared<std::vector<unsigned>>(kWarp * count);
+  for (int lane = 0; lane < kWarp; lane++) {
+    Fiber& f = fibers[first + lane];
+    std::copy(f.words, f.words + count, all->begin() + lane * count);
+    f.gathered = all;
+    f.state = State::runnable;
+  }
 }
 
 // Releases every warp whose exchange is complete.
@@ -123,9 +157,14 @@ bool release_warps() {
       for (int other = 0; other < count; other++) {
         const Fiber& f = fibers[first + other];
         if (leader.mask >> other & 1u)
-          complete &= f.state == State::at_warp_barrier && f.line == leader.line && f.mask == leader.mask;
+          complete &= f.state == State::at_warp_barrier && f.line == leader.line && f.mask == leader.mask && f.count == leader.count;
       }
       if (!complete) continue;
+      if (leader.count) {
+        gather(first, count);
+        released = true;
+        continue;
+      }
       const unsigned mask = leader.mask;
       std::vector<uint64_t> given(count);
       for (int other = 0; other < count; other++) given[other] = fibers[first + other].value;
@@ -169,6 +208,7 @@ void run_block(std::vector<int>& order) {
   for (std::size_t i = 0; i < fibers.size(); i++) {
     Fiber& f = fibers[i];
     f.state = State::runnable;
+    f.groups = 0;
     f.index = {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)};
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack;
@@ -202,6 +242,9 @@ void track(std::vector<Shadow>& shadow, std::size_t offset, std::size_t size, bo
   const Access now{block_number, epoch, warp_epochs[current / kWarp], current};
   for (std::size_t i = offset; i < offset + size; i++) {
     Shadow& s = shadow[i];
+    if (s.filler >= 0)
+      fail("%s %s byte %zu of %s, which a copy of %s fills that was begun at line %d and not waited for",
+           describe(current).c_str(), write ? "writes" : "reads", i, where, describe(s.filler).c_str(), s.line);
     if (shared && !write && s.write.block != block_number)
       fail("%s reads byte %zu of %s, which no thread wrote", describe(current).c_str(), i, where);
     for (const Access* previous : {&s.write, &s.read, &s.other_read}) {
@@ -293,8 +336,53 @@ uint64_t warp_exchange(int line, unsigned mask, uint64_t value, int source) {
   f.mask = mask;
   f.value = value;
   f.source = source;
+  f.count = 0;
   suspend();
   return fibers[current].value;
+}
+
+const unsigned* warp_gather(int line, const unsigned* words, int count) {
+  Fiber& f = fibers[current];
+  f.state = State::at_warp_barrier;
+  f.line = line;
+  f.mask = ~0u;
+  f.words = words;
+  f.count = count;
+  suspend();
+  return fibers[current].gathered->data();
+}
+
+void copy_begin(int line, void* to, const void* from, int bytes) {
+  char *target = static_cast<char*>(to), *source = const_cast<char*>(static_cast<const char*>(from));
+  if (target < &__start_cuda_shared || target + bytes > &__stop_cuda_shared)
+    fail("%s copies to what is not shared memory (line %d)", describe(current).c_str(), line);
+  access(source, bytes, false, true);
+  access(target, bytes, true, true);
+  for (char* at = target; at < target + bytes; at++) {
+    Shadow& s = shared_shadow[at - &__start_cuda_shared];
+    s.filler = current;
+    s.line = line;
+  }
+  Fiber& f = fibers[current];
+  f.copies.push_back({target, source, bytes, f.groups});
+}
+
+void copy_commit() { fibers[current].groups++; }
+
+void copy_wait(int left) {
+  Fiber& f = fibers[current];
+  std::vector<Copy> under_way;
+  for (const Copy& copy : f.copies) {
+    if (copy.group >= f.groups - left) {
+      under_way.push_back(copy);
+      continue;
+    }
+    for (int i = 0; i < copy.bytes; i++) shared_shadow[copy.to + i - &__start_cuda_shared].filler = -1;
+    access(copy.from, copy.bytes, false, true);
+    access(copy.to, copy.bytes, true, true);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  f.copies = std::move(under_way);
 }
 
 }  // namespace emulation

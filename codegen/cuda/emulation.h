@@ -41,6 +41,17 @@ void block_barrier(int line);
 uint64_t warp_exchange(int line, unsigned mask, uint64_t value, int source);
 int lane();
 
+// Waits for all lanes of the warp, gives them `count` words, returns those of all lanes, lane by lane. They stay until
+// this thread's next call. It orders no memory: what lanes wrote before is not seen for that by others.
+constexpr int kMostWords = 6;
+const unsigned* warp_gather(int line, const unsigned* words, int count);
+
+// Copies to shared memory that run by themselves: what is there before copy_wait is undefined.
+void copy_begin(int line, void* to, const void* from, int bytes);
+void copy_commit();
+// Waits until no more than `left` groups of this thread's copies are under way.
+void copy_wait(int left);
+
 // Runs the kernel once as the current thread; defined beside the kernel text.
 void call_kernel(void** arguments);
 
@@ -149,6 +160,74 @@ inline unsigned ptx_prmt_b32(unsigned a, unsigned b, unsigned c) {
     result |= byte << 8 * i;
   }
   return result;
+}
+
+// Fragments are those of the PTX ISA, "Matrix Fragments for mma.m8n8k16" and "mma.m16n8k32" with .s8: a lane has four
+// inputs of a row of A, or of a column of B, in each word.
+namespace emulation {
+
+// What four lanes' words of a row of A and of a column of B, so many words apart, give.
+__attribute__((no_sanitize("thread"), noinline)) inline int product(const unsigned* a, const unsigned* b, int stride) {
+  int sum = 0;
+  for (int at = 0; at < 4 * stride; at += stride)
+    for (int i = 0; i < 32; i += 8) sum += int(int8_t(a[at] >> i)) * int(int8_t(b[at] >> i));
+  return sum;
+}
+
+__attribute__((no_sanitize("thread"), noinline)) inline void multiply_m8n8k16(
+    int line, unsigned a, unsigned b, const int* c, int* d) {
+  const unsigned given[] = {a, b};
+  const unsigned* all = warp_gather(line, given, 2);
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (int i = 0; i < 2; i++) d[i] = c[i] + product(all + row * 8, all + (column + i) * 8 + 1, 2);
+}
+
+__attribute__((no_sanitize("thread"), noinline)) inline void multiply_m16n8k32(
+    int line, const unsigned* a, const unsigned* b, const int* c, int* d) {
+  const unsigned given[] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const unsigned* all = warp_gather(line, given, 6);
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (int i = 0; i < 4; i++) {
+    d[i] = c[i];
+    for (int half = 0; half < 2; half++)
+      d[i] += product(all + row * 24 + i / 2 + 2 * half, all + (column + i % 2) * 24 + 4 + half, 6);
+  }
+}
+
+}  // namespace emulation
+
+inline int2 ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(
+    unsigned a, unsigned b, int2 c, int line = __builtin_LINE()) {
+  int given[] = {c.x, c.y}, d[2];
+  emulation::multiply_m8n8k16(line, a, b, given, d);
+  return {d[0], d[1]};
+}
+
+inline int4 ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
+    uint4 a, uint2 b, int4 c, int line = __builtin_LINE()) {
+  unsigned of_a[] = {a.x, a.y, a.z, a.w}, of_b[] = {b.x, b.y};
+  int given[] = {c.x, c.y, c.z, c.w}, d[4];
+  emulation::multiply_m16n8k32(line, of_a, of_b, given, d);
+  return {d[0], d[1], d[2], d[3]};
+}
+
+template <int bytes>
+void ptx_cp_async_ca_shared_global(void* to, const void* from, int line = __builtin_LINE()) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async.ca copies 4, 8 or 16 bytes");
+  emulation::copy_begin(line, to, from, bytes);
+}
+
+template <int bytes>
+void ptx_cp_async_cg_shared_global(void* to, const void* from, int line = __builtin_LINE()) {
+  static_assert(bytes == 16, "cp.async.cg copies 16 bytes");
+  emulation::copy_begin(line, to, from, bytes);
+}
+
+inline void ptx_cp_async_commit_group() { emulation::copy_commit(); }
+
+template <int left>
+void ptx_cp_async_wait_group() {
+  emulation::copy_wait(left);
 }
 
 // Compiled without contraction, so each is one correctly rounded operation.

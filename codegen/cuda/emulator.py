@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..cache import write_atomically
-from ..cuda.text import signature
+from ..cuda.text import STEPS, signature
 from ..errors import DisprovedError, KernelError
 
 ASCENDING, DESCENDING = 0, 1
@@ -79,12 +79,13 @@ class Emulator:
     Args:
         source: CUDA text of exactly one kernel.
         cache_dir: where the compiled runtime is kept; a temporary folder by default.
+        step: which of :data:`.text.STEPS` the text is read for.
 
     Raises:
         KernelError: there is no g++, or the text does not compile.
     """
 
-    def __init__(self, source: str, cache_dir: Path | None = None):
+    def __init__(self, source: str, cache_dir: Path | None = None, step: int = STEPS[-1]):
         gpp = compiler()
         if gpp is None:
             raise KernelError("CUDA kernels cannot be emulated without g++; install it (apt install g++)")
@@ -99,7 +100,7 @@ void emulation::call_kernel(void** arguments) {{ call({self.signature.symbol}, a
 """
         file = Path(self._folder.name) / "kernel.cpp"
         file.write_text(text, encoding="utf-8")
-        _compile([gpp, *_COMMON, *_KERNEL, "-c", str(file), "-o", f"{file}.o"])
+        _compile([gpp, *_COMMON, *_KERNEL, f"-D__CUDA_ARCH__={step}", "-c", str(file), "-o", f"{file}.o"])
         _compile([gpp, f"{file}.o", str(runtime), "-o", str(self._program)])
 
     def run(self, launch: Launch) -> dict[str, Tensor]:

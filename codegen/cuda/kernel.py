@@ -9,10 +9,11 @@ from typing import Literal
 from ..errors import KernelError
 from ..spec import LinearSpec, QuantizeSpec
 from .compiler import Binary, is_virtual
-from .dp4a import GemmSchedule, GemvSchedule
+from .dp4a import GemvSchedule
+from .gemm import ManySchedule
 from .quantize import QuantizeSchedule
 
-Schedule = GemvSchedule | GemmSchedule | QuantizeSchedule
+Schedule = GemvSchedule | ManySchedule | QuantizeSchedule
 
 Form = Literal["gemv", "gemm", "quantize"]
 """One token, any number of tokens, or the quantizer of activations."""

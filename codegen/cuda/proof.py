@@ -22,6 +22,7 @@ from ..spec import LinearSpec, QuantizeSpec
 from .dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
 from .emulator import Emulator, Launch, Sparse, compiler
 from .kernel import EmittedKernel
+from .text import steps
 
 EMULATED = "emulated on CPU, unverified on device"
 NOT_RUN = "not run: no g++ to emulate with, unverified on device"
@@ -34,7 +35,8 @@ QUANTIZED_TOKENS = 9
 
 
 def prove_emulated(kernel: EmittedKernel, cache_dir: Path) -> str:
-    """Runs a kernel's text in emulation against the reference.
+    """Runs a kernel's text in emulation against the reference, for every architecture for which it means other
+    instructions.
 
     Args:
         kernel: what was generated.
@@ -54,9 +56,10 @@ def prove_emulated(kernel: EmittedKernel, cache_dir: Path) -> str:
     marker = cache_dir / f"{digest}.proven"
     if marker.exists():
         return EMULATED
-    emulator = Emulator(kernel.source, cache_dir)
+    emulators = [Emulator(kernel.source, cache_dir, step) for step in steps(kernel.source)]
     for name, launch, expected in proof_runs(kernel):
-        check_outputs(kernel.symbol, name, emulator.run(launch), expected)
+        for emulator in emulators:
+            check_outputs(kernel.symbol, name, emulator.run(launch), expected)
     write_atomically(marker, b"")
     return EMULATED
 

@@ -21,16 +21,14 @@ from ...targets import Target
 from ...tvm_api import PrimFunc, cuda_source, symbolic_dimension, tirx
 from ..dp4a import (
     ROWS,
-    GemmSchedule,
     GemvSchedule,
-    gemm,
-    gemm_schedules,
     gemv,
     gemv_schedules,
     pack_bit_weight,
     pack_int8_weight,
     pitch,
 )
+from ..gemm import ManySchedule, gemm, gemm_schedules
 from ..kernel import kernel_name
 from ..quantize import LANES, quantize, quantize_schedules
 from ..text import signature
@@ -272,18 +270,18 @@ class ProgramLinear:
     def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> NoReturn:
         raise KernelError("CUDA kernels are launched by programs, not on tensors")
 
-    def tile(self, rows: int) -> GemmSchedule:
+    def tile(self, rows: int) -> ManySchedule:
         """How the kernel for several rows is cut.
 
         Raises:
             UntranslatableError: no such kernel takes so many.
         """
-        tile = next((s for s in gemm_schedules(self.spec) if s.tokens >= rows), None)
+        tile = next(iter(gemm_schedules(self.spec, rows)), None)
         if tile is None:
             raise UntranslatableError(f"CUDA programs have no kernel for a linear of {rows} rows at once")
         return tile
 
-    def of_tile(self, tile: GemmSchedule) -> str:
+    def of_tile(self, tile: ManySchedule) -> str:
         """That kernel's name."""
         return f"{kernel_name(self.spec, 'gemm')}_{tile.tokens}"
 

@@ -375,9 +375,10 @@ not unrolled have most.
 
 W(1+1) linears have two kinds of kernels for many tokens (`codegen/cuda/gemm.py`); the tables above have the one that is
 taken. A cell has the registers of a thread, the occupancy, and **all** instructions of a thread for each multiply-add,
-which is each weight and token: of a whole group, so copies to shared memory, decoding and the fp32 sums are among them.
-Each kernel has its default schedule, whose tile has 64 tokens. How long instructions take, and how far they overlap,
-this does not say.
+which is each weight and token: of a whole group, so copies to shared memory, decoding and the fp32 sums are among them,
+but for what branches and barriers divide from the products where the compiler unrolls the loop over groups. Each kernel
+has its default schedule, whose tile has 64 tokens. How long instructions take, and how far they overlap, this does not
+say.
 
 {chr(10).join(against)}
 

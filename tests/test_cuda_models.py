@@ -363,6 +363,7 @@ SWAPPED = "#define swapped_prmt(a, b, c) ptx_prmt_b32(a, b, ((c) & ~255u) | (((c
 FAULTS = {
     "a swapped nibble of a gemv": ("bit_gemv_", "ptx_prmt_b32(", "swapped_prmt("),
     "a swapped nibble of a gemm": ("bit_gemm_", "ptx_prmt_b32(", "swapped_prmt("),
+    "a gemm that waits for too few of its copies": ("bit_gemm_", "copies_wait<", "copies_wait<1 + "),
     "a quantizer that rounds up": ("quantize_", "rintf(", "ceilf("),
 }
 

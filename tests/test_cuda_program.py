@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import standin
 import torch
 from lbllm_compile.codegen import reference
+from lbllm_compile.codegen.backend import EntryPoint
 from lbllm_compile.codegen.cuda.compiler import Binary, CudaCompiler, SpillError
 from lbllm_compile.codegen.cuda.dp4a import ROWS, gemv_schedules
 from lbllm_compile.codegen.cuda.driver import Driver
@@ -23,7 +24,16 @@ from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.program import attention, launches, prologue
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import TOKEN, Launch, LaunchList, Place, ProgramKernel, Result, Size
+from lbllm_compile.codegen.cuda.program.launches import (
+    PART,
+    TOKEN,
+    Launch,
+    LaunchList,
+    Place,
+    ProgramKernel,
+    Result,
+    Size,
+)
 from lbllm_compile.codegen.cuda.program.loops import nests
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
@@ -494,10 +504,12 @@ class SpillingCompiler:
         return Binary(b"")
 
 
-def compiled(compiler: SpillingCompiler, monkeypatch: pytest.MonkeyPatch) -> LaunchList:
+def compiled(
+    compiler: SpillingCompiler, monkeypatch: pytest.MonkeyPatch, entries: Sequence[EntryPoint] = (TOKEN,)
+) -> LaunchList:
     monkeypatch.setattr(CudaCompiler, "find", lambda: compiler)
     kernels = ProgramKernels(Target.parse("cuda:sm_90"))
-    return compile_launches(translate(stages("llama")[1], kernels, [TOKEN]).functions(), kernels).image.launches
+    return compile_launches(translate(stages("llama")[1], kernels, entries).functions(), kernels).image.launches
 
 
 def test_kernels_that_spill_take_nothing_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,6 +544,26 @@ def test_a_linear_that_spills_by_itself_has_its_next_schedule(monkeypatch: pytes
     assert compiler.compiled == 3 and first.slice_warps != second.slice_warps
     assert head.block == (ROWS, second.row_warps * second.slice_warps, 1)
     assert [kernel.block for kernel in heads(lowered("llama")[0])] == [(ROWS, first.row_warps * first.slice_warps, 1)]
+
+
+def test_a_linear_of_many_tokens_that_spills_has_its_next_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one after that for tensor cores is dp4a's, for the linears that spill alone."""
+
+    class OneSpills(SpillingCompiler):
+        """A linear's kernel, as long as it is for tensor cores."""
+
+        def compile(self, source: str, arch: str) -> Binary:
+            heads = [*re.finditer(r"\b(bit_gemm_\w*)\([^)]*\) \{", source)]
+            end = source.index("\n}\n", heads[0].end())
+            self.spilling = [heads[0][1]] if "mma_m16n8k32(" in source[heads[0].end() : end] else []
+            return super().compile(source, arch)
+
+    compiler = OneSpills([])
+    part = compiled(compiler, monkeypatch, [TOKEN, PART]).part
+    assert part is not None and compiler.compiled == 3
+    cut, *others = [kernel for kernel in part.kernels if kernel.symbol.startswith("bit_gemm_")]
+    assert "__dp4a(" in cut.source and others
+    assert all("mma_m16n8k32(" in kernel.source for kernel in others)
 
 
 def test_a_kernel_that_spills_by_itself_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

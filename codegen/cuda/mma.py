@@ -107,7 +107,8 @@ def mma_schedules(spec: LinearSpec, tokens: int = 64) -> list[MmaSchedule]:
     wanted = MmaSchedule(
         tokens=next((tile for tile in (8, 16, 32, 64) if tile >= tokens), 128),
         rows=64 if wide else 32,
-        warp_tokens=64 if wide else 32,
+        # With a group of 256 inputs, too, registers of some architectures would spill.
+        warp_tokens=64 if wide and spec.group <= 2 * PIECE else 32,
         stages=4 if spec.group <= PIECE else 2,
     )
     valid = [schedule for schedule in space if schedule.valid(spec)]

@@ -60,7 +60,7 @@ def _kernels(machine: DeviceProgram, kernels: ProgramKernels) -> Iterator[Emitte
         text = texts.get(f"{kernel_name(spec, 'gemv')}_kernel")
         cut = kernels.cut(spec)
         yield emit(spec, "gemv", arch, cut) if text is None else of_text(PREAMBLE + text, spec, "gemv", cut)
-        tile = linear.tile(PART.length or 1)
+        tile = kernels.tile(spec, PART.length or 1)
         if (text := texts.get(f"{linear.of_tile(tile)}_kernel")) is not None:
             yield of_text(PREAMBLE + text, spec, "gemm", tile)
     for spec in kernels.quantizers:

@@ -29,13 +29,13 @@ from ..dp4a import (
     pitch,
 )
 from ..gemm import ManySchedule, gemm, gemm_schedules
-from ..kernel import kernel_name
+from ..kernel import Form, kernel_name
 from ..quantize import LANES, quantize, quantize_schedules
 from ..text import signature
 from . import attention as of_attention
 from . import choice, computed, elementary
 from .experts import gemv_by_expert
-from .launches import TOKEN, Number, Size
+from .launches import PART, TOKEN, Number, Size
 
 CAPACITY = Size(0, 1)
 """The slots of the KV state."""
@@ -113,7 +113,7 @@ class ProgramKernels:
         self.quantizers: dict[QuantizeSpec, ProgramQuantizer] = {}
         self._attentions: dict[AttentionSpec, str] = {}
         self._makers: dict[str, Callable[[], Called]] = {}
-        self._given_up: dict[LinearSpec, int] = {}
+        self._given_up: dict[tuple[LinearSpec, Form], int] = {}
 
     def declared(
         self, name: str, parameters: Mapping[str, tuple[Sequence[Any], str]], make: Callable[[], Called]
@@ -136,19 +136,38 @@ class ProgramKernels:
 
     def cut(self, spec: LinearSpec) -> GemvSchedule:
         """How a linear's kernel of one token is cut."""
-        return gemv_schedules(spec)[self._given_up.get(spec, 0)]
+        return gemv_schedules(spec)[self._given_up.get((spec, "gemv"), 0)]
+
+    def tile(self, spec: LinearSpec, rows: int) -> ManySchedule:
+        """How a linear's kernel for several rows is cut.
+
+        Raises:
+            UntranslatableError: no such kernel takes so many.
+        """
+        tiles = gemm_schedules(spec, rows)[self._given_up.get((spec, "gemm"), 0) :]
+        if not tiles:
+            raise UntranslatableError(f"CUDA programs have no kernel for a linear of {rows} rows at once")
+        return tiles[0]
 
     def give_up(self, symbols: Collection[str]) -> bool:
-        """Takes the next schedule of each linear of whose kernels of one token, its experts' among them, one has one of
-        these symbols.
+        """Takes the next schedule of the kernels of linears, those of experts among them, that have one of these
+        symbols.
 
         Returns:
             Whether there was one for any.
         """
-        names = {spec: f"{kernel_name(spec, 'gemv')}_" for spec in self.linears}
-        cut = [spec for spec, name in names.items() if any(symbol.startswith(name) for symbol in symbols)]
-        left = [spec for spec in cut if self._given_up.get(spec, 0) + 1 < len(gemv_schedules(spec))]
-        self._given_up |= {spec: self._given_up.get(spec, 0) + 1 for spec in left}
+        left: dict[tuple[LinearSpec, Form], int] = {}
+        for spec in self.linears:
+            forms: Mapping[Form, int] = {
+                "gemv": len(gemv_schedules(spec)),
+                "gemm": len(gemm_schedules(spec, PART.length)),
+            }
+            for form, count in forms.items():
+                following = self._given_up.get((spec, form), 0) + 1
+                begin = f"{kernel_name(spec, form)}_"
+                if following < count and any(symbol.startswith(begin) for symbol in symbols):
+                    left[spec, form] = following
+        self._given_up |= left
         self.called |= {name: self._makers[name]() for name in self.called} if left else {}
         return bool(left)
 
@@ -270,17 +289,6 @@ class ProgramLinear:
     def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> NoReturn:
         raise KernelError("CUDA kernels are launched by programs, not on tensors")
 
-    def tile(self, rows: int) -> ManySchedule:
-        """How the kernel for several rows is cut.
-
-        Raises:
-            UntranslatableError: no such kernel takes so many.
-        """
-        tile = next(iter(gemm_schedules(self.spec, rows)), None)
-        if tile is None:
-            raise UntranslatableError(f"CUDA programs have no kernel for a linear of {rows} rows at once")
-        return tile
-
     def of_tile(self, tile: ManySchedule) -> str:
         """That kernel's name."""
         return f"{kernel_name(self.spec, 'gemm')}_{tile.tokens}"
@@ -307,7 +315,7 @@ class ProgramLinear:
         def of_rows(count: int) -> Called:
             if count == 1:
                 return make()
-            tile = self.tile(count)
+            tile = self.kernels.tile(spec, count)
             function, threads = gemm(spec, tile), (*tile.threads, 1)
             return Called(self.of_tile(tile), function, [*parameters], threads, work, tile.rows, number=Size(count))
 

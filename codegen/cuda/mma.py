@@ -112,7 +112,7 @@ def mma_schedules(spec: LinearSpec, tokens: int = 64) -> list[MmaSchedule]:
         stages=4 if spec.group <= PIECE else 2,
     )
     valid = [schedule for schedule in space if schedule.valid(spec)]
-    # Decoding less often first, by more tokens a warp, and as many warps as that leaves.
+    # What is nearest to it first. None of this has been tuned on a GPU.
     valid.sort(
         key=lambda s: (
             s.tokens != wanted.tokens,

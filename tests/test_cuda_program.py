@@ -560,7 +560,7 @@ def test_a_linear_of_many_tokens_that_spills_has_its_next_schedule(monkeypatch: 
 
     compiler = OneSpills([])
     part = compiled(compiler, monkeypatch, [TOKEN, PART]).part
-    assert part is not None and compiler.compiled == 3
+    assert part is not None and compiler.compiled == 2
     cut, *others = [kernel for kernel in part.kernels if kernel.symbol.startswith("bit_gemm_")]
     assert "__dp4a(" in cut.source and others
     assert all("mma_m16n8k32(" in kernel.source for kernel in others)

@@ -19,8 +19,9 @@ from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import get_attribute
 from lbllm_compile.passes.ir.scheme import Scheme, parse
 from stages import Memory, annotated, apply, batches, context
+from test_driver import MODEL, SMALL
 
-from lbllm_compile import evaluate, plan, recipe
+from lbllm_compile import artifact, driver, evaluate, frontend, plan, recipe
 from lbllm_compile.html_report.contents import parts_of
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.recipe import Choices
@@ -270,3 +271,34 @@ def test_plan_shows_the_form_that_a_scheme_gives_a_head(scheme, treatment):
 def fields(text: str) -> dict[str, int]:
     (entry,) = parse(text)
     return {key: int(value) for key, value in entry.settings}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bits", [4.2, 6.0])
+def test_a_compile_under_a_limit_on_the_model_keeps_within_it(tmp_path, monkeypatch, bits):
+    monkeypatch.setitem(recipe.PRESETS, "quick", SMALL)
+    monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "small.py").write_text(MODEL)
+    asked = CompileOptions(
+        str(tmp_path / "small.py"),
+        preset="quick",
+        bits=bits,
+        budget_over="model",
+        out=tmp_path / "out",
+        no_sheet=True,
+    )
+    report = driver.compile(asked)
+    (record,) = [record for record in report.records if record.name == "budget"]
+    (chosen,) = [row["scheme"] for row in record.rows if row["linear"] == "lm_head"]
+    program = artifact.load(report.out).program
+    (head,) = [info for _, info in linears(program) if info.path == "lm_head"]
+    kept = dataclasses.replace(head.scheme, act_bits=None, act_group=None, codebook=None)
+    assert str(kept) == chosen and head.role == "head"
+    assert record.summary["bits"] == pytest.approx(stored_bits(program) / weights(captured_of(asked)))
+    assert record.summary["bits"] <= bits
+
+
+def captured_of(asked: CompileOptions):
+    """The model's program as it was before any pass chose for it."""
+    return apply(frontend.capture(frontend.load(asked.model)), "canonicalize,annotate").program

@@ -228,6 +228,21 @@ def test_heads_of_four_bits_are_in_the_file_to_the_bit(group, embedding, tied, t
     assert report.facts["4-bit_matrices_exact_in_Q8_0"].startswith(f"{len(codes)} of {len(codes)},")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_planes_is_in_the_file_apart_from_the_embedding(tied, tmp_path):
+    head = "head{bits=2,group=64,sequences=0}"
+    program = even("LlamaForCausalLM", head=head, tie_word_embeddings=tied)
+    out = tmp_path / "model.gguf"
+    report = export.export(saved(program, tmp_path), "gguf", out)
+    tensors, planes = read_back(out), stored_weights(program)
+    path = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert tensors["output.weight"][0] == "Q8_0"
+    assert torch.equal(tensors["output.weight"][1], planes[path].dequantize())
+    assert tensors["token_embd.weight"][0] == "Q8_0"
+    assert not torch.equal(tensors["token_embd.weight"][1], tensors["output.weight"][1])
+    assert report.facts["W(1+1)_matrices_exact_in_Q8_0"].startswith(f"{len(planes)} of {len(planes)},")
+
+
 def test_the_file_says_what_each_tensor_is(tmp_path):
     program = stages("llama")[1]  # 72 and 104 columns, no multiples of 32
     out = tmp_path / "model.gguf"

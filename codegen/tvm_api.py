@@ -41,13 +41,13 @@ except (ImportError, OSError, AttributeError) as error:
     ) from error
 
 __all__ = [
-    "FAST_BUILD",
     "PrimFunc",
     "RemoteSession",
     "T",
     "Tracker",
     "VERSION",
     "assembly",
+    "build_context",
     "compile_functions",
     "cuda_source",
     "export_library",
@@ -105,6 +105,15 @@ FAST_BUILD = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
 LLVM finds common subexpressions itself."""
 
 
+def build_context() -> Any:
+    """The settings with which kernels are compiled, for a measurement as for a program: what is timed is what runs.
+
+    Storage rewriting is off. It reuses a buffer as soon as its last reader has begun, and in a merged launch another
+    thread may still be reading; it also takes buffers off the stack (:mod:`.kernels.scratch`).
+    """
+    return tvm.transform.PassContext(disabled_pass=FAST_BUILD, config={"tirx.disable_storage_rewrite": True})
+
+
 def intrinsic(name: str) -> Any:
     """The identifier of an LLVM intrinsic, e.g. ``llvm.fma``.
 
@@ -136,7 +145,7 @@ def compile_functions(functions: dict[str, PrimFunc], target: dict[str, Any]) ->
     """
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     try:
-        with tvm.transform.PassContext(disabled_pass=FAST_BUILD):
+        with build_context():
             return tvm.compile(module, target=tvm.target.Target(target))
     except Exception as error:  # TVM raises many types; each means that this kernel cannot be built
         raise KernelError(f"TVM cannot compile {', '.join(functions)} for {target}: {error}") from error

@@ -52,7 +52,7 @@ than what more rows at once save."""
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
-SCHEDULE_VERSION = 2
+SCHEDULE_VERSION = 3
 """Counts changes of what a schedule's fields mean or of the code generated from them; part of the database key."""
 
 
@@ -86,6 +86,7 @@ class GemmSchedule:
     tokens: int
     chunk: int
     parallel: bool
+    prefetch: int = 0  # artifacts of older versions have schedules without it
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,11 @@ class VectorLinear:
                     # Whole tiles: half or all the tokens of a small bucket at once, some or many of a large one.
                     sizes = (8, 16) if few else (120, 60, 240, 480)
                     chunks = [-(-size // tokens) * tokens for size in sizes]
-                    found.extend(GemmSchedule(self.layout, rows, tokens, chunk, parallel) for chunk in chunks)
+                    found.extend(
+                        GemmSchedule(self.layout, rows, tokens, chunk, parallel, prefetch)
+                        for prefetch in ((12288, 0) if few and self.layout == "lut8" else (0,))
+                        for chunk in chunks
+                    )
         return found
 
     def _tile_schedules(self, bucket: Bucket, parallel: bool) -> list[TileSchedule]:
@@ -332,7 +337,9 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
         KernelError: it is none.
     """
     for kind in (GemvSchedule, PopcountSchedule, GemmSchedule, TileSchedule, PortableSchedule):
-        if {f.name for f in dataclasses.fields(kind)} == set(record):
+        fields = dataclasses.fields(kind)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        if needed <= record.keys() <= {field.name for field in fields}:
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")
 

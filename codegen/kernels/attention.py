@@ -16,6 +16,7 @@ from typing import Any
 from ..spec import AttentionSpec
 from ..tvm_api import PrimFunc, T
 from .exponential import exponential, hyperbolic_tangent
+from .scratch import scratch
 
 HIDDEN = -3.0e38
 """The score of a key that a query must not see."""
@@ -312,8 +313,8 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
     loop = T.parallel if parallel else T.serial
 
     def append(source, channels, codes, params, b, h, s, past) -> None:
-        quantized = T.alloc_buffer((channels + 1,), "uint8", scope="local")
-        bounds = T.alloc_buffer((2 * lanes,), "float32", scope="local")
+        quantized = scratch(channels + 1, "uint8")
+        bounds = scratch(2 * lanes, "float32")
         k.quantize(channels, lambda i: source[b, h, s, i], codes, params, quantized, bounds, (b, h, past + s))
 
     def load_queries(query, queries, query_sums, b, h, first, last_row) -> None:
@@ -338,7 +339,7 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
             T.buffer_store(scores, y, [k.at(r * stride + first)])
 
     def weigh(value_codes, scores, stride, sums, first, begin, count, b, h) -> None:
-        row = T.alloc_buffer((k.value_vectors * lanes,), code_type, scope="local")
+        row = scratch(k.value_vectors * lanes, code_type)
         for i in range(k.value_rows * k.out_vectors):
             T.buffer_store(sums, k.all(T.float32(0)), [k.at(i * lanes)])
         with T.serial(begin, count) as key:
@@ -358,7 +359,7 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
 
     def place(key_mask, places, b, count, blocks) -> None:
         """Where every slot stands in its sequence, see :func:`~..reference.attention_places`."""
-        passed = T.alloc_buffer((1,), "int32", scope="local")
+        passed = scratch(1, "int32")
         T.buffer_store(passed, T.int32(-1), [0])
         with T.serial(blocks * lanes) as j:
             here = key_mask[b, T.min(j, count - 1)] != T.int64(0)
@@ -388,19 +389,19 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         # Keys up to the last query of the tile.
         count = T.Bind(past + T.min(first + tile - 1, last_row) // repeat + 1)
         blocks = T.Bind((count + lanes - 1) // lanes)
-        queries = T.alloc_buffer((tile * width,), "float32", scope="local")
-        query_sums = T.alloc_buffer((tile,), "float32", scope="local")
-        block = T.alloc_buffer((k.words * lanes,), k.word_type, scope="local")
-        factors = T.alloc_buffer((2 * lanes,), "float32", scope="local")
-        sums = T.alloc_buffer((tile * lanes,), "float32", scope="local")
-        lane_buffer = T.alloc_buffer((2 * lanes,), "float32", scope="local")
-        totals = T.alloc_buffer((tile,), "float32", scope="local")
-        zeros = T.alloc_buffer((tile,), "float32", scope="local")
-        value_sums = T.alloc_buffer((k.value_rows * k.out_vectors * lanes,), "float32", scope="local")
+        queries = scratch(tile * width, "float32")
+        query_sums = scratch(tile, "float32")
+        block = scratch(k.words * lanes, k.word_type)
+        factors = scratch(2 * lanes, "float32")
+        sums = scratch(tile * lanes, "float32")
+        lane_buffer = scratch(2 * lanes, "float32")
+        totals = scratch(tile, "float32")
+        zeros = scratch(tile, "float32")
+        value_sums = scratch(k.value_rows * k.out_vectors * lanes, "float32")
         scores = T.alloc_buffer((tile * stride,), "float32")
         limits = T.alloc_buffer((stride,), "float32")
         value_factors = T.alloc_buffer((2 * stride,), "float32")
-        first_shown = T.alloc_buffer((1,), "int32", scope="local")
+        first_shown = scratch(1, "int32")
         find_front(key_mask, first_shown, b, count)
         front = T.Bind(first_shown[0])
         load_queries(query, queries, query_sums, b, h, first, last_row)

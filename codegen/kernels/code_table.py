@@ -13,6 +13,7 @@ from ..reference import CORE_CODES, INT4_MAX, INT8_MAX, PLANES, RANGE_MIN, TAIL_
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
 from .quantize import Ranges
+from .scratch import scratch
 
 CODES = CORE_CODES + 2 * TAIL_CODES
 
@@ -40,7 +41,7 @@ def _store_knee_table(table: Any, high: Any, low: Any, scale: Any, knees: Any) -
 
 def _places(plane_scales: Any) -> Any:
     """Where codes lie, :func:`..reference.plane_places`."""
-    places = T.alloc_buffer((CODES,), "float32", scope="local")
+    places = scratch(CODES, "float32")
     for code in range(CODES):
         total = _float(0)
         for plane in (plane for plane in range(PLANES) if code >> plane & 1):
@@ -124,8 +125,8 @@ def quantizer(columns: int, group: int, lanes: int, parallel: bool, planes: bool
         for m in loop(m_count):
             ranges = T.meta_var(Ranges(lanes))
             shape = T.meta_var(_places(given) if planes else given)
-            table = T.alloc_buffer((CODES,), "float32", scope="local")
-            thresholds = T.alloc_buffer((CODES - 1,), "float32", scope="local")
+            table = scratch(CODES, "float32")
+            thresholds = scratch(CODES - 1, "float32")
             for g in T.serial(full):
                 quantize_group(x, clip, shape, values, scales, ranges, table, thresholds, m, g, width)
             if tail > 0:

@@ -7,6 +7,7 @@ Sums are taken in another order than torch takes them; no other kernel has to ag
 from typing import Any
 
 from ..tvm_api import PrimFunc, T
+from .scratch import scratch
 
 ROWS = 4
 """Rows of the matrix that share each load of a token."""
@@ -60,7 +61,7 @@ def dense(rows: int, columns: int, lanes: int, one_token: bool) -> PrimFunc:
         # The last tile of rows, and of tokens, begins or ends where the matrix does: some are computed twice.
         for tile in T.parallel((rows + height - 1) // height):
             first_row: T.let = T.min(tile * height, rows - height)
-            sums = T.alloc_buffer((len(pairs) * lanes,), "float32", scope="local")
+            sums = scratch(len(pairs) * lanes, "float32")
             for group in T.serial((count + tokens - 1) // tokens):
                 clear(sums)
                 for step in T.serial(whole // lanes):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 from .isa import InstructionSet
+from .scratch import scratch
 
 SLAB = 16
 """Columns of a slab, and rows of a block."""
@@ -151,7 +152,7 @@ def _stage_group(
 
     ``target`` gives the address of a column in ``staged``.
     """
-    total = T.alloc_buffer((1,), "int32", scope="local")
+    total = scratch(1, "int32")
     T.buffer_store(total, 0, [0])
     with T.serial(width) as i:
         T.buffer_store(staged, values[token, source + i], [target(i)])
@@ -288,12 +289,12 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         x_scale = T.match_buffer(x_scale_, (1, scales), "float32", align=4)
         packed = T.match_buffer(packed_, (packed_bytes,), "uint8", align=64)
         out = T.match_buffer(out_, (1, p.rows), "float32", align=4)
-        staged = T.alloc_buffer((p.slabs * SLAB,), "int8")
-        correction = T.alloc_buffer((p.groups,), "int32")
+        staged = scratch(p.slabs * SLAB, "int8")
+        correction = scratch(p.groups, "int32")
         _stage_token(p, isa, values, staged, correction, 0, 0, 1, 1)
         for step in loop(steps):
-            total = T.alloc_buffer((rows,), "float32", scope="local")
-            partial = T.alloc_buffer((rows * chains,), "int32", scope="local")
+            total = scratch(rows, "float32")
+            partial = scratch(rows * chains, "int32")
             for v in T.unroll(len(vectors)):
                 total[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
             for g in T.serial(p.full_groups):
@@ -310,14 +311,21 @@ def store_row_vector(isa: InstructionSet, rows: int, out: Any, token: Any, row: 
     if rows % isa.lanes == 0 and rows % 32 == 0:
         T.buffer_store(out, y, [token, T.ramp(row, 1, isa.lanes)])
         return
-    spill = T.alloc_buffer((isa.lanes,), "float32", scope="local")
+    spill = scratch(isa.lanes, "float32")
     T.buffer_store(spill, y, [T.ramp(0, 1, isa.lanes)])
     with T.serial(T.max(T.min(isa.lanes, rows - row), 0)) as lane:
         T.buffer_store(out, spill[lane], [token, row + lane])
 
 
 def gemm(
-    operand: Operand, isa: InstructionSet, rows: int, tokens: int, chunk: int, parallel: bool, parallel_stage: bool
+    operand: Operand,
+    isa: InstructionSet,
+    rows: int,
+    tokens: int,
+    chunk: int,
+    prefetch: int,
+    parallel: bool,
+    parallel_stage: bool,
 ) -> PrimFunc:
     """Any number of tokens: weights are decoded once per group and row step and reused for a chunk of tokens.
 
@@ -327,6 +335,7 @@ def gemm(
         rows: rows per step, a multiple of 16 that divides the padded rows.
         tokens: tokens of the register tile, a multiple of the instructions' ``tokens_per_dot``.
         chunk: tokens whose fp32 sums are kept at once, a multiple of ``tokens``.
+        prefetch: distance of the software prefetch in bytes, 0 for none; of weights that are decoded.
         parallel: split the row steps over the thread pool.
         parallel_stage: split the staging of the tokens over the thread pool, too.
     """
@@ -352,6 +361,8 @@ def gemm(
             address = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
             tables = operand.tables(isa, packed, address + 4 * half, slabs)
             with T.serial(slabs) as t:
+                if prefetch and half == 0:
+                    prefetch_line(packed, address + t * VECTOR_BYTES + prefetch)
                 for f, w in enumerate(isa.arrange(operand.fields(isa, packed, address + 4 * half, t, tables))):
                     where = t * slab_bytes + (f * len(vectors) + v) * 4 * lanes
                     T.buffer_store(decoded, w, [T.ramp(where, 1, 4 * lanes)])
@@ -440,9 +451,9 @@ def gemm(
                 scale_stage[s * padded + m] = x_scale[row, s]
             _stage_token(p, isa, values, staged, correction, row, m, padded, together)
         for step in loop(steps):
-            sums = T.alloc_buffer((chunk * rows,), "float32")
-            decoded = T.alloc_buffer((decoded_bytes,), "uint8")
-            partial = T.alloc_buffer((tokens * rows,), "int32", scope="local")
+            sums = scratch(chunk * rows, "float32")
+            decoded = scratch(decoded_bytes, "uint8")
+            partial = scratch(tokens * rows, "int32")
             for part in T.serial((padded + chunk - 1) // chunk):
                 start: T.let = part * chunk
                 count: T.let = T.min(chunk, padded - start)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..targets import Target
 from ..tvm_api import PrimFunc, T, compile_functions
+from .scratch import scratch
 
 LANES = 16
 """fp32 elements handled at once; LLVM splits them where vectors are shorter. Divides every group size."""
@@ -148,7 +149,7 @@ def latent_backward(group: int) -> PrimFunc:
         grad_latent = T.match_buffer(grad_latent_, (units, group), "float32", align=4)
         grad_bitmap = T.match_buffer(grad_bitmap_, (units, group), "float32", align=4)
         grad_levels = T.match_buffer(grad_levels_, (units, 4), "float32", align=4)
-        sums = T.alloc_buffer((4 * LANES,), "float32", scope="local")
+        sums = scratch(4 * LANES, "float32")
         for u in T.serial(units):
             unit_backward(grad, latent, bitmap, levels, scales, grad_latent, grad_bitmap, grad_levels, sums, u)
 
@@ -194,7 +195,7 @@ def codes_backward(group: int) -> PrimFunc:
         grad = T.match_buffer(grad_, (units, group), "float32", align=4)
         codes = T.match_buffer(codes_, (units, group), "uint8", align=1)
         grad_levels = T.match_buffer(grad_levels_, (units, 4), "float32", align=4)
-        sums = T.alloc_buffer((4 * LANES,), "float32", scope="local")
+        sums = scratch(4 * LANES, "float32")
         for u in T.serial(units):
             _clear(sums)
             for i in T.serial(group // LANES):

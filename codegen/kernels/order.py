@@ -7,6 +7,7 @@ Of equal elements the earlier comes first. NaN is above everything, as in torch.
 from typing import Any
 
 from ..tvm_api import PrimFunc, T
+from .scratch import scratch
 
 DOUBLINGS = 31
 """Runs get longer so many times at most: kernels count elements in 32 bits."""
@@ -60,10 +61,10 @@ def order(dtype: str, descending: bool, parallel: bool) -> PrimFunc:
             for line in loop(outer * inner):
                 a: T.let = line // inner
                 b: T.let = line % inner
-                here = T.alloc_buffer((count,), "int32")
-                there = T.alloc_buffer((count,), "int32")
-                left = T.alloc_buffer((1,), "int32", scope="local")
-                right = T.alloc_buffer((1,), "int32", scope="local")
+                here = scratch(count, "int32")
+                there = scratch(count, "int32")
+                left = scratch(1, "int32")
+                right = scratch(1, "int32")
                 for i in T.serial(count):
                     here[i] = i
                 for doubling in T.serial(DOUBLINGS):

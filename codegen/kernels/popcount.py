@@ -49,6 +49,7 @@ from .dot import (
 )
 from .grouped import SCALE_BYTES, BitOperand, load_scales
 from .isa import InstructionSet
+from .scratch import scratch
 
 WORD = 32
 """Columns of a word of a plane."""
@@ -285,17 +286,17 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
         x_scale = T.match_buffer(x_scale_, (1, scales), "float32", align=4)
         packed = T.match_buffer(packed_, (packed_bytes,), "uint8", align=64)
         out = T.match_buffer(out_, (1, p.rows), "float32", align=4)
-        planes = T.alloc_buffer(((p.full_groups * group_words + tail_words) * ACTIVATION_PLANES,), "int32")
-        sums = T.alloc_buffer((p.groups,), "int32")
-        zeros = T.alloc_buffer((p.groups,), "int32")
-        shifted = T.alloc_buffer((max(group_words, tail_words) * WORD,), "int8", scope="local")
-        padded = T.alloc_buffer((max(tail_words, 1) * WORD,), "int8", scope="local")
+        planes = scratch((p.full_groups * group_words + tail_words) * ACTIVATION_PLANES, "int32")
+        sums = scratch(p.groups, "int32")
+        zeros = scratch(p.groups, "int32")
+        shifted = scratch(max(group_words, tail_words) * WORD, "int8")
+        padded = scratch(max(tail_words, 1) * WORD, "int8")
         for g in T.serial(p.full_groups):
             stage_full(values, planes, sums, zeros, shifted, g)
         if tail > 0:
             stage_tail(values, planes, sums, zeros, shifted, padded)
         for step in loop(steps):
-            total = T.alloc_buffer((rows,), "float32", scope="local")
+            total = scratch(rows, "float32")
             for v in T.unroll(len(vectors)):
                 total[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
             for g in T.serial(p.full_groups):

@@ -23,6 +23,7 @@ from ..reference import value_dtype
 from ..sizes import group_count
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T, pure_intrinsic
+from .scratch import scratch
 
 LEVEL_BYTES = 4
 SCALE_BYTES = 4
@@ -165,8 +166,8 @@ class PortableLinear:
             packed = T.match_buffer(packed_, (self.packed_bytes,), "uint8", align=4)
             out = T.match_buffer(out_, (tokens, n), "float32", align=4)
             for step in loop(steps):
-                decoded = T.alloc_buffer((decoded_bytes,), "int8")
-                total = T.alloc_buffer((1,), "int32", scope="local")
+                decoded = scratch(decoded_bytes, "int8")
+                total = scratch(1, "int32")
                 for r in T.serial(T.min(rows, n - step * rows)):
                     row: T.let = step * rows + r
                     for m in T.serial(tokens):

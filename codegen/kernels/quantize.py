@@ -10,6 +10,7 @@ from typing import Any
 from ..reference import INT4_MAX, INT8_MAX, INT16_MAX, RANGE_MAX, RANGE_MIN
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
+from .scratch import scratch
 
 
 def _float(value: float) -> Any:
@@ -49,8 +50,8 @@ class Ranges:
 
     def __init__(self, lanes: int):
         self.lanes = lanes
-        self._highs, self._lows = (T.alloc_buffer((lanes,), "float32", scope="local") for _ in range(2))
-        self._high, self._low = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(2))
+        self._highs, self._lows = (scratch(lanes, "float32") for _ in range(2))
+        self._high, self._low = (scratch(1, "float32") for _ in range(2))
 
     def of(self, x: Any, clip: Any, m: Any, start: Any, count: int) -> tuple[Any, Any]:
         """``hi`` and ``lo`` of ``count`` channels of token ``m`` from ``start`` on, as the reference clips them."""

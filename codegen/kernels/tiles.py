@@ -24,6 +24,7 @@ from .dot import (
     store_row_vector,
 )
 from .isa import TileSet
+from .scratch import scratch
 
 MOST_TOKENS = 16
 """Lines of a tile."""
@@ -174,14 +175,14 @@ def gemm(
                 scale_stage[s * padded + m] = x_scale[token, s]
             stage(values, staged, token, m)
         for step in loop(steps):
-            decoded = T.alloc_buffer((blocks * tiles * weight_bytes,), "uint8")
-            row_scales = T.alloc_buffer((blocks * p.groups * lanes,), "float32")
-            products = T.alloc_buffer((tokens * lanes,), "int32")
-            results = T.alloc_buffer((tokens * lanes,), "float32")
+            decoded = scratch(blocks * tiles * weight_bytes, "uint8")
+            row_scales = scratch(blocks * p.groups * lanes, "float32")
+            products = scratch(tokens * lanes, "int32")
+            results = scratch(tokens * lanes, "float32")
             # A buffer for each: only small ones, at places that are constants, are registers to LLVM, for which a tile
             # instruction could change whatever is memory.
-            sums = [T.alloc_buffer((lanes,), "float32") for _ in range(tokens)]
-            described = T.alloc_buffer((SHAPE_WORDS,), "int32")
+            sums = [scratch(lanes, "float32") for _ in range(tokens)]
+            described = scratch(SHAPE_WORDS, "int32")
             isa.configure_tiles(described, shapes)
             for block in T.serial(blocks):
                 for g in T.serial(p.full_groups):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KernelError, UntranslatableError, first_line
-from ..tvm_api import FAST_BUILD, PrimFunc, relax, s_tir, tirx, tvm
+from ..tvm_api import PrimFunc, build_context, relax, s_tir, tirx, tvm
 from .builder import KERNEL
 from .floats import hide_floats, show_floats
 from .fuse import fuse_rows, view_results
@@ -138,10 +138,7 @@ def build_loops(module: Any, target: dict[str, Any]) -> Any:
         passes.AttachGlobalSymbol(),
     ]
     description = tvm.target.Target(target)
-    # Storage rewriting reuses a buffer as soon as its last reader has begun. In a merged launch another thread may
-    # still be reading.
-    config = {"tirx.disable_storage_rewrite": True}
-    with description, tvm.transform.PassContext(disabled_pass=FAST_BUILD, config=config):
+    with description, build_context():
         return relax.build(tvm.transform.Sequential(lowering)(module), description, relax_pipeline=None)
 
 

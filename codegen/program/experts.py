@@ -41,7 +41,7 @@ def by_expert(function: Any, matrices: Sequence[Sequence[int]], rows: int) -> Pr
     result = _buffer(out, [total, *out.ty.shape[1:]])
     experts = int(matrices[0][0])
     offsets = tirx.decl_buffer([experts], "int32", "offsets")
-    ends = tirx.decl_buffer([experts], "int32", "ends", scope="local")
+    ends = tirx.decl_buffer([experts], "int32", "ends")
     expert, other, first = tirx.Var("expert", "int64"), tirx.Var("other", "int64"), tirx.Var("first", "int32")
     zero, last = tirx.IntImm("int32", 0), tirx.IntImm("int64", experts - 1)
 

@@ -73,7 +73,7 @@ def reader(count: int) -> PrimFunc:
         data = T.match_buffer(data_, (count,), "uint8", align=64)
         sums = T.match_buffer(sums_, (PARTS * READ_LANES,), "int32", align=64)
         for part in T.parallel(PARTS):
-            total = T.alloc_buffer((STREAMS * READ_LANES,), "int32", scope="local")
+            total = T.alloc_buffer((STREAMS * READ_LANES,), "int32")
             for s in T.unroll(STREAMS):
                 total[T.ramp(s * READ_LANES, 1, READ_LANES)] = T.broadcast(T.int32(0), READ_LANES)
             for i in T.serial(steps):
@@ -155,7 +155,7 @@ def multiplier(isa: InstructionSet, vectors: int, tokens: int) -> PrimFunc:
         values = T.match_buffer(values_, (value_bytes,), "int8", align=64)
         sums = T.match_buffer(sums_, (sum_count,), "int32", align=64)
         for part in T.parallel(PARTS):
-            total = T.alloc_buffer((width,), "int32", scope="local")
+            total = T.alloc_buffer((width,), "int32")
             for a in T.unroll(vectors * tokens):
                 total[T.ramp(a * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes)
             for _ in T.serial(PASSES):

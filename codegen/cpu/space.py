@@ -187,7 +187,8 @@ class VectorLinear:
             few = bucket.highest <= 16
             likely = (16, 32, 48, 64, 96) if few else (32, 16, 48, 64, 96)
             for rows in sorted(likely, key=lambda rows: rows // isa.lanes > ROW_VECTORS):
-                fits = [t for t in (4, 8, 6, 12, 10, 5, 3, 2, 1) if t % fewest == 0]
+                widths = (8, 4, 6, 12, 10, 5, 3, 2, 1) if few else (4, 8, 6, 12, 10, 5, 3, 2, 1)
+                fits = [t for t in widths if t % fewest == 0]
                 fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
                     continue
@@ -195,12 +196,12 @@ class VectorLinear:
                     # TVM cannot lower tiles of a single token where a token has a single scale.
                     if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
-                    # Whole tiles: half or all the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (8, 16) if few else (120, 60, 240, 480)
-                    chunks = [-(-size // tokens) * tokens for size in sizes]
+                    # Whole tiles: one, half or all the tokens of a small bucket at once, some or many of a large one.
+                    sizes = (tokens, 8, 16) if few else (120, 60, 240, 480)
+                    chunks = dict.fromkeys(-(-size // tokens) * tokens for size in sizes)
                     found.extend(
                         GemmSchedule(self.layout, rows, tokens, chunk, parallel, prefetch)
-                        for prefetch in ((12288, 0) if few and self.layout == "lut8" else (0,))
+                        for prefetch in ((12288, 0) if few else (0,))
                         for chunk in chunks
                     )
         return found

@@ -13,10 +13,11 @@ polynomial.
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
 from typing import Any
 
+from ..sizes import ALIGNMENT
 from ..spec import AttentionSpec
-from ..tvm_api import PrimFunc, T
+from ..tvm_api import PrimFunc, T, tvm_ffi
 from .exponential import exponential, hyperbolic_tangent
-from .scratch import scratch
+from .memory import prefetch_line, scratch
 
 HIDDEN = -3.0e38
 """The score of a key that a query must not see."""
@@ -26,6 +27,9 @@ SHOWN = 3.0e38
 
 SUMS = 24
 """fp32 sums that the vector registers hold beside what is multiplied; has many divisors."""
+
+FETCHED_LINES = 64
+"""Most cache lines of a tensor of the state that a head asks for ahead of time."""
 
 _WORD = 4
 _MIN_SCALE = 2.0**-24
@@ -312,6 +316,14 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
     key_parameters, value_parameters = (2, 2) if scaled else (k.key_bytes, k.value_bytes)
     loop = T.parallel if parallel else T.serial
 
+    def fetch(state, b, h, past) -> None:
+        """Asks for the first slots of a head's state, which other layers have put out of the cache."""
+        size = tvm_ffi.dtype(state.dtype).itemsize
+        slot = state.shape[-1] * size
+        with T.serial(T.min((past * slot + ALIGNMENT - 1) // ALIGNMENT, FETCHED_LINES)) as line:
+            start = line * ALIGNMENT
+            prefetch_line(state, b, h, start // slot, start % slot // size)
+
     def append(source, channels, codes, params, b, h, s, past) -> None:
         quantized = scratch(channels + 1, "uint8")
         bounds = scratch(2 * lanes, "float32")
@@ -458,9 +470,12 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         tiles = T.Bind((length * repeat + tile - 1) // tile)
         # A buffer's size must be known outside the loop that uses it, so a task has room for all keys.
         stride = T.Bind((total + lanes - 1) // lanes * lanes)
-        with loop(batch * spec.kv_heads) as i, T.serial(length) as s:
-            append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
-            append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+        with loop(batch * spec.kv_heads) as i:
+            for state in (key_codes, value_codes, *((key_params, value_params) if scaled else ())):
+                fetch(state, i // spec.kv_heads, i % spec.kv_heads, past)
+            with T.serial(length) as s:
+                append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
+                append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
         with loop(batch * spec.kv_heads * tiles) as task:
             attend(
                 query, key_codes, key_params, value_codes, value_params, key_mask, out,

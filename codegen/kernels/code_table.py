@@ -12,8 +12,8 @@ from typing import Any
 from ..reference import CORE_CODES, INT4_MAX, INT8_MAX, PLANES, RANGE_MIN, TAIL_CODES
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
+from .memory import scratch
 from .quantize import Ranges
-from .scratch import scratch
 
 CODES = CORE_CODES + 2 * TAIL_CODES
 

@@ -7,7 +7,7 @@ Sums are taken in another order than torch takes them; no other kernel has to ag
 from typing import Any
 
 from ..tvm_api import PrimFunc, T
-from .scratch import scratch
+from .memory import scratch
 
 ROWS = 4
 """Rows of the matrix that share each load of a token."""

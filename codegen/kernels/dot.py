@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T, pure_intrinsic
 from .isa import InstructionSet
-from .scratch import scratch
+from .memory import prefetch_line, scratch
 
 SLAB = 16
 """Columns of a slab, and rows of a block."""
@@ -102,6 +102,10 @@ class Operand(Protocol):
         """Bytes of one full group of one row block."""
         ...
 
+    def bytes_of(self, slabs: int) -> int:
+        """Bytes of a group of so many slabs of one row block."""
+        ...
+
     @property
     def decodes(self) -> bool:
         """Whether a GEMM should keep decoded slabs in a buffer instead of reading them again for each token tile."""
@@ -130,9 +134,24 @@ def load_float32(isa: InstructionSet, packed: Any, address: Any) -> Any:
     return T.reinterpret(isa.float32, packed[T.ramp(address, 1, 4 * isa.lanes)])
 
 
-def prefetch_line(packed: Any, address: Any) -> None:
-    """Asks for the cache line of a packed byte."""
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(packed[address]), 0, 3, 1))
+BURST_LINES = 16
+"""Lines of a group that are asked for at once; those of a larger one are, slab by slab, as it is read."""
+
+
+def prefetch_group(operand: Operand, packed: Any, address: Any, slabs: int, ahead: int) -> None:
+    """Asks for what lies ``ahead`` bytes behind a group of a row block, where the group is small."""
+    size = operand.bytes_of(slabs)
+    if ahead and size <= BURST_LINES * VECTOR_BYTES:
+        for start in range(0, size, VECTOR_BYTES):
+            prefetch_line(packed, address + start + ahead)
+
+
+def prefetch_slab(operand: Operand, packed: Any, address: Any, slabs: int, slab: Any, ahead: int) -> None:
+    """Asks for what lies ``ahead`` bytes behind a slab of a group at ``address``, where the group is large."""
+    size = operand.bytes_of(slabs)
+    if ahead and size > BURST_LINES * VECTOR_BYTES:
+        for start in range(0, size // slabs, VECTOR_BYTES):
+            prefetch_line(packed, address + slab * (size // slabs) + start + ahead)
 
 
 def _stage_group(
@@ -251,14 +270,16 @@ def gemv(operand: Operand, isa: InstructionSet, rows: int, chains: int, prefetch
         ]
         tables = []
         for v, (_, half) in enumerate(vectors):
+            if half == 0:
+                prefetch_group(operand, packed, addresses[v], slabs, prefetch)
             tables.append(operand.tables(isa, packed, addresses[v] + 4 * half, slabs))
             for chain in range(chains):
                 start = isa.broadcast(correction[g] if chain == 0 and isa.offset else 0)
                 T.buffer_store(partial, start, [slice_(v * chains + chain)])
         with T.serial(slabs) if slabs > SLAB else T.unroll(slabs) as t:
             for v, (_, half) in enumerate(vectors):
-                if prefetch and half == 0:
-                    prefetch_line(packed, addresses[v] + t * VECTOR_BYTES + prefetch)
+                if half == 0:
+                    prefetch_slab(operand, packed, addresses[v], slabs, t, prefetch)
                 fields = operand.fields(isa, packed, addresses[v] + 4 * half, t, tables[v])
                 source = g * group_width + t * SLAB
                 pairs = [(w, isa.quad(staged, source, f)) for f, w in enumerate(fields)]
@@ -329,6 +350,9 @@ def gemm(
 ) -> PrimFunc:
     """Any number of tokens: weights are decoded once per group and row step and reused for a chunk of tokens.
 
+    Where a chunk is a single tile, decoded weights are used at once instead of being kept, and a tile of half the width
+    takes the tokens that it has room for.
+
     Args:
         operand: the packed weights.
         isa: the vector instructions.
@@ -350,26 +374,30 @@ def gemm(
     scales = 1 if p.per_token else p.groups
     slab_bytes = FIELDS * len(vectors) * 4 * lanes
     together = isa.tokens_per_dot
+    single = chunk == tokens
     # Fields that must be arranged are worth keeping, too.
-    decodes = operand.decodes or together > 1
-    decoded_bytes = max(p.group_slabs, p.tail_slabs) * slab_bytes if decodes else 1
+    keeps = (operand.decodes and not single) or together > 1
+    decoded_bytes = max(p.group_slabs, p.tail_slabs) * slab_bytes if keeps else 1
+    narrow = tokens // 2 if single and tokens // 2 % together == 0 else 0
     last = scales - 1
 
     def decode(packed, decoded, step, g, slabs) -> None:
         """Fills ``decoded``: slab after slab, field after field, row vector after row vector."""
         for v, (block, half) in enumerate(vectors):
             address = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
+            if half == 0:
+                prefetch_group(operand, packed, address, slabs, prefetch)
             tables = operand.tables(isa, packed, address + 4 * half, slabs)
             with T.serial(slabs) as t:
-                if prefetch and half == 0:
-                    prefetch_line(packed, address + t * VECTOR_BYTES + prefetch)
+                if half == 0:
+                    prefetch_slab(operand, packed, address, slabs, t, prefetch)
                 for f, w in enumerate(isa.arrange(operand.fields(isa, packed, address + 4 * half, t, tables))):
                     where = t * slab_bytes + (f * len(vectors) + v) * 4 * lanes
                     T.buffer_store(decoded, w, [T.ramp(where, 1, 4 * lanes)])
 
-    def slab_fields(packed, decoded, step, g, slabs, t) -> list[list[Any]]:
+    def slab_fields(packed, decoded, addresses, tables, slabs, t) -> list[list[Any]]:
         """The fields of every row vector: ``[field][vector]``."""
-        if decodes:
+        if keeps:
             return [
                 [
                     decoded[T.ramp(t * slab_bytes + (f * len(vectors) + v) * 4 * lanes, 1, 4 * lanes)]
@@ -378,15 +406,16 @@ def gemm(
                 for f in range(FIELDS)
             ]
         columns = []
-        for block, half in vectors:
-            address = (step * blocks + block) * operand.block_bytes + g * operand.group_bytes + 4 * half
-            columns.append(operand.fields(isa, packed, address, t, None))
+        for (_, half), address, table in zip(vectors, addresses, tables, strict=True):
+            if half == 0:
+                prefetch_slab(operand, packed, address, slabs, t, prefetch)
+            columns.append(operand.fields(isa, packed, address + 4 * half, t, table))
         return [list(field) for field in zip(*columns, strict=True)]
 
     def tile(
-        packed, staged, correction, scale_stage, decoded, partial, sums, step, g, slabs, padded, first, local
+        packed, staged, correction, scale_stage, decoded, partial, sums, step, g, slabs, padded, first, local, width
     ) -> None:
-        """One register tile: ``tokens`` tokens from ``first`` on times one group of all row vectors."""
+        """One register tile: ``width`` tokens from ``first`` on times one group of all row vectors."""
 
         def where(m: int, v: int) -> Any:
             return T.ramp((m * len(vectors) + v) * lanes, 1, lanes)
@@ -396,17 +425,25 @@ def gemm(
             first, i = m // together * together, m % together
             return isa.by_token([partial[where(first + k, v)] for k in range(together)])[i]
 
-        for m in range(tokens):
+        for m in range(width):
             start = T.Bind(isa.broadcast(correction[g * padded + first + m] if isa.offset else 0))
             for v in range(len(vectors)):
                 T.buffer_store(partial, start, [where(m, v)])
         base = T.Bind(g * group_width * padded + first * (slabs * SLAB))
+        addresses = [
+            T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes) for block, _ in vectors
+        ]
+        tables = []
+        for (_, half), address in () if keeps else zip(vectors, addresses, strict=True):
+            if half == 0:
+                prefetch_group(operand, packed, address, slabs, prefetch)
+            tables.append(operand.tables(isa, packed, address + 4 * half, slabs))
         with T.serial(slabs) as t:
-            fields = slab_fields(packed, decoded, step, g, slabs, t)
+            fields = slab_fields(packed, decoded, addresses, tables, slabs, t)
             for f in range(0, FIELDS, isa.pairs_per_dot):
                 used = range(f, f + isa.pairs_per_dot)
                 weights = {(k, v): T.Bind(fields[k][v]) for k in used for v in range(len(vectors))}
-                for m in range(0, tokens, together):
+                for m in range(0, width, together):
                     source = base + m * (slabs * SLAB) + t * (SLAB * together)
                     quads = [T.Bind(quad) for quad in isa.load_values(staged, source, f)]
                     for v in range(len(vectors)):
@@ -414,16 +451,45 @@ def gemm(
                         totals = isa.multiply([partial[i] for i in places], [weights[k, v] for k in used], quads)
                         for place, y in zip(places, totals, strict=True):
                             T.buffer_store(partial, y, [place])
-        scale = []
-        for block, half in vectors:
-            address = (step * blocks + block) * operand.block_bytes + g * operand.group_bytes
-            scale.append(T.Bind(operand.scale(isa, packed, step * blocks + block, address, half, slabs)))
-        for m in range(tokens):
+        scale = [
+            T.Bind(operand.scale(isa, packed, step * blocks + block, address, half, slabs))
+            for (block, half), address in zip(vectors, addresses, strict=True)
+        ]
+        for m in range(width):
             x = T.Bind(T.broadcast(scale_stage[T.min(g, last) * padded + first + m], lanes))
             for v in range(len(vectors)):
                 target = T.ramp(((local + m) * len(vectors) + v) * lanes, 1, lanes)
                 dot = T.cast(total(m, v), isa.float32)
                 T.buffer_store(sums, fused_multiply_add(isa, dot, x * scale[v], sums[target]), [target])
+
+    def multiply(
+        packed, staged, correction, scale_stage, decoded, partial, sums, step, padded, start, count, left
+    ) -> None:
+        """A chunk of ``count`` tokens, of which ``left`` are no padding, times all groups of all row vectors."""
+
+        def group(g, slabs, width) -> None:
+            if keeps:
+                decode(packed, decoded, step, g, slabs)
+            with T.serial(1 if single else count // tokens) as i:
+                tile(
+                    packed, staged, correction, scale_stage, decoded, partial, sums,
+                    step, g, slabs, padded, start + i * tokens, i * tokens, width,
+                )  # fmt: skip
+
+        def groups(width) -> None:
+            with T.serial(p.full_groups) as g:
+                group(g, p.group_slabs, width)
+            if tail:
+                group(p.full_groups, p.tail_slabs, width)
+
+        if not narrow:
+            groups(tokens)
+            return
+        with T.If(left > narrow):
+            with T.Then():
+                groups(tokens)
+            with T.Else():
+                groups(narrow)
 
     def store(packed, out, sums, step, token, local) -> None:
         for v in range(len(vectors)):
@@ -459,22 +525,10 @@ def gemm(
                 count: T.let = T.min(chunk, padded - start)
                 for i in T.serial(count * len(vectors)):
                     sums[T.ramp(i * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-                for g in T.serial(p.full_groups):
-                    if decodes:
-                        decode(packed, decoded, step, g, p.group_slabs)
-                    for i in T.serial(count // tokens):
-                        tile(
-                            packed, staged, correction, scale_stage, decoded, partial, sums,
-                            step, g, p.group_slabs, padded, start + i * tokens, i * tokens,
-                        )  # fmt: skip
-                if tail > 0:
-                    if decodes:
-                        decode(packed, decoded, step, p.full_groups, p.tail_slabs)
-                    for i in T.serial(count // tokens):
-                        tile(
-                            packed, staged, correction, scale_stage, decoded, partial, sums,
-                            step, p.full_groups, p.tail_slabs, padded, start + i * tokens, i * tokens,
-                        )  # fmt: skip
+                multiply(
+                    packed, staged, correction, scale_stage, decoded, partial, sums,
+                    step, padded, start, count, m_count - start,
+                )  # fmt: skip
                 for i in T.serial(T.min(count, m_count - start)):
                     store(packed, out, sums, step, start + i, i)
 

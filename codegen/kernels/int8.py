@@ -30,9 +30,12 @@ class Int8Operand:
 
     decodes = False
 
+    def bytes_of(self, slabs: int) -> int:
+        return slabs * SLAB_BYTES
+
     @property
     def group_bytes(self) -> int:
-        return self.problem.group_slabs * SLAB_BYTES
+        return self.bytes_of(self.problem.group_slabs)
 
     @property
     def block_bytes(self) -> int:

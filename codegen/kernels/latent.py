@@ -9,7 +9,7 @@ from typing import Any
 
 from ..targets import Target
 from ..tvm_api import PrimFunc, T, compile_functions
-from .scratch import scratch
+from .memory import scratch
 
 LANES = 16
 """fp32 elements handled at once; LLVM splits them where vectors are shorter. Divides every group size."""

@@ -7,7 +7,7 @@ Of equal elements the earlier comes first. NaN is above everything, as in torch.
 from typing import Any
 
 from ..tvm_api import PrimFunc, T
-from .scratch import scratch
+from .memory import scratch
 
 DOUBLINGS = 31
 """Runs get longer so many times at most: kernels count elements in 32 bits."""

@@ -43,13 +43,12 @@ from .dot import (
     VECTOR_BYTES,
     fused_multiply_add,
     load_float32,
-    prefetch_line,
     row_vectors,
     store_row_vector,
 )
 from .grouped import SCALE_BYTES, BitOperand, load_scales
 from .isa import InstructionSet
-from .scratch import scratch
+from .memory import prefetch_line, scratch
 
 WORD = 32
 """Columns of a word of a plane."""

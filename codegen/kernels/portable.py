@@ -23,7 +23,7 @@ from ..reference import value_dtype
 from ..sizes import group_count
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T, pure_intrinsic
-from .scratch import scratch
+from .memory import scratch
 
 LEVEL_BYTES = 4
 SCALE_BYTES = 4

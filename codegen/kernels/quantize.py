@@ -10,7 +10,7 @@ from typing import Any
 from ..reference import INT4_MAX, INT8_MAX, INT16_MAX, RANGE_MAX, RANGE_MIN
 from ..sizes import group_count
 from ..tvm_api import PrimFunc, T
-from .scratch import scratch
+from .memory import scratch
 
 
 def _float(value: float) -> Any:

@@ -20,11 +20,12 @@ from .dot import (
     Problem,
     fused_multiply_add,
     load_float32,
-    prefetch_line,
+    prefetch_group,
+    prefetch_slab,
     store_row_vector,
 )
 from .isa import TileSet
-from .scratch import scratch
+from .memory import scratch
 
 MOST_TOKENS = 16
 """Lines of a tile."""
@@ -110,11 +111,11 @@ def gemm(
     def decode(packed, decoded, row_scales, step, block, g, group_slabs) -> None:
         """Writes one group of a block as weight tiles, and its scales."""
         address = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
+        prefetch_group(operand, packed, address, group_slabs, prefetch)
         tables = operand.tables(isa, packed, address, group_slabs)
         target = T.Bind((block * tiles + g * group_tiles) * weight_bytes)
         with T.serial(group_slabs) as t:
-            if prefetch:
-                prefetch_line(packed, address + t * VECTOR_BYTES + prefetch)
+            prefetch_slab(operand, packed, address, group_slabs, t, prefetch)
             for f, w in enumerate(operand.fields(isa, packed, address, t, tables)):
                 T.buffer_store(decoded, w, [T.ramp(target + (t * FIELDS + f) * VECTOR_BYTES, 1, VECTOR_BYTES)])
         scale = operand.scale(isa, packed, step * blocks + block, address, 0, group_slabs)

@@ -49,6 +49,9 @@ NEAR_BYTES = 24 << 10
 """Half a first-level cache of the CPUs that have tiles: decoded weights of a row step beyond it are likely to cost more
 than what more rows at once save."""
 
+HIDING_TOKENS = 8
+"""Tokens of a tile whose products take as long as decoding its weights, on other units of the CPU."""
+
 ROW_VECTORS = 4
 """Most row vectors of a GEMM tile that are likely to pay: with more, few tokens fit the registers."""
 
@@ -86,7 +89,8 @@ class GemmSchedule:
     tokens: int
     chunk: int
     parallel: bool
-    prefetch: int = 0  # artifacts of older versions have schedules without it
+    prefetch: int = 0  # artifacts of older versions have schedules without these
+    parallel_stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,8 @@ class VectorLinear:
                 found.extend(self._tile_schedules(bucket, parallel))
             few = bucket.highest <= 16
             likely = (16, 32, 48, 64, 96) if few else (32, 16, 48, 64, 96)
+            widths = (8, 4, 6, 12, 10, 5, 3, 2, 1) if few or fewest == 1 else (4, 8, 6, 12, 10, 5, 3, 2, 1)
             for rows in sorted(likely, key=lambda rows: rows // isa.lanes > ROW_VECTORS):
-                widths = (8, 4, 6, 12, 10, 5, 3, 2, 1) if few else (4, 8, 6, 12, 10, 5, 3, 2, 1)
                 fits = [t for t in widths if t % fewest == 0]
                 fits = [t for t in fits if t * (rows // isa.lanes) <= registers or t == fewest]
                 if padded_rows % rows:
@@ -196,14 +200,18 @@ class VectorLinear:
                     # TVM cannot lower tiles of a single token where a token has a single scale.
                     if tokens > bucket.highest or (tokens == 1 == self.spec.x_scales):
                         continue
-                    # Whole tiles: one, half or all the tokens of a small bucket at once, some or many of a large one.
-                    sizes = (tokens, 8, 16) if few else (120, 60, 240, 480)
-                    chunks = dict.fromkeys(-(-size // tokens) * tokens for size in sizes)
-                    found.extend(
-                        GemmSchedule(self.layout, rows, tokens, chunk, parallel, prefetch)
-                        for prefetch in ((12288, 0) if few else (0,))
-                        for chunk in chunks
-                    )
+                    # Whole tiles: half or all the tokens of a small bucket at once, some or many of a large one.
+                    sizes = [-(-size // tokens) * tokens for size in ((8, 16) if few else (120, 60, 240, 480))]
+                    if fewest == 1:
+                        # Decoding anew for every tile costs nothing where there are enough products to hide it.
+                        sizes = [tokens, *sizes] if tokens >= HIDING_TOKENS else [*sizes, tokens]
+                    for chunk in dict.fromkeys(sizes):
+                        ahead = (12288, 0) if few else (12288,) if chunk == tokens else (0,)
+                        stage = parallel and not few and chunk == tokens
+                        found.extend(
+                            GemmSchedule(self.layout, rows, tokens, chunk, parallel, prefetch, stage)
+                            for prefetch in ahead
+                        )
         return found
 
     def _tile_schedules(self, bucket: Bucket, parallel: bool) -> list[TileSchedule]:
@@ -229,8 +237,8 @@ class VectorLinear:
             stage = schedule.parallel and schedule.tokens >= PARALLEL_STAGE_TILE
             return tiles.gemm(self.operand, isa.tiles, **_arguments(schedule), parallel_stage=stage)
         assert isinstance(schedule, GemmSchedule)
-        stage = schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK
-        return dot.gemm(self.operand, isa, **_arguments(schedule), parallel_stage=stage)
+        stage = schedule.parallel_stage or (schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK)
+        return dot.gemm(self.operand, isa, **{**_arguments(schedule), "parallel_stage": stage})
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         operand = self.operand

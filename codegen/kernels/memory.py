@@ -13,7 +13,7 @@ STACK_BYTES = 4 << 10
 
 
 def scratch(elements: int, dtype: str) -> Any:
-    """A buffer of a known size, aligned to :data:`~..sizes.ALIGNMENT` bytes, on the stack unless it is large.
+    """A buffer, aligned to :data:`~..sizes.ALIGNMENT` bytes, on the stack unless it is large.
 
     What LLVM finds on the stack it keeps in registers where it can. Whatever has another scope than TVM's default, or
     takes a kilobyte, TVM would take from its pool of workspaces, by two calls in every round of the loop around it.

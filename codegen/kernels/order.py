@@ -61,8 +61,8 @@ def order(dtype: str, descending: bool, parallel: bool) -> PrimFunc:
             for line in loop(outer * inner):
                 a: T.let = line // inner
                 b: T.let = line % inner
-                here = scratch(count, "int32")
-                there = scratch(count, "int32")
+                here = T.alloc_buffer((count,), "int32")
+                there = T.alloc_buffer((count,), "int32")
                 left = scratch(1, "int32")
                 right = scratch(1, "int32")
                 for i in T.serial(count):

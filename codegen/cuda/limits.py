@@ -57,6 +57,23 @@ LIMITS = {
 """By architecture."""
 
 
+MULTIPROCESSORS = {
+    "sm_75": 72,
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_87": 16,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_103": 148,
+    "sm_110": 20,
+    "sm_120": 188,
+    "sm_121": 48,
+}
+"""By architecture: of its largest device (Titan RTX, A100, A40, Jetson AGX Orin, L40S, H200, B200, B300, Jetson Thor,
+RTX PRO 6000, DGX Spark), from NVIDIA's datasheets."""
+
+
 def resident_blocks(arch: str, threads: int, registers: int, shared_bytes: int) -> int:
     """Thread blocks of a kernel that a multiprocessor holds at once.
 

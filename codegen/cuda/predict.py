@@ -8,7 +8,8 @@ A roofline over what is known of the kernels (:mod:`.bounds`). It assumes that
   product of bytes is taken to run at the rate of integer products);
 * a multiply-add of the one-token kernels takes :data:`PIPES` instructions, which was counted in their main loops;
 * every launch of the step's graph costs :data:`GAP_S` besides, and nothing overlaps it;
-* a decoder layer is :data:`LAYER_LAUNCHES` launches, and a step has :data:`STEP_LAUNCHES` besides;
+* a decoder layer is :data:`LAYER_LAUNCHES` launches, as with a KV state of few slots, and a step has
+  :data:`STEP_LAUNCHES` besides;
 * what is not a linear, attention over a context, norms, activation functions, hides in those gaps, and so does waiting
   for memory: every kernel keeps enough of it in flight, whatever its occupancy.
 

@@ -33,7 +33,7 @@ from ..kernel import Form, kernel_name
 from ..quantize import LANES, quantize, quantize_schedules
 from ..text import signature
 from . import attention as of_attention
-from . import choice, computed, elementary
+from . import choice, computed, elementary, heads
 from .experts import gemv_by_expert
 from .launches import PART, TOKEN, Number, Size
 
@@ -61,6 +61,9 @@ class Called:
         quantizer: what it computes, where that is a quantizer.
         of_rows: what is launched for so many rows of its first argument, where that decides.
         first: what is launched in front of it, on some of the same arguments and results.
+        leaves: shapes and dtypes, by name, of results besides those of the call, for ``behind``.
+        behind: what is launched behind it, on some of the same arguments and results.
+        beyond: a capacity, and what is launched in its place where the KV state has more slots.
     """
 
     name: str
@@ -73,6 +76,19 @@ class Called:
     quantizer: QuantizeSpec | None = None
     of_rows: Callable[[int], Called] | None = None
     first: Called | None = None
+    leaves: Mapping[str, tuple[Sequence[int], str]] = field(default_factory=dict)
+    behind: Called | None = None
+    beyond: tuple[int, Called] | None = None
+
+    def forms(self) -> list[tuple[Called, tuple[int, int | None]]]:
+        """What is launched, itself first, and for which capacities: above the first number, up to the second one where
+        there is one."""
+        forms, form, above = list[tuple[Called, tuple[int, int | None]]](), self, 0
+        while form.beyond is not None:
+            most, other = form.beyond
+            forms.append((form, (above, most)))
+            form, above = other, most
+        return [*forms, (form, (above, None))]
 
     def order(self, source: str) -> tuple[int | Number, ...]:
         """By parameter of its text: which of a call's arguments and results it is, or what is passed by value.
@@ -114,6 +130,7 @@ class ProgramKernels:
         self._attentions: dict[AttentionSpec, str] = {}
         self._makers: dict[str, Callable[[], Called]] = {}
         self._given_up: dict[tuple[LinearSpec, Form], int] = {}
+        self._undivided: set[AttentionSpec] = set()
 
     def declared(
         self, name: str, parameters: Mapping[str, tuple[Sequence[Any], str]], make: Callable[[], Called]
@@ -151,10 +168,10 @@ class ProgramKernels:
 
     def give_up(self, symbols: Collection[str]) -> bool:
         """Takes the next schedule of the kernels of linears, those of experts among them, that have one of these
-        symbols.
+        symbols, and shares the keys of no attention out whose kernels for that have one.
 
         Returns:
-            Whether there was one for any.
+            Whether there was anything to take instead for any.
         """
         left: dict[tuple[LinearSpec, Form], int] = {}
         for spec in self.linears:
@@ -168,8 +185,11 @@ class ProgramKernels:
                 if following < count and any(symbol.startswith(begin) for symbol in symbols):
                     left[spec, form] = following
         self._given_up |= left
-        self.called |= {name: self._makers[name]() for name in self.called} if left else {}
-        return bool(left)
+        for_shares = {spec: (f"{name}_split_", f"{name}_merge_") for spec, name in self._attentions.items()}
+        shared = {spec for spec, own in for_shares.items() if any(symbol.startswith(own) for symbol in symbols)}
+        self._undivided |= shared
+        self.called |= {name: self._makers[name]() for name in self.called} if left or shared else {}
+        return bool(left or shared)
 
     def linear(self, spec: LinearSpec) -> ProgramLinear:
         if spec.kind == "int4":
@@ -201,10 +221,20 @@ class ProgramKernels:
             "out": ((1, spec.heads, queries, spec.value_width), "float32"),
         }
         name = self._attentions.setdefault(spec, f"attention_{len(self._attentions)}")
-        names, block = [*parameters], (of_attention.THREADS, 1, 1)
+        names, block = [*parameters], (heads.THREADS, 1, 1)
+        split = heads.split_of(spec, (self.target.arch or "").replace("compute", "sm"))
 
         def of_token() -> Called:
-            return Called(name, of_attention.attention(spec), names, block, Size(spec.kv_heads))
+            whole = Called(name, of_attention.attention(spec), names, block, Size(spec.kv_heads))
+            if split.shares == 1 or spec in self._undivided:
+                return whole
+            leaves = {"shares": (split.left(spec), "float32")}
+            function, work = of_attention.merge(spec, split), Size(spec.heads)
+            merge = Called(f"{name}_merge", function, ["past", *leaves, "out"], block, work)
+            function, work = of_attention.split_attention(spec, split), Size(spec.kv_heads * split.shares)
+            taken = [*names[:-1], *leaves]
+            shared = Called(f"{name}_split", function, taken, block, work, leaves=leaves, behind=merge)
+            return replace(whole, beyond=(split.undivided, shared))
 
         def of_part() -> Called:
             function, work = of_attention.append_part(spec, queries), Size(spec.kv_heads * queries)

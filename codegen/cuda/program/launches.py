@@ -3,7 +3,8 @@ beside it the list of a part of a prompt.
 
 It holds no token, no position and no length: those are in the device's memory, where the last kernel of a step leaves
 them for the next one. So every step starts the same kernels with the same arguments, and a CUDA graph of them replays
-without an update. The only number that a list leaves open is the capacity of the KV state; a session chooses it once.
+without an update. The only number that a list leaves open is the capacity of the KV state, which may decide which of
+two kernels is started; a session chooses it once.
 
 This module needs neither torch nor TVM.
 """
@@ -89,12 +90,19 @@ class Launch:
         work: items that the launch shares out among thread blocks, along x.
         per_block: items of a thread block.
         arguments: in the order of the kernel's parameters.
+        above, most: the capacities for which it is started: greater ones, and up to this one, where there is one.
     """
 
     symbol: str
     work: Size
     per_block: int
     arguments: tuple[Argument, ...]
+    above: int = 0
+    most: int | None = None
+
+    def starts(self, capacity: int) -> bool:
+        """Whether it is started where the KV state has so many slots."""
+        return self.above < capacity and (self.most is None or capacity <= self.most)
 
     def grid(self, capacity: int) -> tuple[int, int, int]:
         """Thread blocks along x, y, z."""
@@ -107,7 +115,7 @@ class LaunchList:
 
     Attributes:
         kernels: what is started.
-        launches: in order.
+        launches: in order; which of them are started for a capacity, :meth:`started` says.
         results: bytes of every result, which one kernel writes and later ones read.
         inputs: bytes of the blocks that steps hand on, token, mask, position, length; of a part, of those it has more.
         logits: number of the result that the next token is chosen from.
@@ -144,12 +152,16 @@ class LaunchList:
         """The text of all kernels, one compilation unit."""
         return "\n".join([PREAMBLE, *(kernel.source for kernel in self.all_kernels())])
 
+    def started(self, capacity: int) -> list[Launch]:
+        """The launches where the KV state has so many slots, in order."""
+        return [launch for launch in self.launches if launch.starts(capacity)]
+
     def arena(self, capacity: int) -> Arena:
-        """Lays the results out so that none of two that are needed at the same time overlap.
+        """Lays the results of what is started out so that none of two that are needed at the same time overlap.
 
         The logits are its beginning, and stay until the next step writes them.
         """
-        spans = self._spans()
+        spans = self._spans(self.started(capacity))
         sizes = [-(-size.at(capacity) // ALIGNMENT) * ALIGNMENT for size in self.results]
         offsets: dict[int, int] = {}
         # Large ones first: small ones then fit between them.
@@ -168,15 +180,15 @@ class LaunchList:
             offsets[number] = offset
         return Arena(offsets, max((offsets[n] + sizes[n] for n in offsets), default=0))
 
-    def _spans(self) -> dict[int, tuple[int, int]]:
+    def _spans(self, launches: Sequence[Launch]) -> dict[int, tuple[int, int]]:
         """By result: the first and the last launch that it is an argument of."""
         spans: dict[int, tuple[int, int]] = {}
-        for index, launch in enumerate(self.launches):
+        for index, launch in enumerate(launches):
             for argument in launch.arguments:
                 if isinstance(argument, Result):
                     spans[argument.number] = spans.get(argument.number, (index, index))[0], index
         if self.logits in spans:
-            spans[self.logits] = spans[self.logits][0], len(self.launches)
+            spans[self.logits] = spans[self.logits][0], len(launches)
         return spans
 
     def to_json(self) -> str:
@@ -228,7 +240,8 @@ def _size_fields(size: Size) -> list[int]:
 
 
 def _launch_fields(launch: Launch) -> list[Any]:
-    return [launch.symbol, _size_fields(launch.work), launch.per_block, [_argument_fields(a) for a in launch.arguments]]
+    arguments = [_argument_fields(argument) for argument in launch.arguments]
+    return [launch.symbol, _size_fields(launch.work), launch.per_block, arguments, launch.above, launch.most]
 
 
 def _argument_fields(argument: Argument) -> list[Any]:
@@ -240,8 +253,9 @@ def _argument_fields(argument: Argument) -> list[Any]:
 
 
 def _launch_from(fields: Sequence[Any]) -> Launch:
-    symbol, work, per_block, arguments = fields
-    return Launch(symbol, Size(*work), per_block, tuple(_argument_from(*argument) for argument in arguments))
+    symbol, work, per_block, arguments, above, most = fields
+    given = tuple(_argument_from(*argument) for argument in arguments)
+    return Launch(symbol, Size(*work), per_block, given, above, most)
 
 
 def _argument_from(kind: str, *fields: Any) -> Argument:

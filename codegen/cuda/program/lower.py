@@ -126,7 +126,7 @@ class _Lowering:
         self._results: dict[int, Result] = {}
         self._nests: dict[str, tuple[Sequence[Any], list[tuple[Called, Any]]]] = {}
         self._loops: dict[str, Loops | None] = {}
-        self._joined: dict[Any, Called | None] = {}
+        self._joined: dict[Any, list[Called] | None] = {}
         self._orders: dict[tuple[str, Size], tuple[int | Number, ...]] = {}
         small = [i for i, call in enumerate(calls) if not of_part and self._is_small(call)]
         self._waiting = {write.result: i for i in small for write in calls[i].writes}
@@ -206,18 +206,24 @@ class _Lowering:
             tensors = [_where(tensor) for tensor in (*part.reads, *part.writes)]
             parts.append((part.name, *(numbers.setdefault(tensor, len(numbers)) for tensor in tensors)))
         key = (*parts, tuple(numbers[_where(tensor)] for tensor in kept))
+        forms = called.forms()
         if key not in self._joined:
             same = sum(name == call.name for *_, (name, *_), _ in self._joined)
-            name = f"{called.name}_{same}"
+            names = [f"{form.name}_{same}" for form, _ in forms]
             self._joined[key] = None
-            if f"{name}_kernel" not in self._apart:
+            if not any(f"{name}_kernel" in self._apart for name in names):
                 with suppress(JoinError):
-                    self._joined[key] = self._join(name, called, own, group, outside, kept)
-        joined = self._joined[key]
-        if joined is not None:
-            left = [tensor for tensor in own.values() if tensor.result not in inside]
-            self._launch(joined, [self.argument(tensor) for tensor in (*outside, *kept, *left)])
-        return joined is not None
+                    self._joined[key] = [
+                        self._join(name, form, own, group, outside, kept)
+                        for name, (form, _) in zip(names, forms, strict=True)
+                    ]
+        if (joined := self._joined[key]) is None:
+            return False
+        places = {name: self.argument(tensor) for name, tensor in own.items() if tensor.result not in inside}
+        for form, (_, capacities) in zip(joined, forms, strict=True):
+            before = {name: self.argument(t) for name, t in zip(form.names, (*outside, *kept), strict=False)}
+            self._launch_form(form, {**places, **before}, capacities)
+        return True
 
     def _join(
         self,
@@ -233,7 +239,7 @@ class _Lowering:
         Args:
             name: of the new kernel.
             called: the kernel.
-            own: its tensors, by name.
+            own: its call's tensors, by name.
             group: the calls in front of it.
             outside: what these read and do not compute.
             kept: what they compute for others.
@@ -263,7 +269,7 @@ class _Lowering:
         if (taken := prologue.shared_bytes) > SHARED_BYTES:
             raise JoinError(f"{name} would take {taken} bytes of shared memory")
         given = {key: values[_where(tensor)] for key, tensor in own.items() if _where(tensor) in inside}
-        names = [*prologue.names, *(key for key in own if key not in given)]
+        names = [*prologue.names, *(key for key in called.names if key not in given)]
         return replace(
             called, name=name, function=prologue.kernel(given), names=names, work=Size(prologue.blocks), per_block=1
         )
@@ -280,9 +286,8 @@ class _Lowering:
             if called is not None and called.of_rows is not None:
                 called = called.of_rows(math.prod(int(size) for size in call.writes[0].shape[:-1]))
             if called is not None:
-                if called.first is not None:
-                    self._launch(called.first, places)
-                self._launch(called, places)
+                for form, capacities in called.forms():
+                    self._launch_form(form, dict(zip(called.names, places, strict=True)), capacities)
                 continue
             _check_symbols(call)
             parameters, found = self._nests_of(call)
@@ -301,8 +306,15 @@ class _Lowering:
         called = self._kernels.next_token(vocabulary)
         self._launch(called, [blocks[name] for name in called.names])
 
-    def _launch(self, called: Called, places: Sequence[Argument]) -> None:
-        """One launch of a kernel on the arguments of a call."""
+    def _launch_form(self, form: Called, places: Mapping[str, Argument], capacities: tuple[int, int | None]) -> None:
+        """A kernel, and what is launched in front of it and behind it."""
+        places = {**places, **{name: self._fresh(*left) for name, left in form.leaves.items()}}
+        for called in (form.first, form, form.behind):
+            if called is not None:
+                self._launch(called, [places[name] for name in called.names], *capacities)
+
+    def _launch(self, called: Called, places: Sequence[Argument], above: int = 0, most: int | None = None) -> None:
+        """One launch of a kernel on the arguments of a call, for some capacities."""
         if called.name not in self.texts:
             source = self._kernels.text(called)
             self.texts[called.name] = ProgramKernel(signature(source).symbol, source, called.block)
@@ -312,7 +324,7 @@ class _Lowering:
             self._orders[key] = called.order(kernel.source)
         order = self._orders[key]
         arguments = tuple(places[argument] if isinstance(argument, int) else argument for argument in order)
-        self.launches.append(Launch(kernel.symbol, called.work, called.per_block, arguments))
+        self.launches.append(Launch(kernel.symbol, called.work, called.per_block, arguments, above, most))
 
     def _nests_of(self, call: KernelCall) -> tuple[Sequence[Any], list[tuple[Called, Any]]]:
         """The parameters that a call's arguments stand for, and the nests on them. Calls of one name share both: loops

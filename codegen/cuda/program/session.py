@@ -162,7 +162,7 @@ class DecodeSession:
                         launch.grid(capacity),
                         [_argument(argument, blocks, arena, capacity) for argument in launch.arguments],
                     )
-                    for launch in found.launches
+                    for launch in found.started(capacity)
                 ]
                 for found, arena in zip(launches.lists, arenas, strict=True)
             ]

@@ -243,14 +243,15 @@ class Heads:
         return into[0], into[1], into[2]
 
     def attend_share(
-        self, key_codes: Any, key_params: Any, value_codes: Any, value_params: Any, key_mask: Any, sinks: Any,
-        head: Any, row: Any, share: Any, begin: Any, end: Any, thread: Any, shared: Any, own: Any,
+        self, state: Any, sinks: Any, head: Any, row: Any, share: Any, begin: Any, end: Any, thread: Any, shared: Any,
+        own: Any,
     ) -> None:  # fmt: skip
         """One query, which lies in shared memory, over the slots from ``begin`` on and before ``end``.
 
         Leaves in ``own`` the best score and the sum of all keys' weights beside it, and in the sums of ``shared`` the
         weighted values; without a key to see :data:`HIDDEN` and zeros. The sink is of the first share.
         """
+        key_codes, key_params, value_codes, value_params, key_mask = state
         asked, scores, sums, peaks, parts = shared
         spec, (lane, warp) = self.spec, (thread % WARP, thread // WARP)
         # own: best score so far, its sum of weights, this tile's score, the tile's weight
@@ -321,8 +322,8 @@ class Heads:
         asked, _, sums, *_ = shared
         self.load(query, row, token, asked, self.spec.key_width, thread)
         T.evaluate(T.tvm_storage_sync("shared"))
-        state = key_codes, key_params, value_codes, value_params, key_mask, sinks
-        self.attend_share(*state, head, row, T.int32(0), self.first(past), past + 1, thread, shared, own)
+        state, first = (key_codes, key_params, value_codes, value_params, key_mask), self.first(past)
+        self.attend_share(state, sinks, head, row, T.int32(0), first, past + 1, thread, shared, own)
         self.finish(out, row, token, sums, own[1], thread)
 
     def finish(self, out: Any, row: Any, token: Any, weighted: Any, total: Any, thread: Any) -> None:
@@ -357,7 +358,7 @@ class Heads:
             row = T.Bind(head * spec.repeat + r)
             self.load(query, row, 0, asked, spec.key_width, thread)
             T.evaluate(T.tvm_storage_sync("shared"))
-            self.attend_share(*state, sinks, head, row, share, begin, end, thread, shared, own)
+            self.attend_share(state, sinks, head, row, share, begin, end, thread, shared, own)
             for turn in range(self.turns):
                 channel = T.Bind(turn * THREADS + thread)
                 with T.If(channel < spec.value_width), T.Then():

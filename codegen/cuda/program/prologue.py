@@ -359,7 +359,8 @@ class Prologue:
                 memory[parameter] = view
         body = _on_memory(_on_values(self._body, known), memory)
         memories = [tirx.AllocBuffer(buffer) for buffer in self._shared]
-        body = tirx.SeqStmt([*memories, *self._before, *views, self._in_turn(body)])
+        steps = [*memories, *self._before, *views, self._in_turn(body)]
+        body = tirx.SeqStmt(steps) if len(steps) > 1 else steps[0]  # there is no sequence of one
         for binding in reversed(self._bindings):
             own = binding.node.thread_tag != "blockIdx.x"
             extent = binding.value if own else tirx.const(self.blocks, "int32")

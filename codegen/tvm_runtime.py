@@ -136,6 +136,7 @@ class Machine:
 
     def __init__(self, library: Path):
         self._ffi = _load()
+        self._functions: dict[str, Callable[..., Any]] = {}
         _keep()
         try:
             module = self._ffi.load_module(str(library))
@@ -146,7 +147,9 @@ class Machine:
 
     def function(self, name: str) -> Callable[..., Any]:
         """A function of the program, on and to tensors."""
-        return self._machine[name]
+        if name not in self._functions:
+            self._functions[name] = self._machine[name]  # looked up once: that takes microseconds
+        return self._functions[name]
 
     def tensor(self, array: np.ndarray) -> Any:
         """A tensor in the memory of an array."""

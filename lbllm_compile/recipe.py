@@ -23,7 +23,10 @@ from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.options import BUDGET_OVER, OptionError
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import Pass
-from lbllm_compile.passes.choices import without_codes
+from lbllm_compile.passes.budget import Budget
+from lbllm_compile.passes.choices import CHOICES, has_codes, without_codes
+from lbllm_compile.passes.head import Head
+from lbllm_compile.passes.ir.scheme import parse
 
 ALIGN_BATCH = 4
 """Sequences of a step where levels train in stage 2's place."""
@@ -286,11 +289,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
             raise OptionError(
                 "the pass 'budget' does not count the channels that 'outliers' keeps at 8 bits; leave out one of them"
             )
-        if "head" not in names and any(getattr(item, "over", "") == "model" for item in given):
-            raise OptionError(
-                "budget{over=model} chooses the form of the head, which the pass 'head' makes; add 'head'"
-            )
-        return given
+        return [_whole(item, given, target) if isinstance(item, Budget) else item for item in given]
     recipe = RECIPES[choices.recipe]
     limit = _limit(choices, target)
     group = _one_of("group", choices.group, recipe.group, GROUPS)
@@ -336,6 +335,40 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     ]
 
 
+def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:
+    """The pass ``budget`` of a pipeline text; one over the whole model has no choices that a target lacks kernels for.
+
+    Raises:
+        OptionError: the pipeline, or what the text says may be chosen, does not go with such a budget.
+    """
+    if budget.over != "model":
+        return budget
+    heads = [item for item in passes if isinstance(item, Head)]
+    if not heads:
+        raise OptionError("budget{over=model} chooses the form of the head, which the pass 'head' makes; add 'head'")
+    if any(head != Head() for head in heads):
+        raise OptionError(
+            "budget{over=model} chooses the form of the head, and measures it with the options that the pass 'head' has"
+            " by default; leave out those of 'head', and give a form of your own with annotate{scheme=\"lm_head: ...\"}"
+        )
+    lacking = _without_codes(target)
+    if not lacking:
+        return budget
+    if budget.choices == CHOICES:
+        return dataclasses.replace(budget, choices=without_codes())
+    if coded := next((entry for entry in parse(budget.choices) if has_codes(entry)), None):
+        raise OptionError(
+            f"the target '{lacking}' has no kernels for 4-bit codes, which the choice '{coded}' of the pass 'budget'"
+            " gives head or embedding; leave it out"
+        )
+    return budget
+
+
+def _without_codes(target: str) -> str:
+    """The first of the targets that has no kernels for 4-bit codes; empty where all have."""
+    return next((each.name for each in parse_targets(target) if not backend_of(each).has_int4), "")
+
+
 def _limit(choices: Choices, target: str) -> dict[str, float | str]:
     """The options of the pass ``budget`` that are asked for; none where there is no limit.
 
@@ -369,8 +402,7 @@ def _limit(choices: Choices, target: str) -> dict[str, float | str]:
         raise OptionError("--budget-over says what a limit is on; give --bits or --max-kl with it")
     if over == "layers":
         return given
-    coded = all(backend_of(each).has_int4 for each in parse_targets(target))
-    return {**given, "over": over, **({} if coded else {"choices": without_codes()})}
+    return {**given, "over": over, **({"choices": without_codes()} if _without_codes(target) else {})}
 
 
 _LIMITS = {"bits": 2.5, "max_kl": 0.5}

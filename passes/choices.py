@@ -72,8 +72,13 @@ class Site:
 
 def without_codes() -> str:
     """The choices without heads and embeddings of 4-bit codes, for targets that have no kernels for them."""
-    entries = schemes.parse(CHOICES)
-    return schemes.render([entry for entry in entries if dict(entry.settings).get("bits") != 4])
+    return schemes.render([entry for entry in schemes.parse(CHOICES) if not has_codes(entry)])
+
+
+def has_codes(entry: Entry) -> bool:
+    """Whether an entry gives an output head, or the embedding beside it, 4-bit codes."""
+    settings = dict(entry.settings)
+    return entry.of_head and 4 in (settings["bits"], settings.get("embedding"))
 
 
 def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:

@@ -6,13 +6,16 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import pytest
+from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.sizes import int8_bytes, matrix_bytes
+from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.budget import Budget
-from lbllm_compile.passes.choices import CHOICES, head_site, sites, without_codes
+from lbllm_compile.passes.choices import CHOICES, head_site, sites, with_schemes, without_codes
 from lbllm_compile.passes.head import Head, outside_matrices
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.annotations import linears
@@ -21,7 +24,7 @@ from lbllm_compile.passes.ir.scheme import Scheme, parse
 from stages import Memory, annotated, apply, batches, context
 from test_driver import MODEL, SMALL
 
-from lbllm_compile import artifact, driver, evaluate, frontend, plan, recipe
+from lbllm_compile import artifact, driver, evaluate, frontend, kernels, plan, recipe
 from lbllm_compile.html_report.contents import parts_of
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.recipe import Choices
@@ -228,6 +231,7 @@ def test_the_command_line_says_what_a_limit_is_on():
     for choices, message in (
         ({"budget_over": "model"}, "--budget-over says what a limit is on; give --bits or --max-kl with it"),
         ({"pipeline": "annotate,budget{bits=3,over=model},observe"}, "which the pass 'head' makes; add 'head'"),
+        ({"pipeline": "budget{bits=3,over=model},head{group=32},lower"}, "the options that the pass 'head' has by def"),
         ({"bits": 3.5, "budget_over": "all"}, "--budget-over cannot be 'all'; choose layers or model"),
     ):
         with pytest.raises(OptionError, match=message):
@@ -239,6 +243,40 @@ def test_targets_without_kernels_for_codes_have_no_codes_to_choose():
     assert isinstance(item, Budget) and item.choices == without_codes()
     bits = [dict(entry.settings).get("bits") for entry in parse(item.choices)]
     assert 4 not in bits and {2, 8} < {*bits} and len(bits) < len(parse(CHOICES))
+    for name in (TIED, UNTIED):
+        for scheme in offered(name, item.choices):
+            program = with_schemes(annotated(name), {"lm_head": scheme})
+            assert 4 not in {site.form.bits for site in Head().sites(program)}
+
+
+def offered(name: str, choices: str) -> list[Scheme]:
+    """The schemes that a head may have."""
+    site = head_site(annotated(name), parse(choices))
+    assert site is not None
+    return [option.schemes["lm_head"] for option in site.options]
+
+
+def test_a_pipelines_own_budget_has_no_codes_to_choose_either():
+    text = "canonicalize,annotate,budget{bits=3,over=model},observe,ptq,activate,head,lower"
+    for target, choices in (("cpu", CHOICES), ("cpu,cuda:sm_90", without_codes())):
+        (item,) = [p for p in recipe.passes(Choices(pipeline=text), target) if p.name == "budget"]
+        assert isinstance(item, Budget) and item.choices == choices
+    for entry in ("*: bits=4", "*: bits=2 embedding=4"):
+        given = Choices(pipeline=text.replace("over=model", f'over=model,choices="*: group=64; {entry}"'))
+        assert recipe.passes(given, "cpu")
+        with pytest.raises(OptionError, match=rf"'cuda:sm_90' has no kernels for 4-bit codes.*'{re.escape(entry)}'"):
+            recipe.passes(given, "cpu,cuda:sm_90")
+
+
+@pytest.mark.parametrize("form", ["bits=4", "bits=4,embedding=4", "bits=2,embedding=4"])
+def test_codes_that_a_target_has_no_kernels_for_are_refused_before_any_is_built(form, monkeypatch):
+    monkeypatch.setattr(kernels, "requirements", lambda program: pytest.fail("kernels are looked for"))
+    where = context(UNTIED, count=4, probe=batches(1)[0])
+    stages = f"observe,ptq,activate{{steps=0}},head{{{form},sequences=0}},lower"
+    program = apply(annotated(UNTIED), stages, where).program
+    what = "head" if "bits=4" in form else "token embedding"
+    with pytest.raises(KernelError, match=f"'cuda:sm_90' has no kernel for a {what} of 4-bit codes"):
+        kernels.build_kernels(program, parse_targets("cpu,cuda:sm_90"), trials=0)
 
 
 @pytest.mark.parametrize("limit", [{"bits": 3.9}, {"max_kl": 0.5}])

@@ -64,7 +64,6 @@ class EntryPoint:
         static: no size changes from call to call: the mask has a column for every slot of the KV state, and the number
             of past tokens is an input, int32 ``[1]``. Where a call has several tokens it is ``[2]``, with the number of
             the call's last tokens that are none of the padding in front of them.
-        last_bucket: ``bucket`` of linears that see the last token of each sequence alone, where it is another one.
     """
 
     name: str
@@ -76,7 +75,6 @@ class EntryPoint:
     blocks: bool = False
     joined: bool = True
     static: bool = False
-    last_bucket: str = ""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def build_context() -> Any:
     """The settings with which kernels are compiled, for a measurement as for a program: what is timed is what runs.
 
     Storage rewriting is off. It reuses a buffer as soon as its last reader has begun, and in a merged launch another
-    thread may still be reading; it also takes buffers off the stack (:mod:`.kernels.scratch`).
+    thread may still be reading; it also takes buffers off the stack (:mod:`.kernels.memory`).
     """
     return tvm.transform.PassContext(disabled_pass=FAST_BUILD, config={"tirx.disable_storage_rewrite": True})
 

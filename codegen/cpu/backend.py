@@ -35,7 +35,7 @@ class CpuBackend:
         EntryPoint("token_by_kernel", 1, 1, True, ONE.name, joined=False),
         EntryPoint("token_of_few", None, 1, True, FEW.name, most=FEW.highest, blocks=True),
         EntryPoint("few_tokens", None, None, True, FEW.name, most=FEW.highest),
-        EntryPoint("tokens", None, None, True, MANY.name, last_bucket=FEW.name),
+        EntryPoint("tokens", None, None, True, MANY.name),
         EntryPoint("logits", None, None, False, MANY.name),
     )
 

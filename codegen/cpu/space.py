@@ -189,7 +189,8 @@ class VectorLinear:
             if isa.tiles:
                 found.extend(self._tile_schedules(bucket, parallel))
             few = bucket.highest <= 16
-            likely = (16, 32, 48, 64, 96) if few else (32, 16, 48, 64, 96)
+            # Without decoding more rows at once only mean more streams from memory.
+            likely = (16, 32, 48, 64, 96) if few or not self.operand.decodes else (32, 16, 48, 64, 96)
             widths = (8, 4, 6, 12, 10, 5, 3, 2, 1) if few or fewest == 1 else (4, 8, 6, 12, 10, 5, 3, 2, 1)
             for rows in sorted(likely, key=lambda rows: rows // isa.lanes > ROW_VECTORS):
                 fits = [t for t in widths if t % fewest == 0]
@@ -207,7 +208,7 @@ class VectorLinear:
                         sizes = [tokens, *sizes] if tokens >= HIDING_TOKENS else [*sizes, tokens]
                     for chunk in dict.fromkeys(sizes):
                         ahead = (12288, 0) if few else (12288,) if chunk == tokens else (0,)
-                        stage = parallel and not few and chunk == tokens
+                        stage = parallel and not few and (chunk == tokens or chunk >= PARALLEL_STAGE_CHUNK)
                         found.extend(
                             GemmSchedule(self.layout, rows, tokens, chunk, parallel, prefetch, stage)
                             for prefetch in ahead
@@ -237,8 +238,7 @@ class VectorLinear:
             stage = schedule.parallel and schedule.tokens >= PARALLEL_STAGE_TILE
             return tiles.gemm(self.operand, isa.tiles, **_arguments(schedule), parallel_stage=stage)
         assert isinstance(schedule, GemmSchedule)
-        stage = schedule.parallel_stage or (schedule.parallel and schedule.chunk >= PARALLEL_STAGE_CHUNK)
-        return dot.gemm(self.operand, isa, **{**_arguments(schedule), "parallel_stage": stage})
+        return dot.gemm(self.operand, isa, **_arguments(schedule))
 
     def pack(self, weight: Weight, bias: Tensor | None) -> Tensor:
         operand = self.operand
@@ -349,6 +349,9 @@ def schedule_from(record: dict[str, Any]) -> Schedule:
         fields = dataclasses.fields(kind)
         needed = {field.name for field in fields if field.default is dataclasses.MISSING}
         if needed <= record.keys() <= {field.name for field in fields}:
+            if kind is GemmSchedule and "parallel_stage" not in record:
+                stage = record["parallel"] and record["chunk"] >= PARALLEL_STAGE_CHUNK
+                record = {**record, "parallel_stage": stage}
             return kind(**record)
     raise KernelError(f"a stored schedule has unknown fields {sorted(record)}; recompile with --fresh")
 

@@ -316,13 +316,13 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
     key_parameters, value_parameters = (2, 2) if scaled else (k.key_bytes, k.value_bytes)
     loop = T.parallel if parallel else T.serial
 
-    def fetch(state, b, h, past) -> None:
-        """Asks for the first slots of a head's state, which other layers have put out of the cache."""
+    def fetch(state, b, h, front, past) -> None:
+        """Asks for the first slots of a head's state behind padding, which other layers have put out of the cache."""
         size = tvm_ffi.dtype(state.dtype).itemsize
         slot = state.shape[-1] * size
-        with T.serial(T.min((past * slot + ALIGNMENT - 1) // ALIGNMENT, FETCHED_LINES)) as line:
+        with T.serial(T.min(((past - front) * slot + ALIGNMENT - 1) // ALIGNMENT, FETCHED_LINES)) as line:
             start = line * ALIGNMENT
-            prefetch_line(state, b, h, start // slot, start % slot // size)
+            prefetch_line(state, b, h, front + start // slot, start % slot // size)
 
     def append(source, channels, codes, params, b, h, s, past) -> None:
         quantized = scratch(channels + 1, "uint8")
@@ -471,8 +471,10 @@ def cached_attention(spec: AttentionSpec, lanes: int, tile: int, parallel: bool)
         # A buffer's size must be known outside the loop that uses it, so a task has room for all keys.
         stride = T.Bind((total + lanes - 1) // lanes * lanes)
         with loop(batch * spec.kv_heads) as i:
+            front = scratch(1, "int32")
+            find_front(key_mask, front, i // spec.kv_heads, past + 1)
             for state in (key_codes, value_codes, *((key_params, value_params) if scaled else ())):
-                fetch(state, i // spec.kv_heads, i % spec.kv_heads, past)
+                fetch(state, i // spec.kv_heads, i % spec.kv_heads, front[0], past)
             with T.serial(length) as s:
                 append(key, width, key_codes, key_params, i // spec.kv_heads, i % spec.kv_heads, s, past)
                 append(value, value_width, value_codes, value_params, i // spec.kv_heads, i % spec.kv_heads, s, past)

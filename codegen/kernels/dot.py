@@ -108,7 +108,7 @@ class Operand(Protocol):
 
     @property
     def decodes(self) -> bool:
-        """Whether a GEMM should keep decoded slabs in a buffer instead of reading them again for each token tile."""
+        """Whether a GEMM of several token tiles should keep decoded slabs in a buffer, instead of reading them anew."""
         ...
 
     def tables(self, isa: InstructionSet, packed: Any, address: Any, slabs: int) -> Any:
@@ -134,7 +134,7 @@ def load_float32(isa: InstructionSet, packed: Any, address: Any) -> Any:
     return T.reinterpret(isa.float32, packed[T.ramp(address, 1, 4 * isa.lanes)])
 
 
-BURST_LINES = 16
+BURST_LINES = 36
 """Lines of a group that are asked for at once; those of a larger one are, slab by slab, as it is read."""
 
 
@@ -359,7 +359,7 @@ def gemm(
         rows: rows per step, a multiple of 16 that divides the padded rows.
         tokens: tokens of the register tile, a multiple of the instructions' ``tokens_per_dot``.
         chunk: tokens whose fp32 sums are kept at once, a multiple of ``tokens``.
-        prefetch: distance of the software prefetch in bytes, 0 for none; of weights that are decoded.
+        prefetch: distance of the software prefetch in bytes, 0 for none.
         parallel: split the row steps over the thread pool.
         parallel_stage: split the staging of the tokens over the thread pool, too.
     """

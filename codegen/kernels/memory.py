@@ -9,7 +9,8 @@ from ..sizes import ALIGNMENT
 from ..tvm_api import T, tvm_ffi
 
 STACK_BYTES = 4 << 10
-"""Most bytes of a buffer on the stack, where a launch of many kernels has the buffers of all of them."""
+"""Most bytes of a buffer on the stack of a kernel that is called alone. Launches of many kernels, whose stack has the
+buffers of all of them, keep smaller ones there (:data:`~..program.launch.STACK_BYTES`)."""
 
 
 def scratch(elements: int, dtype: str) -> Any:

@@ -40,7 +40,7 @@ from .floats import rounded
 from .queries import bindings, has_parallel_loop, is_call, with_block
 
 STACK_BYTES = 1024
-"""TVM keeps buffers up to this size on the stack, and asks its runtime for larger ones."""
+"""Buffers of kernels up to this size are on the stack of a launch; larger ones it asks TVM's runtime for, once."""
 
 WORKSPACE = "workspace"
 """The parameter with shared results: the last one of a function of few launches."""

@@ -484,12 +484,9 @@ class _Translator:
         count = builder.shape(values)[0]
         packed = [self.function.value(name) for name in self.weights.packed[node.name]]
         output = ([count, spec.out_features], "float32")
+        kernel, operands = self.kernels.linear(spec).tir(self.entry.bucket), [values, scale, *packed]
         # A quantizer's result has two dimensions; here the graph's own come back.
-        leading = self.leading[quantizer_of(node)]
-        shape = [*leading, spec.out_features]
-        of_last = self.entry.last and same_sizes(leading[1:], [1])
-        bucket = (self.entry.last_bucket if of_last else "") or self.entry.bucket
-        kernel, operands = self.kernels.linear(spec).tir(bucket), [values, scale, *packed]
+        shape = [*self.leading[quantizer_of(node)], spec.out_features]
         if "offsets" in arguments:
             result = self.call_by_expert(kernel, [values, scale], packed, arguments.offsets, output)
             return self.reshape(result, shape)

@@ -42,6 +42,7 @@ from lbllm_compile.passes.base import Pass, PassContext
 from lbllm_compile.passes.budget import MEASURED_TOKENS, Budget
 from lbllm_compile.passes.calibrate import sensitivity
 from lbllm_compile.passes.calibrate.precision import uses_bfloat16
+from lbllm_compile.passes.choices import head_schemes
 from lbllm_compile.passes.finetune import Finetune
 from lbllm_compile.passes.head import FITTED, Head
 from lbllm_compile.passes.ir import spool
@@ -223,7 +224,8 @@ def make_plan(options: CompileOptions) -> Plan:
         _option(passes, "annotate", "scheme", ""),
         _option(passes, "annotate", "slower", ()),
     )
-    linears = tuple(_treatment(linear, passes) for linear in found)
+    open_form = _open_form(found, passes)
+    linears = tuple(_treatment(linear, passes, open_form) for linear in found)
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
     artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, model, found)
@@ -486,7 +488,12 @@ def _latents(training: Finetune) -> int:
     return 3 if training.lr_weight else 1
 
 
-def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
+def _treatment(linear: _Linear, passes: Sequence[Pass], open_form: str) -> Treatment:
+    """What becomes of a linear.
+
+    Args:
+        open_form: see :func:`_open_form`.
+    """
     info, (*_, rows, columns) = linear.info, linear.shape
     before = ORIGINAL_BYTES * linear.weights
     group = _group(linear, passes)
@@ -503,17 +510,32 @@ def _treatment(linear: _Linear, passes: Sequence[Pass]) -> Treatment:
         kept = f", {outliers} columns int8 A8" if outliers else ""
         text = f"{size}{levels}" + _activations(info.scheme, passes) + kept
     elif info.role == "head" and (form := _head(passes).form(info.scheme)).bits < 16:
-        after, text = form.bytes(rows, columns), f"{_FORMS[form.bits]}{f' g{form.group}' if form.group else ''}, A8"
+        size = f"{_FORMS[form.bits]} " + (f"g{form.group}" if form.group else "per row")
+        after, text = form.bytes(rows, columns), f"{size}, A8"
         if (budget := _over_model(passes)) and not info.scheme.bits:
             after = int(budget.bits * linear.weights / 8) if budget.bits else after
-            text = "int8, int4, W(1+1) or float, as the budget chooses, A8"
+            text = f"{open_form}, as the budget chooses, A8"
     else:
         after, text = 4 * linear.weights, "float"
     return Treatment(info.path, linear.shape, info.layer, info.role, text, info.reason, before, after)
 
 
-_FORMS = {8: "int8 per row", 4: "int4", 2: "W(1+1)"}
+_FORMS = {8: "int8", 4: "int4", 2: "W(1+1)"}
 """What a head of so many bits is, in words."""
+
+
+def _open_form(found: Sequence[_Linear], passes: Sequence[Pass]) -> str:
+    """What a budget may make of output heads, in words; empty where none chooses for them.
+
+    Raises:
+        PassError: the budget has no choice for them.
+    """
+    budget, infos = _over_model(passes), [linear.info for linear in found]
+    if budget is None or all(info.role != "head" for info in infos):
+        return ""
+    bits = {scheme.bits for made in head_schemes(infos, parse(budget.choices)) for scheme in made}
+    words = [word for each, word in (*_FORMS.items(), (None, "float")) if each in bits]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:

@@ -6,6 +6,7 @@ heads with the token embedding, which may be tied to them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,35 +116,24 @@ def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
 def head_site(program: Program, entries: Sequence[Entry]) -> Site | None:
     """What is to be chosen for the output heads and the token embedding; None where no head is to be quantized.
 
-    Choices that contradict what ``annotate`` was told of a head's input are left out. So are those that store all that
-    another choice makes do with, and a coarser form for the head: of a matrix that is tied the head then had better
-    read what the embedding does.
+    The choices are those of :func:`head_schemes`: what ``annotate`` was told of a head's form stands, and what
+    contradicts its input is left out. So are those that store all that another choice makes do with, and a coarser form
+    for the head: of a matrix that is tied the head then had better read what the embedding does.
 
     Raises:
         PassError: a pattern matches nothing, or there is no choice.
     """
-    heads = [info for _, info in linears(program) if info.role == "head"]
+    infos = [info for _, info in linears(program)]
+    heads = [info for info in infos if info.role == "head"]
     if not heads:
         return None
-    modules = modules_of(info for _, info in linears(program))
     options: dict[tuple[Scheme, ...], Option] = {}
     stored: dict[tuple[Scheme, ...], set[tuple[str, Form]]] = {}
-    for entry in entries:
-        if not (entry.dense or entry.of_head):
-            continue
-        paths = matched_paths(modules, entry.pattern, "choices")
-        if not all(info.path in paths for info in heads):
-            continue
-        try:
-            made = tuple(info.scheme if info.scheme.bits else entry.on(info.scheme) for info in heads)
-        except SchemeError:
-            continue
+    for made in head_schemes(infos, entries):
         own = {info.path: scheme for info, scheme in zip(heads, made, strict=True)}
         trial = with_schemes(program, own)
         options[made] = Option(own, outside_bits(trial))
         stored[made] = {(site.path, site.form) for site in Head().sites(trial)}
-    if not options:
-        raise PassError(f"budget: none of the choices is for '{heads[0].path}'; add one, e.g. '*: bits=8'")
     useful = [
         option
         for made, option in options.items()
@@ -153,13 +143,54 @@ def head_site(program: Program, entries: Sequence[Entry]) -> Site | None:
     return Site(tuple(info.path for info in heads), None, tuple(ordered))
 
 
+def head_schemes(infos: Sequence[LinearInfo], entries: Sequence[Entry]) -> list[tuple[Scheme, ...]]:
+    """What output heads may have, a scheme of each in every choice; groups that nothing sets are written out, so that
+    what is counted and measured is what will be stored. Heads that were all told a form have that without any choice.
+
+    Args:
+        infos: of all linears, at least one of a head.
+        entries: the choices.
+
+    Raises:
+        PassError: a pattern matches nothing, a form that a head was told cannot be, or there is no choice.
+    """
+    heads = [info for info in infos if info.role == "head"]
+    told = {info.path: _told(info) for info in heads if info.scheme.bits}
+    modules = modules_of(infos)
+    covered = {e: matched_paths(modules, e.pattern, "choices") for e in entries if e.dense or e.of_head}
+    if len(told) == len(heads):
+        return [tuple(told[info.path] for info in heads)]
+    found: dict[tuple[Scheme, ...], None] = {}
+    for entry, paths in covered.items():
+        if all(info.path in paths for info in heads):
+            with contextlib.suppress(SchemeError):
+                made = (told.get(info.path) or _with_group(entry.on(info.scheme)) for info in heads)
+                found[tuple(made)] = None
+    if not found:
+        raise PassError(f"budget: none of the choices is for '{heads[0].path}'; add one, e.g. '*: bits=8'")
+    return [*found]
+
+
+def _told(info: LinearInfo) -> Scheme:
+    """The form that ``annotate`` was told of a head, with its group."""
+    try:
+        return _with_group(info.scheme)
+    except SchemeError as error:
+        raise PassError(f"budget: '{info.path}' cannot have '{info.scheme}': {error}") from error
+
+
+def _with_group(scheme: Scheme) -> Scheme:
+    """A head's scheme with the group that it has where none is set."""
+    return replace(scheme, group=Head().form(scheme).group or scheme.group)
+
+
 def _finer(one: Sequence[Scheme], other: Sequence[Scheme]) -> bool:
     """Whether heads have more bits under the first schemes than under the others."""
     return all((a.bits or 0) > (b.bits or 0) for a, b in zip(one, other, strict=True))
 
 
 def outside_bits(program: Program) -> int:
-    """Bits of the matrices outside the decoder layers, as they are stored under the linears' schemes."""
+    """Bits of all matrices but those of the decoder layers' linears, as they are stored under the linears' schemes."""
     sizes = Head().sizes(program)
     stored = [get_attribute(program.module, path) for path in sizes]
     kept = [

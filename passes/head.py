@@ -314,12 +314,20 @@ class Head(Pass):
 
 
 def outside_matrices(program: Program) -> dict[str, Tensor]:
-    """The matrices outside the decoder layers of an annotated program by path: of token embeddings and of linears, each
-    once where several share their memory."""
+    """All matrices of an annotated float program but those of the decoder layers' linears, by path, each once where
+    several share their memory: of token embeddings, of other linears, and what stays float whatever is chosen, such as
+    learned positions."""
     weights = [weight for _, weight in _token_embeddings(program)]
     weights += [operands_of(node)[1] for node, info in linears(program) if info.layer is None]
-    paths = {*_canonical_names(program, weights).values()}
-    return {path: get_attribute(program.module, path) for path in sorted(paths)}
+    found = {path: get_attribute(program.module, path) for path in _canonical_names(program, weights).values()}
+    inside = {info.weight for _, info in linears(program) if info.layer is not None}
+    known = [*found.values(), *(get_attribute(program.module, path) for path in inside)]
+    for path, tensor in program.parameters():
+        is_matrix = tensor.dim() == 2 and tensor.is_floating_point()
+        if is_matrix and not any(same_storage(tensor, other) for other in known):
+            found[path] = tensor
+            known.append(tensor)
+    return dict(sorted(found.items()))
 
 
 def _token_embeddings(program: Program) -> list[tuple[Node, Node]]:

@@ -52,7 +52,7 @@ def weights(program) -> int:
 def stored_bits(program) -> int:
     """Of all matrices of a program behind ``head``, and of what describes them."""
     parts = {"sign", "bitmap", "levels", "scale", "rows", "row_scale", "codes", "table", "code_scale", "weight"}
-    found = [(path, tensor) for path, tensor in program.parameters() if "norm" not in path]
+    found = [(path, tensor) for path, tensor in program.parameters() if "norm" not in path and ".ln_" not in path]
     return sum(8 * tensor.nbytes for path, tensor in found if path.rpartition(".")[2] in parts)
 
 
@@ -179,13 +179,35 @@ def test_an_interrupted_choice_goes_on_where_it_was():
 
 
 def test_what_annotate_was_told_of_a_head_stands_and_counts():
-    for told, form in (("lm_head: bits=4 group=32", "bits=4 group=32"), ("lm_head: dense", "dense")):
+    for told, form, choices in (
+        ("lm_head: bits=4 group=32", "bits=4 group=32", FEW),
+        ("lm_head: bits=4", "bits=4 group=64", "*: group=64; *: group=128"),
+        ("lm_head: dense", "dense", FEW),
+    ):
         start = apply(annotated(UNTIED), f'annotate{{scheme="{told}"}}').program
         where = context(UNTIED, count=4)
-        result = Budget(bits=20, over="model", choices=FEW).apply(start, where)
+        result = Budget(bits=20, over="model", choices=choices).apply(start, where)
         assert head_scheme(result.program) == form
         stored = apply(result.program, "observe,ptq,activate{steps=0},head", where).program
         assert result.summary["bits"] == pytest.approx(stored_bits(stored) / weights(start))
+
+
+def test_a_form_without_a_group_is_stored_in_the_groups_that_were_counted():
+    where = context(UNTIED, count=4)
+    result = Budget(bits=20, over="model", choices="*: group=64; *: bits=2").apply(annotated(UNTIED), where)
+    assert parse(f"lm_head: {head_scheme(result.program)}") == parse(f"lm_head: {Scheme(bits=2, group=64)}")
+    stored = apply(result.program, "observe,ptq,activate{steps=0},head{group=32}", where).program
+    assert result.summary["bits"] == pytest.approx(stored_bits(stored) / weights(annotated(UNTIED)))
+
+
+def test_learned_positions_stay_float_and_count():
+    assert [path for path in outside_matrices(annotated("gpt2")) if "wpe" in path]
+    where = context("gpt2", count=4)
+    result = Budget(bits=20, over="model", choices="*: group=64; *: bits=8").apply(annotated("gpt2"), where)
+    stored = apply(result.program, "observe,ptq,activate{steps=0},head", where).program
+    every = sum(tensor.numel() for _, tensor in annotated("gpt2").parameters() if tensor.dim() == 2)
+    assert weights(annotated("gpt2")) == every
+    assert result.summary["bits"] == pytest.approx(stored_bits(stored) / every)
 
 
 @MODELS
@@ -279,11 +301,27 @@ def test_codes_that_a_target_has_no_kernels_for_are_refused_before_any_is_built(
         kernels.build_kernels(program, parse_targets("cpu,cuda:sm_90"), trials=0)
 
 
+def asked(choices: str | None, **limit: float) -> CompileOptions:
+    """A budget over the whole model, with choices of its own or the default ones."""
+    ((name, value),) = limit.items()
+    own = f',choices="{choices}"' if choices else ""
+    text = f"canonicalize,annotate,budget{{{name}={value},over=model{own}}},observe,ptq,activate,head,lower,cache"
+    return CompileOptions("examples/tiny_llama.py", preset="quick", pipeline=text)
+
+
 @pytest.mark.parametrize("limit", [{"bits": 3.9}, {"max_kl": 0.5}])
 def test_plan_says_that_the_form_of_the_head_is_open(limit):
     planned = plan.make_plan(CompileOptions("examples/tiny_llama.py", preset="quick", budget_over="model", **limit))
     (head,) = [t for t in planned.linears if t.role == "head"]
     assert head.treatment == "int8, int4, W(1+1) or float, as the budget chooses, A8"
+    for target, choices, forms in (
+        ("cpu,cuda:sm_90", None, "int8, W(1+1) or float"),
+        ("cpu", "*: group=64; *: bits=4", "int4"),
+        ("cpu", "*: group=64; *: bits=2; lm_head: bits=8", "int8 or W(1+1)"),
+    ):
+        given = plan.make_plan(dataclasses.replace(asked(choices, **limit), target=target))
+        (other,) = [t for t in given.linears if t.role == "head"]
+        assert other.treatment == f"{forms}, as the budget chooses, A8"
     layers = plan.make_plan(CompileOptions("examples/tiny_llama.py", preset="quick", **limit))
     assert planned.seconds["budget"] > layers.seconds["budget"]
     if "bits" in limit:

@@ -74,6 +74,9 @@ COMPARED = (
 """Rows and columns of the linears of which both kinds of kernels for many tokens are compared: of SmolLM2-135M and of
 LLaMA-2-7B."""
 
+UNROLLED = "†"
+"""Marks what was counted in a whole kernel."""
+
 COMPARED_ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_120")
 
 
@@ -186,7 +189,8 @@ def compared(archs: Sequence[str] = COMPARED_ARCHITECTURES) -> list[str]:
         for bound in counted(kernels, archs):
             spec, products = bound.kernel.spec, thread_products(bound.kernel)
             each = bound.main.instructions(products) / products
-            cell = f"{bound.registers}, {100 * bound.occupancy:.0f} %, {each:.3f}"
+            mark = UNROLLED if bound.main.unrolled else ""
+            cell = f"{bound.registers}, {100 * bound.occupancy:.0f} %, {each:.3f}{mark}"
             found.setdefault((spec, name), []).append(cell)
     for spec, name in sorted(found, key=lambda key: (key[0].group, key[0].in_features * key[0].out_features)):
         shape = f"{spec.out_features}x{spec.in_features}, g{spec.group}"
@@ -362,8 +366,8 @@ Attention, embedding, and the loops that a program's kernels take along are not 
 A cell has the registers of a thread, the occupancy (the share of the warps that a multiprocessor can hold which it
 holds of this kernel, from registers, shared memory and the limits in `codegen/cuda/limits.py`) and, for linears, the
 integer instructions of the main loop for each multiply-add; with one token that is each weight. Where a loop is
-unrolled, addresses and the last sum count, too (`codegen/cuda/disassembly.py`). Bytes are what is read and written at
-least, for one token.
+unrolled, addresses and the last sum count, too, and what branches and barriers divide from the products does not
+(`codegen/cuda/disassembly.py`). Bytes are what is read and written at least, for one token.
 
 W(1+1) with one token: {integers[0]:.2f} to {integers[-1]:.2f} integer instructions a weight, {middle:.2f} in the
 middle, at most 0.9 in {few} of {len(integers)}. Decoding and multiplying 16 weights takes 13 (0.81): two masks, three
@@ -375,10 +379,10 @@ not unrolled have most.
 
 W(1+1) linears have two kinds of kernels for many tokens (`codegen/cuda/gemm.py`); the tables above have the one that is
 taken. A cell has the registers of a thread, the occupancy, and **all** instructions of a thread for each multiply-add,
-which is each weight and token: of a whole group, so copies to shared memory, decoding and the fp32 sums are among them,
-but for what branches and barriers divide from the products where the compiler unrolls the loop over groups. Each kernel
-has its default schedule, whose tile has 64 tokens. How long instructions take, and how far they overlap, this does not
-say.
+which is each weight and token: of a whole group, so copies to shared memory, decoding and the fp32 sums are among them.
+{UNROLLED}: the compiler unrolled the whole loop over groups, and these are all instructions of the kernel, what is in
+front of the loop and behind it among them, divided by all its multiply-adds. Each kernel has the default schedule of
+its kind, whose tile has 64 tokens. How long instructions take, and how far they overlap, this does not say.
 
 {chr(10).join(against)}
 

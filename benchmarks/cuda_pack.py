@@ -21,10 +21,11 @@ import torch
 from lbllm_compile.codegen.cache import cache_directory
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler, SpillError
-from lbllm_compile.codegen.cuda.dp4a import pack_bit_weight, pitch
+from lbllm_compile.codegen.cuda.dp4a import DEFAULT_TILE, gemm_schedules, pack_bit_weight, pitch
 from lbllm_compile.codegen.cuda.emit import cached_binary, emit, schedules
 from lbllm_compile.codegen.cuda.emulator import Launch, Sparse
-from lbllm_compile.codegen.cuda.kernel import EmittedKernel
+from lbllm_compile.codegen.cuda.kernel import EmittedKernel, Form, Schedule
+from lbllm_compile.codegen.cuda.mma import mma_schedules
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
 from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN
@@ -64,6 +65,12 @@ SHAPES = ((4096, 4096, 128), (11008, 4096, 128), (4096, 11008, 128), (14336, 409
 GROUP = 64
 """Columns of a group, of a model of random weights."""
 
+FORMS: tuple[Form, ...] = ("gemv", "gemm")
+
+COUNTS = (DEFAULT_TILE, 4, 16, 128)
+"""Tokens for which tiles are packed: of a part of a prompt, and those that ``cuda_gemm`` measures; more than 128
+have the tiles of so many."""
+
 SCHEDULES = 8
 """Schedules of a form and shape, the default among them."""
 
@@ -82,6 +89,19 @@ def measured_spec(rows: int, columns: int, group: int) -> LinearSpec:
     return LinearSpec("bit", rows, columns, group)
 
 
+def candidates(spec: LinearSpec, form: Form) -> list[Schedule]:
+    """The schedules of a kernel that are worth measuring, the default first.
+
+    Those for several tokens of both kinds take turns, tensor cores and ``dp4a``, and so do tiles that fit the numbers
+    of tokens that are measured.
+    """
+    if form == "gemv":
+        return [*schedules(spec, form)]
+    turns = [of_kind(spec, tokens) for tokens in COUNTS for of_kind in (mma_schedules, gemm_schedules)]
+    found = (schedule for turn in itertools.zip_longest(*turns) for schedule in turn if schedule is not None)
+    return [*dict.fromkeys(found)]
+
+
 def pack_kernels(folder: Path, shapes: Sequence[tuple[int, int, int]], archs: Sequence[str], most: int) -> None:
     """Compiles the kernels of some shapes.
 
@@ -98,10 +118,10 @@ def pack_kernels(folder: Path, shapes: Sequence[tuple[int, int, int]], archs: Se
     compiler.check(archs)
     folder.mkdir(parents=True)
     found: list[PackedKernel] = []
-    for shape, form in itertools.product(shapes, ("gemv", "gemm")):
+    for shape, form in itertools.product(shapes, FORMS):
         spec = measured_spec(*shape)
         proven = dict.fromkeys(archs, "")
-        for number, schedule in enumerate(schedules(spec, form)[:most]):
+        for number, schedule in enumerate(candidates(spec, form)[:most]):
             kernel = emit(spec, form, archs[0], schedule)
             name = f"{kernel.symbol}.{number}"
             for arch in archs:
@@ -144,6 +164,7 @@ def _packed(kernel: EmittedKernel, file: str, arch: str, registers: int | None, 
         stored_bytes=weight.stored_bits / 8,
         registers=registers,
         schedule=schedule,
+        multiplied_by=kernel.multiplied_by,
         proof=proof,
     )
 

@@ -47,6 +47,7 @@ class PackedKernel:
         stored_bytes: of the weight as it is stored, padding left out.
         registers: of a thread.
         schedule: how it is cut.
+        multiplied_by: the instruction of its products.
         proof: the file of cases it must get right; empty for those that are held against the one that has it.
     """
 
@@ -67,13 +68,14 @@ class PackedKernel:
     stored_bytes: float
     registers: int | None
     schedule: dict[str, int]
+    multiplied_by: str
     proof: str = ""
 
     @property
     def name(self) -> str:
-        """The shape and the schedule, in words."""
+        """The shape, what multiplies, and the schedule, in words."""
         cut = " ".join(f"{key}={value}" for key, value in self.schedule.items())
-        return f"{self.symbol} {cut}"
+        return f"{self.symbol} {self.multiplied_by} {cut}"
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Thread blocks along x, y, z."""

@@ -20,7 +20,8 @@ from .format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight, codes_to_
 from .spec import LinearSpec, QuantizeSpec
 
 TOKENS = 37
-"""Tokens of a proof: more than any tile, and odd, so that every tile meets its remainder."""
+"""Tokens of a proof: odd, so that every tile meets its remainder, and more than any tile of a CPU. Where a thread block
+of a GPU has more, it gets them several times."""
 
 DISTINCT_ROWS = 509
 """Most different rows of a proof's weight: a prime, so that no tile size divides the distance of equal rows."""

@@ -25,6 +25,9 @@ _FLAGS = [
 ]
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\([^)]*\) \{')
 
+_WAITS = re.compile(r"__sync|__shfl|\bmma_|\bcop(?:y|ies)_")
+"""What fibers are needed for: barriers, and what lanes or copies of a thread do together."""
+
 _FOLDER = tempfile.TemporaryDirectory(prefix="standin-")
 
 
@@ -43,7 +46,7 @@ def cubin(source: str, folder: Path) -> bytes:
     rows = []
     for head, end in zip(heads, ends, strict=True):
         body = source[head.start() : end]
-        waits = "true" if "__sync" in body or "__shfl" in body else "false"
+        waits = "true" if _WAITS.search(body) else "false"
         entry = f"standin::Entry<{head[2]}>"
         rows.append(f'{{"{head[2]}", {head[1]}, {waits}, {entry}::count, {entry}::sizes, {entry}::run}}')
     text = f"""#include "emulation.h"

@@ -1,9 +1,9 @@
 // A stand-in for libcuda.so.1: runs the kernels of a launch list on the CPU, for tests alone.
 //
 // A "cubin" is a shared library: the kernels' CUDA text, compiled against codegen/cuda/emulation.h and standin_module.h.
-// Every CUDA thread is a fiber where the kernel has barriers or shuffles, else a call. Copies of cp.async are made when
-// their thread waits for them. Memory is the host's, filled with
-// junk, and has junk around it: what a kernel reads without anybody having written it, or writes outside, shows.
+// Every CUDA thread is a fiber where the kernel has barriers, shuffles, products of matrices or copies, else a call.
+// Copies of cp.async are made when their thread waits for them. Memory is the host's, filled with junk, and has junk
+// around it: what a kernel reads without anybody having written it, or writes outside, shows.
 //
 // Work of a stream is done when somebody waits for that stream, or for all of its device, and not before.
 //

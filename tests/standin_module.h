@@ -9,7 +9,7 @@ namespace standin {
 struct Kernel {
   const char* name;
   unsigned most_threads;
-  bool waits;  // has barriers or shuffles
+  bool waits;  // has barriers, shuffles, products of matrices or copies
   int count;
   const std::size_t* sizes;
   void (*run)(void** arguments);

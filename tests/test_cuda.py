@@ -469,6 +469,8 @@ def test_emit_cuda_compiles_proves_and_caches(cache: Path, monkeypatch: pytest.M
         assert 0 < kernel.registers <= 128
         assert kernel.proof in (cuda_proof.EMULATED, cuda_proof.NOT_RUN)
         assert kernel.record()["cubin_bytes"] == len(kernel.cubin)
+        multiplied_by = {"gemv": "dp4a", "gemm": "mma.sync", "quantize": ""}[kernel.form]
+        assert kernel.record()["multiplied_by"] == multiplied_by
     assert kernels[2].shared_bytes == cuda_mma.mma_schedules(SMALL)[0].shared_bytes(64)
 
     compiled: list[str] = []

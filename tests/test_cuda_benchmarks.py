@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import standin
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler
+from lbllm_compile.codegen.cuda.dp4a import GemmSchedule
+from lbllm_compile.codegen.cuda.emit import schedules
+from lbllm_compile.codegen.cuda.mma import MmaSchedule
 from test_cuda_models import StandInCompiler
 
 from benchmarks import cuda_pack, cuda_packed, cuda_peers
@@ -124,6 +127,14 @@ def test_one_script_runs_every_part_and_tells_what_failed(packed: Path, tmp_path
     assert "no such file" in model["absent"]["llama.cpp bad"] and "torch" in model["absent"]["torch bf16"]
     assert model["launches_of_a_part"] > model["launches_of_a_step"] > 5
     assert model["device_bytes"] > model["weight_bytes"]
+
+
+def test_both_kinds_of_tiles_are_packed_for_each_number_of_tokens() -> None:
+    spec = cuda_pack.measured_spec(4096, 4096, 128)
+    packed = cuda_pack.candidates(spec, "gemm")[: cuda_pack.SCHEDULES]
+    assert packed[0] == schedules(spec, "gemm")[0] and len({*packed}) == cuda_pack.SCHEDULES
+    assert {s.tokens for s in packed if isinstance(s, MmaSchedule)} == {8, 16, 64, 128}
+    assert {s.tokens for s in packed if isinstance(s, GemmSchedule)} == {16, 64, 128}
 
 
 def test_a_wrong_kernel_is_told_and_not_timed(packed: Path, tmp_path: Path) -> None:

@@ -133,13 +133,16 @@ def test_the_innermost_loop_that_multiplies_is_the_main_one() -> None:
     loop = main_loop(found, "SASS")
     assert loop.pipes == {"alu": 3, "fma": 1, "other": 1}
     assert (loop.integers, loop.products, loop.integers_per_product) == (4, 4, 1.0)
-    assert loop.around == 2 and loop.instructions(12) == 3 * 5 + 2
+    assert loop.around == 2 and loop.instructions(12) == 3 * 5 + 2 and not loop.unrolled
 
 
 def test_an_unrolled_loop_is_the_stretch_that_multiplies() -> None:
     straight = LOOP.replace("@P0  BRA `(.L_x_0)", "     BAR.SYNC 0x0").replace("@!P1 BRA `(.L_x_1)", "     NOP")
-    loop = main_loop(instructions(straight.replace(".L_x_0:", "").replace(".L_x_1:", ""), "k"), "SASS")
+    found = instructions(straight.replace(".L_x_0:", "").replace(".L_x_1:", ""), "k")
+    loop = main_loop(found, "SASS")
     assert loop.pipes == {"other": 2, "fma": 2, "memory": 1, "alu": 3} and loop.products == 4
+    # What the barrier divides from it is among all the instructions of its products.
+    assert loop.unrolled == len(found) == 11 and loop.instructions(2) == len(found) / 2
 
 
 def test_without_products_all_innermost_loops_are() -> None:

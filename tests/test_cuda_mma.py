@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lbllm_compile.codegen.cuda import dp4a, mma
 from lbllm_compile.codegen.cuda import emit as cuda
 from lbllm_compile.codegen.cuda import proof as cuda_proof
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler
@@ -18,7 +19,7 @@ from lbllm_compile.codegen.cuda.disassembly import disassemble, instructions, nv
 from lbllm_compile.codegen.cuda.dp4a import GemmSchedule
 from lbllm_compile.codegen.cuda.emulator import DESCENDING, Emulator, Launch
 from lbllm_compile.codegen.cuda.gemm import gemm_schedules
-from lbllm_compile.codegen.cuda.mma import FEWEST_TOKENS, MmaSchedule, mma_schedules
+from lbllm_compile.codegen.cuda.mma import LARGEST_SUM, MmaSchedule, mma_schedules
 from lbllm_compile.codegen.cuda.text import PREAMBLE, STEPS, steps
 from lbllm_compile.codegen.errors import DisprovedError, KernelError
 from lbllm_compile.codegen.sizes import GROUPS
@@ -140,6 +141,12 @@ extern "C" __global__ void __launch_bounds__(64) modes(
     tile[i] = i;
     mma_m16n8k32(sums, words, words);
     output_ptr[i] = tile[i ^ 1];
+  } else if (mode == 11) {  // the halves of a warp at two products
+    if (i % 32 < 16)
+      mma_m16n8k32(sums, words, words);
+    else
+      mma_m16n8k32(sums, words, words);
+    output_ptr[i] = sums[0];
   }
 }
 """
@@ -176,6 +183,7 @@ def test_copies_are_there_when_they_were_waited_for(step: int, cache: Path) -> N
         (8, "reads 256 bytes from the start of input, which has 256"),
         (9, "waits for its warp at line .*, which not all lanes of mask ffffffff reach"),
         (10, "race: thread .* reads byte .* of shared memory"),
+        (11, "waits for its warp at line .*, which not all lanes of mask ffffffff reach"),
     ],
 )
 def test_the_emulator_sees(mode: int, message: str, modes: Emulator) -> None:
@@ -209,6 +217,9 @@ LINEARS = [
     (LinearSpec("bit", 33, 130, 64, act_bits=8, per_token=True, bias=True), MmaSchedule(64, 64, 32, 32, 3)),
     (LinearSpec("bit", 1, 1, 32), None),
     (LinearSpec("bit", 576, 576, 64), None),
+    (LinearSpec("bit", 33, 300, 256, act_bits=8), None),
+    (LinearSpec("bit", 11008, 256, 128), None),
+    (LinearSpec("bit", 40, 130, 64), MmaSchedule(128, 32, 32, 16, 2)),
 ]
 
 
@@ -224,11 +235,29 @@ def test_emulated_linears_are_exact(spec: LinearSpec, schedule: MmaSchedule | No
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_schedules_of_the_whole_space_are_exact(group: int, bits: int, cache: Path) -> None:
-    """A sample of them."""
+def test_a_sample_of_all_schedules_is_exact(group: int, bits: int, cache: Path) -> None:
     spec = LinearSpec("bit", 130, 515, group, bits, per_token=bits == 8)
     for schedule in mma_schedules(spec)[:: 7 if bits == 4 else 11]:
         cuda_proof.prove_emulated(cuda.emit(spec, "gemm", "sm_90", schedule), cache)
+
+
+@pytest.mark.parametrize("tile", [8, 32, 64, 128])
+def test_a_proof_has_a_second_block_of_tokens_with_a_remainder(tile: int) -> None:
+    kernel = cuda.emit(LinearSpec("bit", 40, 130, 64), "gemm", "sm_90", MmaSchedule(tile, 32, min(tile, 32), 16, 2))
+    for _, launch, expected in cuda_proof.proof_runs(kernel):
+        tokens = launch.inputs["tokens"]
+        assert isinstance(tokens, int) and tokens > tile and tokens % tile
+        assert launch.grid[1] == -(-tokens // tile) and expected["output"][1].shape[0] == tokens
+
+
+def test_sums_that_would_not_be_exact_have_no_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most extreme group there is sums to nearly what is read off exactly."""
+    assert 256 * 128 * 127 <= LARGEST_SUM == 2**22
+    eight, four = (LinearSpec("bit", 32, 512, 256, act_bits=bits) for bits in (8, 4))
+    assert MmaSchedule(8, 32, 8, 16, 2).valid(eight)
+    monkeypatch.setattr(mma, "LARGEST_SUM", 256 * 128 * 127 - 1)
+    assert mma_schedules(eight) == [] and mma_schedules(four)
+    assert all(isinstance(schedule, GemmSchedule) for schedule in gemm_schedules(eight))
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +318,7 @@ def test_planted_faults_are_caught(small: cuda.EmittedKernel, old: str, new: str
 
 @needs_gpp
 def test_what_only_sm_75_computes_is_proven_too(small: cuda.EmittedKernel, cache: Path) -> None:
-    faulty = small.source.replace("(a[1], b[0], high)", "(a[1], b[1], high)")
+    faulty = small.source.replace("(a[1], b[0], high OF_SITE)", "(a[1], b[1], high OF_SITE)")
     assert faulty != small.source
     with pytest.raises(DisprovedError, match="of its output differ"):
         cuda_proof.prove_emulated(replace(small, source=faulty), cache)
@@ -298,29 +327,41 @@ def test_what_only_sm_75_computes_is_proven_too(small: cuda.EmittedKernel, cache
 # Which kernel is taken
 
 
-def test_tensor_cores_begin_with_four_tokens() -> None:
-    spec = LinearSpec("bit", 576, 576, 64)
-    for tokens in (2, FEWEST_TOKENS - 1):
-        assert isinstance(gemm_schedules(spec, tokens)[0], GemmSchedule)
-    for tokens, tile in ((FEWEST_TOKENS, 8), (8, 8), (9, 16), (64, 64), (65, 128)):
-        first = gemm_schedules(spec, tokens)[0]
-        assert isinstance(first, MmaSchedule) and first.tokens == tile
-    assert all(schedule.tokens >= 100 for schedule in gemm_schedules(spec, 100))
-    assert gemm_schedules(spec, 1000) == []
-
-
-def test_both_kinds_are_among_the_first() -> None:
-    """What measures or falls back to the next schedule meets both."""
-    first, second, *_ = gemm_schedules(LinearSpec("bit", 4096, 4096, 128))
-    assert isinstance(first, MmaSchedule) and isinstance(second, GemmSchedule)
-    int8 = gemm_schedules(LinearSpec("int8", 96, 576, 64, 8))
+@pytest.mark.parametrize("tokens", [None, 2, 64, 100])
+def test_all_tensor_core_schedules_come_before_dp4a(tokens: int | None) -> None:
+    """So a kernel that spills has another tile of tensor cores first."""
+    kinds = [type(schedule) for schedule in gemm_schedules(LinearSpec("bit", 4096, 4096, 128), tokens)]
+    tensor = kinds.count(MmaSchedule)
+    assert 1 < tensor < len(kinds) and kinds == [MmaSchedule] * tensor + [GemmSchedule] * (len(kinds) - tensor)
+    int8 = gemm_schedules(LinearSpec("int8", 96, 576, 64, 8), tokens)
     assert int8 and all(isinstance(schedule, GemmSchedule) for schedule in int8)
 
 
 @pytest.mark.parametrize("group", GROUPS)
+def test_the_nearest_tile_comes_first(group: int) -> None:
+    """Where there is none for so many tokens, as with groups of 256, the largest one there is."""
+    spec = LinearSpec("bit", 576, 576, group)
+    largest = max(schedule.tokens for schedule in mma_schedules(spec))
+    assert largest == (128 if group < 256 else 64)
+    for tokens, tile in ((1, 8), (4, 8), (8, 8), (9, 16), (64, 64), (65, largest), (1000, largest)):
+        assert mma_schedules(spec, tokens)[0].tokens == tile
+    for tokens, tile in ((4, 16), (17, 32), (64, 64), (65, 128), (1000, 128)):
+        assert dp4a.gemm_schedules(spec, tokens)[0].tokens == tile
+    assert all(schedule.tokens >= 100 for schedule in gemm_schedules(spec, 100))
+    assert gemm_schedules(spec, 1000) == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_schedules_fit_shared_memory(group: int) -> None:
-    for schedule in mma_schedules(LinearSpec("bit", 4096, 4096, group)):
-        assert schedule.shared_bytes(group) <= 48 << 10 and schedule.threads[1] <= 8
+    """By what the text declares, each buffer at a multiple of 64 bytes."""
+    spec = LinearSpec("bit", 4096, 4096, group)
+    size = {"uint": 4, "ushort": 2, "float": 4}
+    largest = sorted(mma_schedules(spec), key=lambda schedule: schedule.shared_bytes(group))[-3:]
+    for schedule in largest:
+        text = cuda.emit(spec, "gemm", "sm_90", schedule).source.removeprefix(PREAMBLE)
+        arrays = re.findall(r"__shared__ (?:alignas\(\d+\) )?(\w+) \w+\[(\d+)\];", text)
+        assert len(arrays) == text.count("__shared__") == 5
+        assert sum(-(-size[kind] * int(count) // 64) * 64 for kind, count in arrays) <= 48 << 10
 
 
 @needs_nvcc

@@ -21,6 +21,7 @@ from lbllm_compile.codegen.cuda.dp4a import ROWS, gemv_schedules
 from lbllm_compile.codegen.cuda.driver import Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
+from lbllm_compile.codegen.cuda.kernel import kernel_name
 from lbllm_compile.codegen.cuda.program import attention, launches, prologue
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
@@ -549,23 +550,46 @@ def test_a_linear_that_spills_by_itself_has_its_next_schedule(monkeypatch: pytes
 
 
 def test_a_linear_of_many_tokens_that_spills_has_its_next_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one after that for tensor cores is dp4a's, for the linears that spill alone."""
+    """Which is another one for tensor cores, and the linears that do not spill keep theirs."""
 
     class OneSpills(SpillingCompiler):
-        """A linear's kernel, as long as it is for tensor cores."""
+        """A linear's kernel, the first time."""
 
         def compile(self, source: str, arch: str) -> Binary:
-            heads = [*re.finditer(r"\b(bit_gemm_\w*)\([^)]*\) \{", source)]
-            end = source.index("\n}\n", heads[0].end())
-            self.spilling = [heads[0][1]] if "mma_m16n8k32(" in source[heads[0].end() : end] else []
+            self.spilling = [] if self.compiled else re.findall(r"\b(bit_gemm_\w*)\(", source)[:1]
             return super().compile(source, arch)
 
+    def linears(launches: LaunchList) -> list[ProgramKernel]:
+        assert launches.part is not None
+        return [kernel for kernel in launches.part.kernels if kernel.symbol.startswith("bit_gemm_")]
+
+    before = linears(compiled(SpillingCompiler([]), monkeypatch, [TOKEN, PART]))
     compiler = OneSpills([])
-    part = compiled(compiler, monkeypatch, [TOKEN, PART]).part
-    assert part is not None and compiler.compiled == 2
-    cut, *others = [kernel for kernel in part.kernels if kernel.symbol.startswith("bit_gemm_")]
-    assert "__dp4a(" in cut.source and others
-    assert all("mma_m16n8k32(" in kernel.source for kernel in others)
+    after = linears(compiled(compiler, monkeypatch, [TOKEN, PART]))
+    assert compiler.compiled == 2 and len(after) == len(before) > 1
+    assert after[0].source != before[0].source and after[1:] == before[1:]
+    assert all("mma_m16n8k32(" in kernel.source for kernel in after)
+
+
+def test_only_the_linear_that_spills_has_its_next_schedule() -> None:
+    """And not that whose name begins alike, with a bias or as additive levels."""
+    kernels = ProgramKernels(Target.parse("cuda:sm_90"))
+    plain = LinearSpec("bit", 96, 576, 64)
+    biased, additive = replace(plain, bias=True), replace(plain, additive=True)
+    specs = [plain, biased, additive]
+    for spec in specs:
+        kernels.linear(spec)
+
+    def cuts() -> list[tuple[object, object]]:
+        return [(kernels.cut(spec), kernels.tile(spec, 64)) for spec in specs]
+
+    first = cuts()
+    assert kernels.give_up([f"{kernel_name(biased, 'gemv')}_kernel"])
+    assert [now != was for now, was in zip(cuts(), first, strict=True)] == [False, True, False]
+    assert kernels.give_up([f"{kernel_name(additive, 'gemm')}_64_kernel"])
+    assert [now[1] != was[1] for now, was in zip(cuts(), first, strict=True)] == [False, False, True]
+    assert not kernels.give_up([f"{kernel_name(plain, 'gemv')}_of_something_else_kernel"])
+    assert kernels.give_up([f"{kernel_name(plain, 'gemv')}_2_of_8_experts_kernel"])
 
 
 def test_a_kernel_that_spills_by_itself_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_a_program_for_a_virtual_architecture_has_the_same_text() -> None:
 
 
 def test_calls_have_launches_of_their_own_where_shared_memory_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower, "SHARED_BYTES", 1024)
+    monkeypatch.setattr(lower, "BLOCK_SHARED_BYTES", 1024)
     kinds = ["double", "quantize", "bit_gemv", "next_token"]
     launched = [launch.symbol for launch in fused()[0].launches]
     assert [kind for kind, symbol in zip(kinds, launched, strict=True) if not symbol.startswith(kind)] == []

@@ -118,6 +118,7 @@ class MainLoop:
         products: multiply-adds of 8-bit integers of a thread.
         source: ``"SASS"`` or ``"PTX"``.
         around: instructions of the next loop around it, its own not among them; 0 where there is none.
+        unrolled: all instructions of a kernel whose products are in no loop; 0 where they are.
     """
 
     pipes: Mapping[str, int]
@@ -125,6 +126,7 @@ class MainLoop:
     products: int
     source: str
     around: int = 0
+    unrolled: int = 0
 
     @property
     def integers_per_product(self) -> float | None:
@@ -132,7 +134,10 @@ class MainLoop:
         return self.integers / self.products if self.products else None
 
     def instructions(self, products: int) -> float:
-        """All instructions of a thread for so many multiply-adds, after which the loop around it begins anew."""
+        """All instructions of a thread for so many multiply-adds, after which the loop around it begins anew. Where the
+        products are in no loop, their share of the whole kernel: its beginning and its end are then among them."""
+        if self.unrolled:
+            return self.unrolled * products / self.products
         return sum(self.pipes.values()) * products / self.products + self.around
 
 
@@ -205,9 +210,10 @@ def main_loop(found: Sequence[Instruction], source: str) -> MainLoop:
     back = [(i.target, at) for at, i in enumerate(found) if i.target is not None and i.target < at]
     inner = [span for span in back if not any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in back)]
     multiplying = [at for at, instruction in enumerate(found) if instruction.products]
-    spans = inner or [(0, len(found) - 1)]
+    spans, unrolled = inner or [(0, len(found) - 1)], 0
     if multiplying:
-        spans = _with_any(multiplying, inner) or _with_any(multiplying, _stretches(found))
+        looped = _with_any(multiplying, inner)
+        unrolled, spans = 0 if looped else len(found), looped or _with_any(multiplying, _stretches(found))
     begin, end = min(b for b, _ in spans), max(e for _, e in spans)
     outer = [1 + e - b for b, e in back if b <= begin and end <= e and (b, e) not in spans]
     chosen = [found[at] for at in sorted({at for begin, end in spans for at in range(begin, end + 1)})]
@@ -217,6 +223,7 @@ def main_loop(found: Sequence[Instruction], source: str) -> MainLoop:
         sum(i.products for i in chosen),
         source,
         min(outer) - len(chosen) if outer else 0,
+        unrolled,
     )
 
 

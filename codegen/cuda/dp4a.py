@@ -33,6 +33,7 @@ from ..errors import KernelError
 from ..format import QuantizedWeight
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T
+from .limits import BLOCK_SHARED_BYTES
 
 ROWS = 32
 """Rows of a row block: one a lane."""
@@ -48,6 +49,9 @@ PARTIAL_SLOTS = 64
 
 ACCUMULATOR_LIMIT = 2**31 // (127 * 127)
 """Most inputs of one int32 accumulator that cannot overflow."""
+
+DEFAULT_TILE, LARGEST_TILE = 64, 128
+"""Tokens of a thread block's tile."""
 
 CODES_MASK = 0x33333333
 HALF_TO_FLOAT = 2.0**112
@@ -161,7 +165,7 @@ class GemmSchedule:
             and Geometry.of(spec).slice % self.depth == 0
             and self.depth % 32 == 0
             and 32 <= x * y <= 1024
-            and shared <= 48 * 1024
+            and shared <= BLOCK_SHARED_BYTES
         )
 
 
@@ -176,19 +180,25 @@ def gemv_schedules(spec: LinearSpec) -> list[GemvSchedule]:
     return valid
 
 
-def gemm_schedules(spec: LinearSpec) -> list[GemmSchedule]:
-    """Every valid GEMM schedule, the default first."""
+def tile_distance(tile: int, tokens: int) -> int:
+    """How far a tile is from the smallest one that has so many tokens, or from the largest one, in doublings."""
+    wanted = min(1 << (tokens - 1).bit_length(), LARGEST_TILE)
+    return abs(tile.bit_length() - wanted.bit_length())
+
+
+def gemm_schedules(spec: LinearSpec, tokens: int = DEFAULT_TILE) -> list[GemmSchedule]:
+    """Every valid GEMM schedule, that for so many tokens first."""
     width = Geometry.of(spec).slice
     space = [
-        GemmSchedule(tokens, rows, tt, tr, depth)
-        for tokens in (16, 32, 64, 128)
+        GemmSchedule(tile, rows, tt, tr, depth)
+        for tile in (16, 32, 64, LARGEST_TILE)
         for rows in (32, 64, 128)
         for tt in (4, 8)
         for tr in (4, 8)
         for depth in dict.fromkeys((min(128, width), min(64, width)))
     ]
     rows = 64 if spec.out_features > ROWS else ROWS
-    return sorted((s for s in space if s.valid(spec)), key=lambda s: (s.rows != rows, s.tokens != 64))
+    return sorted((s for s in space if s.valid(spec)), key=lambda s: (s.rows != rows, tile_distance(s.tokens, tokens)))
 
 
 def pack_bit_weight(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from . import quantize as quantizer
 from .compiler import Binary, CudaCompiler, Resources, SpillError
 from .gemm import gemm, gemm_schedules
 from .kernel import CudaKernel, EmittedKernel, Form, Schedule, kernel_name
+from .limits import WARP
 from .proof import prove_emulated
 from .text import PREAMBLE, signature
 
@@ -69,7 +70,7 @@ def of_text(text: str, spec: LinearSpec | QuantizeSpec, form: Form, schedule: Sc
     head, chosen = signature(text), cast(Any, schedule)
     block: tuple[int, int, int]
     if isinstance(spec, QuantizeSpec):
-        block, rows_per_block, tokens_per_block = (quantizer.LANES, chosen.warps, 1), 0, 1
+        block, rows_per_block, tokens_per_block = (WARP, chosen.warps, 1), 0, 1
     elif form == "gemv":
         block = dp4a.ROWS, chosen.row_warps * chosen.slice_warps, 1
         rows_per_block, tokens_per_block = dp4a.ROWS * chosen.row_warps, 1

@@ -43,7 +43,6 @@ int lane();
 
 // Waits for all lanes of the warp, gives them `count` words, returns those of all lanes, lane by lane. They stay until
 // this thread's next call. It orders no memory: what lanes wrote before is not seen for that by others.
-constexpr int kMostWords = 6;
 const unsigned* warp_gather(int line, const unsigned* words, int count);
 
 // Copies to shared memory that run by themselves: what is there before copy_wait is undefined.
@@ -90,6 +89,11 @@ __attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** sl
 #define blockIdx (emulation::block_index())
 #define blockDim (emulation::block_shape())
 #define gridDim (emulation::grid_shape())
+
+// The line of the kernel that calls one of the preamble's functions, as a parameter of these and as an argument within.
+// All lanes of a warp must meet at the same product, and not in one of two branches each.
+#define SITE , int line = __builtin_LINE()
+#define OF_SITE , line
 
 #define __syncthreads() emulation::block_barrier(__LINE__)
 
@@ -196,15 +200,13 @@ __attribute__((no_sanitize("thread"), noinline)) inline void multiply_m16n8k32(
 
 }  // namespace emulation
 
-inline int2 ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(
-    unsigned a, unsigned b, int2 c, int line = __builtin_LINE()) {
+inline int2 ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(unsigned a, unsigned b, int2 c SITE) {
   int given[] = {c.x, c.y}, d[2];
   emulation::multiply_m8n8k16(line, a, b, given, d);
   return {d[0], d[1]};
 }
 
-inline int4 ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
-    uint4 a, uint2 b, int4 c, int line = __builtin_LINE()) {
+inline int4 ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(uint4 a, uint2 b, int4 c SITE) {
   unsigned of_a[] = {a.x, a.y, a.z, a.w}, of_b[] = {b.x, b.y};
   int given[] = {c.x, c.y, c.z, c.w}, d[4];
   emulation::multiply_m16n8k32(line, of_a, of_b, given, d);
@@ -212,13 +214,13 @@ inline int4 ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
 }
 
 template <int bytes>
-void ptx_cp_async_ca_shared_global(void* to, const void* from, int line = __builtin_LINE()) {
+void ptx_cp_async_ca_shared_global(void* to, const void* from SITE) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async.ca copies 4, 8 or 16 bytes");
   emulation::copy_begin(line, to, from, bytes);
 }
 
 template <int bytes>
-void ptx_cp_async_cg_shared_global(void* to, const void* from, int line = __builtin_LINE()) {
+void ptx_cp_async_cg_shared_global(void* to, const void* from SITE) {
   static_assert(bytes == 16, "cp.async.cg copies 16 bytes");
   emulation::copy_begin(line, to, from, bytes);
 }

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc
 from . import dp4a, mma
-from .dp4a import GemmSchedule
+from .dp4a import DEFAULT_TILE, GemmSchedule
 from .mma import MmaSchedule
 
 ManySchedule = GemmSchedule | MmaSchedule
 
 
 def gemm_schedules(spec: LinearSpec, tokens: int | None = None) -> Sequence[ManySchedule]:
-    """Every valid schedule of a linear's kernels for several tokens.
-
-    Those for tensor cores and those of :mod:`.dp4a` take turns, so that what is looked at first has both. Tensor cores
-    come first from :data:`.mma.FEWEST_TOKENS` tokens on.
+    """Every valid schedule of a linear's kernels for several tokens: those for tensor cores, and behind all of them
+    those of :mod:`.dp4a`, so that what spills has other tiles of tensor cores first.
 
     Args:
-        tokens: only those whose tile has so many; any number of tokens where ``None``.
+        tokens: only those whose tile has so many; tiles of any size, that of 64 tokens first, where ``None``.
 
     Raises:
         KernelError: there is no CUDA kernel for ``spec``.
     """
-    scalar, tensor = dp4a.gemm_schedules(spec), mma.mma_schedules(spec, *(() if tokens is None else (tokens,)))
-    turns = (scalar, tensor) if tokens is not None and tokens < mma.FEWEST_TOKENS else (tensor, scalar)
-    found = (s for pair in itertools.zip_longest(*turns) for s in pair if s is not None)
+    wanted = DEFAULT_TILE if tokens is None else tokens
+    found = [*mma.mma_schedules(spec, wanted), *dp4a.gemm_schedules(spec, wanted)]
     return [s for s in found if tokens is None or s.tokens >= tokens]
 
 

@@ -11,6 +11,7 @@ from ..spec import LinearSpec, QuantizeSpec
 from .compiler import Binary, is_virtual
 from .dp4a import GemvSchedule
 from .gemm import ManySchedule
+from .mma import MmaSchedule
 from .quantize import QuantizeSchedule
 
 Schedule = GemvSchedule | ManySchedule | QuantizeSchedule
@@ -52,6 +53,13 @@ class EmittedKernel:
     block: tuple[int, int, int]
     rows_per_block: int
     tokens_per_block: int
+
+    @property
+    def multiplied_by(self) -> str:
+        """The instruction of its products; empty for a quantizer, which has none."""
+        if isinstance(self.spec, QuantizeSpec):
+            return ""
+        return "mma.sync" if isinstance(self.schedule, MmaSchedule) else "dp4a"
 
     def grid(self, tokens: int) -> tuple[int, int, int]:
         """Thread blocks along x, y, z for a number of tokens.
@@ -110,8 +118,9 @@ class CudaKernel(EmittedKernel):
         return f"{self.name}.{'ptx' if is_virtual(self.arch) else 'cubin'}"
 
     def record(self) -> dict[str, object]:
-        """Everything but source and cubin, for JSON."""
+        """Everything but source and cubin, and what it multiplies by, for JSON."""
         fields = asdict(self)
         cubin = fields.pop("cubin")
         fields.pop("source")
-        return fields | {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
+        found = {"cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
+        return fields | {"multiplied_by": self.multiplied_by} | found

@@ -19,6 +19,11 @@ PARTITIONS = 4
 """Parts of a multiprocessor, each with its scheduler and its share of the registers."""
 
 WARP = 32
+"""Lanes of a warp."""
+
+BLOCK_SHARED_BYTES = 48 << 10
+"""Shared memory of a thread block that every device has without being asked for more."""
+
 _REGISTER_UNIT = 256
 """A warp gets a multiple of so many registers."""
 

@@ -8,9 +8,9 @@ are, decoded in registers, two fragments' share of that row; the same inputs of 
 A thread block has a *tile* of rows and tokens and goes through the groups in ascending order. Of each it copies codes,
 levels, scales and values to shared memory, by ``cp.async`` (on sm_75 through registers) and some groups ahead. A warp
 decodes the group's weights of its rows once and multiplies them with its tokens, eight at a time. Accumulators begin at
-:data:`SEED`: read as a float, what they end at is ``1.5 * 2^23`` plus the sum, exactly, as long as the sum is below
-``2^22``, and a group's is. Then follows the ``fmaf`` a group that :mod:`..reference` states, so bits are those of
-:mod:`.dp4a`.
+:data:`SEED`: read as a float, what they end at is ``1.5 * 2^23`` plus the sum, exactly, up to a sum of
+:data:`LARGEST_SUM`, which no group of a valid schedule exceeds. Then follows the ``fmaf`` a group that
+:mod:`..reference` states, so bits are those of :mod:`.dp4a`.
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
@@ -18,11 +18,22 @@ decodes the group's weights of its rows once and multiplies them with its tokens
 from dataclasses import dataclass
 from typing import Any
 
+from ..reference import INT4_MAX, INT8_MAX
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T
-from .dp4a import ROWS, Geometry, codes_of, half_as_float, multiply, picked
+from .dp4a import (
+    DEFAULT_TILE,
+    LARGEST_TILE,
+    ROWS,
+    Geometry,
+    codes_of,
+    half_as_float,
+    multiply,
+    picked,
+    tile_distance,
+)
+from .limits import BLOCK_SHARED_BYTES, WARP
 
-LANES = 32
 MATRIX_ROWS, MATRIX_TOKENS, MATRIX_INPUTS = 16, 8, 32
 """Rows, tokens and inputs of one product of a warp."""
 
@@ -32,11 +43,13 @@ PIECE = 64
 SEED = 0x4B400000
 SEED_AS_FLOAT = 1.5 * 2.0**23
 
-FEWEST_TOKENS = 4
-"""Tokens from which on these kernels come before those of :mod:`.dp4a`."""
+LARGEST_SUM = 2**22
+"""Largest sum of a group, of either sign, that is read off its accumulator exactly."""
 
-SHARED_BYTES = 48 * 1024
+_LEAST_LEVEL = -128
 MOST_WARPS = 8
+
+_SMALLEST_TILE = 8
 
 _MOST_KEPT = 96
 """Most words of a thread for outputs and decoded weights, of 255 registers."""
@@ -66,14 +79,16 @@ class MmaSchedule:
     @property
     def threads(self) -> tuple[int, int]:
         """Lanes and warps."""
-        return LANES, self.rows // self.warp_rows * (self.tokens // self.warp_tokens)
+        return WARP, self.rows // self.warp_rows * (self.tokens // self.warp_tokens)
 
     def shared_bytes(self, group: int) -> int:
         """Shared memory of a thread block: values, codes, levels, scales of rows and of tokens."""
         return self.stages * (self.tokens * (group + 4) + self.rows * (group // 4 + 6))
 
     def valid(self, spec: LinearSpec) -> bool:
-        """Whether the cut divides evenly and fits a thread block, its shared memory and its registers."""
+        """Whether the cut divides evenly and fits a thread block, its shared memory and its registers, and the sums of
+        groups are exact."""
+        largest = -_LEAST_LEVEL * {4: INT4_MAX, 8: INT8_MAX}[spec.act_bits]
         divides = (
             self.rows % ROWS == 0
             and self.rows % self.warp_rows == 0
@@ -81,31 +96,31 @@ class MmaSchedule:
             and self.warp_rows % MATRIX_ROWS == 0
             and self.warp_tokens % MATRIX_TOKENS == 0
         )
-        kept = self.warp_rows * (spec.group // 4 + self.warp_tokens) // LANES
+        kept = self.warp_rows * (spec.group // 4 + self.warp_tokens) // WARP
         return (
             divides
+            and spec.group * largest <= LARGEST_SUM
             and self.threads[1] <= MOST_WARPS
             and kept <= _MOST_KEPT
             and self.stages >= 2
-            and self.shared_bytes(spec.group) <= SHARED_BYTES
+            and self.shared_bytes(spec.group) <= BLOCK_SHARED_BYTES
         )
 
 
-def mma_schedules(spec: LinearSpec, tokens: int = 64) -> list[MmaSchedule]:
+def mma_schedules(spec: LinearSpec, tokens: int = DEFAULT_TILE) -> list[MmaSchedule]:
     """Every valid schedule, that for so many tokens first; none for linears other than W(1+1)."""
     if spec.kind != "bit":
         return []
     wide = Geometry.of(spec).row_blocks > _WIDE
     space = [
         MmaSchedule(tile, rows, warp_tokens, warp_rows, stages)
-        for tile in (8, 16, 32, 64, 128)
+        for tile in (_SMALLEST_TILE, 16, 32, 64, LARGEST_TILE)
         for rows in (32, 64)
         for warp_tokens in (8, 16, 32, 64)
         for warp_rows in (16, 32)
         for stages in (2, 3, 4)
     ]
     wanted = MmaSchedule(
-        tokens=next((tile for tile in (8, 16, 32, 64) if tile >= tokens), 128),
         rows=64 if wide else 32,
         # With a group of 256 inputs, too, registers of some architectures would spill.
         warp_tokens=64 if wide and spec.group <= 2 * PIECE else 32,
@@ -115,7 +130,7 @@ def mma_schedules(spec: LinearSpec, tokens: int = 64) -> list[MmaSchedule]:
     # What is nearest to it first. None of this has been tuned on a GPU.
     valid.sort(
         key=lambda s: (
-            s.tokens != wanted.tokens,
+            tile_distance(s.tokens, max(tokens, _SMALLEST_TILE)),
             s.rows != wanted.rows,
             s.warp_rows != wanted.warp_rows,
             abs(s.warp_tokens - min(wanted.warp_tokens, s.tokens)),
@@ -147,7 +162,7 @@ def mma_gemm(spec: LinearSpec, schedule: MmaSchedule) -> PrimFunc:
     piece_words, pieces = piece // 4, group // piece
     steps_of_piece = piece // MATRIX_INPUTS
     code_words = group // 16  # of a row
-    threads = LANES * warps
+    threads = WARP * warps
 
     def each_unit(units: int, thread: Any, work: Any) -> None:
         """Shares units of a copy out over the threads."""
@@ -287,7 +302,7 @@ def mma_gemm(spec: LinearSpec, schedule: MmaSchedule) -> PrimFunc:
         tile_y = T.launch_thread("blockIdx.y", T.ceildiv(tokens, tile_tokens))
         tile_x = T.launch_thread("blockIdx.x", -(-n // tile_rows))
         warp = T.launch_thread("threadIdx.y", warps)
-        lane = T.launch_thread("threadIdx.x", LANES)
+        lane = T.launch_thread("threadIdx.x", WARP)
         x_tile = T.alloc_buffer((stages * tile_tokens * group // 4,), "uint32", scope="shared")
         w_tile = T.alloc_buffer((stages * tile_rows * code_words,), "uint32", scope="shared")
         level_tile = T.alloc_buffer((stages * tile_rows,), "uint32", scope="shared")
@@ -302,7 +317,7 @@ def mma_gemm(spec: LinearSpec, schedule: MmaSchedule) -> PrimFunc:
         inputs = T.meta_var((levels, values, w_scale, weight, x_scale))
         tiles = T.meta_var((x_tile, w_tile, level_tile, scale_tile, x_scale_tile))
         own = T.meta_var((y, a, b, sums, w_factor, x_factor))
-        thread: T.let = warp * LANES + lane
+        thread: T.let = warp * WARP + lane
         first_row: T.let = warp % row_warps * schedule.warp_rows
         first_token: T.let = warp // row_warps * schedule.warp_tokens
         for i in T.unroll(4 * row_matrices * token_matrices):

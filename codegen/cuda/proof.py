@@ -109,9 +109,10 @@ def _linear_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]
         values, x_scale, expected = case.values, case.x_scale, case.expected
         if kernel.form == "gemv":
             values, x_scale, expected = values[:1], x_scale[:1], expected[:1]
-        elif kernel.tokens_per_block > prove.TOKENS // 2:
-            # Two thread blocks along the tokens, the second with a remainder.
-            values, x_scale, expected = (torch.cat([t, t]) for t in (values, x_scale, expected))
+        else:
+            # Two thread blocks along the tokens at least, the last with a remainder.
+            times = kernel.tokens_per_block // prove.TOKENS + 1
+            values, x_scale, expected = (t.repeat(times, 1) for t in (values, x_scale, expected))
         tokens = values.shape[0]
         inputs["values"] = torch.nn.functional.pad(values, (0, pitch(spec.in_features) - spec.in_features))
         inputs["x_scale"] = x_scale

@@ -17,8 +17,8 @@ from ..reference import INT4_MAX, INT8_MAX, RANGE_MAX, RANGE_MIN
 from ..spec import QuantizeSpec
 from ..tvm_api import PrimFunc, T
 from .dp4a import pitch
+from .limits import WARP
 
-LANES = 32
 ALL_LANES = 0xFFFFFFFF
 
 
@@ -43,7 +43,7 @@ def quantize_schedules(spec: QuantizeSpec) -> list[QuantizeSchedule]:
         raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
     if spec.tabled:
         raise KernelError("CUDA kernels take activations without knees and plane scales; compile with --recipe lbllm")
-    useful = -(-spec.in_features // (spec.group or 2 * LANES))
+    useful = -(-spec.in_features // (spec.group or 2 * WARP))
     return [QuantizeSchedule(w) for w in (8, 4, 16, 2, 1) if w <= useful] or [QuantizeSchedule(1)]
 
 
@@ -53,7 +53,7 @@ def _call(name: str, *args):
 
 def _warp_reduce(function: str, value, step: int):
     """Combines a lane's value with that of the lane ``step`` away."""
-    other = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), value, step, LANES, LANES)
+    other = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), value, step, WARP, WARP)
     return _call(function, value, other)
 
 
@@ -98,7 +98,7 @@ def quantize(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
 def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
     k, group, bits, warps = spec.in_features, spec.group, spec.bits, schedule.warps
     width, groups = pitch(k), spec.scales
-    elements, padded_groups = group // LANES, pitch(k) // group
+    elements, padded_groups = group // WARP, pitch(k) // group
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -114,7 +114,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
         x = T.match_buffer(x_, (tokens, k), "float32")
         token = T.launch_thread("blockIdx.x", tokens)
         warp = T.launch_thread("threadIdx.y", warps)
-        lane = T.launch_thread("threadIdx.x", LANES)
+        lane = T.launch_thread("threadIdx.x", WARP)
         loaded = T.alloc_buffer((elements,), "float32", scope="local")
         bounds = T.alloc_buffer((2,), "float32", scope="local")
         size = T.alloc_buffer((1,), "float32", scope="local")
@@ -125,7 +125,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
                 bounds[0] = T.float32(0)
                 bounds[1] = T.float32(0)
                 for i in T.unroll(elements):
-                    column: T.let = g * group + i * LANES + lane
+                    column: T.let = g * group + i * WARP + lane
                     loaded[i] = T.float32(0)
                     if column < k:
                         loaded[i] = x[token, column]
@@ -139,7 +139,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
                 size[0] = _scale(bounds[0], bounds[1], bits)
                 zero[0] = _zero(bounds[1], size[0], bits)
                 for i in T.unroll(elements):
-                    values[token, g * group + i * LANES + lane] = _value(loaded[i], size[0], zero[0], bits)
+                    values[token, g * group + i * WARP + lane] = _value(loaded[i], size[0], zero[0], bits)
                 if lane == 0 and g < groups:
                     scale[token, g] = size[0]
 
@@ -148,7 +148,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
 
 def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
     k, bits, warps = spec.in_features, spec.bits, schedule.warps
-    width, threads = pitch(k), LANES * schedule.warps
+    width, threads = pitch(k), WARP * schedule.warps
     turns = -(-width // threads)
 
     @T.prim_func(s_tir=True)
@@ -165,7 +165,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
         x = T.match_buffer(x_, (tokens, k), "float32")
         token = T.launch_thread("blockIdx.x", tokens)
         warp = T.launch_thread("threadIdx.y", warps)
-        lane = T.launch_thread("threadIdx.x", LANES)
+        lane = T.launch_thread("threadIdx.x", WARP)
         maxima = T.alloc_buffer((warps,), "float32", scope="shared")
         minima = T.alloc_buffer((warps,), "float32", scope="shared")
         bounds = T.alloc_buffer((2,), "float32", scope="local")
@@ -175,7 +175,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
         bounds[0] = T.float32(0)
         bounds[1] = T.float32(0)
         for turn in T.serial(turns):
-            column: T.let = turn * threads + warp * LANES + lane
+            column: T.let = turn * threads + warp * WARP + lane
             if column < k:
                 bounds[0] = _call("fmaxf", bounds[0], x[token, column])
                 bounds[1] = _call("fminf", bounds[1], x[token, column])
@@ -194,7 +194,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
         size[0] = _scale(bounds[0], bounds[1], bits)
         zero[0] = _zero(bounds[1], size[0], bits)
         for turn in T.serial(turns):
-            column: T.let = turn * threads + warp * LANES + lane
+            column: T.let = turn * threads + warp * WARP + lane
             loaded[0] = T.float32(0)
             if column < k:
                 loaded[0] = x[token, column]

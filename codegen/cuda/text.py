@@ -13,6 +13,8 @@ PREAMBLE = """\
 #define ushort unsigned short
 #define int64_t long long
 #ifdef __CUDACC__
+#define SITE
+#define OF_SITE
 __device__ __forceinline__ uint ptx_and_b32(uint a, uint b) {
   uint d;
   asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -60,28 +62,28 @@ __device__ __forceinline__ int2 ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s
 #endif
 #endif
 #if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void mma_m16n8k32(int* c, const uint* a, const uint* b) {
+__device__ __forceinline__ void mma_m16n8k32(int* c, const uint* a, const uint* b SITE) {
   uint4 rows = make_uint4(a[0], a[1], a[2], a[3]);
   int4 d = make_int4(c[0], c[1], c[2], c[3]);
-  d = ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(rows, make_uint2(b[0], b[1]), d);
+  d = ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(rows, make_uint2(b[0], b[1]), d OF_SITE);
   c[0] = d.x, c[1] = d.y, c[2] = d.z, c[3] = d.w;
 }
-__device__ __forceinline__ void copy_begin_16(void* to, const void* from) {
-  ptx_cp_async_cg_shared_global<16>(to, from);
+__device__ __forceinline__ void copy_begin_16(void* to, const void* from SITE) {
+  ptx_cp_async_cg_shared_global<16>(to, from OF_SITE);
 }
-__device__ __forceinline__ void copy_begin_4(void* to, const void* from) {
-  ptx_cp_async_ca_shared_global<4>(to, from);
+__device__ __forceinline__ void copy_begin_4(void* to, const void* from SITE) {
+  ptx_cp_async_ca_shared_global<4>(to, from OF_SITE);
 }
 __device__ __forceinline__ void copies_commit() { ptx_cp_async_commit_group(); }
 template <int left>
 __device__ __forceinline__ void copies_wait() { ptx_cp_async_wait_group<left>(); }
 #else
-__device__ __forceinline__ void mma_m16n8k32(int* c, const uint* a, const uint* b) {
+__device__ __forceinline__ void mma_m16n8k32(int* c, const uint* a, const uint* b SITE) {
   int2 low = make_int2(c[0], c[1]), high = make_int2(c[2], c[3]);
-  low = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[0], b[0], low);
-  high = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[1], b[0], high);
-  low = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[2], b[1], low);
-  high = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[3], b[1], high);
+  low = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[0], b[0], low OF_SITE);
+  high = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[1], b[0], high OF_SITE);
+  low = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[2], b[1], low OF_SITE);
+  high = ptx_mma_sync_aligned_m8n8k16_row_col_s32_s8_s8_s32(a[3], b[1], high OF_SITE);
   c[0] = low.x, c[1] = low.y, c[2] = high.x, c[3] = high.y;
 }
 __device__ __forceinline__ void copy_begin_16(void* to, const void* from) { *(int4*)to = *(const int4*)from; }
@@ -94,7 +96,8 @@ __device__ __forceinline__ void copies_wait() {}
 """Names TVM's text takes for granted (nothing else of its preamble is needed), and single instructions of PTX, each as
 the function of its mnemonic. ``emulation.h`` has them for where no CUDA compiler reads the text. Those that sm_75 lacks
 have names without ``ptx_``, which there stand for what it has: four products of 8x8x16 are one of 16x8x32, fragment for
-fragment, and a copy is done when it is begun."""
+fragment, and a copy is done when it is begun. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
+called, for the emulation alone."""
 
 STEPS = (750, 800)
 """Values of ``__CUDA_ARCH__`` from which on :data:`PREAMBLE` says something else."""

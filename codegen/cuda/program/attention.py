@@ -21,7 +21,8 @@ device's memory: a launch has the same arguments whatever it is.
 # pyright: reportInvalidTypeForm=false
 from ...spec import AttentionSpec
 from ...tvm_api import PrimFunc, T
-from .heads import THREADS, WARP, WARPS, Heads, Split
+from ..limits import WARP
+from .heads import THREADS, WARPS, Heads, Split
 
 
 def attention(spec: AttentionSpec) -> PrimFunc:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...sampling import POWERS, share_bits
 from ...tvm_api import PrimFunc, T
+from ..limits import WARP
 
 PARAMETERS = ("attention_mask", "input_ids", "logits", "past", "position_ids", "sampling", "shares")
 """Buffers of the kernel."""
@@ -20,7 +21,6 @@ WAYS = 8
 """Parts that a range is cut into at once: a warp adds up seven sums, and one that is always 0, in nine shuffles."""
 
 _MOST_THREADS = 1024
-_WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 _INFINITY = 0x7F800000
 _NO_NUMBER = 0x7FFFFFFF
@@ -51,13 +51,13 @@ def _logit(key: Any) -> Any:
 
 
 def _other(value: Any, step: int) -> Any:
-    return T.tvm_warp_shuffle_xor(T.uint32(_ALL_LANES), value, step, _WARP, _WARP)
+    return T.tvm_warp_shuffle_xor(T.uint32(_ALL_LANES), value, step, WARP, WARP)
 
 
 def threads(vocabulary: int) -> int:
     """Threads of the one block: one a token, as far as a block can have so many. Most of the time goes by waiting for
     logits."""
-    return min(-(-vocabulary // _WARP) * _WARP, _MOST_THREADS)
+    return min(-(-vocabulary // WARP) * WARP, _MOST_THREADS)
 
 
 def next_token(vocabulary: int) -> PrimFunc:
@@ -73,7 +73,7 @@ def next_token(vocabulary: int) -> PrimFunc:
     """
     bits = share_bits(vocabulary)
     block = threads(vocabulary)
-    warps = block // _WARP
+    warps = block // WARP
     turns = -(-vocabulary // block)
 
     def greatest_of(logits: Any, sums: Any, parts: Any, thread: Any) -> None:
@@ -90,10 +90,10 @@ def next_token(vocabulary: int) -> PrimFunc:
                 key = T.cast(_key(logits[0, 0, token]), "int64") * T.int64(1 << 32)
                 T.buffer_store(sums, T.max(sums[0], key + T.cast(vocabulary - token, "int64")), [0])
         in_warp()
-        with T.If(thread % _WARP == 0), T.Then():
-            T.buffer_store(parts, sums[0], [thread // _WARP])
+        with T.If(thread % WARP == 0), T.Then():
+            T.buffer_store(parts, sums[0], [thread // WARP])
         T.evaluate(T.tvm_storage_sync("shared"))
-        T.buffer_store(sums, parts[thread % _WARP % warps], [0])
+        T.buffer_store(sums, parts[thread % WARP % warps], [0])
         in_warp()
         T.evaluate(T.tvm_storage_sync("shared"))
 
@@ -103,7 +103,7 @@ def next_token(vocabulary: int) -> PrimFunc:
         In three steps a lane gives half of its sums to another one for half of that one's; then each has one of the
         :data:`WAYS`, of eight lanes, and the number of the sum is that of the lane, its last three bits reversed.
         """
-        lane, warp = thread % _WARP, thread // _WARP
+        lane, warp = thread % WARP, thread // WARP
 
         def lane_of(number: int) -> int:
             return int(f"{number:03b}"[::-1], 2)
@@ -129,7 +129,7 @@ def next_token(vocabulary: int) -> PrimFunc:
         in_warp()
         T.buffer_store(sums, sums[0], [WAYS])
         for i in range(WAYS):
-            T.buffer_store(sums, T.tvm_warp_shuffle(T.uint32(_ALL_LANES), sums[WAYS], lane_of(i), _WARP, _WARP), [i])
+            T.buffer_store(sums, T.tvm_warp_shuffle(T.uint32(_ALL_LANES), sums[WAYS], lane_of(i), WARP, WARP), [i])
         T.evaluate(T.tvm_storage_sync("shared"))
 
     def share(logit: Any, greatest: Any, scale: Any, exponent: Any, power: Any, found: Any) -> None:
@@ -194,7 +194,7 @@ def next_token(vocabulary: int) -> PrimFunc:
                 with T.If(token < vocabulary), T.Then(), T.If(_key(logits[0, 0, token]) == key), T.Then():
                     work(token)
 
-        lane, warp = thread % _WARP, thread // _WARP
+        lane, warp = thread % WARP, thread // WARP
         T.buffer_store(own, 0, [0])
         of_key(lambda token: T.buffer_store(own, own[0] + 1, [0]))
         T.buffer_store(own, own[0], [1])
@@ -204,8 +204,8 @@ def next_token(vocabulary: int) -> PrimFunc:
             T.buffer_store(parts, T.cast(own[1], "int64"), [warp])
         T.evaluate(T.tvm_storage_sync("shared"))
         T.buffer_store(own, 0, [1])
-        for other in range(_WARP):
-            before = T.Bind(T.tvm_warp_shuffle(T.uint32(_ALL_LANES), own[0], other, _WARP, _WARP))
+        for other in range(WARP):
+            before = T.Bind(T.tvm_warp_shuffle(T.uint32(_ALL_LANES), own[0], other, WARP, WARP))
             with T.If(lane > other), T.Then():
                 T.buffer_store(own, own[1] + before, [1])
         with T.serial(warps) as other, T.If(other < warp), T.Then():

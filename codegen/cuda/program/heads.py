@@ -13,7 +13,7 @@ from ...errors import UntranslatableError
 from ...spec import AttentionSpec
 from ...tvm_api import T
 from ..dp4a import half_as_float
-from ..limits import MULTIPROCESSORS
+from ..limits import MULTIPROCESSORS, WARP
 from .prologue import MOST_BLOCKS
 
 THREADS = 128
@@ -31,7 +31,6 @@ BLOCKS_PER_MULTIPROCESSOR = 2
 HIDDEN = -3.0e38
 """The score of a key that a query must not see."""
 
-WARP = 32
 WARPS = THREADS // WARP
 
 _ALL_LANES = 0xFFFFFFFF

@@ -6,6 +6,7 @@ stands for, a CUDA text and how its parameters get their arguments, is kept besi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -30,7 +31,8 @@ from ..dp4a import (
 )
 from ..gemm import ManySchedule, gemm, gemm_schedules
 from ..kernel import Form, kernel_name
-from ..quantize import LANES, quantize, quantize_schedules
+from ..limits import WARP
+from ..quantize import quantize, quantize_schedules
 from ..text import signature
 from . import attention as of_attention
 from . import choice, computed, elementary, heads
@@ -41,6 +43,9 @@ CAPACITY = Size(0, 1)
 """The slots of the KV state."""
 
 _NUMBER_BYTES = {"int": 4, "int64_t": 8}
+
+_VARIANTS: Mapping[Form, str] = {"gemv": r"(?:_\d+_of_\d+_experts)?", "gemm": r"_\d+"}
+"""What follows the name of a linear in those of its kernels: nothing, or how many experts; the tokens of a tile."""
 
 CALLED = "lbllm.cuda"
 """The attribute of a declared kernel: its name in :attr:`ProgramKernels.called`."""
@@ -181,8 +186,8 @@ class ProgramKernels:
             }
             for form, count in forms.items():
                 following = self._given_up.get((spec, form), 0) + 1
-                begin = f"{kernel_name(spec, form)}_"
-                if following < count and any(symbol.startswith(begin) for symbol in symbols):
+                own = re.compile(re.escape(kernel_name(spec, form)) + _VARIANTS[form] + "_kernel")
+                if following < count and any(own.fullmatch(symbol) for symbol in symbols):
                     left[spec, form] = following
         self._given_up |= left
         for_shares = {spec: (f"{name}_split_", f"{name}_merge_") for spec, name in self._attentions.items()}
@@ -411,7 +416,7 @@ class ProgramQuantizer:
             "scale": ((rows, spec.scales), "float32"),
         }
         name, cut = kernel_name(spec, "quantize"), quantize_schedules(spec)[0]
-        block = LANES, cut.warps, 1
+        block = WARP, cut.warps, 1
 
         def make() -> Called:
             return of_rows(1)

@@ -19,6 +19,7 @@ from ...program.compile import possible, sums
 from ...program.floats import show_floats
 from ...program.queries import operations, with_block
 from ...tvm_api import PrimFunc, s_tir, tirx, tvm, tvm_ffi
+from ..limits import WARP
 
 THREADS = 256
 """Threads of a block that computes elements."""
@@ -30,7 +31,6 @@ MOST_OPERATIONS = 1024
 """What takes more operations for an element than this is computed once, not wherever it is read: expressions of stages
 that each read the one before several times would grow exponentially. Llama's take 276, those of a router 906."""
 
-_WARP = 32
 
 _FUNCTIONS = {
     "tirx.exp": "expf",
@@ -178,7 +178,7 @@ def _threads(extent: Any, most: int) -> int:
     """Whole warps, no more than there is work for."""
     if not isinstance(extent, tirx.IntImm):
         return most
-    return min(most, -(-int(extent) // _WARP) * _WARP)
+    return min(most, -(-int(extent) // WARP) * WARP)
 
 
 def _used(statement: Any, known: Sequence[Any]) -> list[Any]:

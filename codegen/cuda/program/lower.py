@@ -17,12 +17,13 @@ from ...program.launch import Place as Tensor
 from ...program.queries import size_at
 from ...sizes import PAST, STATE
 from ...tvm_api import renew_definitions, tirx, tvm
+from ..limits import BLOCK_SHARED_BYTES
 from ..quantize import QuantizeSchedule, quantize
 from ..text import signature
 from .kernels import CALLED, Called, ProgramKernels
 from .launches import PART, TOKEN, Argument, Launch, LaunchList, Number, Place, ProgramKernel, Result, Size
 from .loops import nests, parameter_name
-from .prologue import MOST_STEPS, SHARED_BYTES, JoinError, Loops, Prologue, Value
+from .prologue import MOST_STEPS, JoinError, Loops, Prologue, Value
 
 INPUTS = {
     "attention_mask": Size(0, 8),
@@ -266,7 +267,7 @@ class _Lowering:
             inside |= {*written}
         for tensor, out in zip(kept, outs, strict=True):
             prologue.keep(values[_where(tensor)], out)
-        if (taken := prologue.shared_bytes) > SHARED_BYTES:
+        if (taken := prologue.shared_bytes) > BLOCK_SHARED_BYTES:
             raise JoinError(f"{name} would take {taken} bytes of shared memory")
         given = {key: values[_where(tensor)] for key, tensor in own.items() if _where(tensor) in inside}
         names = [*prologue.names, *(key for key in called.names if key not in given)]

@@ -32,10 +32,8 @@ from ...errors import UntranslatableError
 from ...program.floats import show_floats
 from ...program.queries import operations
 from ...tvm_api import PrimFunc, T, renew_definitions, tirx, tvm, tvm_ffi
+from ..limits import WARP
 from .loops import MOST_OPERATIONS, exact_functions
-
-SHARED_BYTES = 48 * 1024
-"""Shared memory of a thread block that every device has without being asked for more."""
 
 MOST_STEPS = 1 << 15
 """Loops of more iterations than this are worth a launch of their own: every thread block would repeat them."""
@@ -47,7 +45,6 @@ few for each multiprocessor of a large device; which number is best has not been
 _ALIGNMENT = 64
 """Bytes at a multiple of which TVM lets every buffer begin."""
 
-_WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 _COMBINING = (tirx.Add, tirx.Max, tirx.Min)
 
@@ -247,9 +244,9 @@ class Prologue:
         self._thread = variables["threadIdx.x"]
         if "threadIdx.y" in variables:
             self._thread = variables["threadIdx.y"] * columns + self._thread
-        self._lane = tirx.floormod(self._thread, _WARP) if columns != _WARP else variables["threadIdx.x"]
-        self._warp = tirx.floordiv(self._thread, _WARP) if columns != _WARP else variables.get("threadIdx.y", 0)
-        self.warps = self._threads // _WARP
+        self._lane = tirx.floormod(self._thread, WARP) if columns != WARP else variables["threadIdx.x"]
+        self._warp = tirx.floordiv(self._thread, WARP) if columns != WARP else variables.get("threadIdx.y", 0)
+        self.warps = self._threads // WARP
         self._parameters: list[Any] = []
         self._shared: list[Any] = []
         self._before: list[Any] = []
@@ -388,7 +385,7 @@ class Prologue:
         if not stage.steps:
             return Value(shape, lambda indices: stage.start)
         elements = math.prod(shape)
-        shares = max(1, min(self.warps // elements, -(-stage.parts // _WARP)))
+        shares = max(1, min(self.warps // elements, -(-stage.parts // WARP)))
         partial = self._new_shared([elements * shares], dtype)
         own = tirx.decl_buffer([1], dtype, "own", scope="local")
         zero = [tirx.const(0, "int32")]
@@ -399,19 +396,19 @@ class Prologue:
         def share(place: Any) -> Any:
             turn = tirx.Var("turn", "int32")
             element, number = tirx.floordiv(place, shares), tirx.floormod(place, shares)
-            part = (turn * shares + number) * _WARP + self._lane
+            part = (turn * shares + number) * WARP + self._lane
             where = dict(zip(stage.over, unraveled(element, shape), strict=True))
             where |= zip((v for v, _ in stage.of), unraveled(part, [n for _, n in stage.of]), strict=True)
-            add = _guarded(part, stage.parts, shares * _WARP, combined(with_variables(value, where)))
+            add = _guarded(part, stage.parts, shares * WARP, combined(with_variables(value, where)))
             across = [
-                combined(T.tvm_warp_shuffle_xor(T.uint32(_ALL_LANES), tirx.BufferLoad(own, zero), step, _WARP, _WARP))
+                combined(T.tvm_warp_shuffle_xor(T.uint32(_ALL_LANES), tirx.BufferLoad(own, zero), step, WARP, WARP))
                 for step in (1, 2, 4, 8, 16)
             ]
             store = tirx.BufferStore(partial, tirx.BufferLoad(own, zero), [place])
             return tirx.SeqStmt(
                 [
                     tirx.BufferStore(own, stage.start, zero),
-                    _loop(turn, -(-stage.parts // (shares * _WARP)), add),
+                    _loop(turn, -(-stage.parts // (shares * WARP)), add),
                     *across,
                     tirx.IfThenElse(tirx.EQ(self._lane, tirx.const(0, "int32")), store, None),
                 ]

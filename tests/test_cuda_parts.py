@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standin
 import torch
 from lbllm_compile.codegen import reference
-from lbllm_compile.codegen.cuda.driver import Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.program import attention
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
-from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, LaunchList, Number
+from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, Number
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import WORTH_A_PART, DecodeSession, DeviceProgram
 from lbllm_compile.codegen.errors import KernelError
@@ -26,11 +24,11 @@ from lbllm_compile.codegen.sampling import Draw, drawn
 from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import cuda_source
-from test_cuda_program import some_state
+from test_cuda_program import lowered, on_standin, some_state
 from test_zoo import stages
 from zoo import VOCABULARY
 
-from lbllm_compile.lowering.translate import Translated, translate
+from lbllm_compile.lowering.translate import translate
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to run CUDA kernels with")
 
@@ -39,20 +37,10 @@ CAPACITY = 3 * WHOLE
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, CAPACITY).tolist()
 
 
-@functools.cache
-def lowered(name: str) -> tuple[LaunchList, Translated]:
-    kernels = ProgramKernels(Target.parse("cuda:sm_90"))
-    translated = translate(stages(name)[1], kernels, [TOKEN, PART])
-    found = lower(translated.functions(), kernels, translated.layout, translated.state, translated.fixed)
-    return LaunchList.from_json(found.to_json()), translated
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceProgram]:
-    found, translated = lowered("llama")
-    binary = standin.cubin(found.source(), tmp_path_factory.mktemp("module"))
-    with Driver(library=standin.driver()) as driver:
-        yield DeviceProgram(driver, found, binary, translated.weight_bytes())
+    with on_standin(*lowered("llama", TOKEN, PART), tmp_path_factory.mktemp("module")) as found:
+        yield found
 
 
 def test_a_program_with_a_state_of_fixed_size_has_no_parts() -> None:
@@ -96,10 +84,7 @@ def test_a_prompt_in_parts_is_one_token_by_token(program: DeviceProgram, count: 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2", "phi3", "mixtral"])
 def test_parts_of_other_architectures_are_their_tokens_one_by_one(name: str, tmp_path: Path) -> None:
     """But for sums of another order. What is padding goes to experts, too, and changes nothing."""
-    found, translated = lowered(name)
-    binary = standin.cubin(found.source(), tmp_path)
-    with Driver(library=standin.driver()) as driver:
-        program = DeviceProgram(driver, found, binary, translated.weight_bytes())
+    with on_standin(*lowered(name, TOKEN, PART), tmp_path) as program:
         session, (logits, _, _) = fed(program, IDS[: WHOLE + 11]), stepped.__wrapped__(program, WHOLE + 11)
         np.testing.assert_allclose(session.logits(), logits, rtol=0, atol=1e-4 * np.abs(logits).max())
 
@@ -107,7 +92,7 @@ def test_parts_of_other_architectures_are_their_tokens_one_by_one(name: str, tmp
 @pytest.mark.slow
 def test_a_part_of_experts_passes_each_kernel_the_rows_of_its_call() -> None:
     """A quantizer is launched for tokens, for those of all their experts, and for the last one."""
-    part = lowered("mixtral")[0].part
+    part = lowered("mixtral", TOKEN, PART)[0].part
     assert part is not None
     quantized = [launch for launch in part.launches if launch.symbol.startswith("quantize")]
     assert {launch.work.fixed for launch in quantized} == {WHOLE, 2 * WHOLE, 1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +64,22 @@ BOUND = 1e-3
 
 
 @functools.cache
-def lowered(name: str) -> tuple[LaunchList, Translated]:
+def lowered(name: str, *entries: EntryPoint) -> tuple[LaunchList, Translated]:
+    """The launches of a toy model, as they are read back, for the steps of single tokens unless entries are given."""
     kernels = ProgramKernels(Target.parse("cuda:sm_90"))
-    translated = translate(stages(name)[1], kernels, [TOKEN])
+    translated = translate(stages(name)[1], kernels, entries or [TOKEN])
     launch_list = lower(translated.functions(), kernels, translated.layout, translated.state, translated.fixed)
     return LaunchList.from_json(launch_list.to_json()), translated
+
+
+@contextmanager
+def on_standin(
+    launch_list: LaunchList, translated: Translated, folder: Path, library: str | None = None
+) -> Iterator[DeviceProgram]:
+    """A program on the stand-in for the driver, or on another library."""
+    binary = standin.cubin(launch_list.source(), folder)
+    with Driver(library=library or standin.driver()) as driver:
+        yield DeviceProgram(driver, launch_list, binary, translated.weight_bytes())
 
 
 ONE_CODE = 1e-2
@@ -183,10 +194,8 @@ def test_an_element_between_two_codes_may_become_either(library: str, tmp_path: 
 
 def logits_of(name: str, library: str, folder: Path) -> torch.Tensor:
     """Logits of every token of the prompt."""
-    launch_list, translated = lowered(name)
-    binary = standin.cubin(launch_list.source(), folder)
-    with Driver(library=library) as driver:
-        return decoded(DeviceProgram(driver, launch_list, binary, translated.weight_bytes()).sequence(CAPACITY))
+    with on_standin(*lowered(name), folder, library) as program:
+        return decoded(program.sequence(CAPACITY))
 
 
 @needs_gpp

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standin
 import torch
 from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.backend import StateTensor
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler
-from lbllm_compile.codegen.cuda.driver import Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.limits import MULTIPROCESSORS
@@ -24,7 +22,6 @@ from lbllm_compile.codegen.cuda.program import attention, heads
 from lbllm_compile.codegen.cuda.program.heads import THREADS, Split, split_of
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
 from lbllm_compile.codegen.cuda.program.launches import PART, TOKEN, LaunchList
-from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.prologue import MOST_BLOCKS
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
 from lbllm_compile.codegen.cuda.text import PREAMBLE
@@ -33,13 +30,13 @@ from lbllm_compile.codegen.spec import AttentionSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import cuda_source
 from reference_kernels import ReferenceKernels
-from test_cuda_program import BOUND, needs_gpp, needs_nvcc, some_state
+from test_cuda_program import BOUND, lowered, needs_gpp, needs_nvcc, on_standin, some_state
 from test_zoo import stages
 from zoo import LAYERS, VOCABULARY
 
 from lbllm_compile.lowering.executor import Executor
 from lbllm_compile.lowering.session import Session
-from lbllm_compile.lowering.translate import Translated, translate
+from lbllm_compile.lowering.translate import Translated
 
 NAMES = ["key_codes", "key_params", "value_codes", "value_params"]
 
@@ -293,25 +290,20 @@ def small_shares() -> Iterator[None]:
 
 
 @functools.cache
-def lowered(name: str = "llama") -> tuple[LaunchList, Translated]:
+def shared_out() -> tuple[LaunchList, Translated]:
     with small_shares():
-        kernels = ProgramKernels(Target.parse("cuda:sm_90"))
-        translated = translate(stages(name)[1], kernels, [TOKEN, PART])
-        found = lower(translated.functions(), kernels, translated.layout, translated.state, translated.fixed)
-    return LaunchList.from_json(found.to_json()), translated
+        return lowered.__wrapped__("llama", TOKEN, PART)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceProgram]:
-    found, translated = lowered()
-    binary = standin.cubin(found.source(), tmp_path_factory.mktemp("module"))
-    with Driver(library=standin.driver()) as driver:
-        yield DeviceProgram(driver, found, binary, translated.weight_bytes())
+    with on_standin(*shared_out(), tmp_path_factory.mktemp("module")) as found:
+        yield found
 
 
 def test_the_capacity_decides_what_is_launched() -> None:
     """A list has both forms, and what the other one leaves takes no room in the arena."""
-    found, kind = lowered()[0], re.compile(r"embedding|(bit|int8)_gemv|attention_0_(split|merge)?|next_token")
+    found, kind = shared_out()[0], re.compile(r"embedding|(bit|int8)_gemv|attention_0_(split|merge)?|next_token")
 
     def kinds(capacity: int) -> list[str]:
         matches = [kind.match(launch.symbol) for launch in found.started(capacity)]
@@ -330,7 +322,7 @@ def test_the_capacity_decides_what_is_launched() -> None:
 
 def state_tensors() -> list[StateTensor]:
     """Those of the KV state, each ``[batch, heads, capacity, ...]``."""
-    state = lowered()[1].state
+    state = shared_out()[1].state
     return [
         StateTensor(state.offsets[name], int(tensor.shape[1]), int(np.prod(tensor.shape[3:])) * ELEMENT[tensor.dtype])
         for name, tensor in state.tensors.items()

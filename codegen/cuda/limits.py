@@ -76,7 +76,8 @@ MULTIPROCESSORS = {
     "sm_121": 48,
 }
 """By architecture: of its largest device (Titan RTX, A100, A40, Jetson AGX Orin, L40S, H200, B200, B300, Jetson Thor,
-RTX PRO 6000, DGX Spark), from NVIDIA's datasheets."""
+RTX PRO 6000, DGX Spark). Not checked against their datasheets: they decide how many thread blocks share work, never
+what is computed."""
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared_bytes: int) -> int:

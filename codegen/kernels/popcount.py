@@ -43,12 +43,13 @@ from .dot import (
     VECTOR_BYTES,
     fused_multiply_add,
     load_float32,
+    prefetch_group,
     row_vectors,
     store_row_vector,
 )
 from .grouped import SCALE_BYTES, BitOperand, load_scales
 from .isa import InstructionSet
-from .memory import prefetch_line, scratch
+from .memory import scratch
 
 WORD = 32
 """Columns of a word of a plane."""
@@ -238,9 +239,8 @@ def gemv(operand: PlaneOperand, isa: InstructionSet, rows: int, prefetch: int, p
         value_sum, zero = (T.Bind(isa.broadcast(buffer[g])) for buffer in (sums, zeros))
         for v, (block, half) in enumerate(vectors):
             start = T.Bind((step * blocks + block) * operand.block_bytes + g * operand.group_bytes)
-            if prefetch and half == 0:
-                for line in range(operand.bytes_of(slabs) // VECTOR_BYTES):
-                    prefetch_line(packed, start + line * VECTOR_BYTES + prefetch)
+            if half == 0:
+                prefetch_group(operand, packed, start, slabs, prefetch)
             signs, seconds, *boths = masked_sums(packed, planes, start + 4 * half, g * group_words, words)
             terms = T.Bind(operand.plane(isa, packed, start + 4 * half + words * WORD_BYTES))
             low = (terms << isa.broadcast(24)) >> isa.broadcast(24)

@@ -21,7 +21,6 @@ device's memory: a launch has the same arguments whatever it is.
 # pyright: reportInvalidTypeForm=false
 from ...spec import AttentionSpec
 from ...tvm_api import PrimFunc, T
-from ..limits import WARP
 from .heads import THREADS, WARPS, Heads, Split
 
 
@@ -75,13 +74,8 @@ def attention(spec: AttentionSpec) -> PrimFunc:
         parts = T.alloc_buffer((WARPS,), "float32", scope="shared")
         own = T.alloc_buffer((5,), "float32", scope="local")
         slot: T.let = past[0]
-        heads.load(key, head, 0, new_key, key_width, thread)
-        heads.load(value, head, 0, new_value, value_width, thread)
-        T.tvm_storage_sync("shared")
-        if thread // WARP == 0:
-            heads.append(new_key, key_width, key_codes, key_params, head, slot, thread, own)
-        if thread // WARP == 1:
-            heads.append(new_value, value_width, value_codes, value_params, head, slot, thread % WARP, own)
+        state = T.meta_var((key_codes, key_params, value_codes, value_params))
+        heads.store((key, value), state, head, 0, slot, thread, (new_key, new_value), own)
         T.tvm_storage_sync("shared")
         for r in T.serial(repeat):
             heads.attend(
@@ -216,13 +210,8 @@ def append_part(spec: AttentionSpec, tokens: int) -> PrimFunc:
         token: T.let = block % tokens
         padding: T.let = tokens - past[1]
         slot: T.let = past[0] + token - padding
-        heads.load(key, head, token, new_key, key_width, thread)
-        heads.load(value, head, token, new_value, value_width, thread)
-        T.tvm_storage_sync("shared")
-        if token >= padding and thread // WARP == 0:
-            heads.append(new_key, key_width, key_codes, key_params, head, slot, thread, own)
-        if token >= padding and thread // WARP == 1:
-            heads.append(new_value, value_width, value_codes, value_params, head, slot, thread % WARP, own)
+        state = T.meta_var((key_codes, key_params, value_codes, value_params))
+        heads.store((key, value), state, head, token, slot, thread, (new_key, new_value), own, token >= padding)
 
     return kernel
 

@@ -6,6 +6,8 @@ Halves are handled as their bits, which spares the kernels cuda_fp16.h.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,16 @@ def _signed_half_as_float(bits: Any) -> Any:
 def _across_warp(function: str, value: Any, step: int) -> Any:
     other = T.tvm_warp_shuffle_xor(T.uint32(_ALL_LANES), value, step, WARP, WARP)
     return call(function, value, other)
+
+
+@contextmanager
+def _where(condition: Any) -> Iterator[None]:
+    """Statements under a condition; under none where that is None."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition), T.Then():
+        yield
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,28 @@ class Heads:
                     whole = T.bitwise_or(low, T.shift_left(high, 4))
                 T.buffer_store(codes, T.cast(whole, "uint8"), [0, head, slot, place])
 
+    def store(
+        self, new: Any, state: Any, head: Any, token: Any, slot: Any, thread: Any, fresh: Any, own: Any,
+        where: Any = None,
+    ) -> None:  # fmt: skip
+        """The block takes a new key and value, and a warp each quantizes and stores them.
+
+        Args:
+            new: ``(key, value)`` of all tokens.
+            state: ``(key_codes, key_params, value_codes, value_params)``.
+            fresh: shared memory for both.
+            where: whether this block has something to store; None where every block has.
+        """
+        widths = self.spec.key_width, self.spec.value_width
+        with _where(where):
+            for source, target, width in zip(new, fresh, widths, strict=True):
+                self.load(source, head, token, target, width, thread)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        for warp, (target, width) in enumerate(zip(fresh, widths, strict=True)):
+            mine, (codes, params) = thread // WARP == warp, state[2 * warp : 2 * warp + 2]
+            with _where(mine if where is None else T.And(where, mine)):
+                self.append(target, width, codes, params, head, slot, thread % WARP, own)
+
     def first(self, past: Any) -> Any:
         """The first slot that a query sees which sees slots up to ``past``."""
         return T.Bind(T.max(past - (self.spec.window - 1), 0)) if self.spec.window else T.int32(0)
@@ -338,20 +372,12 @@ class Heads:
         fresh: Any, shared: Any, own: Any, into: Any,
     ) -> None:  # fmt: skip
         """A thread block of :func:`~.attention.split_attention`. One of a share that there is not does nothing."""
-        spec, (query, key, value), (new_key, new_value) = self.spec, new, fresh
-        key_codes, key_params, value_codes, value_params, _ = state
+        spec, (query, *rest) = self.spec, new
         asked, _, sums, *_ = shared
         first, each, count = self.cut(past, into)
         begin = T.Bind(first + share * each)
         end = T.Bind(T.min(begin + each, past + 1))
-        with T.If(share == count - 1), T.Then():
-            self.load(key, head, 0, new_key, spec.key_width, thread)
-            self.load(value, head, 0, new_value, spec.value_width, thread)
-        T.evaluate(T.tvm_storage_sync("shared"))
-        with T.If(T.And(share == count - 1, thread // WARP == 0)), T.Then():
-            self.append(new_key, spec.key_width, key_codes, key_params, head, past, thread, own)
-        with T.If(T.And(share == count - 1, thread // WARP == 1)), T.Then():
-            self.append(new_value, spec.value_width, value_codes, value_params, head, past, thread % WARP, own)
+        self.store(rest, state[:4], head, 0, past, thread, fresh, own, share == count - 1)
         T.evaluate(T.tvm_storage_sync("shared"))
         with T.serial(T.Select(share < count, spec.repeat, 0)) as r:
             row = T.Bind(head * spec.repeat + r)

@@ -1,6 +1,7 @@
 """Times a server: tokens a second of several requests at once against one at a time, and against llama.cpp's server.
 
-    python -m benchmarks.serve --artifact DIR [--at-once 8] [--threads 1 2] [--llama-server PROGRAM] [--json FILE]
+    python -m benchmarks.serve --artifact DIR [--at-once 8] [--tokens 64] [--threads 1 2] [--json FILE]
+                               [--llama-server PROGRAM]
 
 Servers in processes of their own answer over loopback. Every request asks for the same number of tokens, greedy, behind
 a prompt of its own; a turn sends as many requests as are answered at once, either all together or one after the other,
@@ -32,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ HOST = "127.0.0.1"
 
 SLOT_TOKENS = 512
 """Tokens that llama.cpp has room for in each request: prompts and answers are shorter."""
+
+PROMPT_TOKENS = 128
+"""Tokens of a prompt at most, whatever tokenizer reads it."""
 
 START_SECONDS = 120.0
 """In which llama.cpp's server must have loaded a model."""
@@ -261,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=Path("demo-out"), metavar="DIR", help="what a compile wrote")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="requests in work together")
+    parser.add_argument("--tokens", type=int, default=Settings.tokens, metavar="N", help="of an answer")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}), metavar="N")
     parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server")
     parser.add_argument("--types", nargs="*", choices=sorted(llama.FILE_TYPES), metavar="TYPE")
@@ -269,7 +274,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.at_once < 2:
         parser.error("--at-once compares with one at a time; use at least 2")
-    settings = Settings(options.at_once, tokens=8, rounds=1) if options.quick else Settings(options.at_once)
+    if not 1 <= options.tokens <= SLOT_TOKENS - PROMPT_TOKENS:
+        parser.error(f"--tokens cannot be {options.tokens}: a request has room for {SLOT_TOKENS - PROMPT_TOKENS}")
+    settings = Settings(options.at_once, tokens=options.tokens)
+    if options.quick:
+        settings = replace(settings, tokens=8, rounds=1)
     servers: dict[str, Serve] = {OWN: functools.partial(served, options.artifact)}
     document: dict[str, Any] = {"cpu": host.cpu_name(), "artifact": options.artifact.name, "runs": []}
     try:

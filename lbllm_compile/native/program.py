@@ -291,7 +291,7 @@ class NativeProgram:
         if name in description.workspaces:
             arguments += [self._weights, *state.blocks, state.workspace(name)]
         else:
-            arguments += [self._weight_tuple, *(state.tuples if part is None else state.part(part))]
+            arguments += [self._weight_tuple, *state.part(part or slice(0, state.sequences))]
         with self._calling:
             return self.machine.array(function(*arguments))
 
@@ -309,7 +309,7 @@ class State:
     Attributes:
         sequences, capacity: sequences and tokens of each that there is room for.
         arrays: every tensor, those of keys and values first.
-        blocks, tuples: the same memory in the two forms in which functions take it.
+        blocks: the same memory in the form of functions of few launches.
     """
 
     def __init__(self, program: NativeProgram, batch: int, capacity: int):
@@ -330,11 +330,11 @@ class State:
             self.blocks.append(machine.tensor(memory.reshape(*dimensions, size)))
         self.arrays = list(itertools.chain(*self._arrays))
         self._parts: dict[tuple[int, int], list[Any]] = {}
-        self.tuples = self.part(slice(0, batch))
         self._workspaces: dict[str, Any] = {}
 
     def part(self, sequences: slice) -> list[Any]:
-        """:attr:`tuples` of some sequences, which follow one another."""
+        """The same memory in the form of functions with a launch for every kernel, of sequences that follow one
+        another."""
         key = sequences.start, sequences.stop
         if key not in self._parts:
             parts = [[array[sequences] for array in arrays] for arrays in self._arrays]

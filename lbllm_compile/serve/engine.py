@@ -552,7 +552,10 @@ class _Kept:
             return None, None, 0
         kept = [(ids, session) for ids, (session, _) in self._sessions.items()]
         found, source, known = 0, None, ()
+        beginning = tuple(prompt[:SHARED_TOKENS])
         for ids, session in [*kept, *((ids[: session.past], session) for ids, session in others)]:
+            if tuple(ids[:SHARED_TOKENS]) != beginning:
+                continue  # nearly all of them, at a glance
             shared = _shared(ids, prompt[:-1])
             if shared > found and (shared == len(ids) or not self._whole):
                 found, source, known = shared, session, tuple(ids)

@@ -154,6 +154,15 @@ class QuantizedWeight:
         weight.validate()
         return weight
 
+    def refined(self, group: int) -> QuantizedWeight:
+        """The same matrix with smaller groups, those of one old group with its levels and scale.
+
+        Raises:
+            FormatError: ``group`` is no divisor of the weight's.
+        """
+        levels, scale = (_refined(side, self, group) for side in (self.levels.transpose(-1, -2), self.scale))
+        return replace(self, levels=levels.transpose(-1, -2).contiguous(), scale=scale, group=group)
+
     def on(self, device: torch.device) -> QuantizedWeight:
         """The weight with its tensors on a device."""
         tensors = {name: getattr(self, name).to(device) for name in ("sign", "bitmap", "levels", "scale")}
@@ -281,6 +290,10 @@ class Int4Weight:
         scale = self.scale.float().repeat_interleave(self.group, -1)[..., : self.in_features]
         return self.integer_levels().float() * scale
 
+    def refined(self, group: int) -> Int4Weight:
+        """The same matrix with smaller groups, see :meth:`QuantizedWeight.refined`."""
+        return replace(self, scale=_refined(self.scale, self, group), group=group)
+
     def rows(self, chosen: Tensor | slice) -> Int4Weight:
         """Some of the rows."""
         return replace(self, packed=self.packed[chosen], scale=self.scale[chosen])
@@ -312,6 +325,16 @@ class Int4Weight:
             raise FormatError(f"{name}: the levels of the table are not sorted")
         if not bool(torch.isfinite(self.scale).all()):
             raise FormatError(f"{name}: a group scale is NaN or infinite")
+
+
+def _refined(side: Tensor, weight: QuantizedWeight | Int4Weight, group: int) -> Tensor:
+    """What belongs to the groups of a weight ``[..., G]``, for groups of ``group`` columns."""
+    if group == weight.group:
+        return side
+    times, rest = divmod(weight.group, group)
+    if rest:
+        raise FormatError(f"groups of {group} columns do not divide those of {weight.group}")
+    return side.repeat_interleave(times, -1)[..., : group_count(weight.in_features, group)]
 
 
 Weight = QuantizedWeight | Int4Weight | tuple[Tensor, Tensor]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .format import Int4Weight, QuantizedWeight, Weight
-from .sizes import group_count
+from .sizes import GROUPS, group_count
 
 RANGE_MAX = 1.5e38
 """Clipped bounds of a group are clamped to this, so that ``hi - lo`` cannot overflow fp32."""
@@ -267,9 +267,21 @@ def _integer_accumulators(values: Tensor, weight: Tensor, group: int) -> Tensor:
     return torch.bmm(a, b)
 
 
+def _accumulated(x_scale: Tensor, weight: QuantizedWeight | Int4Weight) -> int:
+    """Columns of one accumulator, from the number of scales that a token has."""
+    count = x_scale.shape[-1]
+    fitting = (g for g in GROUPS if weight.group % g == 0 and group_count(weight.in_features, g) == count)
+    # Of groups that give equally many, one that is as long as the row, all are the same.
+    return weight.group if count == 1 else next(fitting, weight.group)
+
+
 def bit_linear(values: Tensor, x_scale: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """``[..., K]`` quantized activations times a W(1+1) matrix, float32 ``[..., N]``."""
+    """``[..., K]`` quantized activations times a W(1+1) matrix, float32 ``[..., N]``.
+
+    ``x_scale`` is ``[..., 1]``, or has a scale for each of the weight's groups or for smaller ones.
+    """
     k = values.shape[-1]
+    weight = weight.refined(_accumulated(x_scale, weight))
     accumulators = _integer_accumulators(values.reshape(-1, k), weight.integer_levels(), weight.group)
     out = _scaled_group_sum(accumulators, x_scale.reshape(-1, x_scale.shape[-1]), weight.scale, bias)
     return out.reshape(*values.shape[:-1], weight.out_features)
@@ -306,7 +318,9 @@ def int8_linear(
 
 
 def int4_linear(values: Tensor, x_scale: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """``[..., K]`` quantized activations times a matrix of 4-bit codes, float32 ``[..., N]``."""
+    """``[..., K]`` quantized activations times a matrix of 4-bit codes, float32 ``[..., N]``; ``x_scale`` as for
+    :func:`bit_linear`."""
+    weight = weight.refined(_accumulated(x_scale, weight))
 
     def some(rows: slice) -> tuple[Tensor, Tensor]:
         part = weight.rows(rows)

@@ -45,6 +45,16 @@ def group_count(in_features: int, group: int) -> int:
     return -(-in_features // group)
 
 
+def product_group(group: int, act_group: int) -> int:
+    """Columns of one integer accumulator: as many as have one scale of the weights and one of the activations.
+
+    Args:
+        group: columns per scale of the weights.
+        act_group: channels per scale of the activations, a divisor of ``group``; 0 where a token has one scale.
+    """
+    return act_group or group
+
+
 def matrix_bytes(out_features: int, in_features: int, group: int) -> int:
     """Bytes of a W(1+1) matrix as stored: two planes, four int8 levels and an fp16 scale a group, padding included."""
     return out_features * (2 * -(-in_features // 8) + 6 * group_count(in_features, group))

@@ -29,8 +29,8 @@ class LinearSpec:
             (int8 weights with one fp32 scale a row).
         out_features: ``N``.
         in_features: ``K``.
-        group: inputs per integer accumulator. For ``"int8"`` the activations' group, 0 when the whole token is one; for
-            the other kinds the weight's.
+        group: inputs per integer accumulator: the activations' group. For ``"int8"`` 0 when the whole token is one; for
+            the other kinds the weight's then, which is else a multiple of it.
         act_bits: of the values: 4, 8 or 16; 8 where 4-bit codes index a table.
         per_token: one activation scale a token (``x_scale`` has one column) instead of one per group.
         bias: a float32 bias ``[N]`` is added last.

@@ -24,6 +24,7 @@ from lbllm_compile.bench.turns import Spread
 from lbllm_compile.codegen import levels as level_rules
 from lbllm_compile.codegen.backend import backend_of
 from lbllm_compile.codegen.progress import NoProgress, Progress
+from lbllm_compile.codegen.sizes import product_group
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.frontend import language_model_inputs
@@ -181,7 +182,7 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
                 "bit",
                 sum(part.rows for part in parts),
                 columns,
-                weight_group,
+                product_group(weight_group, group),
                 quantizer.value_bits,
                 per_token=group == 0,
                 bias=bias_of(joined[0]) is not None,

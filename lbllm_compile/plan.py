@@ -30,7 +30,7 @@ from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.backend import Prediction, predicting, predictions
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.levels import FREE
-from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, matrix_bytes
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, matrix_bytes, product_group
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.doctor import memory
@@ -299,7 +299,8 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
         assert quantizer.act_bits is not None and quantizer.act_group is not None
         of_input = QuantizeSpec(columns - outliers, quantizer.act_group, quantizer.act_bits, **tables)
         per_token = of_input.group == 0
-        found = [(LinearSpec("bit", rows, columns - outliers, group, of_input.value_bits, per_token), of_input)]
+        own = product_group(group, of_input.group)
+        found = [(LinearSpec("bit", rows, columns - outliers, own, of_input.value_bits, per_token), of_input)]
         if outliers:
             of_loud = QuantizeSpec(outliers, 0, max(8, _option(passes, "activate", "bits", 4)))
             found.append((LinearSpec("int8", rows, outliers, 0, of_loud.bits, per_token=True), of_loud))
@@ -309,7 +310,7 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
         group = info.scheme.act_group
         of_input = QuantizeSpec(columns, (form.group or head.group) if group is None else group, 8)
         kind: Literal["bit", "int4", "int8"] = "int8" if form.bits == 8 else "int4" if form.bits == 4 else "bit"
-        group = form.group or of_input.group
+        group = product_group(form.group, of_input.group) if form.group else of_input.group
         return [(LinearSpec(kind, rows, columns, group, 8, per_token=of_input.group == 0), of_input)]
     return []
 
@@ -508,7 +509,7 @@ def _treatment(linear: _Linear, passes: Sequence[Pass], open_form: str) -> Treat
         levels = "" if info.scheme.levels == FREE.name else f" {info.scheme.levels}"
         size = f"W(1+1) g{group}" if limit is None else "W(1+1) or float, as the budget chooses"
         kept = f", {outliers} columns int8 A8" if outliers else ""
-        text = f"{size}{levels}" + _activations(info.scheme, passes) + kept
+        text = f"{size}{levels}" + _activations(info.scheme, passes, group) + kept
     elif info.role == "head" and (form := _head(passes).form(info.scheme)).bits < 16:
         size = f"{_FORMS[form.bits]} " + (f"g{form.group}" if form.group else "per row")
         after, text = form.bytes(rows, columns), f"{size}, A8"
@@ -557,12 +558,15 @@ def _quantizer(scheme: Scheme, passes: Sequence[Pass]) -> Scheme | None:
     return None if None in options else quantizer_scheme(scheme, *options)
 
 
-def _activations(scheme: Scheme, passes: Sequence[Pass]) -> str:
-    """How the input of a decoder linear is quantized, in words; scales are named where they are not the pipeline's."""
+def _activations(scheme: Scheme, passes: Sequence[Pass], group: int) -> str:
+    """How the input of a decoder linear is quantized, in words; scales are named where they are not the pipeline's, and
+    where they are of parts of the weight's groups."""
     made = _quantizer(scheme, passes)
     if made is None:
         return ""
     scales = " per token" if _option(passes, "activate", "group", 0) and made.act_group == 0 else ""
+    if made.act_group and made.act_group < group:
+        scales = f" g{made.act_group}"
     table = "" if made.codebook == "none" else f" with {made.codebook}"
     return f", A{made.act_bits}{table}{scales}"
 

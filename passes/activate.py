@@ -89,8 +89,8 @@ class Activate(Pass):
 
     Attributes:
         bits: of the linears' inputs: 4, 8 or 16.
-        group: channels per activation scale: the weights' group, or 0 for one scale per token. Like ``bits`` and
-            ``ranges``, it is for linears whose scheme leaves it open.
+        group: channels per activation scale, where the weights' group is not smaller; 0 for one scale per token. Like
+            ``bits`` and ``ranges``, it is for linears whose scheme leaves it open.
         kv: bits of keys and values: 4, 8 or 16.
         epochs: passes over the calibration set, layer by layer. On few tokens the layers come closer to the float ones
             while the model's output drifts away, so ``steps`` alone are the default.
@@ -190,11 +190,12 @@ class Activate(Pass):
             raise PassError("activate needs quantized weights; run 'ptq' before it")
         open_ones = [n for n in linears if n.meta[LINEAR].scheme.group is None]
         free = [n for n in open_ones if n.meta[LINEAR].scheme.act_group is None]
-        groups = {Arguments(operands_of(n)[1]).group for n in free} or set(GROUPS)
-        if self.group not in (0, *groups):
-            choices = " or ".join(str(g) for g in sorted(groups & set(GROUPS)))
+        widest = min((Arguments(operands_of(n)[1]).group for n in free), default=max(GROUPS))
+        if self.group not in (0, *(g for g in GROUPS if g <= widest)):
+            choices = ", ".join(str(g) for g in GROUPS if g <= widest)
             raise PassError(
-                f"activate: group cannot be {self.group}; choose the weights' {choices}, or 0 for per token"
+                f"activate: group cannot be {self.group}; choose {choices}, as the weights have groups of {widest}, or"
+                " 0 for per token"
             )
 
     def _train(
@@ -261,8 +262,8 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, ran
 
     Args:
         bits, group, ranges: of the quantizers whose linears' schemes leave them open;
-            :func:`.code_tables.fit_code_tables` must place knees and fit plane scales. Only 4 bits have any, and a
-            group other than 0 stands for that of the weights.
+            :func:`.code_tables.fit_code_tables` must place knees and fit plane scales. Only 4 bits have any, and where
+            the weights' group is smaller than ``group`` it is taken instead.
 
     Raises:
         PassError: linears that read the same input want different quantizers.
@@ -296,8 +297,8 @@ def insert_quantizers(program: Program, bits: int, group: int, kv_bits: int, ran
 def quantizer_scheme(scheme: Scheme, bits: int, group: int, ranges: str) -> Scheme:
     """A quantizer's scheme with these options in place of what it leaves open."""
     bits = scheme.act_bits or bits
-    of_weights = scheme.group if group and scheme.group else group
-    act_group = of_weights if scheme.act_group is None else scheme.act_group
+    narrower = min(group, scheme.group) if scheme.group else group
+    act_group = narrower if scheme.act_group is None else scheme.act_group
     codebook = scheme.codebook or ("none" if ranges == "clip" or bits != 4 else ranges)
     return Scheme(act_bits=bits, act_group=act_group, codebook=codebook)
 

@@ -496,8 +496,8 @@ def _check_schemes(infos: Sequence[LinearInfo]) -> None:
     for info in infos:
         if info.role == "decoder" and info.scheme.act_group and info.scheme.group is None:
             raise PassError(
-                f"scheme: '{info.path}' has act-group={info.scheme.act_group} and no group; set group to the same, or"
-                " act-group=0"
+                f"scheme: '{info.path}' has act-group={info.scheme.act_group} and no group; set group to it or to a"
+                " multiple, or act-group=0"
             )
         other = by_weight.setdefault(info.weight, info)
         if {other.role, info.role} == {"decoder", "dense"}:

@@ -199,10 +199,10 @@ def _integer_form(linear: Node, quantizer: Node, group: int) -> tuple[torch._ops
     if not is_call(weight, *UNPACKED):
         raise PassError(f"the weight of {describe(linear)} is not quantized but its input is; put 'ptq' before 'lower'")
     weight_group = Arguments(weight).group
-    if group not in (0, weight_group):
+    if group and weight_group % group:
         raise PassError(
-            f"the input of {describe(linear)} has groups of {group}, its weight of {weight_group};"
-            f" use activate{{group={weight_group}}} or activate{{group=0}}"
+            f"the input of {describe(linear)} has groups of {group}, which are no parts of its weight's of"
+            f" {weight_group}; use activate{{group={weight_group}}} or activate{{group=0}}"
         )
     if is_call(weight, _lbllm.unpack_int4.default):
         return _lbllm.int4_linear.default, (*Arguments(weight).pick(*INT4_WEIGHT), bias_of(linear), weight_group)

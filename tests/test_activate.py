@@ -227,7 +227,7 @@ def test_preconditions_are_named(trained, data):
         apply(annotated(), "activate", data)
     with pytest.raises(PassError, match="quantized already"):
         apply(trained.program, "activate{group=32}", data)
-    with pytest.raises(PassError, match="the weights' 32, or 0"):
+    with pytest.raises(PassError, match="choose 32, as the weights have groups of 32, or 0"):
         apply(quantized(), "activate{group=64}", data)
     with pytest.raises(PassError, match="kv cannot be 5"):
         apply(quantized(), "activate{group=32,kv=5}", data)

@@ -12,9 +12,11 @@ from lbllm_compile.codegen.errors import FormatError
 from lbllm_compile.codegen.format import (
     GROUPS,
     LEVEL_MAX,
+    Int4Weight,
     QuantizedWeight,
     codes_to_planes,
     group_count,
+    pack_codes,
     pack_plane,
     planes_to_codes,
     quantize_levels,
@@ -71,6 +73,24 @@ def test_dequantize_agrees_with_a_plain_loop(shape, group, seed):
         g = column // group
         level = int(weight.levels[row, g, int(codes[row, column])])
         assert dense[row, column].item() == level * float(weight.scale[row, g])
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.sampled_from([(64, 32), (256, 32), (128, 64), (32, 32)]), st.integers(0, 2**16))
+def test_refined_weights_are_the_same_matrix_in_smaller_groups(shape, groups, seed):
+    group, smaller = groups
+    weight = random_weight(*shape, group, seed, experts=(2,))
+    refined = weight.refined(smaller)
+    refined.validate()
+    assert refined.groups == group_count(shape[1], smaller) == refined.levels.shape[-2]
+    assert torch.equal(refined.dequantize(), weight.dequantize())
+    table = torch.arange(16, dtype=torch.int8)
+    scale = torch.rand(shape[0], group_count(shape[1], group)).half()
+    coded = Int4Weight(pack_codes(torch.randint(16, shape, dtype=torch.uint8)), table, scale, shape[1], group)
+    coded.refined(smaller).validate()
+    assert torch.equal(coded.refined(smaller).dequantize(), coded.dequantize())
+    with pytest.raises(FormatError, match="groups of 64 columns do not divide those of 32"):
+        random_weight(2, 70, 32).refined(64)
 
 
 def test_stacked_experts_are_their_matrices():

@@ -86,13 +86,14 @@ def plain_dot(values, weight, x_scale, w_scale, bias, group):
     st.integers(1, 3),
     st.integers(1, 4),
     st.integers(1, 140),
-    st.sampled_from([32, 64]),
+    st.sampled_from([(32, 32), (64, 64), (64, 32), (128, 32), (256, 64)]),
     st.sampled_from(ACTIVATION_BITS),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**16),
 )
-def test_bit_linear_is_a_plain_integer_loop(m, n, k, group, act_bits, per_token, with_bias, seed):
+def test_bit_linear_is_a_plain_integer_loop(m, n, k, groups, act_bits, per_token, with_bias, seed):
+    group, act_group = groups
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(4, (n, k), generator=generator, dtype=torch.uint8)
     levels = torch.randint(-128, 128, (n, group_count(k, group), 4), generator=generator).sort(-1).values.to(torch.int8)
@@ -100,8 +101,10 @@ def test_bit_linear_is_a_plain_integer_loop(m, n, k, group, act_bits, per_token,
     weight = QuantizedWeight(*codes_to_planes(codes), levels, scale, k, group)
     limit = {4: 15, 8: 127, 16: 32767}[act_bits]
     values = torch.randint(-limit, limit + 1, (m, k), generator=generator).to(reference.value_dtype(act_bits))
-    x_scale = torch.rand(m, 1 if per_token else weight.groups, generator=generator)
+    x_scale = torch.rand(m, 1 if per_token else group_count(k, act_group), generator=generator)
     bias = torch.randn(n, generator=generator) if with_bias else None
+    if x_scale.shape[1] > 1:
+        scale, group = scale.repeat_interleave(group // act_group, 1), act_group
     expected = plain_dot(values, weight.integer_levels(), x_scale, scale, bias, group)
     assert torch.equal(reference.bit_linear(values, x_scale, weight, bias), expected)
 

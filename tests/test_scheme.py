@@ -164,7 +164,7 @@ def test_dense_is_keep_dense():
         ("lm_head: bits=8 group=32", "group=32 does not go with bits=8: int8 rows have a scale a row"),
         ("lm_head: bits=8 embedding=4", "embedding=4 needs bits=4 or bits=2 beside it"),
         ("*.down_proj: act-group=32", "has act-group=32 and no group"),
-        ("*.down_proj: group=32 act-group=32; *.1.*: group=64", "'.*1.mlp.down_proj' cannot have .* does not go with"),
+        ("*.down_proj: group=64 act-group=64; *.1.*: group=32", "'.*1.mlp.down_proj' cannot have .* does not go with"),
         (
             "*.q_proj: act=8",
             r"'.*0.self_attn.q_proj' \(act=8\) and '.*k_proj' \(without a scheme\) read the same input",
@@ -204,7 +204,13 @@ FIT = "observe,ptq{group=32,init=rtn,compensate=false}"
     [
         ("", "activate{group=32,steps=0}", (32, 4, 32, False), (32, 4, 32, False)),
         ("", "activate{bits=8,group=0,steps=0}", (32, 8, 0, False), (32, 8, 0, False)),
-        ("*.down_proj: group=64", "activate{group=32,steps=0}", (64, 4, 64, False), (32, 4, 32, False)),
+        ("*.down_proj: group=64", "activate{group=32,steps=0}", (64, 4, 32, False), (32, 4, 32, False)),
+        (
+            "*.mlp.*: group=128 act-group=32; *.down_proj: act-group=128",
+            "activate{group=32,steps=0}",
+            (128, 4, 128, False),
+            (128, 4, 32, False),
+        ),
         ("*.down_proj: group=64", "activate{group=0,steps=0}", (64, 4, 0, False), (32, 4, 0, False)),
         ("*.down_proj: act=8", "activate{group=32,steps=0,ranges=knees}", (32, 8, 32, False), (32, 4, 32, True)),
         (
@@ -214,7 +220,7 @@ FIT = "observe,ptq{group=32,init=rtn,compensate=false}"
             (32, 4, 32, True),
         ),
         ("*.down_proj: act=4 codebook=knees", "activate{bits=8,group=0,steps=0}", (32, 4, 0, True), (32, 8, 0, False)),
-        ("*: group=128", "activate{steps=0}", (128, 4, 128, False), (128, 4, 128, False)),
+        ("*: group=128", "activate{steps=0}", (128, 4, 64, False), (128, 4, 64, False)),
         ("*.down_proj: act-group=0", "activate{group=32,steps=0}", (32, 4, 0, False), (32, 4, 32, False)),
     ],
 )
@@ -229,11 +235,11 @@ def test_options_of_passes_are_the_scheme_of_what_has_none(scheme, activate, dow
 
 def test_groups_that_contradict_are_refused_as_before():
     program = apply(annotated(), FIT, context(count=2)).program
-    with pytest.raises(PassError, match="group cannot be 64; choose the weights' 32, or 0 for per token"):
+    with pytest.raises(PassError, match="group cannot be 64; choose 32, as the weights have groups of 32, or 0"):
         apply(program, "activate{steps=0}", context(count=2))
     scoped = apply(captured("llama")[1], 'canonicalize,annotate{scheme="*.down_proj: group=64"}').program
     program = apply(scoped, FIT, dataclasses.replace(context(count=2), teacher=scoped)).program
-    with pytest.raises(PassError, match="group cannot be 64; choose the weights' 32"):
+    with pytest.raises(PassError, match="group cannot be 64; choose 32"):
         apply(program, "activate{group=64,steps=0}", dataclasses.replace(context(count=2), teacher=scoped))
 
 
@@ -288,7 +294,7 @@ def test_the_plan_tells_schemes_and_their_bytes(tmp_path):
     made, plain = plan.make_plan(options), plan.make_plan(dataclasses.replace(options, scheme=()))
     told = {t.path.removeprefix("model.layers."): t for t in made.linears}
     assert told["0.mlp.down_proj"].treatment == "float" and told["0.mlp.up_proj"].treatment == "W(1+1) g32, A4"
-    assert told["1.mlp.down_proj"].treatment == "W(1+1) g64, A8"
+    assert told["1.mlp.down_proj"].treatment == "W(1+1) g64, A8 g32"
     assert told["1.mlp.up_proj"].treatment == "W(1+1) g32 symmetric, A4"
     assert told["1.self_attn.q_proj"].treatment == "W(1+1) g128, A8 per token"
     rows, columns = told["1.mlp.down_proj"].shape
@@ -323,7 +329,7 @@ def test_a_lowered_program_says_its_schemes(mixed):
         "1.self_attn.o_proj": Scheme(128, "free", 8, 0, "none"),
         "1.mlp.gate_proj": Scheme(32, "free", 4, 32, "none"),  # of other levels than up, so not merged with it
         "1.mlp.up_proj": Scheme(32, "symmetric", 4, 32, "none"),
-        "1.mlp.down_proj": Scheme(64, "free", 8, 64, "none"),
+        "1.mlp.down_proj": Scheme(64, "free", 8, 32, "none"),
         "lm_head": Scheme(None, "free", 8, 64, "none", bits=8),
     }
     rules = {path: bool(is_symmetric(weight.levels).all()) for path, weight in stored_weights(mixed).items()}
@@ -337,7 +343,7 @@ def test_mixed_schemes_give_the_references_bits_and_run_natively(mixed, tmp_path
     needed = requirements(mixed)
     assert {(spec.group, spec.act_bits, spec.per_token) for spec in needed.linears if spec.kind == "bit"} == {
         (32, 4, False),
-        (64, 8, False),
+        (32, 8, False),  # a weight with groups of 64 and an input with groups of 32
         (128, 8, True),
     }
     kernels = kernels_of(mixed)

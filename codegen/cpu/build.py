@@ -72,7 +72,7 @@ class LinearKernel:
         """The kernel's weight layout, bias included: :data:`PACKED`, ``uint8 [bytes]``, 64-byte aligned.
 
         Args:
-            weight: of the spec's kind.
+            weight: of the spec's kind, in groups of which the spec's are parts.
             bias: fp32 ``[N]``, given exactly if the spec says so.
 
         Raises:
@@ -84,11 +84,11 @@ class LinearKernel:
         kind = "int8" if rows else "bit" if isinstance(weight, QuantizedWeight) else "int4"
         if kind != spec.kind or shape != (spec.out_features, spec.in_features):
             raise KernelError(f"a weight of shape {shape} does not fit the kernel of {spec}")
-        if not rows and weight.group != spec.group:
+        if not rows and weight.group % spec.group:
             raise KernelError(f"a weight with groups of {weight.group} does not fit the kernel of {spec}")
         if (bias is None) == spec.bias or (bias is not None and tuple(bias.shape) != (spec.out_features,)):
             raise KernelError(f"the kernel of {spec} needs {'a bias of its rows' if spec.bias else 'no bias'}")
-        return {PACKED: self._implementation.pack(weight, bias)}
+        return {PACKED: self._implementation.pack(weight if rows else weight.refined(spec.group), bias)}
 
     def __call__(
         self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor], out: Tensor | None = None

@@ -23,6 +23,7 @@ from lbllm_compile.codegen.errors import KernelError, first_line
 from lbllm_compile.codegen.format import QuantizedWeight
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT, WEIGHTS, weight_of
+from lbllm_compile.codegen.sizes import product_group
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.passes.contracts import describe
 from lbllm_compile.passes.ir.annotations import LINEAR
@@ -136,7 +137,7 @@ def linear_spec(program: Program, node: Node) -> LinearSpec:
         kind=kind,
         out_features=scales.shape[-1] if kind == "int8" else scales.shape[-2],
         in_features=_in_features(node),
-        group=arguments.group,
+        group=arguments.group if kind == "int8" else product_group(arguments.group, quantizer.group),
         act_bits=quantizer.value_bits,
         per_token=quantizer.group == 0,
         bias=bias is not None,

@@ -64,7 +64,7 @@ class Scheme:
         group: input columns per group of levels, or per scale of 4-bit codes; None for int8 rows, which have no groups.
         levels: name of the level rule (:mod:`lbllm_compile.codegen.levels`).
         act_bits: of the input: 4, 8 or 16.
-        act_group: channels per scale of the input: 0 for one scale per token, else the weights' group.
+        act_group: channels per scale of the input: 0 for one scale per token, else a divisor of the weights' group.
         codebook: for 4-bit inputs ``knees`` or ``planes``, where these shape a table; else ``none``.
         outliers: the last columns of the weight and channels of the input that have 8 bits, which the pass ``outliers``
             put there.
@@ -100,10 +100,10 @@ class Scheme:
                 f"embedding={self.embedding} needs bits=4 or bits=2 beside it; an embedding beside an int8 head has"
                 " int8 rows"
             )
-        if self.group and self.act_group and self.group != self.act_group:
+        if self.group and self.act_group and self.group % self.act_group:
             raise SchemeError(
                 f"act-group={self.act_group} does not go with group={self.group}; inputs have a scale per token (0) or"
-                " as the weights' groups are"
+                " per group of the weights or part of it"
             )
         if self.codebook in ("knees", "planes") and self.act_bits != 4:
             raise SchemeError(f"codebook={self.codebook} needs act=4 beside it: only 4-bit inputs have {self.codebook}")
@@ -111,7 +111,7 @@ class Scheme:
     @property
     def activation(self) -> Scheme:
         """The part that all linears behind one quantizer share: how their input is quantized, and in what groups."""
-        group = None if self.act_group == 0 else self.group
+        group = self.group if self.act_group is None else None
         return Scheme(group=group, act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
 
     def __str__(self) -> str:

@@ -316,7 +316,7 @@ class ProgramLinear:
     def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
         """The tensors that the kernel reads."""
         if isinstance(weight, QuantizedWeight):
-            packed = pack_bit_weight(weight)
+            packed = pack_bit_weight(weight.refined(self.spec.group))
         else:
             packed = pack_int8_weight(*weight, self.spec.group)
         return packed if bias is None else {**packed, "bias": bias.detach().float().contiguous()}

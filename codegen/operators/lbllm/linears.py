@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import reference
 from ...format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight
-from ...sizes import group_count
+from ...sizes import GROUPS, group_count
 from ..arguments import Arguments
 from ..checks import has_values, require, require_group, require_scales, require_tensor
 from ..registry import define
@@ -109,6 +109,11 @@ def _verify_input(a: Arguments, *scales: int) -> None:
     require(given in scales, a, f"x_scale has {given} scales a token, not {' or '.join(map(str, scales))}")
 
 
+def _verify_grouped_input(a: Arguments, columns: int) -> None:
+    """As :func:`_verify_input`, for weights in groups: a token has one scale, or one for each group or part of one."""
+    _verify_input(a, *sorted({1, *(group_count(columns, group) for group in GROUPS if a.group % group == 0)}))
+
+
 def _verify_bias(a: Arguments, rows: int) -> None:
     if a.bias is not None:
         bias = require_tensor(a, "bias", torch.float32, rows)
@@ -119,7 +124,7 @@ def _verify_bit(a: Arguments) -> None:
     require_group(a, whole_token=False)
     columns = a.values.shape[-1]
     groups = group_count(columns, a.group)
-    _verify_input(a, groups, *([] if groups == 1 else [1]))
+    _verify_grouped_input(a, columns)
     rows = require_tensor(a, "sign", torch.uint8, None, -(-columns // 8)).shape[-2]
     require_tensor(a, "bitmap", torch.uint8, rows, -(-columns // 8))
     require_scales(a, "scale", torch.float16, rows, groups)
@@ -231,8 +236,7 @@ def verify_int4(a: Arguments, columns: int) -> int:
 
 def _verify_int4(a: Arguments) -> None:
     rows = verify_int4(a, a.values.shape[-1])
-    groups = a.w_scale.shape[-1]
-    _verify_input(a, groups, *([] if groups == 1 else [1]))
+    _verify_grouped_input(a, a.values.shape[-1])
     _verify_bias(a, rows)
 
 

@@ -38,9 +38,10 @@ from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.frontend import UserModel
 from lbllm_compile.native.language import COMPILED_CONTEXT, context_length
+from lbllm_compile.passes.calibrate.layers import CODED
 from lbllm_compile.passes.ir.annotations import linears
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.lower import planes_of_heads, readers, stored_int4, stored_weights
+from lbllm_compile.passes.lower import coded_linears, planes_of_heads, readers, stored_int4, stored_weights
 from lbllm_compile.records import ORIGINAL_BYTES
 from lbllm_compile.report import summary, terminal
 from lbllm_compile.runtime.loader import prepared
@@ -457,6 +458,7 @@ def sizes(program: Program, original: UserModel | None) -> dict[str, Any]:
     :func:`bits_per_weight`."""
     planes = stored_weights(program).keys() - planes_of_heads(program)
     parts = {f"{path}.{part}" for path in planes for part in WEIGHT} | _kept_float(program)
+    parts |= {f"{path}.{part}" for path in coded_linears(program) for part in CODED}
     parts |= {path for path, _ in program.parameters() if path.startswith(_outliers(program))}
     stored = {path: tensor.numel() * tensor.element_size() for path, tensor in program.parameters()}
     whole = None
@@ -491,21 +493,24 @@ def _outliers(program: Program) -> tuple[str, ...]:
 def bits_per_weight(program: Program) -> dict[str, float | None]:
     """Bits per weight as stored: over the linears of decoder layers, and over everything in the artifact's weights.
 
-    Linears are the W(1+1) ones, with their outlier columns, and those that were kept float; None where there are
-    neither.
+    Linears are the W(1+1) ones, with their outlier columns, those of 4-bit codes, and those that were kept float; None
+    where there are none.
     """
     heads, matrices = planes_of_heads(program), stored_weights(program)
+    coded, shared = coded_linears(program), stored_int4(program)
     decoder = [weight for path, weight in matrices.items() if path not in heads]
-    decoder_weights = sum(_weights(w) for w in decoder)
+    decoder_weights = sum(_weights(w) for w in decoder) + sum(
+        shared[path].out_features * shared[path].in_features for path in coded
+    )
     decoder_bits = sum(w.stored_bits for w in decoder)
     kept = _kept_float(program)
     other_weights = other_bits = 0
     planes = {f"{path}.{part}" for path in matrices.keys() - heads for part in WEIGHT}
+    codes_inside = {f"{path}.{part}" for path in coded for part in CODED}
     stored = dict(program.parameters())
     # A head that was tied to an embedding of another form is stored again, but is no further weights.
     codes = {
-        f"{path}.codes": 0 if f"{path}.rows" in stored else w.out_features * w.in_features
-        for path, w in stored_int4(program).items()
+        f"{path}.codes": 0 if f"{path}.rows" in stored else w.out_features * w.in_features for path, w in shared.items()
     }
     codes |= {
         f"{path}.sign": 0 if {f"{path}.rows", f"{path}.codes"} & stored.keys() else _weights(matrices[path])
@@ -516,6 +521,9 @@ def bits_per_weight(program: Program) -> dict[str, float | None]:
         if path in planes:
             continue
         bits = 8 * tensor.numel() * tensor.element_size()
+        if path in codes_inside:
+            decoder_bits += bits
+            continue
         if path in kept or path.startswith(outliers):
             decoder_weights += 0 if path in describing else tensor.numel()
             decoder_bits += bits

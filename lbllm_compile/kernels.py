@@ -18,6 +18,7 @@ from lbllm_compile.codegen.tune.database import Database, Key
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
 from lbllm_compile.passes.ir.rewrite import calls
+from lbllm_compile.passes.lower import coded_linears
 
 TIMES = ("microseconds", "default_microseconds", "roofline_microseconds")
 """What a search measured: a call with the schedule, with the one that is used without a search, and the least time."""
@@ -97,6 +98,11 @@ def _check_codes(program: Program, targets: Sequence[Target]) -> None:
     lacking = next((target for target in targets if not backend_of(target).has_int4), None)
     if lacking is None:
         return
+    if inner := sorted(coded_linears(program)):
+        raise KernelError(
+            f"the target '{lacking.name}' has no kernel for the 4-bit codes of '{inner[0].removesuffix('.weight')}';"
+            " leave bits=4 out of the scheme"
+        )
     if calls(program.graph, torch.ops.lbllm.int4_linear.default):
         raise KernelError(
             f"the target '{lacking.name}' has no kernel for a head of 4-bit codes; give the head 8 or 2 bits, with"

@@ -30,7 +30,7 @@ from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
 from lbllm_compile.codegen.backend import Prediction, predicting, predictions
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.levels import FREE
-from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, matrix_bytes, product_group
+from lbllm_compile.codegen.sizes import DEFAULT_GROUP, group_count, int4_bytes, matrix_bytes, product_group
 from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target, parse_targets
 from lbllm_compile.doctor import memory
@@ -294,13 +294,13 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
     info, (*_, rows, columns), group = linear.info, linear.shape, _group(linear, passes)
     quantizer = _quantizer(info.scheme, passes)
     if info.role == "decoder" and group is not None and quantizer is not None:
-        outliers = _outliers(columns, passes)
+        outliers = 0 if info.scheme.bits else _outliers(columns, passes)
         tables = {name: quantizer.codebook == name for name in ("knees", "planes")}
         assert quantizer.act_bits is not None and quantizer.act_group is not None
         of_input = QuantizeSpec(columns - outliers, quantizer.act_group, quantizer.act_bits, **tables)
         per_token = of_input.group == 0
-        own = product_group(group, of_input.group)
-        found = [(LinearSpec("bit", rows, columns - outliers, own, of_input.value_bits, per_token), of_input)]
+        own, kind = product_group(group, of_input.group), "int4" if info.scheme.bits == 4 else "bit"
+        found = [(LinearSpec(kind, rows, columns - outliers, own, of_input.value_bits, per_token), of_input)]
         if outliers:
             of_loud = QuantizeSpec(outliers, 0, max(8, _option(passes, "activate", "bits", 4)))
             found.append((LinearSpec("int8", rows, outliers, 0, of_loud.bits, per_token=True), of_loud))
@@ -499,15 +499,16 @@ def _treatment(linear: _Linear, passes: Sequence[Pass], open_form: str) -> Treat
     before = ORIGINAL_BYTES * linear.weights
     group = _group(linear, passes)
     if info.role == "decoder" and group is not None:
-        outliers = 0 if info.experts else _outliers(columns, passes)
+        outliers = 0 if info.experts or info.scheme.bits else _outliers(columns, passes)
         limit = None if info.scheme.group else _option(passes, "budget", "bits", None)
         if limit:
             after = int(limit * linear.weights / 8)
         else:
-            after = matrix_bytes(linear.matrix_rows, columns - outliers, group)
+            stored = int4_bytes if info.scheme.bits == 4 else matrix_bytes
+            after = stored(linear.matrix_rows, columns - outliers, group)
             after += linear.matrix_rows * (outliers + 4) if outliers else 0
         levels = "" if info.scheme.levels == FREE.name else f" {info.scheme.levels}"
-        size = f"W(1+1) g{group}" if limit is None else "W(1+1) or float, as the budget chooses"
+        size = f"{_FORMS[info.scheme.bits or 2]} g{group}" if limit is None else _open(info, passes)
         kept = f", {outliers} columns int8 A8" if outliers else ""
         text = f"{size}{levels}" + _activations(info.scheme, passes, group) + kept
     elif info.role == "head" and (form := _head(passes).form(info.scheme)).bits < 16:
@@ -522,7 +523,21 @@ def _treatment(linear: _Linear, passes: Sequence[Pass], open_form: str) -> Treat
 
 
 _FORMS = {8: "int8", 4: "int4", 2: "W(1+1)"}
-"""What a head of so many bits is, in words."""
+"""What weights of so many bits are, in words."""
+
+
+def _open(info: LinearInfo, passes: Sequence[Pass]) -> str:
+    """What a budget may make of a decoder linear, in words."""
+    if info.scheme.bits:
+        return f"{_FORMS[info.scheme.bits]}, in groups as the budget chooses"
+    entries = [entry for entry in parse(_option(passes, "budget", "choices", "")) if not entry.of_head]
+    coded = any(entry.gives_form for entry in entries) and not info.experts and info.scheme.levels == FREE.name
+    words = ["W(1+1)", *(["int4"] if coded else []), *(["float"] if any(entry.dense for entry in entries) else [])]
+    return f"{_listed(words)}, as the budget chooses"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _open_form(found: Sequence[_Linear], passes: Sequence[Pass]) -> str:
@@ -535,8 +550,7 @@ def _open_form(found: Sequence[_Linear], passes: Sequence[Pass]) -> str:
     if budget is None or all(info.role != "head" for info in infos):
         return ""
     bits = {scheme.bits for made in head_schemes(infos, parse(budget.choices)) for scheme in made}
-    words = [word for each, word in (*_FORMS.items(), (None, "float")) if each in bits]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return _listed([word for each, word in (*_FORMS.items(), (None, "float")) if each in bits])
 
 
 def _group(linear: _Linear, passes: Sequence[Pass]) -> int | None:
@@ -673,7 +687,7 @@ def _forms_seconds(heads: int, everything: int, tokens: int, passes: Sequence[Pa
     budget = _over_model(passes)
     if budget is None:
         return 0.0
-    forms = [dict(entry.settings)["bits"] for entry in parse(budget.choices) if entry.of_head]
+    forms = [dict(entry.settings)["bits"] for entry in parse(budget.choices) if entry.gives_form]
     few, measured = min(tokens, sensitivity.TOKENS), min(tokens, MEASURED_TOKENS)
     fits = (sum(bits in FITTED for bits in forms) + 1) * heads * few * speed.seconds(_COSTS["ptq"])
     return fits + everything * (2 * few + (len(forms) + 1) * measured) * speed.seconds(_CHAIN)

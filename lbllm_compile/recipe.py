@@ -22,6 +22,7 @@ from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, 
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.options import BUDGET_OVER, OptionError
 from lbllm_compile.passes import pipeline
+from lbllm_compile.passes.annotate import Annotate
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.budget import Budget
 from lbllm_compile.passes.choices import CHOICES, has_codes, without_codes
@@ -289,7 +290,11 @@ def passes(choices: Choices, target: str) -> list[Pass]:
             raise OptionError(
                 "the pass 'budget' does not count the channels that 'outliers' keeps at 8 bits; leave out one of them"
             )
+        for item in given:
+            if isinstance(item, Annotate):
+                _check_codes(item.scheme, target)
         return [_whole(item, given, target) if isinstance(item, Budget) else item for item in given]
+    _check_codes("; ".join(choices.scheme), target)
     recipe = RECIPES[choices.recipe]
     limit = _limit(choices, target)
     group = _one_of("group", choices.group, recipe.group, GROUPS)
@@ -336,17 +341,16 @@ def passes(choices: Choices, target: str) -> list[Pass]:
 
 
 def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:
-    """The pass ``budget`` of a pipeline text; one over the whole model has no choices that a target lacks kernels for.
+    """The pass ``budget`` of a pipeline text, with no choices that a target lacks kernels for.
 
     Raises:
-        OptionError: the pipeline, or what the text says may be chosen, does not go with such a budget.
+        OptionError: the pipeline does not go with a budget over the whole model, or what the text says may be chosen
+            with the target.
     """
-    if budget.over != "model":
-        return budget
     heads = [item for item in passes if isinstance(item, Head)]
-    if not heads:
+    if budget.over == "model" and not heads:
         raise OptionError("budget{over=model} chooses the form of the head, which the pass 'head' makes; add 'head'")
-    if any(head != Head() for head in heads):
+    if budget.over == "model" and any(head != Head() for head in heads):
         raise OptionError(
             "budget{over=model} chooses the form of the head, and measures it with the options that the pass 'head' has"
             " by default; leave out those of 'head', and give a form of your own with annotate{scheme=\"lm_head: ...\"}"
@@ -356,12 +360,26 @@ def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:
         return budget
     if budget.choices == CHOICES:
         return dataclasses.replace(budget, choices=without_codes())
-    if coded := next((entry for entry in parse(budget.choices) if has_codes(entry)), None):
+    chosen_for = [entry for entry in parse(budget.choices) if budget.over == "model" or not entry.of_head]
+    if coded := next((entry for entry in chosen_for if has_codes(entry)), None):
         raise OptionError(
             f"the target '{lacking}' has no kernels for 4-bit codes, which the choice '{coded}' of the pass 'budget'"
-            " gives head or embedding; leave it out"
+            " gives; leave it out"
         )
     return budget
+
+
+def _check_codes(scheme: str, target: str) -> None:
+    """Refuses a scheme with 4-bit codes, before the work, where a target has no kernels for them.
+
+    Raises:
+        OptionError: it has some.
+    """
+    lacking = _without_codes(target)
+    if lacking and (coded := next((entry for entry in parse(scheme) if has_codes(entry)), None)):
+        raise OptionError(
+            f"the target '{lacking}' has no kernels for 4-bit codes, which '{coded}' of the scheme gives; leave it out"
+        )
 
 
 def _without_codes(target: str) -> str:
@@ -394,15 +412,13 @@ def _limit(choices: Choices, target: str) -> dict[str, float | str]:
     if len(given) > 1:
         raise OptionError("--bits and --max-kl contradict each other; give one of them")
     over = choices.budget_over
-    if over is None:
-        return given
-    if over not in BUDGET_OVER:
+    if over is not None and over not in BUDGET_OVER:
         raise OptionError(f"--budget-over cannot be '{over}'; choose {' or '.join(BUDGET_OVER)}")
-    if not given:
+    if not given and over is not None:
         raise OptionError("--budget-over says what a limit is on; give --bits or --max-kl with it")
-    if over == "layers":
-        return given
-    return {**given, "over": over, **({"choices": without_codes()} if _without_codes(target) else {})}
+    if given and _without_codes(target):
+        given["choices"] = without_codes()
+    return {**given, "over": over} if over == "model" else given
 
 
 _LIMITS = {"bits": 2.5, "max_kl": 0.5}

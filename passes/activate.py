@@ -3,9 +3,9 @@
 Inserts quantizers in front of the decoder linears, one per distinct input, and on keys and values before they are
 repeated for grouped queries (keys after the rotary embedding). Ranges are dynamic: a factor scales the range that a
 token's group has. These factors and the levels of the weights then train under quantized activations; sign planes and
-bitmaps are frozen, because training them there diverges (LBLLM, arXiv 2604.19167, stage "AAR" and table 3). With
-``epochs``, each layer trains against the float layer, as in the paper; with ``steps``, all layers train together
-against the float model's output.
+bitmaps are frozen, because training them there diverges (LBLLM, arXiv 2604.19167, stage "AAR" and table 3), and
+weights of 4-bit codes stay as they were fitted. With ``epochs``, each layer trains against the float layer, as in the
+paper; with ``steps``, all layers train together against the float model's output.
 
 Given::
 
@@ -69,7 +69,7 @@ from .calibrate.training import Group, step_scale, train_epochs
 from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import before_repeat, calls, is_call, make_attribute, make_call, operands_of, table_shape
+from .ir.rewrite import UNPACKED, before_repeat, calls, is_call, make_attribute, make_call, operands_of, table_shape
 from .ir.scheme import Scheme
 from .observe import nothing_to_quantize
 
@@ -186,7 +186,7 @@ class Activate(Pass):
         linears = [n for users in decoder_linears(program.graph).values() for n in users]
         if any(is_call(operands_of(n)[0], _lbllm.fake_quantize.default) for n in linears):
             raise PassError("the activations are quantized already; use 'activate' once")
-        if not all(is_call(operands_of(n)[1], _lbllm.unpack_weight.default) for n in linears):
+        if not all(is_call(operands_of(n)[1], *UNPACKED) for n in linears):
             raise PassError("activate needs quantized weights; run 'ptq' before it")
         open_ones = [n for n in linears if n.meta[LINEAR].scheme.group is None]
         free = [n for n in open_ones if n.meta[LINEAR].scheme.act_group is None]
@@ -218,10 +218,12 @@ class Activate(Pass):
             deviation = float(trained.float().std())
             groups.append(Group((weight.parameters,), self.lr_levels * deviation * scale))
 
+        constants = lifted.constants()
+
         def parameters() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
             ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | ranges
+            return {path: weight.simulate() for path, weight in levels.items()} | ranges | constants
 
         def loss(index: int) -> Tensor:
             return chains.training_error(lifted, parameters(), index)

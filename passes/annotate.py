@@ -386,6 +386,9 @@ HEAD_KEYS = ("act-group",)
 HEAD_FORM = ("bits", "group", "embedding")
 """Settings of the form itself, in an entry that has ``bits``; without one the pass ``head`` says it."""
 
+CODED = ("bits", "group", "act", "act-group", "codebook")
+"""Settings of a decoder linear of 4-bit codes."""
+
 
 def choose(
     infos: Sequence[LinearInfo], entries: Sequence[Entry], keep_dense: Sequence[str], slower: Sequence[str] = ()
@@ -416,8 +419,7 @@ def choose(
             keep(matched, f"kept by the pattern '{entry.pattern}'")
             continue
         concerned = [info for info in infos if info.path in matched and _keys(info, entry)]
-        if not concerned:
-            raise PassError(f"scheme: none of the linears that '{entry.pattern}' matches has the settings of '{entry}'")
+        _check_concerned(entry, concerned)
         for info in concerned:
             try:
                 chosen[info.path] = entry.on(chosen[info.path], _keys(info, entry))
@@ -469,24 +471,49 @@ def matched_paths(modules: Mapping[str, set[str]], pattern: str, option: str) ->
 def _keys(info: LinearInfo, entry: Entry) -> tuple[str, ...]:
     """The settings of an entry that concern a linear."""
     if entry.of_head:
-        allowed = (*HEAD_FORM, *HEAD_KEYS) if info.role == "head" else ()
+        allowed = {"head": (*HEAD_FORM, *HEAD_KEYS)}
+    elif entry.gives_form:
+        allowed = {"decoder": CODED, "head": (*HEAD_FORM, *HEAD_KEYS)}
     else:
-        allowed = {"decoder": tuple(schemes.KEYS), "head": HEAD_KEYS}.get(info.role, ())
-    return tuple(key for key, _ in entry.settings if key in allowed)
+        allowed = {"decoder": tuple(schemes.KEYS), "head": HEAD_KEYS}
+    return tuple(key for key, _ in entry.settings if key in allowed.get(info.role, ()))
 
 
 def _check_form(entry: Entry) -> None:
-    """Refuses settings that only heads have and others in one entry, which would be for different linears."""
+    """Refuses settings that do not go together, because no linear has them all."""
     keys = [key for key, _ in entry.settings]
-    if not entry.of_head and "embedding" in keys:
+    if not entry.gives_form and "embedding" in keys:
         raise PassError(
             f"scheme: '{entry}' sets embedding, which goes with bits=4 or bits=2 of an output head; give bits"
         )
     foreign = [key for key in keys if key not in (*HEAD_FORM, *HEAD_KEYS)]
     if entry.of_head and foreign:
         raise PassError(
-            f"scheme: '{entry}' cannot set {foreign[0]}: bits is of output heads, which have group, embedding and"
-            " act-group beside it; give other linears an entry without bits"
+            f"scheme: '{entry}' cannot set {foreign[0]}: bits=8, bits=2 and embedding are of output heads, which have"
+            " group and act-group beside them; give other linears an entry of their own"
+        )
+    foreign = [key for key in keys if key not in CODED]
+    if entry.gives_form and not entry.of_head and foreign:
+        raise PassError(f"scheme: '{entry}' cannot set {foreign[0]}, which is of W(1+1); leave it out, or bits=4")
+
+
+def _check_concerned(entry: Entry, concerned: Sequence[LinearInfo]) -> None:
+    """Refuses an entry of which a setting concerns none of the linears that its pattern matches."""
+    if not concerned:
+        hint = (
+            ": bits=8, bits=2 and embedding are of output heads; a linear of a decoder layer has W(1+1) without bits,"
+            " and codes with bits=4 alone"
+            if entry.of_head
+            else ""
+        )
+        raise PassError(
+            f"scheme: none of the linears that '{entry.pattern}' matches has the settings of '{entry}'{hint}"
+        )
+    kept = {key for info in concerned for key in _keys(info, entry)}
+    foreign = [key for key, _ in entry.settings if key not in kept]
+    if entry.gives_form and foreign:
+        raise PassError(
+            f"scheme: '{entry}' cannot set {foreign[0]}: an output head has group, embedding and act-group beside bits"
         )
 
 
@@ -494,6 +521,11 @@ def _check_schemes(infos: Sequence[LinearInfo]) -> None:
     """Checks what only a decoder linear's whole scheme shows, and that one weight has one scheme."""
     by_weight: dict[str, LinearInfo] = {}
     for info in infos:
+        if info.experts and info.scheme.bits:
+            raise PassError(
+                f"scheme: '{info.path}' are stacked experts, which have no codes; leave bits={info.scheme.bits} out for"
+                " them"
+            )
         if info.role == "decoder" and info.scheme.act_group and info.scheme.group is None:
             raise PassError(
                 f"scheme: '{info.path}' has act-group={info.scheme.act_group} and no group; set group to it or to a"

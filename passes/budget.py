@@ -14,6 +14,9 @@ is solved exactly (:mod:`.calibrate.knapsack`): with ``bits`` the least divergen
 fewest bits. Then the model that this gives is fitted and measured as a whole; under ``max_kl`` costs are scaled by what
 that shows, the choice is made once more, and where it is another, that model is measured, too.
 
+An entry of ``choices`` with ``bits=4`` gives 4-bit codes, which cost twice the bits of W(1+1) and hardly any quality:
+where a model is sensitive.
+
 With ``over=model`` embedding and head are chosen, too, together, because an embedding may be tied to the head: for the
 head the entries of ``choices`` that have ``bits``, and ``dense``. What each form costs is measured outright, as the
 divergence of the float model with it alone, and what counts are all matrices of the model as they are stored, one that
@@ -63,7 +66,6 @@ from .calibrate.layers import (
     segments,
     set_weight,
     split,
-    stored_weight,
 )
 from .calibrate.precision import Precision, matrix_products
 from .calibrate.sensitivity import channel_weights, first_tokens
@@ -88,7 +90,7 @@ from .ir.rewrite import UNPACKED, calls, constant, make_attribute
 from .ir.scheme import Entry
 from .ir.spool import release, trim
 from .observe import Observe, nothing_to_quantize
-from .ptq import BATCH, Ptq, Statistic
+from .ptq import BATCH, Ptq, Statistic, dequantized, weight_scheme
 
 MEASURED_TOKENS = 1024
 """Calibration tokens on which the divergence of the model's output is measured."""
@@ -113,8 +115,8 @@ class Budget(Pass):
         over: what is chosen for, and counted: the linears of the decoder ``layers``, or all matrices of the ``model``,
             the output head and the token embedding among them.
         choices: what linears may become, as entries of a scheme (:mod:`.ir.scheme`), each a choice for the linears that
-            its pattern matches; those with ``bits`` are for output heads, and ``dense`` leaves a head and the token
-            embedding float.
+            its pattern matches. Those with ``bits`` are for output heads, with ``bits=4`` and no ``embedding`` for the
+            linears of decoder layers, too; ``dense`` leaves a head and the token embedding float as well.
         precision: of the layers' matrix products; fits and divergences are float32.
     """
 
@@ -401,9 +403,9 @@ class Costs:
         tensors, _ = Ptq(precision=self.precision).fit_behind(layer.module, own, inputs)
         weights = {}
         for node in quantized:
-            path, group = node.meta[LINEAR].weight, node.meta[LINEAR].scheme.group or DEFAULT_GROUP
+            path, scheme = node.meta[LINEAR].weight, weight_scheme(node, DEFAULT_GROUP)
             columns = get_attribute(layer.module, path).shape[-1]
-            weights[path] = stored_weight(tensors, path, group, columns).dequantize()
+            weights[path] = dequantized(tensors, path, scheme, columns)
         return weights
 
     @torch.no_grad()

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..codegen.sizes import DEFAULT_GROUP, matrix_bytes
-from .annotate import decoder_linears, matched_paths, modules_of
+from ..codegen.levels import FREE
+from ..codegen.sizes import DEFAULT_GROUP, int4_bytes, matrix_bytes
+from .annotate import HEAD_FORM, HEAD_KEYS, decoder_linears, matched_paths, modules_of
 from .base import PassError
 from .head import Form, Head, outside_matrices
 from .ir import scheme as schemes
@@ -24,7 +25,7 @@ HEADS = (
     "*: bits=8; *: bits=4 group=32; *: bits=4 group=64; *: bits=4 group=32 embedding=4; *: bits=4 group=64 embedding=4;"
     " *: bits=2 group=32; *: bits=2 group=64; *: bits=2 group=64 embedding=4"
 )
-"""What an output head may become, and the token embedding beside it."""
+"""What an output head may become, and the token embedding beside it; with codes alone, what a decoder linear may."""
 
 CHOICES = f"*: group=32; *: group=64; *: group=128; *: group=256; {HEADS}; *: dense"
 
@@ -72,14 +73,14 @@ class Site:
 
 
 def without_codes() -> str:
-    """The choices without heads and embeddings of 4-bit codes, for targets that have no kernels for them."""
+    """The choices without 4-bit codes, for targets that have no kernels for them."""
     return schemes.render([entry for entry in schemes.parse(CHOICES) if not has_codes(entry)])
 
 
 def has_codes(entry: Entry) -> bool:
-    """Whether an entry gives an output head, or the embedding beside it, 4-bit codes."""
+    """Whether an entry gives linears, or the embedding beside an output head, 4-bit codes."""
     settings = dict(entry.settings)
-    return entry.of_head and 4 in (settings["bits"], settings.get("embedding"))
+    return entry.gives_form and 4 in (settings["bits"], settings.get("embedding"))
 
 
 def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
@@ -104,8 +105,9 @@ def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:
         options: dict[tuple[Scheme, ...], Option] = {}
         for entry, paths in covered.items():
             if all(info.path in paths for info in behind):
-                made = tuple(_under(info, entry) for info in behind)
-                options[made] = _option(program, behind, made)
+                made = tuple(scheme for info in behind if (scheme := _under(info, entry)) is not None)
+                if len(made) == len(behind):
+                    options[made] = _option(program, behind, made)
         if not options:
             raise PassError(f"budget: none of the choices is for '{behind[0].path}'; add one, e.g. '*: group=64'")
         ordered = sorted(options.values(), key=lambda option: option.bits)
@@ -157,14 +159,15 @@ def head_schemes(infos: Sequence[LinearInfo], entries: Sequence[Entry]) -> list[
     heads = [info for info in infos if info.role == "head"]
     told = {info.path: _told(info) for info in heads if info.scheme.bits}
     modules = modules_of(infos)
-    covered = {e: matched_paths(modules, e.pattern, "choices") for e in entries if e.dense or e.of_head}
+    covered = {e: matched_paths(modules, e.pattern, "choices") for e in entries if e.dense or e.gives_form}
     if len(told) == len(heads):
         return [tuple(told[info.path] for info in heads)]
     found: dict[tuple[Scheme, ...], None] = {}
+    keys = (*HEAD_FORM, *HEAD_KEYS)
     for entry, paths in covered.items():
         if all(info.path in paths for info in heads):
             with contextlib.suppress(SchemeError):
-                made = (told.get(info.path) or _with_group(entry.on(info.scheme)) for info in heads)
+                made = (told.get(info.path) or _with_group(entry.on(info.scheme, keys)) for info in heads)
                 found[tuple(made)] = None
     if not found:
         raise PassError(f"budget: none of the choices is for '{heads[0].path}'; add one, e.g. '*: bits=8'")
@@ -201,11 +204,18 @@ def outside_bits(program: Program) -> int:
     return 8 * sum(sizes.values()) + DENSE_BITS * sum(matrix.numel() for matrix in kept)
 
 
-def _under(info: LinearInfo, entry: Entry) -> Scheme:
-    """A linear's scheme under a choice: what it was told itself stands."""
-    if info.scheme.group is not None:
-        return info.scheme
-    return Scheme(dense=True) if entry.dense else entry.on(info.scheme)
+def _under(info: LinearInfo, entry: Entry) -> Scheme | None:
+    """A linear's scheme under a choice: what it was told itself stands, and of codes without a group the group is
+    chosen. None where the choice cannot be, because the linear was told a level rule or is stacked experts, which have
+    no codes."""
+    told = info.scheme
+    if told.group is not None:
+        return told
+    if told.bits:
+        return replace(told, group=dict(entry.settings).get("group", DEFAULT_GROUP))
+    if entry.gives_form and (info.experts or told.levels != FREE.name):
+        return None
+    return Scheme(dense=True) if entry.dense else entry.on(told)
 
 
 def _option(program: Program, behind: Sequence[LinearInfo], made: Sequence[Scheme]) -> Option:
@@ -213,9 +223,11 @@ def _option(program: Program, behind: Sequence[LinearInfo], made: Sequence[Schem
     for info, scheme in zip(behind, made, strict=True):
         shape = get_attribute(program.module, info.weight).shape
         count = shape.numel()
-        group = scheme.group or DEFAULT_GROUP
+        stored = int4_bytes if scheme.bits == 4 else matrix_bytes
         sizes[info.weight] = (
-            DENSE_BITS * count if scheme.dense else 8 * matrix_bytes(count // shape[-1], shape[-1], group)
+            DENSE_BITS * count
+            if scheme.dense
+            else 8 * stored(count // shape[-1], shape[-1], scheme.group or DEFAULT_GROUP)
         )
     return Option({info.path: scheme for info, scheme in zip(behind, made, strict=True)}, sum(sizes.values()))
 

@@ -4,7 +4,8 @@ Unit of training is one decoder layer; activations stay in full precision, unles
 train under quantized activations, and clip factors stay as they are. The teacher is the float layer on the float chain
 of activations; the student is the quantized layer on the quantized chain, so later layers learn to make up for earlier
 ones. Latent weights, relaxed bitmaps and levels train together (LBLLM, arXiv 2604.19167, stage "WAT"), through
-the int8 rounding of the levels. The graph stays as it is: only planes, levels and scales change.
+the int8 rounding of the levels. The graph stays as it is: only planes, levels and scales change; weights of
+4-bit codes stay as they were fitted.
 
 Given::
 
@@ -33,7 +34,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..codegen.operators.lbllm.linears import WEIGHT
@@ -44,6 +44,7 @@ from .calibrate.precision import Precision
 from .calibrate.simulate import LatentWeight, Lifted, flips
 from .calibrate.training import Group, step_scale, train_epochs
 from .ir.program import Program, get_attribute
+from .ir.rewrite import UNPACKED, calls
 from .ir.spool import release
 from .observe import nothing_to_quantize
 
@@ -82,7 +83,7 @@ class Distill(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if nothing_to_quantize(self.name, program, context):
             return PassResult(program)
-        if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
+        if not calls(program.graph, *UNPACKED):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         pair = paired_layers(self.name, program, context)
         chains = Chains.start(program, *pair, context, self.batch, self.precision)
@@ -120,10 +121,10 @@ class Distill(Pass):
             groups.append(Group((latent.parameters,), self.lr_levels * deviation))
         release()
 
-        clips = {path: get_attribute(lifted.stage.module, path) for path in lifted.clips}
+        fixed = {path: get_attribute(lifted.stage.module, path) for path in lifted.ranges} | lifted.constants()
 
         def parameters() -> dict[str, Tensor]:
-            return {path: latent.simulate() for path, latent in latents.items()} | clips
+            return {path: latent.simulate() for path, latent in latents.items()} | fixed
 
         def loss(index: int) -> Tensor:
             return chains.training_error(lifted, parameters(), index)

@@ -3,8 +3,8 @@
 The stages before train one layer at a time, and no layer knows which of its errors matter to the output. Here the whole
 model runs, its decoder layers recomputed in the backward pass, and the levels (through their int8 rounding), clip
 factors and knees, where activations have any, follow the divergence of its output from the float model's. Sign planes
-and bitmaps stay as they are. This step is beyond the paper, whose training ends with the layers (LBLLM, arXiv
-2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
+and bitmaps stay as they are, and so do weights of 4-bit codes. This step is beyond the paper, whose training ends with
+the layers (LBLLM, arXiv 2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
 
 With ``planes=nearest`` planes change, too: an element takes the level that is nearest to its float weight, which was
 moved to where that is the level it came with, and so takes another as soon as levels have moved far enough. This is how
@@ -34,14 +34,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Planes, Together, Whole
 from .calibrate.chains import layer_errors, paired_layers, with_tensors
 from .calibrate.precision import Precision
 from .calibrate.training import step_scale
 from .ir.program import Program
+from .ir.rewrite import UNPACKED, calls
 from .observe import nothing_to_quantize
 
 STREAM = 3 << 20
@@ -88,7 +87,7 @@ class Finetune(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if nothing_to_quantize(self.name, program, context):
             return PassResult(program)
-        if not any(n.target is torch.ops.lbllm.unpack_weight.default for n in program.graph.nodes):
+        if not calls(program.graph, *UNPACKED):
             raise PassError("finetune needs quantized weights; run 'ptq' before it")
         if self.lr_weight and self.planes == "frozen":
             raise PassError("finetune: lr_weight trains the weights behind planes that change; add planes=nearest")

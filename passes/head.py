@@ -70,6 +70,7 @@ from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, Pa
 from .calibrate.coded import fit_int4, fit_planes, head_hessians
 from .calibrate.fit import factor
 from .calibrate.int4 import quantize_int4
+from .calibrate.layers import CODED
 from .contracts import describe
 from .ir.annotations import LINEAR, linears
 from .ir.program import Program, get_attribute, prune_attributes, set_attribute
@@ -279,8 +280,9 @@ class Head(Pass):
             if hessian is None:
                 coded = quantize_int4(matrix, group)
             else:
-                coded, measured["output_error"] = fit_int4(matrix, factor(hessian, group, self.damp), group)
-            tensors = {"codes": coded.packed, "table": coded.table, "code_scale": coded.scale}
+                fitted = fit_int4(matrix, factor(hessian, group, self.damp), group)
+                coded, measured["output_error"] = fitted.weight, fitted.relative_error
+            tensors = dict(zip(CODED, (coded.packed, coded.table, coded.scale), strict=True))
             sizes, unpack = (columns, group), torch.ops.lbllm.unpack_int4.default
         else:
             inputs = torch.eye(columns) if hessian is None else hessian

@@ -33,7 +33,7 @@ fp32 rounding (1e-4), so that what the stages trained is what runs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -284,7 +284,8 @@ def planes_of_heads(program: Program) -> set[str]:
 
 
 def stored_int4(program: Program) -> dict[str, Int4Weight]:
-    """Every 4-bit matrix of a lowered program under its original path, e.g. ``lm_head.weight``.
+    """Every 4-bit matrix of a lowered program under its original path, e.g. ``lm_head.weight``; those of merged linears
+    have one table.
 
     Raises:
         FormatError: a matrix is computed, or its size is not known; naming the node that reads it.
@@ -293,15 +294,24 @@ def stored_int4(program: Program) -> dict[str, Int4Weight]:
     for node in calls(program.graph, _lbllm.int4_embedding.default, _lbllm.int4_linear.default):
         a = Arguments(node)
         in_features = node.meta.get(IN_FEATURES) if node.target is _lbllm.int4_linear.default else a.in_features
-        parts = a.pick(*INT4_WEIGHT)
         if in_features is None:
             raise FormatError(f"{describe(node)} does not say how many columns its weight has")
-        if not all(map(is_stored, parts)):
-            raise FormatError(f"the weight of {describe(node)} is no stored matrix")
-        tensors = (get_attribute(program.module, part.target) for part in parts)
-        path = parts[0].target.removesuffix(".codes")
-        found[path] = Int4Weight(*tensors, in_features=in_features, group=a.group)
+        for parts in _merged_parts(node, INT4_WEIGHT, ("table",)):
+            tensors = (get_attribute(program.module, part.target) for part in parts)
+            found[parts[0].target.removesuffix(".codes")] = Int4Weight(*tensors, in_features=in_features, group=a.group)
     return found
+
+
+def coded_linears(program: Program) -> set[str]:
+    """Paths of the 4-bit matrices of a lowered program that linears of decoder layers read; the others are of heads and
+    embeddings."""
+    found = calls(program.graph, _lbllm.int4_linear.default)
+    return {
+        parts[0].target.removesuffix(".codes")
+        for node in found
+        if LINEAR not in node.meta or node.meta[LINEAR].role != "head"
+        for parts in _merged_parts(node, INT4_WEIGHT, ("table",))
+    }
 
 
 def readers(program: Program) -> dict[str, list[tuple[Node, str]]]:
@@ -347,10 +357,28 @@ def _stored_parts(program: Program) -> Iterator[tuple[Node, str, tuple[Node, ...
         FormatError: they are no such nodes, or not as many of each tensor.
     """
     for node in calls(program.graph, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default):
-        merged = Arguments(node).pick(*WEIGHT)
-        planes = [Arguments(a).tensors if is_call(a, _aten.cat.default) else [a] for a in merged]
-        stored = all(isinstance(plane, (list, tuple)) and all(map(is_stored, plane)) for plane in planes)
-        if not stored or len({len(plane) for plane in planes}) != 1:
-            raise FormatError(f"the weights of {describe(node)} are not stored matrices")
-        for parts in zip(*planes, strict=True):
+        for parts in _merged_parts(node, WEIGHT):
             yield node, parts[0].target.removesuffix(".sign"), parts
+
+
+def _merged_parts(node: Node, names: Sequence[str], shared: Sequence[str] = ()) -> Iterator[tuple[Node, ...]]:
+    """The ``get_attr`` nodes of a call's stored matrices, one of each argument for each matrix that was merged.
+
+    Args:
+        names: of the arguments that hold them.
+        shared: those of which there is one for all.
+
+    Raises:
+        FormatError: they are no such nodes, or not as many of each tensor.
+    """
+    given = [(name, getattr(Arguments(node), name)) for name in names]
+    columns = [
+        Arguments(a).tensors if is_call(a, _aten.cat.default) and name not in shared else [a] for name, a in given
+    ]
+    stored = all(isinstance(column, (list, tuple)) and all(map(is_stored, column)) for column in columns)
+    counts = {len(column) for name, column in zip(names, columns, strict=True) if name not in shared} if stored else {}
+    if len(counts) != 1:
+        raise FormatError(f"the weights of {describe(node)} are not stored matrices")
+    (count,) = counts
+    rows = [list(c) * count if name in shared else c for name, c in zip(names, columns, strict=True)]
+    yield from zip(*rows, strict=True)

@@ -24,6 +24,9 @@ Result::
     %q = getitem(%split, 0)
     %k = getitem(%split, 1)
 
+4-bit codes and their scales are stacked in the same way; linears of codes must have one table of levels, as ``ptq``
+gives those that it fits together, and that of the first one is read for all.
+
 Linears merge when they share the input node and the scheme, and all or none of them have a bias. Every
 output is the same sum as before, to the bit once it is computed in integers, and up to fp32 rounding in the simulation:
 each is held against the linear it replaces, on the input that has on the probe. What reads an output now reads a slice
@@ -38,14 +41,13 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from ..codegen import operators as operators
 from ..codegen.operators import Arguments
-from ..codegen.operators.lbllm.linears import WEIGHT
+from ..codegen.operators.lbllm.linears import INT4_WEIGHT, WEIGHT
 from .annotate import completed
 from .base import Contract, Pass, PassContext, PassResult, bounded
 from .contracts import check_replaced
@@ -55,6 +57,13 @@ from .ir.rewrite import Node, bias_of, calls, is_call, make_attribute, make_call
 from .ir.scheme import Scheme
 
 _aten = torch.ops.aten
+_lbllm = torch.ops.lbllm
+
+_STACKED: dict[Any, tuple[str, ...]] = {
+    _lbllm.unpack_weight.default: WEIGHT,
+    _lbllm.unpack_int4.default: INT4_WEIGHT,
+}
+"""Simulated weights that can be stacked, and the arguments that hold them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Merge(Pass):
         apart, program = program, program.copy()
         rows = []
         replaced: dict[str, Node] = {}
-        for linears in _mergeable(program.graph):
+        for linears in _mergeable(program):
             rows.append({"layer": linears[0].meta.get(LAYER), "merged": [_label(n) for n in linears]})
             replaced |= _merge(program, linears)
         program.graph.eliminate_dead_code()
@@ -79,15 +88,27 @@ class Merge(Pass):
         return PassResult(program, rows, {"linears": merged, "into": len(rows), "worst_linear_error": worst})
 
 
-def _mergeable(graph: fx.Graph) -> list[list[Node]]:
+def _mergeable(program: Program) -> list[list[Node]]:
     """Sets of two or more linears that can become one, each in graph order."""
-    quantized = [node for node in calls(graph, _aten.linear.default) if _is_quantized(node)]
-    return [s for s in joined_linears(quantized, completed) if len(s) > 1]
+    quantized = [node for node in calls(program.graph, _aten.linear.default) if _is_quantized(node)]
+    alike = joined_linears(quantized, completed)
+    return [s for each in alike for s in _with_one_table(program, each) if len(s) > 1]
 
 
 def _is_quantized(linear: Node) -> bool:
     x, weight = operands_of(linear)
-    return is_call(x, torch.ops.lbllm.fake_quantize.default) and is_call(weight, torch.ops.lbllm.unpack_weight.default)
+    return is_call(x, _lbllm.fake_quantize.default) and is_call(weight, *_STACKED)
+
+
+def _with_one_table(program: Program, linears: Sequence[Node]) -> list[list[Node]]:
+    """Linears of one scheme in sets whose codes stand for the same levels; planes have no table."""
+    sets: dict[tuple[int, ...], list[Node]] = defaultdict(list)
+    for node in linears:
+        weight = operands_of(node)[1]
+        coded = is_call(weight, _lbllm.unpack_int4.default)
+        table = get_attribute(program.module, Arguments(weight).table.target).tolist() if coded else ()
+        sets[tuple(table)].append(node)
+    return list(sets.values())
 
 
 def joined_linears(linears: Iterable[Node], scheme_of: Callable[[Node], Scheme]) -> list[list[Node]]:
@@ -109,16 +130,23 @@ def _merge(program: Program, linears: Sequence[Node]) -> dict[str, Node]:
     graph, first = program.graph, linears[0]
     x, _ = operands_of(first)
     weights = [Arguments(operands_of(n)[1]) for n in linears]
-    sizes = [get_attribute(program.module, w.sign.target).shape[0] for w in weights]
+    unpack = operands_of(first)[1].target
+    names = _STACKED[unpack]
+    sizes = [get_attribute(program.module, getattr(w, names[0]).target).shape[0] for w in weights]
 
     def stack(attributes: Sequence[Node]) -> Node:
         parts = [make_attribute(graph, a.target, first) for a in attributes]
         return make_call(graph, _aten.cat.default, (parts,), first)
 
     with graph.inserting_before(first):
-        planes = [stack([getattr(w, name) for w in weights]) for name in WEIGHT]
-        unpacked = (*planes, *weights[0].pick("in_features", "group"))
-        matrix = make_call(graph, torch.ops.lbllm.unpack_weight.default, unpacked, first)
+        stored = [
+            make_attribute(graph, weights[0].table.target, first)
+            if name == "table"
+            else stack([getattr(w, name) for w in weights])
+            for name in names
+        ]
+        unpacked = (*stored, *weights[0].pick("in_features", "group"))
+        matrix = make_call(graph, unpack, unpacked, first)
         bias = None if bias_of(first) is None else stack([bias_of(n) for n in linears])
         arguments = (x, matrix) if bias is None else (x, matrix, bias)
         both = make_call(graph, _aten.linear.default, arguments, first, _merged_meta(linears))

@@ -42,8 +42,9 @@ from .base import Contract, Count, Pass, PassContext, PassError, PassResult, Pos
 from .calibrate.moments import measure
 from .calibrate.precision import Precision
 from .ir.annotations import LINEAR
+from .ir.annotations import linears as annotated_linears
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import Node, calls, is_call, make_attribute, make_call, moves
+from .ir.rewrite import UNPACKED, Node, calls, is_call, make_attribute, make_call, moves
 from .ir.spool import spooled
 from .observe import nothing_to_quantize
 
@@ -100,12 +101,20 @@ class Outliers(Pass):
         return min(self.columns, int(self.share * channels))
 
     def apply(self, program: Program, context: PassContext) -> PassResult:
-        if calls(program.graph, _lbllm.observe.default, _lbllm.unpack_weight.default):
+        if calls(program.graph, _lbllm.observe.default, *UNPACKED):
             raise PassError("the program is observed or quantized already; move 'outliers' in front of 'observe'")
         if nothing_to_quantize(self.name, program, context):
             return PassResult(program, summary={"inputs": 0})
         if self.columns and not context.calibration:
             raise PassError("outliers needs calibration batches; give a calibration text")
+        coded = next(
+            (info.path for _, info in annotated_linears(program) if info.role == "decoder" and info.scheme.bits), None
+        )
+        if coded is not None:
+            raise PassError(
+                f"'{coded}' has 4-bit codes, beside which no channels keep 8 bits; leave out bits=4, or"
+                " the pass 'outliers'"
+            )
         program = program.copy()
         rows: list[dict[str, Any]] = []
         wanted: dict[Node, Sequence[Node]] = {}

@@ -1,4 +1,4 @@
-"""``ptq``, the first stage: decoder weights become W(1+1) planes and levels, fitted to the observed inputs.
+"""``ptq``, the first stage: decoder weights become W(1+1) planes and levels, or codes, fitted to the observed inputs.
 
 Layers are walked in order. Within a layer the graph is run up to each observer on the already quantized chain, so every
 linear is fitted to the inputs it will really get; its quantized form then takes part in computing the next observer's
@@ -24,6 +24,15 @@ The former weight ``<path>.weight`` becomes a module that holds ``sign``, ``bitm
 few tokens reached share the one of all experts' tokens. As many Hessians are held at a time as ``HESSIAN_BYTES`` allow,
 and for the next ones the inputs, which are in a file, are read again.
 
+A linear whose scheme has ``bits=4`` gets 4-bit codes instead, an fp16 scale per row and group, and 16 int8 levels that
+are those of all such linears with the same input and scheme, so that these can be merged (:mod:`.calibrate.coded`)::
+
+    %codes: u8[64, 288] = weight model.layers.0.self_attn.q_proj.weight.codes
+    %table: i8[16] = weight model.layers.0.self_attn.q_proj.weight.table
+    %code_scale: f16[64, 9] = weight model.layers.0.self_attn.q_proj.weight.code_scale
+    %w = lbllm.unpack_int4(%codes, %table, %code_scale, 576, 64)
+    %q = aten.linear(%x, %w)
+
 Where a linear has outliers, the pass ``outliers`` has put them last. These columns make up for the errors of all others
 and become int8 rows, ``<path>.weight.outliers.rows`` and ``.row_scale``: a linear of their own, behind a slice of the
 input, whose product is added.
@@ -34,7 +43,7 @@ Needs ``observe`` and calibration batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -50,8 +59,10 @@ from ..codegen.progress import warn
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears
 from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .calibrate.coded import CodedFit, fit_int4
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import (
+    CODED,
     Activations,
     Stage,
     Values,
@@ -59,6 +70,7 @@ from .calibrate.layers import (
     segments,
     set_weight,
     split,
+    stored_codes,
     stored_weight,
 )
 from .calibrate.precision import Precision
@@ -90,14 +102,15 @@ _lbllm = torch.ops.lbllm
 
 @dataclass(frozen=True)
 class Ptq(Pass):
-    """Fits W(1+1) weights to the calibration inputs, layer by layer.
+    """Fits W(1+1) weights and 4-bit codes to the calibration inputs, layer by layer.
 
     Attributes:
         group: input columns per group, of linears whose scheme has none.
-        init: how a group's levels are found: by expectation maximization, or as an even grid over its range (``rtn``).
+        init: how a W(1+1) group's levels are found: by expectation maximization, or as an even grid over its range
+            (``rtn``).
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
-        rounds: rounds of compensation and level refit per group.
+        rounds: rounds of compensation and level refit per W(1+1) group.
         outliers: leave columns that the pass ``outliers`` has put last 8 bits, instead of four levels as all others.
         precision: of the layers' matrix products; statistics and fits are float32.
     """
@@ -185,7 +198,7 @@ class Ptq(Pass):
                 for node in statistic.linears:
                     path = node.meta[LINEAR].weight
                     scheme = weight_scheme(node, self.group)
-                    weight = _dequantized(tensors, path, scheme, _in_features(layer.module, path))
+                    weight = dequantized(tensors, path, scheme, _in_features(layer.module, path))
                     for later in parts[position + 1 :]:
                         if any(n.op == "get_attr" and n.target == path for n in later.module.graph.nodes):
                             set_weight(later, path, weight)
@@ -221,25 +234,12 @@ class Ptq(Pass):
                 fits = [[f] for f in found]
             seconds = (time.perf_counter() - start) / len(paths)
             for path, weight, parts in zip(paths, weights, fits, strict=True):
-                codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
-                shape = (*weight.shape[:-1], -1)
-                codes = codes.reshape(shape)
-                quantized = QuantizedWeight.from_codes(
-                    codes,
-                    levels.reshape(*shape, levels.shape[-1]),
-                    _group(scheme),
-                    level_rules.get(scheme.levels).quantize,
-                )
-                tensors.update({f"{path}.{name}": getattr(quantized, name).cpu() for name in WEIGHT})
-                if scheme.outliers:
-                    (whole,) = parts
-                    kept = zip(ROWS, (whole.kept, whole.kept_scale), strict=True)
-                    tensors.update({f"{path}.{OUTLIERS}.{name}": tensor.cpu() for name, tensor in kept})
+                tensors.update({f"{path}.{name}": tensor.cpu() for name, tensor in _stored(parts, weight, scheme)})
                 norm = sum(float(p.norm.double().sum()) for p in parts)
                 error = sum(float(p.error.double().sum()) for p in parts)
                 row = {
                     "linear": path.removesuffix(".weight"),
-                    "shape": list(codes.shape),
+                    "shape": [*weight.shape[:-1], weight.shape[-1] - scheme.outliers],
                     "scheme": str(scheme),
                 }
                 figures.append({**row, "error": error / norm if norm > 0 else 0.0, "seconds": seconds, **extra})
@@ -247,19 +247,24 @@ class Ptq(Pass):
 
     def _fit_rows(
         self, weights: Sequence[Tensor], factored: Factor, scheme: Scheme
-    ) -> tuple[list[Fit], dict[str, Any]]:
+    ) -> tuple[list[Fit | CodedFit], dict[str, Any]]:
         """Fits matrices ``[N_i, K]`` with the same inputs."""
         together = torch.cat(list(weights)).to(factored.root.device)
-        whole = fit(
-            together,
-            factored,
-            _group(scheme),
-            init=self.init,
-            compensate=self.compensate,
-            rounds=self.rounds,
-            rule=level_rules.get(scheme.levels),
-        )
-        fits, start = [], 0
+        whole: Fit | CodedFit
+        if scheme.bits == 4:
+            whole = fit_int4(together, factored, _group(scheme), compensate=self.compensate)
+        else:
+            whole = fit(
+                together,
+                factored,
+                _group(scheme),
+                init=self.init,
+                compensate=self.compensate,
+                rounds=self.rounds,
+                rule=level_rules.get(scheme.levels),
+            )
+        fits: list[Fit | CodedFit] = []
+        start = 0
         for weight in weights:
             fits.append(whole.rows(start, start + weight.shape[0]))
             start += weight.shape[0]
@@ -267,11 +272,11 @@ class Ptq(Pass):
 
     def _fit_experts(
         self, weights: Sequence[Tensor], statistic: Statistic, scheme: Scheme, chain: Activations
-    ) -> tuple[list[list[Fit]], dict[str, Any]]:
+    ) -> tuple[list[list[Fit | CodedFit]], dict[str, Any]]:
         """Fits stacked matrices ``[E, N_i, K]``, expert by expert; those with too few tokens last."""
         experts, width = weights[0].shape[0], weights[0].shape[-1]
         few = {expert for expert in range(experts) if statistic.count(expert) < width}
-        fitted: dict[int, list[Fit]] = {}
+        fitted: dict[int, list[Fit | CodedFit]] = {}
         damp, dead = 0.0, 0
 
         def fit_one(expert: int, factored: Factor) -> None:
@@ -441,7 +446,7 @@ def _mean_error(rows: Sequence[Mapping[str, Any]]) -> float:
 def weight_scheme(linear: fx.Node, group: int) -> Scheme:
     """How the weight of a decoder linear is quantized: as its scheme says, in groups of ``group`` where it has none."""
     scheme = linear.meta[LINEAR].scheme
-    return Scheme(group=scheme.group or group, levels=scheme.levels, outliers=scheme.outliers)
+    return Scheme(group=scheme.group or group, levels=scheme.levels, outliers=scheme.outliers, bits=scheme.bits)
 
 
 def _without_outliers(program: Program) -> Program:
@@ -457,8 +462,36 @@ def _group(scheme: Scheme) -> int:
     return scheme.group
 
 
-def _dequantized(tensors: Mapping[str, Tensor], path: str, scheme: Scheme, in_features: int) -> Tensor:
-    """The matrix that stored tensors stand for, outliers last; float32."""
+def _stored(parts: Sequence[Fit | CodedFit], weight: Tensor, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of fits of a weight, one for each of its matrices: names behind its path, and tensors."""
+    first = parts[0]
+    if isinstance(first, CodedFit):
+        yield from zip(CODED, (first.weight.packed, first.weight.table, first.weight.scale), strict=True)
+        return
+    codes, levels = (torch.stack([getattr(p, name) for p in parts]) for name in ("codes", "levels"))
+    shape = (*weight.shape[:-1], -1)
+    quantized = QuantizedWeight.from_codes(
+        codes.reshape(shape),
+        levels.reshape(*shape, levels.shape[-1]),
+        _group(scheme),
+        level_rules.get(scheme.levels).quantize,
+    )
+    yield from ((name, getattr(quantized, name)) for name in WEIGHT)
+    if scheme.outliers:
+        yield from zip((f"{OUTLIERS}.{name}" for name in ROWS), (first.kept, first.kept_scale), strict=True)
+
+
+def dequantized(tensors: Mapping[str, Tensor], path: str, scheme: Scheme, in_features: int) -> Tensor:
+    """The matrix that stored tensors of a linear stand for, outliers last; float32.
+
+    Args:
+        tensors: as :meth:`Ptq.fit_behind` gives them.
+        path: of the weight.
+        scheme: see :func:`weight_scheme`.
+        in_features: its columns.
+    """
+    if scheme.bits == 4:
+        return stored_codes(tensors, path, _group(scheme), in_features).dequantize()
     main = stored_weight(tensors, path, _group(scheme), in_features - scheme.outliers).dequantize()
     if not scheme.outliers:
         return main
@@ -484,7 +517,8 @@ def _in_features(module: torch.nn.Module, path: str) -> int:
 
 
 def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Program:
-    """Replaces observed float weights by ``lbllm.unpack_weight`` of the stored planes and levels.
+    """Replaces observed float weights by ``lbllm.unpack_weight`` of the stored planes and levels, or
+    ``lbllm.unpack_int4`` of the stored codes.
 
     Args:
         group: input columns per group, of linears whose scheme has none.
@@ -506,10 +540,13 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
                 others = [u for u in readers if LINEAR not in u.meta or u.meta[LINEAR].role != "decoder"]
                 if others:
                     raise PassError(f"the weight '{path}' is also used by '{others[0].name}'; exclude it by keep_dense")
+                own = weight_scheme(linear, group)
+                coded = own.bits == 4
+                unpack = _lbllm.unpack_int4.default if coded else _lbllm.unpack_weight.default
                 with graph.inserting_before(weight):
-                    parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in WEIGHT)
-                    arguments = (*parts, columns, weight_scheme(linear, group).group)
-                    unpacked[path] = make_call(graph, _lbllm.unpack_weight.default, arguments, linear)
+                    names = CODED if coded else WEIGHT
+                    parts = tuple(make_attribute(graph, f"{path}.{name}", linear) for name in names)
+                    unpacked[path] = make_call(graph, unpack, (*parts, columns, own.group), linear)
             linear.replace_input_with(x, main)
             set_argument(linear, "weight", unpacked[path])
             if loud is not None:
@@ -518,8 +555,8 @@ def rewrite(program: Program, stored: Mapping[str, Tensor], group: int) -> Progr
     for path in unpacked:
         for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == path]:
             graph.erase_node(node)
-        own = [*WEIGHT, *(f"{OUTLIERS}.{name}" for name in ROWS)]
-        for name in [name for name in own if f"{path}.{name}" in stored]:
+        known = [*WEIGHT, *CODED, *(f"{OUTLIERS}.{name}" for name in ROWS)]
+        for name in [name for name in known if f"{path}.{name}" in stored]:
             set_attribute(module, f"{path}.{name}", stored[f"{path}.{name}"])
     prune_attributes(module)
     module.recompile()

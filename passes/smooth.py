@@ -51,7 +51,7 @@ from .calibrate.precision import Precision
 from .ir.annotations import LINEAR
 from .ir.attention import ATTENTIONS, AttentionCall
 from .ir.program import Program, get_attribute, set_attribute
-from .ir.rewrite import Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
+from .ir.rewrite import UNPACKED, Node, ancestors, before_repeat, calls, is_call, make_attribute, make_call
 from .ir.spool import spooled
 from .observe import nothing_to_quantize
 
@@ -84,7 +84,7 @@ class Smooth(Pass):
     def apply(self, program: Program, context: PassContext) -> PassResult:
         if not context.calibration:
             raise PassError("smooth needs calibration batches; give a calibration text")
-        if calls(program.graph, torch.ops.lbllm.observe.default, torch.ops.lbllm.unpack_weight.default):
+        if calls(program.graph, torch.ops.lbllm.observe.default, *UNPACKED):
             raise PassError("the program is observed or quantized already; move 'smooth' in front of 'observe'")
         program = program.copy()
         graph = program.graph

@@ -63,7 +63,8 @@ def test_what_a_calibration_saw_decides_which_errors_count():
     """Loud and correlated inputs: the output's error is far below that of rounding, the weights' error is above it."""
     weight, inputs = normal(40, 96, seed=1), normal(500, 24, seed=2) @ normal(24, 96, seed=3) + normal(500, 96, seed=4)
     inputs[:, 5] *= 30
-    fitted, error = fit_int4(weight, factor(inputs.T @ inputs / 500, 32, 1e-5), 32)
+    found = fit_int4(weight, factor(inputs.T @ inputs / 500, 32, 1e-5), 32)
+    fitted, error = found.weight, found.relative_error
     fitted.validate()
     rounded = quantize_int4(weight, 32)
 

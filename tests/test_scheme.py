@@ -113,6 +113,7 @@ def test_text_that_cannot_be_read(text, message):
         ({"codebook": "planes", "act_bits": 16}, "codebook=planes needs act=4"),
         ({"codebook": "knees", "act_bits": 8}, "codebook=knees needs act=4"),
         ({"group": True}, "group cannot be True"),
+        ({"bits": 4, "outliers": 8}, "outliers=8 does not go with bits=4"),
     ],
 )
 def test_schemes_that_cannot_be(fields, message):
@@ -138,7 +139,25 @@ def test_later_entries_win_setting_by_setting():
     assert schemes["lm_head"] == ""
 
 
-def test_an_entry_with_bits_is_for_heads_alone_and_is_their_whole_form():
+def test_codes_are_for_all_linears_that_a_pattern_matches():
+    found = chosen(
+        "*: act=8; *: group=128; *: bits=4 group=64; *.1.*: dense; *.1.mlp.*: bits=4; *.1.mlp.down_proj: group=32"
+    )
+    schemes = {path.removeprefix("model.layers."): str(info.scheme) for path, info in found.items()}
+    assert schemes["0.self_attn.q_proj"] == "bits=4 group=64 act=8" and schemes["1.self_attn.q_proj"] == "dense"
+    assert schemes["1.mlp.up_proj"] == "bits=4" and schemes["1.mlp.down_proj"] == "bits=4 group=32"
+    assert schemes["lm_head"] == "bits=4 group=64"
+    alone = chosen("lm_head: bits=4 group=32")
+    assert {str(info.scheme) for path, info in alone.items() if path != "lm_head"} == {""}
+    beside = chosen("*: bits=4 group=64 embedding=8; *.0.mlp.down_proj: bits=4 group=64 act=8 act-group=0")
+    assert beside["lm_head"].scheme == Scheme(64, bits=4, embedding=8)
+    assert {str(info.scheme) for path, info in beside.items() if path != "lm_head"} == {
+        "",
+        "bits=4 group=64 act=8 act-group=0",
+    }
+
+
+def test_an_entry_with_an_embedding_is_for_heads_alone_and_is_their_whole_form():
     found = chosen("*: group=128; *: bits=4 group=32 embedding=4; lm_head: act-group=0; lm_head: bits=2")
     assert found["lm_head"].scheme == Scheme(bits=2, act_group=0)
     assert {str(info.scheme) for path, info in found.items() if path != "lm_head"} == {"group=128"}
@@ -158,8 +177,12 @@ def test_dense_is_keep_dense():
     [
         ("*.donw_proj: group=32", r"scheme: the pattern '\*.donw_proj' matches no linear; did you mean '\*.down_proj'"),
         ("lm_head: group=32", "none of the linears that 'lm_head' matches has the settings"),
-        ("*.q_proj: bits=4", "none of the linears that '\\*.q_proj' matches has the settings"),
-        ("*: bits=4 act=8", "cannot set act: bits is of output heads, which have group, embedding and act-group"),
+        ("*.q_proj: bits=2", "bits=8, bits=2 and embedding are of output heads; .* has W\\(1\\+1\\) without bits"),
+        ("*.q_proj: bits=4 embedding=4", "none of the linears that '\\*.q_proj' matches has the settings"),
+        ("*: bits=2 act=8", "cannot set act: bits=8, bits=2 and embedding are of output heads, which have group and"),
+        ("lm_head: bits=4 act=8", "cannot set act: an output head has group, embedding and act-group beside bits"),
+        ("*: bits=4 levels=symmetric", "cannot set levels, which is of W\\(1\\+1\\); leave it out, or bits=4"),
+        ("*: levels=symmetric; *: bits=4", "'.*' cannot have .*: levels=symmetric does not go with bits=4"),
         ("*: group=32 embedding=4", "sets embedding, which goes with bits=4 or bits=2 of an output head"),
         ("lm_head: bits=8 group=32", "group=32 does not go with bits=8: int8 rows have a scale a row"),
         ("lm_head: bits=8 embedding=4", "embedding=4 needs bits=4 or bits=2 beside it"),

@@ -288,10 +288,12 @@ class Together:
             if isinstance(weight, NearestWeight):
                 groups.append(Group((weight.latent,), self.lr_weight * deviation))
 
+        constants = {path: weight for layer in whole.layers for path, weight in layer.constants().items()}
+
         def current() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
             ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | ranges
+            return {path: weight.simulate() for path, weight in levels.items()} | ranges | constants
 
         with context.progress.task(self.title, max(self.steps, 1)) as task:
             outcome = train(

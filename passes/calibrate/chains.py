@@ -250,7 +250,7 @@ def with_tensors(program: Program, tensors: Mapping[str, Tensor]) -> Program:
 
 
 def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """A layer's weight: from ``tensors`` where they have it, else as the program stores it."""
+    """A layer's W(1+1) weight: from ``tensors`` where they have it, else as the program stores it."""
     weight = lifted.stored(path)
     if f"{path}.{WEIGHT[0]}" not in tensors:
         return weight
@@ -261,6 +261,7 @@ def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Te
     """A layer's dequantized weights, clip factors and knees: those in ``tensors``, else as the program stores them."""
     device = lifted.stage.device
     parameters = {path: weight_of(lifted, path, tensors).on(device).dequantize() for path in lifted.weights}
+    parameters |= lifted.constants()
     for path in lifted.ranges:
         parameters[path] = tensors[path].to(device) if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

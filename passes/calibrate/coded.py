@@ -1,4 +1,4 @@
-"""Fitting the codes or planes of an output head to the inputs that a calibration saw.
+"""Fitting 4-bit codes, and an output head's codes or planes, to the inputs that a calibration saw.
 
 Weights alone tell little of what an error costs: a few channels of a head's input are a hundred times as loud as most.
 As in :mod:`.fit`, later columns make up for the errors of earlier ones under the Hessian ``H = mean(x x^T)`` (GPTQ,
@@ -8,6 +8,7 @@ arXiv 2210.17323), and a group's scale is the best one for what is left of its c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ...codegen.levels import FREE
 from ..base import PassContext
 from ..ir.program import Program
 from .fit import Factor, fit
-from .int4 import fit_scales, fit_table, nearest_codes
+from .int4 import fit_scales, fit_table, nearest_codes, quantize_int4
 from .layers import Activations, Values, calibration_batches, segments, split
 from .moments import BATCH
 
@@ -25,29 +26,56 @@ _ROWS_AT_ONCE = 8192
 """Rows that are fitted together; none depends on another one."""
 
 
-def fit_int4(weight: Tensor, factored: Factor, group: int) -> tuple[Int4Weight, float]:
+@dataclass(frozen=True)
+class CodedFit:
+    """A matrix of 4-bit codes, fitted.
+
+    Attributes:
+        weight: the codes.
+        error, norm: float32 ``[N]``: mean of ``((w - q) x)^2`` and ``(w x)^2`` over the calibration inputs, damping
+            included.
+    """
+
+    weight: Int4Weight
+    error: Tensor
+    norm: Tensor
+
+    def rows(self, start: int, end: int) -> CodedFit:
+        """The fit of some rows; all have one table."""
+        rows = slice(start, end)
+        return CodedFit(self.weight.rows(rows), self.error[rows], self.norm[rows])
+
+    @property
+    def relative_error(self) -> float:
+        """``||(W - Q) x||^2 / ||W x||^2``."""
+        return float(self.error.double().sum()) / max(float(self.norm.double().sum()), 1e-30)
+
+
+def fit_int4(weight: Tensor, factored: Factor, group: int, *, compensate: bool = True) -> CodedFit:
     """Fits 4-bit codes to a matrix ``[N, K]``.
 
     Args:
         weight: the matrix.
         factored: of the inputs' Hessian, for the same ``group``.
         group: input columns per scale.
-
-    Returns:
-        The codes, and ``||(W - Q) x||^2 / ||W x||^2`` over the calibration inputs, damping included.
+        compensate: let later columns make up for the errors of earlier ones; else each weight takes the level next to
+            it, whatever the inputs.
 
     Raises:
         FormatError: a weight is not finite, or too large for an fp16 scale.
     """
+    if not compensate:
+        coded, root = quantize_int4(weight, group), factored.root.t()
+        original = weight.float().masked_fill(factored.dead, 0.0)
+        error, norm = (_squares(root, part.t()[factored.order]) for part in (original - coded.dequantize(), original))
+        return CodedFit(coded, error, norm)
     table = fit_table(weight, group)
-    codes, scales, errors, norms = zip(
-        *(_fit_rows(rows, factored, table) for rows in weight.split(_ROWS_AT_ONCE)), strict=True
-    )
-    fitted = Int4Weight(torch.cat(codes), table, torch.cat(scales), weight.shape[1], group)
-    return fitted, sum(errors) / max(sum(norms), 1e-30)
+    parts = [_fit_rows(rows, factored, table) for rows in weight.split(_ROWS_AT_ONCE)]
+    codes, scales, error, norm = (torch.cat(part) for part in zip(*parts, strict=True))
+    return CodedFit(Int4Weight(codes, table, scales, weight.shape[1], group), error, norm)
 
 
-def _fit_rows(weight: Tensor, factored: Factor, table: Tensor) -> tuple[Tensor, Tensor, float, float]:
+def _fit_rows(weight: Tensor, factored: Factor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed codes and scales of some rows, and the squares of error and output."""
     # Columns are rows here: the loop over columns reads and writes contiguous memory.
     work = weight.float().masked_fill(factored.dead, 0.0).t()[factored.order].contiguous()
@@ -74,13 +102,20 @@ def _fit_rows(weight: Tensor, factored: Factor, table: Tensor) -> tuple[Tensor, 
     restored = codes.new_empty((work.shape[1], work.shape[0]))
     restored[:, factored.order] = codes.t()
     root = factored.root.t()
-    lost, whole = (float((root @ part).square().sum(dtype=torch.float64)) for part in (original - quantized, original))
-    return pack_codes(restored), scales, lost, whole
+    return pack_codes(restored), scales, _squares(root, original - quantized), _squares(root, original)
+
+
+def _squares(root: Tensor, columns: Tensor) -> Tensor:
+    """Squares ``[N]`` of what rows, given as columns ``[K, N]``, make of inputs with this factor of their Hessian."""
+    return (root @ columns).square().sum(0)
 
 
 def fit_planes(weight: Tensor, factored: Factor, group: int) -> tuple[QuantizedWeight, float]:
-    """Fits W(1+1) to a matrix ``[N, K]``, see :func:`.fit.fit`; arguments and results are as those of
-    :func:`fit_int4`."""
+    """Fits W(1+1) to a matrix ``[N, K]``, see :func:`.fit.fit`.
+
+    Returns:
+        The weight, and ``||(W - Q) x||^2 / ||W x||^2`` over the calibration inputs, damping included.
+    """
     parts = [fit(rows, factored, group) for rows in weight.split(_ROWS_AT_ONCE)]
     codes, levels = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "levels"))
     error, norm = (sum(float(getattr(part, name).double().sum()) for part in parts) for name in ("error", "norm"))

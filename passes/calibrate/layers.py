@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from ...codegen.format import QuantizedWeight
+from ...codegen.format import Int4Weight, QuantizedWeight
 from ...codegen.operators.lbllm.linears import WEIGHT
 from ..base import batches_of
 from ..ir.program import CPU, LAYER, Program, copy_module, discard_attributes, get_attribute, set_attribute
@@ -251,6 +251,16 @@ def stored_weight(tensors: Mapping[str, Tensor], path: str, group: int, in_featu
     """The quantized weight kept under ``<path>.sign`` and so on."""
     parts = (tensors[f"{path}.{name}"] for name in WEIGHT)
     return QuantizedWeight(*parts, in_features, group)
+
+
+CODED = ("codes", "table", "code_scale")
+"""Tensors of a 4-bit weight behind its path, in the order of :class:`Int4Weight`."""
+
+
+def stored_codes(tensors: Mapping[str, Tensor], path: str, group: int, in_features: int) -> Int4Weight:
+    """The 4-bit weight kept under ``<path>.codes`` and so on."""
+    parts = (tensors[f"{path}.{name}"] for name in CODED)
+    return Int4Weight(*parts, in_features, group)
 
 
 def set_weight(stage: Stage, path: str, value: Tensor) -> None:

@@ -6,12 +6,13 @@ as the packed format would; the backward pass goes straight through the rounding
 A weight has a latent value, a relaxed bitmap in [0, 1] and four levels per group; what they stand for and their
 gradients are in ``codegen/latent.py``.
 
-:func:`lift` turns a stage of a quantized program into a function of its weights, clip factors and knees.
+:func:`lift` turns a stage of a quantized program into a function of its weights, clip factors and knees. Weights of
+4-bit codes do not train: they are inputs, too, so that they are dequantized once, and stay as they were fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from ...codegen.operators import Arguments
 from ...codegen.operators.lbllm.linears import WEIGHT
 from ..ir.annotations import LINEAR
 from ..ir.program import discard_attributes, get_attribute
+from ..ir.rewrite import constant
 from .layers import Stage, Values
 
 LATENT_MARGIN = 0.05
@@ -539,9 +541,10 @@ class Lifted:
     """A stage of a quantized program as a function of its quantized weights, clip factors and knees.
 
     Attributes:
-        module: takes the stage's inputs, then the weights, the clips and the knees, by position.
+        module: takes the stage's inputs, then the weights, the coded ones, the clips and the knees, by position.
         stage: the stage it was made from.
-        weights: the paths of the quantized weights, ``<module path>.weight``.
+        weights: the paths of the W(1+1) weights, ``<module path>.weight``.
+        coded: the paths of the weights of 4-bit codes.
         clips: the paths of the clip factors.
         knees: the paths of the knees.
         rules: which levels each of the weights may have, by path.
@@ -550,6 +553,7 @@ class Lifted:
     module: fx.GraphModule
     stage: Stage
     weights: tuple[str, ...]
+    coded: tuple[str, ...]
     clips: tuple[str, ...]
     knees: tuple[str, ...]
     rules: Mapping[str, LevelRule]
@@ -562,11 +566,19 @@ class Lifted:
     def run(self, values: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Values:
         """The stage's outputs for one batch, with ``parameters`` by path (dequantized weights, clip factors, knees)."""
         inputs = [values[name] for name in self.stage.inputs]
-        extra = [parameters[path] for path in (*self.weights, *self.ranges)]
+        extra = [parameters[path] for path in (*self.weights, *self.coded, *self.ranges)]
         return dict(zip(self.stage.outputs, self.module(*inputs, *extra), strict=True))
 
+    def constants(self) -> dict[str, Tensor]:
+        """The weights of codes, dequantized, by path; on the stage's device."""
+        module, found = self.stage.module, {}
+        for node in _unpacks(module.graph):
+            if _weight_path(node) in self.coded:
+                found[_weight_path(node)] = node.target(*(constant(module, value) for value in node.args))
+        return found
+
     def stored(self, path: str) -> QuantizedWeight:
-        """A weight as the program stores it."""
+        """A W(1+1) weight as the program stores it."""
         node = next(n for n in _unpacks(self.stage.module.graph) if _weight_path(n) == path)
         arguments = Arguments(node)
         tensors = [get_attribute(self.stage.module, a.target) for a in arguments.pick(*WEIGHT)]
@@ -617,15 +629,21 @@ def lift(stage: Stage) -> Lifted:
     for node in nodes:
         if node.op == "placeholder":
             copies[node] = graph.placeholder(node.name)
-    weights: dict[str, fx.Node] = {}
-    for node in _unpacks(stage.module.graph):
-        path = _weight_path(node)
-        if path not in weights:
-            weights[path] = graph.placeholder(f"weight_{len(weights)}")
-        copies[node] = weights[path]
+    planes, codes = (
+        [n for n in _unpacks(stage.module.graph) if n.target is target]
+        for target in (_lbllm.unpack_weight.default, _lbllm.unpack_int4.default)
+    )
+    weights, coded = (
+        _inputs(graph, name, {node: _weight_path(node) for node in nodes}, copies)
+        for name, nodes in (("weight", planes), ("coded", codes))
+    )
     quantizers = [n for n in nodes if n.target is _lbllm.fake_quantize.default]
-    clips = _inputs(graph, "clip", [Arguments(n).clip for n in quantizers], copies)
-    knees = _inputs(graph, "knees", [k for n in quantizers if (k := Arguments(n).knees) is not None], copies)
+    of_clips = [Arguments(n).clip for n in quantizers]
+    of_knees = [k for n in quantizers if (k := Arguments(n).knees) is not None]
+    clips, knees = (
+        _inputs(graph, name, {node: node.target for node in nodes}, copies)
+        for name, nodes in (("clip", of_clips), ("knees", of_knees))
+    )
     for node in nodes:
         if node in copies:
             continue
@@ -635,17 +653,19 @@ def lift(stage: Stage) -> Lifted:
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.eliminate_dead_code()
-    rules = {_weight_path(node): _level_rule(node) for node in _unpacks(stage.module.graph)}
-    return Lifted(fx.GraphModule(stage.module, graph), stage, tuple(weights), clips, knees, rules)
+    rules = {_weight_path(node): _level_rule(node) for node in planes}
+    return Lifted(fx.GraphModule(stage.module, graph), stage, weights, coded, clips, knees, rules)
 
 
-def _inputs(graph: fx.Graph, name: str, weights: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> tuple[str, ...]:
-    """Makes an input of every distinct one of ``weights``, notes it in ``copies``; returns their paths."""
+def _inputs(
+    graph: fx.Graph, name: str, paths: Mapping[fx.Node, str], copies: dict[fx.Node, fx.Node]
+) -> tuple[str, ...]:
+    """Makes an input for every distinct path, notes it in ``copies`` for the nodes; returns the paths."""
     made: dict[str, fx.Node] = {}
-    for weight in weights:
-        if weight.target not in made:
-            made[weight.target] = graph.placeholder(f"{name}_{len(made)}")
-        copies[weight] = made[weight.target]
+    for node, path in paths.items():
+        if path not in made:
+            made[path] = graph.placeholder(f"{name}_{len(made)}")
+        copies[node] = made[path]
     return tuple(made)
 
 
@@ -657,11 +677,11 @@ _DIFFERENTIABLE = {
 
 
 def _unpacks(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.target is _lbllm.unpack_weight.default]
+    return [n for n in graph.nodes if n.target in (_lbllm.unpack_weight.default, _lbllm.unpack_int4.default)]
 
 
 def _weight_path(unpack: fx.Node) -> str:
-    return Arguments(unpack).sign.target.removesuffix(".sign")
+    return unpack.args[0].target.rpartition(".")[0]
 
 
 def _level_rule(unpack: fx.Node) -> LevelRule:

@@ -5,8 +5,11 @@ pattern over module paths and, behind a colon, what holds for the linears that i
 ``key=value``. Later entries win: a setting replaces that of an earlier entry, ``dense`` replaces all of them, and a
 setting behind ``dense`` quantizes the linear after all. What no entry sets is left to the options of the passes.
 
-An entry with ``bits`` is for output heads alone, and gives the form of their weights as a whole: ``lm_head: bits=4
-group=32 embedding=4``. Other entries are for the linears of the decoder layers; heads have their ``act-group``, too.
+An entry with ``bits`` gives the form of weights as a whole. With ``bits=4`` all linears that the pattern matches have
+codes, those of the decoder layers and output heads: ``*.v_proj: bits=4 group=64``. ``bits=8``, ``bits=2`` and
+``embedding`` are for output heads alone: ``lm_head: bits=4 group=32 embedding=4``; a linear of a decoder layer has
+W(1+1) where nothing gives it bits. Entries without ``bits`` are for the linears of the decoder layers; heads have their
+``act-group``, too.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ CODEBOOKS = ("none", "knees", "planes")
 """Codes of 4-bit activations: uniform over a clipped range, or places in a table that two knees, or the scales of four
 binary planes, shape."""
 
-HEAD_BITS = (2, 4, 8)
-"""Bits of an output head's weights: W(1+1), 4-bit codes, int8 rows."""
+BITS = (2, 4, 8)
+"""Bits of a linear's weights: W(1+1), 4-bit codes, int8 rows; 2 and 8 are told of output heads alone."""
 
 EMBEDDING_BITS = (4, 8)
 """Bits of the token embedding beside a head of fewer than 8: codes or int8 rows."""
@@ -68,7 +71,8 @@ class Scheme:
         codebook: for 4-bit inputs ``knees`` or ``planes``, where these shape a table; else ``none``.
         outliers: the last columns of the weight and channels of the input that have 8 bits, which the pass ``outliers``
             put there.
-        bits: of an output head's weights: 8 (int8 rows), 4 (codes) or 2 (W(1+1)); None for every other linear.
+        bits: of an output head's weights: 8 (int8 rows), 4 (codes) or 2 (W(1+1)). Of another linear's 4, or None for
+            W(1+1).
         embedding: bits of the token embedding beside a head of 4 or 2 bits: 8 or 4.
         dense: the linear stays float.
 
@@ -92,7 +96,14 @@ class Scheme:
         if self.dense and self._set():
             raise SchemeError("a linear that is dense has no other setting")
         if self.bits and self.levels != level_rules.FREE.name:
-            raise SchemeError(f"levels={self.levels} does not go with bits={self.bits}: a head has free levels")
+            raise SchemeError(
+                f"levels={self.levels} does not go with bits={self.bits}: only linears of decoder layers have level"
+                " rules, for their W(1+1)"
+            )
+        if self.bits and self.outliers:
+            raise SchemeError(
+                f"outliers={self.outliers} does not go with bits={self.bits}: only W(1+1) leaves outliers 8 bits"
+            )
         if self.bits == 8 and self.group:
             raise SchemeError(f"group={self.group} does not go with bits=8: int8 rows have a scale a row")
         if self.embedding and self.bits not in (2, 4):
@@ -139,7 +150,7 @@ def _check(key: str, value: Any) -> None:
         level_rules.get(value)
     else:
         choices = {
-            "bits": HEAD_BITS,
+            "bits": BITS,
             "group": GROUPS,
             "act": ACTIVATION_BITS,
             "act-group": (0, *GROUPS),
@@ -200,9 +211,15 @@ class Entry:
         return replace(Scheme() if scheme.dense and changes else scheme, **changes)
 
     @property
+    def gives_form(self) -> bool:
+        """Whether it gives the form of weights as a whole, and so is for output heads, too."""
+        return "bits" in dict(self.settings)
+
+    @property
     def of_head(self) -> bool:
         """Whether it is for output heads alone."""
-        return "bits" in dict(self.settings)
+        settings = dict(self.settings)
+        return self.gives_form and (settings["bits"] != 4 or "embedding" in settings)
 
     def __str__(self) -> str:
         return f"{self.pattern}: " + (" ".join(f"{key}={value}" for key, value in self.settings) or "dense")
@@ -257,7 +274,7 @@ def told(linear: Node, head: bool) -> dict[str, Any]:
 
     Args:
         linear: the call.
-        head: whether it is an output head, whose scheme says how many bits its weights have.
+        head: whether it is an output head, whose scheme always says how many bits its weights have.
     """
     if is_call(linear, *_STORED_BITS):
         bits, grouped, source = _STORED_BITS[linear.target], linear, Arguments(linear).values
@@ -269,8 +286,8 @@ def told(linear: Node, head: bool) -> dict[str, Any]:
     else:
         return {}
     fields: dict[str, Any] = {"group": None if bits == 8 else Arguments(grouped).group, "dense": False}
-    if head:
-        fields["bits"] = bits
+    if head or bits != 8:  # the int8 rows beside a decoder linear's W(1+1) are its outliers
+        fields["bits"] = bits if head or bits == 4 else None
     if is_call(source, operator.getitem):
         source = Arguments(source).value
     if is_call(source, _lbllm.fake_quantize.default, _lbllm.quantize_activation.default):

@@ -18,7 +18,7 @@ from lbllm_compile.passes.budget import Budget, Costs
 from lbllm_compile.passes.choices import sites
 from lbllm_compile.passes.ir.annotations import LINEAR, linears
 from lbllm_compile.passes.ir.scheme import Scheme, parse
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import stored_int4, stored_weights
 from lbllm_compile.passes.pipeline import PassRecord
 from stages import Memory, annotated, apply, batches, context
 from test_driver import MODEL, SMALL
@@ -64,6 +64,39 @@ def test_bits_are_those_that_are_stored(within):
     assert all(
         f"group={group}" == schemes(within.program)[path.removesuffix(".weight")] for path, group in groups.items()
     )
+
+
+CODES = f"{GROUPS}; *: bits=4 group=32; *.mlp: bits=4 group=64; *: bits=8; *: bits=4 group=32 embedding=4"
+"""What linears of decoder layers may have in it: groups and codes; forms of heads are not chosen for."""
+
+
+def test_codes_are_chosen_where_the_model_is_sensitive(within):
+    result = chosen(f'budget{{bits=3.1,choices="{CODES}"}}')
+    made = schemes(result.program)
+    assert {scheme for scheme in made.values() if "bits" in scheme} <= {"bits=4 group=32", "bits=4 group=64"}
+    assert any("bits" in scheme for scheme in made.values()) and any("bits" not in s for s in made.values())
+    assert result.summary["measured"] < within.summary["measured"] and result.summary["bits"] <= 3.1
+    lowered = compiled(result.program)
+    assert evaluate.bits_per_weight(lowered)["bits_per_weight"] == pytest.approx(result.summary["bits"])
+    for path, weight in {**stored_weights(lowered), **stored_int4(lowered)}.items():
+        if path != "lm_head.weight":
+            bits = "bits=4 " if path in stored_int4(lowered) else ""
+            assert made[path.removesuffix(".weight")] == f"{bits}group={weight.group}"
+
+
+def test_codes_without_a_group_get_one_and_no_code_contradicts_what_was_told():
+    """A linear that was told codes keeps them, one that was told a level rule has none; experts have none at all."""
+    told = "*.o_proj: bits=4; *.down_proj: levels=additive; *.0.mlp.*_proj: act=8; *.1.self_attn.o_proj: group=256"
+    start = apply(annotated(), f'annotate{{scheme="{told}"}}').program
+    found = {site.paths[0]: site.options for site in sites(start, parse(CODES))}
+    options = {path: [str(o.schemes[path]) for o in each] for path, each in found.items()}
+    assert options["model.layers.0.self_attn.o_proj"] == ["bits=4 group=128", "bits=4 group=64", "bits=4 group=32"]
+    assert options["model.layers.1.self_attn.o_proj"] == ["bits=4 group=256"]
+    down = [f"group={group} levels=additive act=8" for group in (128, 64, 32)]
+    assert options["model.layers.0.mlp.down_proj"] == down
+    assert options["model.layers.0.mlp.gate_proj"][-2:] == ["bits=4 group=64 act=8", "bits=4 group=32 act=8"]
+    experts = [site for site in sites(annotated("mixtral"), parse(CODES)) if "experts" in site.paths[0]]
+    assert experts and not any(s.bits for site in experts for o in site.options for s in o.schemes.values())
 
 
 def test_linears_behind_one_input_share_a_choice(within):
@@ -131,7 +164,7 @@ def test_a_limit_on_the_divergence_takes_the_fewest_bits():
     memory = Memory()
     sizes = {}
     for limit in (0.02, 0.2, 100.0):
-        memory.kept = {k: v for k, v in memory.kept.items() if not k[0].startswith("budget-ptq")}
+        memory.kept = {k: v for k, v in memory.kept.items() if "-ptq" not in k[0]}
         result = Budget(max_kl=limit).apply(annotated(), context(count=4, checkpoints=memory))
         assert result.summary["predicted"] <= limit
         sizes[limit] = result.summary["bits"]

@@ -30,8 +30,8 @@ from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.recipe import Choices
 
 FEW = (
-    "*: group=64; *: group=128; *: bits=8; *: bits=4 group=64; *: bits=4 group=32 embedding=4; *: bits=2 group=64;"
-    " *: bits=2 group=32 embedding=4; *: dense"
+    "*: group=64; *: group=128; *: bits=8; lm_head: bits=4 group=64; *: bits=4 group=32 embedding=4;"
+    " *: bits=2 group=64; *: bits=2 group=32 embedding=4; *: dense"
 )
 TIED, UNTIED = "llama-tied", "llama"
 MODELS = pytest.mark.parametrize("name", [TIED, UNTIED])
@@ -283,6 +283,12 @@ def test_a_pipelines_own_budget_has_no_codes_to_choose_either():
     for target, choices in (("cpu", CHOICES), ("cpu,cuda:sm_90", without_codes())):
         (item,) = [p for p in recipe.passes(Choices(pipeline=text), target) if p.name == "budget"]
         assert isinstance(item, Budget) and item.choices == choices
+    layers = text.replace("over=model", 'choices="*: group=64; *: bits=2 embedding=4; *: bits=4 group=64"')
+    assert recipe.passes(Choices(pipeline=layers), "cpu")
+    with pytest.raises(OptionError, match=r"'cuda:sm_90' has no kernels for 4-bit codes.*'\*: bits=4 group=64'"):
+        recipe.passes(Choices(pipeline=layers), "cuda:sm_90")
+    (item,) = [p for p in recipe.passes(Choices(bits=2.5), "cuda:sm_90") if p.name == "budget"]
+    assert isinstance(item, Budget) and item.choices == without_codes()
     for entry in ("*: bits=4", "*: bits=2 embedding=4"):
         given = Choices(pipeline=text.replace("over=model", f'over=model,choices="*: group=64; {entry}"'))
         assert recipe.passes(given, "cpu")

@@ -292,6 +292,7 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
         KernelError: no kernel can be for it.
     """
     info, (*_, rows, columns), group = linear.info, linear.shape, _group(linear, passes)
+    kind: Literal["bit", "int4", "int8"]
     quantizer = _quantizer(info.scheme, passes)
     if info.role == "decoder" and group is not None and quantizer is not None:
         outliers = 0 if info.scheme.bits else _outliers(columns, passes)
@@ -309,7 +310,7 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
     if info.role == "head" and (form := head.form(info.scheme)).bits < 16:
         group = info.scheme.act_group
         of_input = QuantizeSpec(columns, (form.group or head.group) if group is None else group, 8)
-        kind: Literal["bit", "int4", "int8"] = "int8" if form.bits == 8 else "int4" if form.bits == 4 else "bit"
+        kind = "int8" if form.bits == 8 else "int4" if form.bits == 4 else "bit"
         group = product_group(form.group, of_input.group) if form.group else of_input.group
         return [(LinearSpec(kind, rows, columns, group, 8, per_token=of_input.group == 0), of_input)]
     return []

@@ -236,7 +236,7 @@ def test_a_lowered_program_says_which_linears_have_codes():
     found = {info.path.removeprefix("model.layers."): info.scheme for _, info in linears(program)}
     assert found["0.self_attn.q_proj+k_proj+v_proj"] == Scheme(32, "free", 4, 32, "none", bits=4)
     assert found["1.self_attn.q_proj+k_proj+v_proj"] == Scheme(32, "free", 4, 32, "none")
-    assert found["0.mlp.down_proj"] == Scheme(64, "free", 8, 64, "none", bits=4)
+    assert found["0.mlp.down_proj"] == Scheme(64, "free", 8, 32, "none", bits=4)
     assert found["1.mlp.up_proj"] == Scheme(32, "free", 4, 0, "none", bits=4)
     assert found["lm_head"] == Scheme(None, "free", 8, 64, "none", bits=8)
     check_weights(program)
@@ -249,7 +249,7 @@ def test_a_lowered_program_says_which_linears_have_codes():
 @pytest.mark.parametrize(
     ("name", "scheme", "activate", "forms"),
     [
-        ("llama", SOME, "activate{group=32,steps=1}", {(32, 4, False), (32, 4, True), (64, 8, False), (64, 8, True)}),
+        ("llama", SOME, "activate{group=32,steps=1}", {(32, 4, False), (32, 4, True), (32, 8, False), (64, 8, True)}),
         ("llama", "*: bits=4 group=256", "activate{bits=16,group=256,kv=16,steps=0}", {(256, 16, False)}),
         ("qwen2", "*: bits=4 group=128", "activate{group=128,ranges=knees,steps=1}", {(128, 8, False)}),
     ],

@@ -154,15 +154,24 @@ class Distill(Pass):
             "after": outcome.after,
             "step": outcome.step,
             "curve": dict(outcome.curve),
-            "sign_flips": signs / max(count, 1),
-            "bitmap_flips": bitmaps / max(count, 1),
+            **({"sign_flips": signs / count, "bitmap_flips": bitmaps / count} if count else {}),
             "seconds": time.perf_counter() - start,
         }
         return tensors, metrics
 
 
 def layers_better(rows: Sequence[Mapping[str, Any]], share: float) -> int:
-    """Number of layers whose planes changed and whose held-out error fell by at least ``share``."""
+    """Number of layers whose planes changed and whose held-out error fell by at least ``share``.
+
+    Args:
+        rows: of :func:`with_planes`.
+        share: of the error before.
+    """
     return sum(
         row["after"] <= (1 - share) * row["before"] and row["sign_flips"] + row["bitmap_flips"] > 0 for row in rows
     )
+
+
+def with_planes(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of layers that have planes; in one of 4-bit codes alone nothing trains."""
+    return [row for row in rows if "sign_flips" in row]

@@ -139,8 +139,12 @@ MODELS: dict[str, tuple[Callable[[], UserModel], str]] = {
     "experts": (_experts, "head{group=32},merge,lower,cache,cleanup"),
     "convolutions": (_convolutions, "head{group=32},merge,lower,cache,cleanup"),
     "mlp": (_mlp, "merge,lower,cleanup"),
+    "codes": (_llama, "head{group=32},merge,lower,cache,cleanup"),
 }
 """Models by name, and the passes behind simulated quantization."""
+
+OF_CODES = {"codes": ("q_proj", "k_proj", "v_proj", "down_proj")}
+"""How paths of linears with 4-bit codes end, by model."""
 
 
 def make(directory: Path) -> None:
@@ -155,7 +159,7 @@ def make(directory: Path) -> None:
                 program = item.apply(program, context).program
                 history.append((item.name, program))
             if part != text:
-                program = simulate(program)
+                program = simulate(program, coded=OF_CODES.get(name, ()))
         program = dataclasses.replace(program, tokenizer=_tokenizer() if model.kind == "causal-lm" else None)
         measured = [MeasuredPass("lower", "lower", "exact", [{"layer": 0, "error": 0.5}], {"counts": 3})]
         out = directory / name

@@ -7,6 +7,7 @@ from lbllm_compile.codegen import format as w11
 from lbllm_compile.codegen import operators as operators
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
 from lbllm_compile.passes.annotate import LINEAR
+from lbllm_compile.passes.calibrate.layers import CODED
 from lbllm_compile.passes.ir.program import Program, get_attribute, prune_attributes, set_attribute
 from lbllm_compile.passes.ir.rewrite import LINEARS, calls, is_call, make_attribute, make_call
 from torch import Tensor
@@ -36,10 +37,30 @@ def planes(path: str, weight: Tensor, group: int) -> dict[str, Tensor]:
     return {f"{path}.{field}": getattr(quantized, field) for field in WEIGHT}
 
 
+TABLE = torch.arange(-120, 128, 16, dtype=torch.int8)
+"""Levels of all 4-bit weights, so that linears with one input can be merged."""
+
+
+def code(weight: Tensor, group: int) -> w11.Int4Weight:
+    """The nearest of 16 even levels, with the scale that lets a group's largest magnitude be one of them."""
+    k = weight.shape[-1]
+    grouped = torch.nn.functional.pad(weight, (0, -k % group)).unflatten(-1, (-1, group))
+    scale = (grouped.abs().amax(-1) / int(TABLE[-1])).half()
+    codes = ((grouped / scale.float().unsqueeze(-1) + 120) / 16).round().clamp(0, 15).to(torch.uint8)
+    return w11.Int4Weight(w11.pack_codes(codes.flatten(-2)[..., :k]), TABLE, scale, k, group)
+
+
 def simulate(
-    program: Program, group: int = 32, bits: int = 4, kv: int = 4, per_token: bool = False, knees: bool = False
+    program: Program,
+    group: int = 32,
+    bits: int = 4,
+    kv: int = 4,
+    per_token: bool = False,
+    knees: bool = False,
+    coded: tuple[str, ...] = (),
 ) -> Program:
-    """What ``ptq`` and ``activate`` leave behind, with round-to-nearest weights. ``kv=0`` leaves attention alone."""
+    """What ``ptq`` and ``activate`` leave behind, with round-to-nearest weights. ``kv=0`` leaves attention alone;
+    linears whose paths end like one of ``coded`` have 4-bit codes."""
     program = program.copy()
     graph, module = program.graph, program.module
     quantizers = {}
@@ -48,13 +69,16 @@ def simulate(
         if info is None or info.role != "decoder":
             continue
         x, path = node.args[0], node.args[1].target
-        weight = quantize(get_attribute(module, path), group)
+        of_codes = info.path.endswith(coded)
+        weight = (code if of_codes else quantize)(get_attribute(module, path), group)
+        names = dict(zip(CODED, ("packed", "table", "scale"), strict=True)) if of_codes else {n: n for n in WEIGHT}
+        unpack = _lbllm.unpack_int4.default if of_codes else _lbllm.unpack_weight.default
         with graph.inserting_before(node):
             fields = []
-            for field in WEIGHT:
+            for field, attribute in names.items():
                 fields.append(make_attribute(graph, f"{path}.{field}", node))
-                set_attribute(module, f"{path}.{field}", getattr(weight, field))
-            unpacked = make_call(graph, _lbllm.unpack_weight.default, (*fields, weight.in_features, group), node)
+                set_attribute(module, f"{path}.{field}", getattr(weight, attribute))
+            unpacked = make_call(graph, unpack, (*fields, weight.in_features, group), node)
             if x not in quantizers:
                 factors = []
                 for name, value in (("clip", CLIP), ("knees", KNEES))[: 1 + knees]:

@@ -28,8 +28,10 @@ from stages import Memory, apply, batches, context, same_tensors
 from zoo import VOCABULARY, captured
 
 from lbllm_compile.evaluate import sizes
+from lbllm_compile.html_report.contents import parts_of
 from lbllm_compile.lowering.build import build_native
 from lbllm_compile.lowering.executor import requirements
+from lbllm_compile.report.stages import verdicts
 from lbllm_compile.runtime import CompiledModel
 
 _lbllm = torch.ops.lbllm
@@ -131,6 +133,11 @@ def test_channels_of_8_bits_do_not_go_with_codes():
 # Training
 
 
+def record(item, result) -> pipeline.PassRecord:
+    """What a compile keeps of a pass that has run."""
+    return pipeline.PassRecord(1, item.name, item.name, 1.0, 1.0, 9, 9, "", 0.0, result.rows, result.summary)
+
+
 @pytest.mark.parametrize("scheme", [SOME, "*.layers.0.*: bits=4", "*: bits=4"])
 def test_training_leaves_codes_as_they_were_fitted(scheme):
     """Layers of codes alone among them, whose clip factors train, and a model of nothing else."""
@@ -138,12 +145,14 @@ def test_training_leaves_codes_as_they_were_fitted(scheme):
     item, data = told(scheme), held(scheme)
     for each in pipeline.parse(f"observe,ptq{{group=32}},{text}"):
         result = each.apply(item, data)
+        if each.name == "distill":
+            trained = [row["layer"] for row in result.rows if "sign_flips" in row]
+            assert trained == {SOME: [0, 1], "*.layers.0.*: bits=4": [1], "*: bits=4": []}[scheme]
+            assert len(verdicts([record(each, result)])) == bool(trained)
         item, data = result.program, dataclasses.replace(data, channel_weights=result.channel_weights)
     before, after = (dict(program.parameters()) for program in (fitted(scheme).program, item))
     coded = {path for path in before if path.endswith(CODED)}
     assert coded and all(torch.equal(before[path], after[path]) for path in coded)
-    moved = {path for path in before.keys() - coded if not torch.equal(before[path], after[path])}
-    assert bool(moved) == (scheme != "*: bits=4")
 
 
 def test_codes_are_dequantized_once_for_a_training():
@@ -217,7 +226,7 @@ def test_linears_of_codes_with_two_tables_stay_apart():
     rewrites(Merge(), APART, APART, bare_context({"x": normal(3, 5, 40, seed=4)}), coded_weights(k=other))
 
 
-# From text to native code
+# From text to native code, and what is told of it
 
 
 @functools.cache
@@ -244,6 +253,13 @@ def test_a_lowered_program_says_which_linears_have_codes():
     weights |= {f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(2) for name in ("up", "down")}
     assert coded_linears(program) == stored_int4(program).keys() == weights
     assert not weights & stored_weights(program).keys()
+
+
+def test_the_report_counts_codes_as_those_of_the_layers():
+    parts = parts_of(lowered(SOME, "activate{group=32,steps=1}"))
+    path = "model.layers.0.self_attn.k_proj.weight"
+    assert parts[f"{path}.codes"] == "4-bit codes" and parts[f"{path}.code_scale"] == "scales and levels of codes"
+    assert {part for path, part in parts.items() if path.endswith(".rows")} == {"int8 embedding and head"}
 
 
 @pytest.mark.parametrize(

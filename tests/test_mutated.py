@@ -23,6 +23,7 @@ import pytest
 import torch
 from lbllm_compile.codegen.errors import KernelError
 from reference_kernels import ReferenceKernels
+from safetensors.torch import load_file, save_file
 
 from lbllm_compile import artifact
 from lbllm_compile.artifact import ArtifactError
@@ -132,6 +133,29 @@ def planes_that_are_none(nodes: Nodes) -> None:
     next(n for n in nodes if n["name"] == sign)["args"][0] = 3
 
 
+def computed_codes(nodes: Nodes) -> None:
+    linear = node(nodes, "lbllm.int4_linear.default")
+    linear["args"][2] = put(nodes, "aten.bitwise_not.default", [linear["args"][2]], linear)
+
+
+def two_tables(nodes: Nodes) -> None:
+    linear = node(nodes, "lbllm.int4_linear.default")
+    linear["args"][3] = put(nodes, "aten.cat.default", [[linear["args"][3]] * 2], linear)
+
+
+def one_scale(nodes: Nodes) -> None:
+    scales = node(nodes, "lbllm.int4_linear.default")["args"][4]["node"]
+    del next(n for n in nodes if n["name"] == scales)["args"][0][1:]
+
+
+def planes_in_the_scheme(nodes: Nodes) -> None:
+    node(nodes, "lbllm.int4_linear.default")["meta"]["linear"]["scheme"]["bits"] = 2
+
+
+def codes_in_the_scheme(nodes: Nodes) -> None:
+    node(nodes, "lbllm.bit_linear.default")["meta"]["linear"]["scheme"]["bits"] = 4
+
+
 def other_width(nodes: Nodes) -> None:
     node(nodes, "lbllm.quantize_activation.default")["meta"]["in_features"] += 1
 
@@ -201,6 +225,11 @@ CRAFTED: dict[str, tuple[str, Callable[[Nodes], None], str]] = {
     "a module with a state": ("mlp", state_of_a_module, "graph of a module has the state 'x'"),
     "a list": ("mlp", a_list, "something else than one tensor"),
     "planes that are computed": ("uncached", computed_planes, "weights of 'bit_linear.* are not stored matrices"),
+    "codes that are computed": ("codes", computed_codes, "weights of 'int4_linear.* are not stored matrices"),
+    "a table for each of merged codes": ("codes", two_tables, "weights of 'int4_linear.* are not stored matrices"),
+    "fewer scales than merged codes": ("codes", one_scale, "weights of 'int4_linear.* are not stored matrices"),
+    "codes that pass for planes": ("codes", planes_in_the_scheme, "has 4 as bits, and 2 in its scheme"),
+    "planes that pass for codes": ("codes", codes_in_the_scheme, "has None as bits, and 4 in its scheme"),
     "planes that are a number": ("llama", planes_that_are_none, "weights of 'bit_linear.* are not stored matrices"),
     "an input of another width": ("uncached", other_width, "its input has 40 channels, not 41"),
     "an input of no width": ("uncached", no_width, "does not say how many columns its weight has"),
@@ -236,6 +265,28 @@ def test_a_crafted_graph_is_refused_before_it_runs(base, tmp_path, name):
     with pytest.raises(ArtifactError, match=message) as raised:
         artifact.load(directory)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("k_proj.weight.code_scale", lambda t: t.fill_(torch.inf), "k_proj.weight: a group scale is NaN or infinite"),
+        ("q_proj.weight.table", lambda t: t.flip(0), "q_proj.weight: the levels of the table are not sorted"),
+        ("q_proj.weight.table", lambda t: t[:-1], "q_proj.weight.table is torch.int8 .*, the format needs"),
+        ("down_proj.weight.codes", lambda t: t[:, :-1], "down_proj.weight.codes is torch.uint8 .*, the format needs"),
+    ],
+)
+def test_damaged_codes_of_a_layer_are_refused(base, tmp_path, part, change, message):
+    directory = tmp_path / "damaged"
+    shutil.copytree(base / "codes", directory)
+    weights = load_file(directory / "model.safetensors")
+    (path,) = (path for path in weights if path.endswith(part))
+    weights[path] = change(weights[path]).contiguous()
+    save_file(weights, directory / "model.safetensors")
+    mutations.fit(directory)
+    with pytest.raises(ArtifactError, match=message) as raised:
+        artifact.load(directory)
+    assert "\n" not in str(raised.value)
 
 
 def test_scales_of_another_activation_are_refused(base, tmp_path):

@@ -152,6 +152,7 @@ def parts_of(program: Program) -> dict[str, str]:
     """What each quantized tensor of a lowered program is a part of, by its path, e.g. ``"sign planes"`` or ``"int8
     embedding"``; the parts in the order of a report."""
     planes: dict[str, str] = {}
+    codes: dict[str, str] = {}
     outliers: dict[str, str] = {}
     tables: dict[str, str] = {}
     orders: dict[str, str] = {}
@@ -163,6 +164,8 @@ def parts_of(program: Program) -> dict[str, str]:
                 planes[path] = _PARTS[name]
             elif LINEAR in node.meta and node.meta[LINEAR].role == "outliers":
                 outliers[path] = "int8 outlier columns"
+            elif is_call(node, _lbllm.int4_linear.default) and not of_head:
+                codes[path] = "4-bit codes" if name == "codes" else "scales and levels of codes"
             elif is_call(node, *_TABLES):
                 form, user = _TABLES[node.target]
                 tables[path] = form
@@ -170,7 +173,7 @@ def parts_of(program: Program) -> dict[str, str]:
             elif name == "index":
                 orders[path] = "orders of inputs with outliers"
     named = {path: f"{form} {' and '.join(sorted(users[form]))}" for path, form in tables.items()}
-    return {**planes, **outliers, **named, **orders}
+    return {**planes, **codes, **outliers, **named, **orders}
 
 
 def short_name(path: str) -> str:

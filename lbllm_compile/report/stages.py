@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lbllm_compile.passes.calibrate.alignment import MEASURES
-from lbllm_compile.passes.distill import layers_better
+from lbllm_compile.passes.distill import layers_better, with_planes
 from lbllm_compile.passes.pipeline import PassRecord
 from lbllm_compile.records import Verdict
 from lbllm_compile.report import terminal
@@ -32,14 +32,15 @@ LAYER_SHARE = 0.80
 def verdicts(records: Iterable[PassRecord]) -> list[Verdict]:
     """The verdicts on the passes that trained, as far as a pipeline has them."""
     records = list(records)
-    found = [of_layers(r.rows) for r in records if r.name == "distill" and r.rows]
+    found = [of_layers(r.rows) for r in records if r.name == "distill" and with_planes(r.rows)]
     if summaries := [r.summary for r in records if _measure(r.summary)]:
         found.append(of_output(summaries))
     return found
 
 
 def of_layers(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """The verdict on stage 2, from the rows of ``distill``: one a layer."""
+    """The verdict on stage 2, from the rows of ``distill``: one a layer, of which those count that have planes."""
+    rows = with_planes(rows)
     better = layers_better(rows, LAYER_GAIN)
     text = (
         f"{better} of {len(rows)} layers have flipped bits and a held-out error lower by {LAYER_GAIN:.0%} or more"

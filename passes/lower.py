@@ -309,7 +309,7 @@ def coded_linears(program: Program) -> set[str]:
     return {
         parts[0].target.removesuffix(".codes")
         for node in found
-        if LINEAR not in node.meta or node.meta[LINEAR].role != "head"
+        if LINEAR in node.meta and node.meta[LINEAR].role == "decoder"
         for parts in _merged_parts(node, INT4_WEIGHT, ("table",))
     }
 

@@ -16,7 +16,7 @@ from lbllm_compile.passes.ir import weight_only
 from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from lbllm_compile.passes.ir.rewrite import make_call
-from lbllm_compile.passes.lower import stored_weights
+from lbllm_compile.passes.lower import stored_int4, stored_weights
 from lbllm_compile.passes.smooth import Smooth
 from proven_kernels import kernels_of
 from rtn import simulate
@@ -78,6 +78,15 @@ def test_heads_of_few_bits_are_exported_as_they_are(name, options, tmp_path):
     assert relative_error(weight_only_logits(program), logits_of(out)) < 1e-5
     apart = name == "llama" or options != "bits=4,embedding=4,sequences=0"
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) == apart
+
+
+def test_codes_of_layers_are_exported_as_they_are(tmp_path):
+    simulated = simulate(apply(captured("llama")[1], "canonicalize,annotate"), coded=("_proj",))
+    program = apply_passes(simulated, "head,merge,lower,cache,cleanup", PassContext(probe=inputs(2, 9))).program
+    assert len(stored_int4(program)) == 14
+    out = tmp_path / "dense"
+    export.export(saved(program, tmp_path), "hf-dense", out, dtype="float32")
+    assert relative_error(weight_only_logits(program), logits_of(out)) < 1e-5
 
 
 @pytest.mark.parametrize(

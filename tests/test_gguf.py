@@ -50,7 +50,12 @@ _EVEN = {
 
 @functools.cache
 def even(
-    architecture: str, linear: float | None = None, keep_dense: str | None = None, head: str = "head", **options: Any
+    architecture: str,
+    linear: float | None = None,
+    keep_dense: str | None = None,
+    head: str = "head",
+    coded: tuple[str, ...] = (),
+    **options: Any,
 ) -> Program:
     """A lowered model all of whose matrices fit blocks.
 
@@ -58,6 +63,7 @@ def even(
         linear: the factor of linearly scaled rotary embeddings.
         keep_dense: a pattern of linears that stay as they are.
         head: the pass that quantizes embedding and head.
+        coded: how paths of linears with 4-bit codes end.
     """
     if linear is not None:
         options["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": linear}
@@ -75,7 +81,7 @@ def even(
     model = frontend.prepare(UserModel(module.requires_grad_(False), "causal-lm", architecture, "even"))
     annotate = "annotate" if keep_dense is None else f"annotate{{keep_dense={keep_dense}}}"
     annotated = apply(frontend.capture(model), f"canonicalize,{annotate}")
-    return apply(simulate(annotated, group=64), f"{head},merge,lower,cache,cleanup")
+    return apply(simulate(annotated, group=64, coded=coded), f"{head},merge,lower,cache,cleanup")
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -226,6 +232,18 @@ def test_heads_of_four_bits_are_in_the_file_to_the_bit(group, embedding, tied, t
     if embedding == 4:
         assert torch.equal(of_embedding[1], codes["model.embed_tokens.weight"].dequantize())
     assert report.facts["4-bit_matrices_exact_in_Q8_0"].startswith(f"{len(codes)} of {len(codes)},")
+
+
+def test_codes_of_layers_are_in_the_file_to_the_bit(tmp_path):
+    """Queries and keys of one matrix, whose rows alternate, and a matrix alone."""
+    program = even("LlamaForCausalLM", coded=("q_proj", "k_proj", "v_proj", "down_proj"))
+    out = tmp_path / "model.gguf"
+    report = export.export(saved(program, tmp_path), "gguf", out)
+    codes = stored_int4(program)
+    assert len(codes) == 8 and report.facts["4-bit_matrices_exact_in_Q8_0"].startswith("8 of 8,")
+    state = model_in(out).state_dict()
+    for path, weight in {**codes, **stored_weights(program)}.items():
+        assert torch.equal(state[path], weight.dequantize()), path
 
 
 @pytest.mark.parametrize("tied", [True, False])

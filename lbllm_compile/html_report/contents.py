@@ -159,12 +159,12 @@ def parts_of(program: Program) -> dict[str, str]:
     users: dict[str, set[str]] = {}
     for path, read in readers(program).items():
         for node, name in read:
-            of_head = LINEAR in node.meta and node.meta[LINEAR].role == "head"
-            if is_call(node, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default) and not of_head:
+            role = node.meta[LINEAR].role if LINEAR in node.meta else ""
+            if is_call(node, _lbllm.bit_linear.default, _lbllm.grouped_bit_linear.default) and role != "head":
                 planes[path] = _PARTS[name]
-            elif LINEAR in node.meta and node.meta[LINEAR].role == "outliers":
+            elif role == "outliers":
                 outliers[path] = "int8 outlier columns"
-            elif is_call(node, _lbllm.int4_linear.default) and not of_head:
+            elif is_call(node, _lbllm.int4_linear.default) and role == "decoder":
                 codes[path] = "4-bit codes" if name == "codes" else "scales and levels of codes"
             elif is_call(node, *_TABLES):
                 form, user = _TABLES[node.target]

@@ -40,6 +40,9 @@ from lbllm_compile.resident import peak_memory
 _AFTER = "after-"
 """In front of the key of a finished pass: the stage of the work directory that holds its program."""
 
+_PREPARED = "prepared-"
+"""In front of the key of a finished preparation: the stage that holds what it took."""
+
 
 class DivergedError(LbllmError):
     """A training of the pipeline diverged, now or when it ran first."""
@@ -62,6 +65,10 @@ class Reached:
     peak_memory: int
 
 
+def _key(passes: Sequence[Pass]) -> str:
+    return hashlib.sha256(pipeline.render(passes, full=True).encode()).hexdigest()[:16]
+
+
 @dataclass
 class Tree:
     """Runs pipelines on one program, each pass once for all pipelines that begin alike up to it.
@@ -70,13 +77,13 @@ class Tree:
     begin alike follow one another.
 
     Attributes:
-        program: where the pipelines start.
-        preparation: the passes behind ``program``.
+        prepared: where the pipelines start.
+        preparation: the passes behind it.
         context: what the passes share; its checkpoints are not used.
         work: where finished passes are kept.
     """
 
-    program: Program
+    prepared: Reached
     preparation: Sequence[Pass]
     context: PassContext
     work: WorkDir
@@ -84,9 +91,17 @@ class Tree:
 
     @classmethod
     def start(cls, program: Program, preparation: Sequence[Pass], context: PassContext, work: WorkDir) -> Tree:
-        """Prepares a captured program, which takes seconds and is done anew in every process."""
-        prepared, _ = pipeline.run(program, preparation, context)
-        return cls(prepared, preparation, context, work)
+        """Prepares a captured program. Every process does so, with what earlier ones measured for it."""
+        key = _key(preparation)
+        context = dataclasses.replace(context, checkpoints=PassCheckpoints(work, f"{key}-"))
+        prepared, records = pipeline.run(program, preparation, context)
+        stage = _PREPARED + key
+        done = work.load(stage, 0)
+        if done is None:
+            done = {}, {"seconds": sum(record.seconds for record in records), "peak_memory": peak_memory()}
+            work.save(stage, 0, *done)
+        facts = done[1]
+        return cls(Reached("", prepared, facts["seconds"], facts["peak_memory"]), preparation, context, work)
 
     def reach(self, passes: Sequence[Pass]) -> Reached:
         """The program behind a pipeline.
@@ -110,12 +125,11 @@ class Tree:
 
     @property
     def _last(self) -> Reached:
-        return self._path[-1] if self._path else Reached("", self.program, 0.0, 0)
+        return self._path[-1] if self._path else self.prepared
 
     def key_of(self, passes: Sequence[Pass]) -> str:
         """Stands for a pipeline behind the preparation, options at their defaults included."""
-        text = pipeline.render([*self.preparation, *passes], full=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _key([*self.preparation, *passes])
 
     def _stored(self, before: Reached, key: str) -> Reached | None:
         found = self.work.load(_AFTER + key, 0)

@@ -10,9 +10,11 @@ import torch
 from lbllm_compile.codegen.format import LEVELS
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.activate import Activate
+from lbllm_compile.passes.budget import Costs
 from lbllm_compile.passes.calibrate.fit import even_grid, factor, fit
 from lbllm_compile.passes.calibrate.training import DivergenceError
 from lbllm_compile.passes.finetune import Finetune
+from lbllm_compile.passes.ir import dump
 from stages import annotated, apply, batches, context, quantized, same_tensors
 from test_driver import SMALL
 from test_errors import fails
@@ -97,12 +99,29 @@ def test_a_tree_gives_what_the_pipeline_gives_and_takes_finished_passes_over(tmp
     first = tree(work).reach(passes)
     assert same_tensors(first.program, expected)
     # Of a finished pass the program alone is kept, not its layers.
-    assert all(stage.startswith("after-") for stage in work.finished())
+    assert all(stage.startswith(("after-", "prepared-")) for stage in work.finished())
     again = tree(work)
     again._run = None  # type: ignore[assignment]
     second = again.reach(passes)
     assert same_tensors(second.program, expected) and second.seconds == first.seconds
     assert Scorer(annotated(), chunks(1)).score(second.program) == Scorer(annotated(), chunks(1)).score(expected)
+
+
+def test_what_a_preparation_measured_is_taken_over_and_its_time_is_that_of_the_first(tmp_path, monkeypatch):
+    work, preparation = (
+        WorkDir(tmp_path / "w", {}),
+        pipeline.parse('budget{bits=4,choices="*: group=32; *: group=64"},observe'),
+    )
+
+    def start() -> Tree:
+        return Tree.start(annotated(), preparation, context(count=4, probe=batches(1)[0]), work)
+
+    first = start().prepared
+    monkeypatch.setattr(Costs, "_layer", None)  # what a layer's choices cost is not measured again
+    second = start().prepared
+    assert (second.seconds, second.peak_memory) == (first.seconds, first.peak_memory) and first.seconds > 0
+    assert dump.render(second.program) == dump.render(first.program)
+    assert start().reach(pipeline.parse("ptq")).seconds > first.seconds
 
 
 @pytest.mark.slow

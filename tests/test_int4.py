@@ -40,6 +40,19 @@ def test_every_weight_has_the_level_next_to_it(columns, group):
     assert found.dequantize()[3].abs().max() == 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_many_weights_get_the_codes_that_few_get(seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randint(-127, 128, (16,), generator=generator).sort().values.to(torch.int8)
+    # between two middles, on them, and far beyond the levels
+    weights = torch.cat(
+        [torch.arange(-300, 301) / 2, torch.randn(40000, generator=generator) * 90, torch.tensor([1e30, -1e30])]
+    )
+    scale = torch.tensor([[0.5], [1.0], [-2.0], [0.0]])
+    few = torch.cat([nearest_codes(part, scale, table) for part in weights.split(1000)], 1)
+    assert torch.equal(nearest_codes(weights, scale, table), few)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_fitted_levels_are_better_than_even_steps(group):
     """Rounding to 15 even steps whose ends are the furthest weight's: what symmetric int4 does."""

@@ -28,6 +28,12 @@ _ROUNDS = 6
 
 _ROWS_AT_ONCE = 2048
 
+_HALVES = 256
+"""Half steps between levels on either side of zero, within which all middles are."""
+
+_MANY = 1 << 15
+"""Weights from which on a look-up is worth its table."""
+
 
 def quantize_int4(weight: Tensor, group: int) -> Int4Weight:
     """The 4-bit form of a matrix ``[N, K]`` with groups of ``group`` columns, each weight at the level next to it.
@@ -100,10 +106,17 @@ def fit_scales(groups: Tensor, importance: Tensor, table: Tensor) -> Tensor:
 
 
 def nearest_codes(weights: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """The level next to every weight, uint8; where the scale, which broadcasts, is zero the one next to zero."""
+    """The level next to every weight, the lower one of two, uint8; where the scale, which broadcasts, is zero the one
+    next to zero. Levels are whole numbers of int8."""
     table = table.float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return torch.bucketize(weights * inverse, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    middles = (table[1:] + table[:-1]) / 2
+    units = weights * torch.where(scale == 0, 0.0, 1 / scale)
+    if units.numel() < _MANY:
+        return torch.bucketize(units, middles, out_int32=True).to(torch.uint8)
+    # Middles are multiples of a half, so all weights between two of these have one code, which a look-up finds faster.
+    halves = torch.arange(-_HALVES, _HALVES, device=units.device) / 2
+    codes = torch.bucketize(halves + 0.25, middles, out_int32=True).to(torch.uint8)
+    return codes[units.mul_(2).ceil_().clamp_(1 - _HALVES, _HALVES).add_(_HALVES - 1).int()]
 
 
 def _in_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

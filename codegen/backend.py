@@ -444,7 +444,7 @@ class Backend(Protocol):
         eager: whether its kernels are called on tensors, too, so that a compile checks itself on them. Those of other
             backends are compiled for machines elsewhere (:meth:`emit`), and programs of them checked when they load.
         searches: whether it has a :meth:`space` to search schedules in.
-        has_int4: whether it has kernels for matrices of 4-bit codes, which heads and embeddings may be.
+        has_int4: whether it has kernels for matrices of 4-bit codes, which linears and embeddings may be.
     """
 
     kind: TargetKind

@@ -11,7 +11,8 @@ The index into the sorted levels is the *code* (0..3). All functions accept lead
 
 Bits are packed along ``K``, eight to a byte, least significant bit first; padding bits of the last byte are zero.
 
-Token embeddings and output heads have int8 rows (:func:`quantize_rows`) or 4-bit codes (:class:`Int4Weight`).
+Token embeddings and output heads have int8 rows (:func:`quantize_rows`) or 4-bit codes (:class:`Int4Weight`), which
+linears of decoder layers may have, too.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A matrix of 4-bit codes for a token embedding or an output head: ``table[code] * scale``.
+    """A matrix of 4-bit codes, of a linear or a token embedding: ``table[code] * scale``.
 
     Each code picks one of 16 int8 levels, which all of the matrix shares. They need not be evenly spaced.
 

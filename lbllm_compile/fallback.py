@@ -1,9 +1,9 @@
-"""``--fallback dense``: W(1+1) linears whose kernels are slower than float ones on this machine stay float.
+"""``--fallback dense``: quantized linears whose kernels are slower than float ones on this machine stay float.
 
 Which they are is measured before the first stage, because the shapes of all kernels are known once the linears are
 annotated, and no stage has to be done for linears that stay float. Linears that ``merge`` will join are one kernel; its
 time, with the quantizer in front of it, is held against the time that their float products take one after the other.
-Both are for one token, as in decoding. Where the middle halves of the times overlap, linears become W(1+1).
+Both are for one token, as in decoding. Where the middle halves of the times overlap, linears are quantized.
 
 The choice is a finished piece of work like the layers of a stage: a compile that was interrupted goes on with it. The
 pipeline says it from then on, as ``annotate{slower=…}``.
@@ -168,7 +168,7 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
         def scheme_of(node: Node, quantized: Scheme = quantized) -> Scheme:
             """What the linear will be quantized by."""
             own: Scheme = node.meta[LINEAR].scheme
-            return dataclasses.replace(quantized, group=own.group or ptq.group, levels=own.levels)
+            return dataclasses.replace(quantized, group=own.group or ptq.group, levels=own.levels, bits=own.bits)
 
         for joined in joined_linears(behind, scheme_of) if merges else [[node] for node in behind]:
             scheme = scheme_of(joined[0])
@@ -179,7 +179,7 @@ def candidates(program: Program, passes: Sequence[Pass]) -> dict[Together, list[
             columns = parts[0].columns - (outliers.count(parts[0].columns) if keeps else 0)
             quantizer = QuantizeSpec(columns, group, bits, **tables)
             spec = LinearSpec(
-                "bit",
+                "int4" if scheme.bits == 4 else "bit",
                 sum(part.rows for part in parts),
                 columns,
                 product_group(weight_group, group),
@@ -222,7 +222,7 @@ def measured(
     )
     timer = Timer(kernels, floats)
     rows = []
-    with progress.task("W(1+1) or float, the faster", len(found)) as task:
+    with progress.task("Quantized or float, the faster", len(found)) as task:
         for together, infos in found.items():
             times = timer.against_dense(together.linear, together.parts, TOKENS)
             rows.append(row(together, infos, times[OWN], times[DENSE]))

@@ -71,6 +71,16 @@ def test_kernels_are_known_before_anything_is_quantized(name: str) -> None:
     assert paths == sorted(apart)
 
 
+def test_linears_of_codes_are_timed_on_the_kernels_of_codes() -> None:
+    scheme = "*.down_proj: bits=4 group=64; *.0.self_attn: bits=4"
+    found = fallback.candidates(
+        captured("llama")[1], pipeline.parse(PIPELINE.replace("annotate", f'annotate{{scheme="{scheme}"}}'))
+    )
+    kinds = {info.path: together.linear.spec.kind for together, infos in found.items() for info in infos}
+    coded = {path for path in kinds if path.endswith("down_proj") or ".0.self_attn." in path}
+    assert {path for path, kind in kinds.items() if kind == "int4"} == coded and len(coded) == 6 and len(kinds) == 14
+
+
 def test_kernels_have_the_columns_that_outliers_leave() -> None:
     def columns(name: str, text: str) -> dict[LinearInfo, int]:
         found = fallback.candidates(captured(name)[1], pipeline.parse(text))
@@ -171,7 +181,7 @@ def test_a_compile_says_what_stays_float_and_why(model_file, tmp_path, monkeypat
     roles = {row["linear"]: row["weights"] for row in inspect.look(report.out)[1]["linears"]}
     assert {path for path, weights in roles.items() if weights == "float" and "layers" in path} == kept
     titles = [str(getattr(part, "title", "")) for part in summary.compile_report(report)]
-    assert "W(1+1) or float, the faster (--fallback dense)" in titles
+    assert "Quantized or float, the faster (--fallback dense)" in titles
     assert "slower: stays float" in (report.out / "report.html").read_text()
     assert not Path(f"{report.out}.lbllm-work").exists()
 

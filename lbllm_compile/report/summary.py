@@ -51,12 +51,12 @@ def fallback_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             row["shape"],
             row["microseconds"],
             row["dense_microseconds"],
-            "SLOWER: stays float" if row["slower"] else "W(1+1)",
+            "SLOWER: stays float" if row["slower"] else "quantized",
         ]
         for row in rows
     ]
-    columns = ["linear", "shape", "W(1+1), µs a token", "float, µs a token", ""]
-    return terminal.table("W(1+1) or float, the faster (--fallback dense)", columns, cells)
+    columns = ["linear", "shape", "quantized, µs a token", "float, µs a token", ""]
+    return terminal.table("Quantized or float, the faster (--fallback dense)", columns, cells)
 
 
 def budget_tables(passes: Iterable[PassRecord | MeasuredPass]) -> list[Table]:

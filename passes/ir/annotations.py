@@ -24,8 +24,8 @@ class LinearInfo:
         path: module path, e.g. ``model.layers.3.mlp.up_proj``.
         weight: target of the weight's ``get_attr``, e.g. ``model.layers.3.mlp.up_proj.weight``.
         layer: decoder layer, or None outside the layers.
-        role: ``"decoder"`` (W(1+1)), ``"outliers"`` (a decoder linear's columns of 8 bits), ``"head"`` (8 or 4
-            bits) or ``"dense"`` (stays float).
+        role: ``"decoder"`` (W(1+1) or 4-bit codes), ``"outliers"`` (a decoder linear's columns of 8 bits), ``"head"``
+            (8, 4 or 2 bits) or ``"dense"`` (stays float).
         experts: matrices in a stacked weight; 0 for an ordinary one.
         reason: why it has this role, for people.
         scheme: how it is quantized, as far as ``annotate`` was told; complete once ``lower`` has run.

@@ -116,7 +116,8 @@ def nearest_codes(weights: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     # Middles are multiples of a half, so all weights between two of these have one code, which a look-up finds faster.
     halves = torch.arange(-_HALVES, _HALVES, device=units.device) / 2
     codes = torch.bucketize(halves + 0.25, middles, out_int32=True).to(torch.uint8)
-    return codes[units.mul_(2).ceil_().clamp_(1 - _HALVES, _HALVES).add_(_HALVES - 1).int()]
+    places = units.mul_(2).ceil_().clamp_(1 - _HALVES, _HALVES).add_(_HALVES - 1).int()
+    return codes.index_select(0, places.flatten()).view(places.shape)
 
 
 def _in_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -110,21 +110,20 @@ def decoder_linears(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def shared_scheme(behind: Sequence[fx.Node]) -> Scheme:
-    """The scheme of the quantizer in front of linears that read the same input.
+    """The scheme of the quantizer in front of linears that read the same input, with the smallest of their groups.
 
     Raises:
         PassError: their schemes want different ones; the message names two of them.
     """
-    first, *others = [node.meta[LINEAR] for node in behind]
+    first, *others = infos = [node.meta[LINEAR] for node in behind]
     shared = first.scheme.activation
     for other in others:
         if other.scheme.activation != shared:
             raise PassError(
                 f"'{first.path}' ({_asked(first)}) and '{other.path}' ({_asked(other)}) read the same input, which is"
-                " quantized once; give them the same act, act-group and codebook in the scheme, and the same group or"
-                " act-group=0"
+                " quantized once; give them the same act, act-group and codebook in the scheme"
             )
-    return shared
+    return replace(shared, group=min((info.scheme.group for info in infos if info.scheme.group), default=None))
 
 
 def completed(linear: fx.Node) -> Scheme:

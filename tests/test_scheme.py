@@ -192,7 +192,10 @@ def test_dense_is_keep_dense():
             "*.q_proj: act=8",
             r"'.*0.self_attn.q_proj' \(act=8\) and '.*k_proj' \(without a scheme\) read the same input",
         ),
-        ("*.up_proj: group=32", r"and '.*up_proj' \(group=32\) read the same input, .* or act-group=0"),
+        (
+            "*.up_proj: group=64 act-group=32",
+            r"and '.*up_proj' \(group=64 act-group=32\) read the same input, .* same act, act-group and codebook",
+        ),
     ],
 )
 def test_schemes_that_a_model_cannot_have(text, message):
@@ -245,6 +248,9 @@ FIT = "observe,ptq{group=32,init=rtn,compensate=false}"
         ("*.down_proj: act=4 codebook=knees", "activate{bits=8,group=0,steps=0}", (32, 4, 0, True), (32, 8, 0, False)),
         ("*: group=128", "activate{steps=0}", (128, 4, 64, False), (128, 4, 64, False)),
         ("*.down_proj: act-group=0", "activate{group=32,steps=0}", (32, 4, 0, False), (32, 4, 32, False)),
+        # gate keeps the groups of ptq, and reads what up does
+        ("*.up_proj: group=128", "activate{group=32,steps=0}", (32, 4, 32, False), (128, 4, 32, False)),
+        ("*: group=128; *.gate_proj: group=64", "activate{steps=0}", (128, 4, 64, False), (128, 4, 64, False)),
     ],
 )
 def test_options_of_passes_are_the_scheme_of_what_has_none(scheme, activate, down, up):

@@ -121,9 +121,8 @@ class Scheme:
 
     @property
     def activation(self) -> Scheme:
-        """The part that all linears behind one quantizer share: how their input is quantized, and in what groups."""
-        group = self.group if self.act_group is None else None
-        return Scheme(group=group, act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
+        """The part that all linears behind one quantizer share: how their input is quantized."""
+        return Scheme(act_bits=self.act_bits, act_group=self.act_group, codebook=self.codebook)
 
     def __str__(self) -> str:
         """The settings as text that :func:`parse` reads behind a pattern; empty where none is set."""

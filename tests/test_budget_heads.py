@@ -316,7 +316,8 @@ def asked(choices: str | None, **limit: float) -> CompileOptions:
 
 
 @pytest.mark.parametrize("limit", [{"bits": 3.9}, {"max_kl": 0.5}])
-def test_plan_says_that_the_form_of_the_head_is_open(limit):
+def test_plan_says_that_the_form_of_the_head_is_open(limit, monkeypatch):
+    monkeypatch.setattr(plan, "matmul_speed", lambda *_, **__: 1e11)  # a busy machine's changes from plan to plan
     planned = plan.make_plan(CompileOptions("examples/tiny_llama.py", preset="quick", budget_over="model", **limit))
     (head,) = [t for t in planned.linears if t.role == "head"]
     assert head.treatment == "int8, int4, W(1+1) or float, as the budget chooses, A8"

@@ -424,7 +424,7 @@ def test_too_many_requests_are_told_to_come_back(artifact):
 
 
 def test_limits_of_tokens_and_time(artifact):
-    options = ("--max-tokens", "400", "--timeout", "0.02")
+    options = ("--max-tokens", "400", "--timeout", "0.002")
     with serving(artifact[0], *options, key="") as server:
         status, document = posted(server, json.dumps(long()).encode(), key="")
         assert status == 400 and "this server gives at most 400" in document["error"]["message"]

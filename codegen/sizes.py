@@ -49,7 +49,7 @@ def product_group(group: int, act_group: int) -> int:
     """Columns of one integer accumulator: as many as have one scale of the weights and one of the activations.
 
     Args:
-        group: columns per scale of the weights.
+        group: columns per scale of the weights; 0 where they have one a row, and ``act_group`` may be anything.
         act_group: channels per scale of the activations, a divisor of ``group``; 0 where a token has one scale.
     """
     return act_group or group

@@ -311,7 +311,7 @@ def _kernels(linear: _Linear, passes: Sequence[Pass]) -> list[tuple[LinearSpec, 
         group = info.scheme.act_group
         of_input = QuantizeSpec(columns, (form.group or head.group) if group is None else group, 8)
         kind = "int8" if form.bits == 8 else "int4" if form.bits == 4 else "bit"
-        group = product_group(form.group, of_input.group) if form.group else of_input.group
+        group = product_group(form.group, of_input.group)
         return [(LinearSpec(kind, rows, columns, group, 8, per_token=of_input.group == 0), of_input)]
     return []
 

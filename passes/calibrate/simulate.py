@@ -681,7 +681,9 @@ def _unpacks(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _weight_path(unpack: fx.Node) -> str:
-    return unpack.args[0].target.rpartition(".")[0]
+    arguments = Arguments(unpack)
+    tensor = arguments.sign if unpack.target is _lbllm.unpack_weight.default else arguments.codes
+    return tensor.target.rpartition(".")[0]
 
 
 def _level_rule(unpack: fx.Node) -> LevelRule:

@@ -155,7 +155,7 @@ def collect(
         return _module_set(model, program, tokens, validation_tokens, seed)
     length = min(length, _longest(model))
     counts = (math.ceil(tokens / length), math.ceil(validation_tokens / length))
-    if source is None and model.calibration_text is None:
+    if writes_own(model, source):
         sequences = _cached_samples(model, counts, length, seed, torch.device(device), cache_dir, progress)
         origin = OWN_SAMPLES
     else:
@@ -171,6 +171,11 @@ def collect(
         source=origin,
         sha256=hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
     )
+
+
+def writes_own(model: UserModel, source: str | None) -> bool:
+    """Whether a model is calibrated on text that it writes itself: it is a language model, and no text is named."""
+    return model.kind == "causal-lm" and source is None and model.calibration_text is None
 
 
 def random_probe(model: UserModel, program: Program, seed: int) -> Batch:

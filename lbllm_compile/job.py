@@ -72,11 +72,12 @@ class Job:
 
     def calibration_data(self, progress: Progress) -> CalibrationSet:
         """The inputs that the passes calibrate on, as many as the preset says."""
+        own = calibration.writes_own(self.model, self.options.calibration)
         return calibration.collect(
             self.model,
             self.program,
             self.options.calibration,
-            tokens=self.preset.sequences * self.preset.sequence_length,
+            tokens=self.preset.sequences_of(own) * self.preset.sequence_length,
             validation_tokens=self.preset.validation_sequences * self.preset.sequence_length,
             length=self.preset.sequence_length,
             seed=self.options.seed,

@@ -26,7 +26,7 @@ from rich.text import Text
 from torch import nn
 
 from lbllm_compile import footprint, frontend, recipe
-from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes
+from lbllm_compile.calibration import samples_in_bfloat16, sampling_bytes, writes_own
 from lbllm_compile.codegen.backend import Prediction, predicting, predictions
 from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.levels import FREE
@@ -229,8 +229,10 @@ def make_plan(options: CompileOptions) -> Plan:
     parameters = sum(p.numel() for p in model.module.parameters())
     rest = parameters - sum(linear.weights for linear in found)
     artifact = sum(t.bytes_after for t in linears) + _rest_bytes(passes, rest, model, found)
-    tokens = preset.sequences * preset.sequence_length if model.kind == "causal-lm" else preset.sequences
-    text = _sampling_bytes(model, preset, options)
+    own = writes_own(model, options.calibration)
+    sequences = preset.sequences_of(own)
+    tokens = sequences * preset.sequence_length if model.kind == "causal-lm" else sequences
+    text = _sampling_bytes(model, preset) if own else None
     size, work = footprint_of(model, found, passes, preset, artifact, text)
     width = max((x.shape[-1] for x in found if x.info.role == "decoder"), default=0)
     phases = footprint.memory(size, work)
@@ -253,7 +255,7 @@ def make_plan(options: CompileOptions) -> Plan:
         spool=footprint.spooled(size, work, width),
         spool_directory=str(spool.directory()),
         spool_available=shutil.disk_usage(spool.directory()).free,
-        seconds=_seconds(found, passes, model, tokens, preset, speed, options.calibration is None),
+        seconds=_seconds(found, passes, model, tokens, preset, speed, own),
         speed=speed,
         **_predicted(model.kind, found, passes, targets),
     )
@@ -362,7 +364,8 @@ def footprint_of(
         whole=not all(p.is_meta for p in model.module.parameters()) or model.source.endswith(".gguf"),
         artifact=artifact,
     ), footprint.Work(
-        tokens=(preset.sequences + preset.validation_sequences) * (preset.sequence_length if language else 1),
+        tokens=(preset.sequences_of(text is not None) + preset.validation_sequences)
+        * (preset.sequence_length if language else 1),
         length=preset.sequence_length if language else 1,
         fit=ptq.BATCH * rows if "ptq" in names else 0,
         distill=_option(passes, "distill", "batch", 0) * rows if _option(passes, "distill", "epochs", 0) else 0,
@@ -376,12 +379,10 @@ def footprint_of(
     )
 
 
-def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset, options: CompileOptions) -> int | None:
-    """What it takes besides the weights that the model writes its own calibration text; None where it does not."""
-    if model.kind != "causal-lm" or options.calibration is not None or model.calibration_text is not None:
-        return None
+def _sampling_bytes(model: frontend.UserModel, preset: recipe.Preset) -> int:
+    """What it takes besides the weights that the model writes its own calibration text."""
     config: Any = model.module.config
-    return sampling_bytes(config, preset.sequences + preset.validation_sequences, preset.sequence_length)
+    return sampling_bytes(config, preset.sequences_of(True) + preset.validation_sequences, preset.sequence_length)
 
 
 def survey(
@@ -632,16 +633,24 @@ def _seconds(
     weights = sum(x.weights for x in decoder)
     everything = sum(x.weights for x in found)
     work: dict[str, float] = {}
-    if writes_text and model.kind == "causal-lm":
+    if writes_text:
         work["text"] = everything
-    work["smooth"] = weights * min(1.0, _option(passes, "smooth", "sequences", 0) / preset.sequences)
-    work["ptq"] = weights if _option(passes, "ptq", "group", None) else 0
-    work["distill"] = weights * _option(passes, "distill", "epochs", 0)
+
+    def share(name: str) -> float:
+        """Of the calibration sequences, those that a pass fits layers to."""
+        return min(1.0, _option(passes, name, "sequences", 0) / preset.sequences_of(writes_text))
+
+    for name in ("smooth", "ptq"):
+        work[name] = weights * share(name)
+    work["distill"] = weights * _option(passes, "distill", "epochs", 0) * share("distill")
+    chains: dict[str, float] = {}
     for stage in ("activate", "finetune"):
         batches = [p.steps * p.batch for p in passes if isinstance(p, (Activate, Finetune)) and p.name == stage]
         if batches:
             seen = sum(batches) * preset.sequence_length / tokens
-            work[stage] = seen * everything + weights * _option(passes, stage, "epochs", 0)
+            epochs = _option(passes, stage, "epochs", 0)
+            work[stage] = seen * everything + weights * epochs * share(stage)
+            chains[stage] = max(min(seen, 1.0), share(stage) if epochs else 0.0)
     result = {"capture and preflight": 15 + 2 * _CAPTURE_SECONDS * layers}
     result.update({_TITLES[k]: v * tokens * speed.seconds(_COSTS[k]) for k, v in work.items() if v})
     if any(item.name == "budget" for item in passes):
@@ -651,9 +660,9 @@ def _seconds(
     for stage in ("distill", "activate"):
         if work.get(stage) and _option(passes, stage, "epochs", 0):
             result[_TITLES[stage]] += everything * min(tokens, sensitivity.TOKENS) * speed.seconds(_CHANNELS)
-    for stage in ("activate", "finetune"):
-        if work.get(stage):
-            result[_TITLES[stage]] += weights * tokens * speed.seconds(_CHAIN)
+    for stage, run in chains.items():
+        if work[stage]:
+            result[_TITLES[stage]] += weights * run * tokens * speed.seconds(_CHAIN)
     shapes = len({x.shape[-2:] for x in found if x.info.role != "dense"})
     result["kernels: search and proof"] = min(preset.tune_seconds, 2.0 * shapes * preset.tune_trials) + 5
     if model.kind == "causal-lm":
@@ -676,7 +685,7 @@ def _budget_seconds(
     few = min(tokens, sensitivity.TOKENS)
     measured = min(tokens, MEASURED_TOKENS)
     wholes = 2 if _option(passes, "budget", "max_kl", 0.0) else 1
-    fits = (fitted + wholes) * weights * tokens * speed.seconds(_COSTS["ptq"])
+    fits = (fitted + wholes) * weights * few * speed.seconds(_COSTS["ptq"])
     gradients = everything * few * speed.seconds(_CHANNELS)
     runs = _INPUTS * weights * (fitted * few + layers * measured / 2) * speed.seconds(_CHAIN)
     return fits + gradients + runs

@@ -25,6 +25,7 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.annotate import Annotate
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.budget import Budget
+from lbllm_compile.passes.calibrate.layers import LAYER_SEQUENCES
 from lbllm_compile.passes.choices import CHOICES, has_codes, without_codes
 from lbllm_compile.passes.head import Head
 from lbllm_compile.passes.ir.scheme import parse
@@ -144,7 +145,7 @@ class Preset(BaseModel):
     """How much work a compile does.
 
     Attributes:
-        sequences: calibration sequences.
+        sequences: calibration sequences, of which the training of all layers together takes what it has steps for.
         sequence_length: tokens in each.
         validation_sequences: held-out sequences, never trained on.
         distill_epochs: passes over the calibration set in stage 2.
@@ -152,6 +153,9 @@ class Preset(BaseModel):
         finetune_steps: the same for ``finetune``; with 0 the pipeline goes without.
         tune_trials: schedule candidates measured per shape and M bucket.
         tune_seconds: time limit of the whole schedule search.
+        layer_sequences: calibration sequences that layers are fitted to one by one, at most.
+        own_sequences: calibration sequences that a model writes itself where no text is named, at most; it writes them
+            token by token, which takes longer than what is gained by more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -164,6 +168,12 @@ class Preset(BaseModel):
     finetune_steps: int = Field(ge=0)
     tune_trials: int = Field(ge=1)
     tune_seconds: float = Field(gt=0)
+    layer_sequences: int = Field(default=LAYER_SEQUENCES, gt=0)
+    own_sequences: int = Field(default=LAYER_SEQUENCES, gt=0)
+
+    def sequences_of(self, own: bool) -> int:
+        """Calibration sequences: of a text, or of what the model writes itself."""
+        return min(self.sequences, self.own_sequences) if own else self.sequences
 
 
 PRESETS = {
@@ -178,12 +188,12 @@ PRESETS = {
         tune_seconds=90,
     ),
     "default": Preset(
-        sequences=256,
+        sequences=1024,
         sequence_length=256,
         validation_sequences=16,
         distill_epochs=2,
         activate_steps=0,
-        finetune_steps=192,
+        finetune_steps=256,
         tune_trials=32,
         tune_seconds=120,
     ),
@@ -196,6 +206,8 @@ PRESETS = {
         finetune_steps=2048,
         tune_trials=64,
         tune_seconds=600,
+        layer_sequences=8192,
+        own_sequences=8192,
     ),
 }
 
@@ -306,19 +318,21 @@ def passes(choices: Choices, target: str) -> list[Pass]:
             f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have {recipe.ranges}",
             "use 4 or --recipe lbllm",
         )
+    layers = {"sequences": size.layer_sequences}
     activate = {
         "bits": act_bits,
         "kv": kv_bits,
         "group": 0 if recipe.per_token else group,
         "ranges": recipe.ranges,
         "epochs": recipe.activate_epochs,
+        **(layers if recipe.activate_epochs else {}),
         "steps": size.activate_steps if recipe.whole and not weight_only else 0,
     }
     make = pipeline.make
     tuned = recipe.whole and size.finetune_steps and not weight_only
     rules = [f"*: levels={recipe.levels}"] if recipe.levels != FREE.name else []
     weighing = {"deviation": DEVIATION} if recipe.align else {}
-    steps = size.distill_epochs * math.ceil(size.sequences / ALIGN_BATCH)
+    steps = size.distill_epochs * math.ceil(min(size.sequences, size.layer_sequences) / ALIGN_BATCH)
     align = {"steps": steps, "batch": ALIGN_BATCH, "planes": "nearest", **weighing}
     return [
         make("canonicalize", {}),
@@ -327,8 +341,8 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         *([make("budget", limit)] if limit else []),
         *([make("outliers", {})] if recipe.outliers else []),
         make("observe", {}),
-        make("ptq", {"group": group}),
-        *([make("distill", {"epochs": size.distill_epochs})] if recipe.distill else []),
+        make("ptq", {"group": group, **layers}),
+        *([make("distill", {"epochs": size.distill_epochs, **layers})] if recipe.distill else []),
         *([make("finetune", align)] if recipe.align else []),
         make("activate", activate),
         *([make("finetune", {"steps": size.finetune_steps, **weighing})] if tuned else []),

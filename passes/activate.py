@@ -61,7 +61,7 @@ from .calibrate.alignment import Together, Whole
 from .calibrate.chains import Chains, Trained, layer_errors, paired_layers, train_layers, with_tensors
 from .calibrate.code_tables import fit_code_tables
 from .calibrate.knees import UNPLACED
-from .calibrate.layers import Layers, Stage
+from .calibrate.layers import LAYER_SEQUENCES, Layers, Stage
 from .calibrate.precision import Precision
 from .calibrate.ranges import input_ranges
 from .calibrate.simulate import KNEE_LOGIT, LOGIT, LevelWeight, Lifted, clip_factors, knee_logits, knee_shares
@@ -92,10 +92,11 @@ class Activate(Pass):
         group: channels per activation scale, where the weights' group is not smaller; 0 for one scale per token. Like
             ``bits`` and ``ranges``, it is for linears whose scheme leaves it open.
         kv: bits of keys and values: 4, 8 or 16.
-        epochs: passes over the calibration set, layer by layer. On few tokens the layers come closer to the float ones
-            while the model's output drifts away, so ``steps`` alone are the default.
+        epochs: passes over ``sequences`` of the calibration set, layer by layer. On few tokens the layers come closer
+            to the float ones while the model's output drifts away, so ``steps`` alone are the default.
         steps: batches on which all layers then train together on the whole model's output.
         batch: sequences per step.
+        sequences: calibration sequences that ``epochs`` pass over, at most; ``steps`` take theirs from all.
         ranges: ``clip`` for codes that are uniform over a clipped range, ``knees`` for three uniform regions of it,
             ``planes`` for codes whose binary planes have fitted scales (both for 4 bits only).
         lr_clip: peak learning rate of the clip factors' logits; 0 keeps the factors at 1.
@@ -111,6 +112,7 @@ class Activate(Pass):
     epochs: Count = 0
     steps: Count = 8
     batch: Positive = 4
+    sequences: Positive = LAYER_SEQUENCES
     ranges: Literal["clip", "knees", "planes"] = "clip"
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
@@ -162,7 +164,7 @@ class Activate(Pass):
     ) -> tuple[Whole, Trained]:
         """Trains layer by layer; returns the whole program as it came, and what the layers learned."""
         teacher, student = pair
-        chains = Chains.start(program, teacher, student, context, self.batch, self.precision)
+        chains = Chains.start(program, teacher, student, context, self.batch, self.precision, sequences=self.sequences)
         behind_prologue = chains.student.fork(), chains.student_validation.fork()
         trained = train_layers(
             self.name,

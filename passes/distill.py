@@ -39,7 +39,7 @@ from torch import Tensor
 from ..codegen.operators.lbllm.linears import WEIGHT
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate, Share
 from .calibrate.chains import Chains, paired_layers, train_layers, with_tensors
-from .calibrate.layers import Stage
+from .calibrate.layers import LAYER_SEQUENCES, Stage
 from .calibrate.precision import Precision
 from .calibrate.simulate import LatentWeight, Lifted, flips
 from .calibrate.training import Group, step_scale, train_epochs
@@ -57,12 +57,13 @@ class Distill(Pass):
     """Trains the quantized weights of each layer to reproduce the float layer.
 
     Attributes:
-        epochs: passes over the calibration set; 0 leaves the weights as they are.
+        epochs: passes over the calibration sequences; 0 leaves the weights as they are.
         batch: sequences per step.
         lr_weight: peak learning rate of latent weights, in standard deviations of the matrix.
         lr_bitmap: of relaxed bitmaps.
         lr_levels: of levels, in standard deviations of the matrix.
         freeze: share of the steps after which planes no longer change and only levels train.
+        sequences: calibration sequences to train on, at most.
         precision: of the matrix products on the calibration set.
     """
 
@@ -72,6 +73,7 @@ class Distill(Pass):
     lr_bitmap: Rate = 3e-3
     lr_levels: Rate = 1e-2
     freeze: Share = 0.85
+    sequences: Positive = LAYER_SEQUENCES
     precision: Precision = "auto"
 
     name: ClassVar[str] = "distill"
@@ -86,7 +88,7 @@ class Distill(Pass):
         if not calls(program.graph, *UNPACKED):
             raise PassError("distill needs quantized weights; run 'ptq' before it")
         pair = paired_layers(self.name, program, context)
-        chains = Chains.start(program, *pair, context, self.batch, self.precision)
+        chains = Chains.start(program, *pair, context, self.batch, self.precision, sequences=self.sequences)
         trained = train_layers(
             self.name,
             "stage 2: training weights",

@@ -58,11 +58,12 @@ from ..codegen.operators.lbllm.linears import WEIGHT
 from ..codegen.progress import warn
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears
-from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult, Positive
 from .calibrate.coded import CodedFit, fit_int4
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import (
     CODED,
+    LAYER_SEQUENCES,
     Activations,
     Stage,
     Values,
@@ -112,6 +113,7 @@ class Ptq(Pass):
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per W(1+1) group.
         outliers: leave columns that the pass ``outliers`` has put last 8 bits, instead of four levels as all others.
+        sequences: calibration sequences to fit to, at most.
         precision: of the layers' matrix products; statistics and fits are float32.
     """
 
@@ -121,6 +123,7 @@ class Ptq(Pass):
     compensate: bool = True
     rounds: int = 1
     outliers: bool = True
+    sequences: Positive = LAYER_SEQUENCES
     precision: Precision = "auto"
 
     name: ClassVar[str] = "ptq"
@@ -135,7 +138,8 @@ class Ptq(Pass):
         if not self.outliers:
             program = _without_outliers(program)
         layers = split(program)
-        chain = Activations(calibration_batches(program, context.calibration, BATCH), context.device)
+        batches = calibration_batches(program, context.calibration, BATCH, self.sequences)
+        chain = Activations(batches, context.device)
         chain.advance(layers.prologue)
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []

@@ -71,14 +71,16 @@ class Chains:
         precision: Precision,
         chosen: Callable[[int], Sequence[int]] = range,
         held_out: int | None = None,
+        sequences: int | None = None,
     ) -> Chains:
         """Runs the prologues on batches of ``batch`` sequences.
 
         Args:
             chosen: of so many training batches, the ones to use; all by default.
+            sequences: of the calibration set that the training batches are made of, at most; all by default.
             held_out: validation batches to use, the first ones; all by default.
         """
-        batches = calibration_batches(program, context.calibration, batch)
+        batches = calibration_batches(program, context.calibration, batch, sequences)
         batches = [batches[index] for index in chosen(len(batches))]
         validation = calibration_batches(program, context.validation, batch)[:held_out]
         chains = [Activations(source, context.device) for source in (batches, batches, validation, validation)]

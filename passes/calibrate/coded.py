@@ -132,7 +132,7 @@ def head_hessians(program: Program, context: PassContext, names: set[str], seque
         names: of the nodes.
         sequences: of the calibration set that are measured on, at most.
     """
-    batches = calibration_batches(program, context.calibration, BATCH)[: -(-sequences // BATCH)]
+    batches = calibration_batches(program, context.calibration, BATCH, sequences)
     layers = split(program)
     chain = Activations(batches, context.device)
     sums: dict[str, Tensor] = {}

@@ -33,6 +33,10 @@ from ..ir.rewrite import become_reshape
 from ..ir.spool import Record, Records, release
 from .precision import Precision, matrix_products, restored
 
+LAYER_SEQUENCES = 256
+"""Calibration sequences that layers are fitted to one by one, where a pass is not told how many. All layers together
+overfit to that many: what trains them so uses every sequence there is."""
+
 Values = dict[str, Any]
 """Values of one batch by node name: tensors, and ints for symbolic sizes."""
 
@@ -268,16 +272,22 @@ def set_weight(stage: Stage, path: str, value: Tensor) -> None:
     set_attribute(stage.module, path, value)
 
 
-def calibration_batches(program: Program, batches: Sequence[Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+def calibration_batches(
+    program: Program, batches: Sequence[Mapping[str, Any]], size: int, sequences: int | None = None
+) -> list[dict[str, Any]]:
     """A language model's batches as ones of ``size`` sequences (the last of each length may be smaller).
 
     A plain module keeps its batches: it may not take others.
+
+    Args:
+        sequences: how many to use at most, rounded up to whole batches; all by default.
     """
     # FX renames inputs that are called like a builtin of Python's; values go by node name.
     names = {node.target: node.name for node in program.placeholders()}
     batches = [{names.get(key, key): value for key, value in batch.items()} for batch in batches]
+    most = None if sequences is None else -(-sequences // size)
     if program.kind != "causal-lm":
-        return batches
+        return batches[:most]
     runs: list[list[Mapping[str, Any]]] = []
     for batch in batches:
         if runs and _shapes(runs[-1][0]) == _shapes(batch):
@@ -287,7 +297,7 @@ def calibration_batches(program: Program, batches: Sequence[Mapping[str, Any]], 
     merged = [
         {k: torch.cat([b[k] for b in run]) if isinstance(v, Tensor) else v for k, v in run[0].items()} for run in runs
     ]
-    return [piece for batch in merged for piece in batches_of(batch, size)]
+    return [piece for batch in merged for piece in batches_of(batch, size)][:most]
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:

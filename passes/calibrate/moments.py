@@ -60,7 +60,7 @@ def measure(
         sequences: of the calibration set that are measured on, at most.
         precision: of the matrix products.
     """
-    batches = calibration_batches(program, context.calibration, BATCH)[: -(-sequences // BATCH)]
+    batches = calibration_batches(program, context.calibration, BATCH, sequences)
     layers = split(program)
     chain = Activations(batches, context.device)
     chain.advance(layers.prologue)

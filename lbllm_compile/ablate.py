@@ -147,6 +147,14 @@ def comparisons(parts: Parts) -> list[Comparison]:
             for level, tail in (("A16", ()), (bits, (quantize,)))
         },
     )
+    tuned = Comparison(
+        "tuned",
+        f"what tuning on the whole model's output trains ({bits})",
+        {
+            "levels and ranges": (*trained, activate, dataclasses.replace(finetune, lr_vectors=0.0)),
+            "norms and biases, too": (*trained, activate, finetune),
+        },
+    )
     moved = any(isinstance(item, Outliers) and item.columns for item in parts.preparation)
     return [
         *([outliers] if moved else []),
@@ -197,6 +205,7 @@ def comparisons(parts: Parts) -> list[Comparison]:
                 f"on, {bits}": (*trained, activate, finetune),
             },
         ),
+        *([tuned] if finetune.lr_vectors else []),
     ]
 
 

@@ -1,10 +1,11 @@
-"""``finetune``: levels and clip factors of all layers, tuned together against the float model's output.
+"""``finetune``: levels, clip factors and norms of all layers, tuned together against the float model's output.
 
 The stages before train one layer at a time, and no layer knows which of its errors matter to the output. Here the whole
 model runs, its decoder layers recomputed in the backward pass, and the levels (through their int8 rounding), clip
-factors and knees, where activations have any, follow the divergence of its output from the float model's. Sign planes
-and bitmaps stay as they are, and so do weights of 4-bit codes. This step is beyond the paper, whose training ends with
-the layers (LBLLM, arXiv 2604.19167); EfficientQAT (arXiv 2407.11062) tunes step sizes end to end in the same way.
+factors and knees, where activations have any, and the layers' weights of norms and biases follow the divergence of its
+output from the float model's. Sign planes and bitmaps stay as they are, and so do weights of 4-bit codes. This step is
+beyond the paper, whose training ends with the layers (LBLLM, arXiv 2604.19167); EfficientQAT (arXiv 2407.11062) tunes
+step sizes end to end in the same way.
 
 With ``planes=nearest`` planes change, too: an element takes the level that is nearest to its float weight, which was
 moved to where that is the level it came with, and so takes another as soon as levels have moved far enough. This is how
@@ -49,7 +50,7 @@ STREAM = 3 << 20
 
 @dataclass(frozen=True)
 class Finetune(Pass):
-    """Tunes levels and clip factors end to end.
+    """Tunes levels, clip factors, norms and biases end to end.
 
     Learning rates are scaled to the number of steps (:func:`.training.step_scale`).
 
@@ -59,6 +60,7 @@ class Finetune(Pass):
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
         lr_knees: of the knees' logits, where activations have knees; 0 keeps the knees.
+        lr_vectors: of the weights of norms and of biases, in root mean squares of each; 0 keeps them.
         planes: ``frozen``, or ``nearest`` where elements take the level nearest to their weight.
         lr_weight: peak learning rate of the weights behind planes that change, in standard deviations of the matrix;
             with 0 planes change with levels alone.
@@ -72,6 +74,7 @@ class Finetune(Pass):
     lr_levels: Rate = 5e-3
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
+    lr_vectors: Rate = 5e-3
     planes: Planes = "frozen"
     lr_weight: Rate = 0.0
     deviation: Rate = 0.0
@@ -106,6 +109,7 @@ class Finetune(Pass):
             lr_levels=self.lr_levels * scale,
             lr_clip=self.lr_clip * scale,
             lr_knees=self.lr_knees * scale,
+            lr_vectors=self.lr_vectors * scale,
             planes=self.planes,
             lr_weight=self.lr_weight * scale,
             title="finetune: training on the whole model's output",

@@ -199,7 +199,7 @@ def test_parts_do_some_work_where_the_recipe_has_none():
 
 def test_every_variant_is_a_pipeline_that_parses_back():
     found = ablate.comparisons(Parts.of(recipe.passes(recipe.Choices(), "cpu")))
-    assert [c.name for c in found] == ["weights", "distill", "trained", "joint", "activations", "finetune"]
+    assert [c.name for c in found] == ["weights", "distill", "trained", "joint", "activations", "finetune", "tuned"]
     for passes in (p for c in found for p in c.variants.values()):
         assert tuple(pipeline.parse(pipeline.render(passes))) == passes
 
@@ -222,8 +222,10 @@ def test_every_recipe_has_variants_that_can_run_and_are_told_apart(choices, of_g
     parts = Parts.of(recipe.passes(choices, "cpu"))
     found = ablate.comparisons(parts)
     shown = {c.name: c.variants for c in found}
-    assert [len(shown[name]) for name in ("weights", "distill", "trained", "joint", "finetune")] == [6, 4, 4, 2, 4]
+    sizes = {"weights": 6, "distill": 4, "trained": 4, "joint": 2, "finetune": 4}
+    assert {name: len(shown[name]) for name in sizes} == sizes
     assert len(shown["activations"]) == (6 if parts.quantize.bits == 4 else 5)
+    assert len(shown.get("tuned", ())) == (0 if choices.recipe == "db-llm" else 2)
     for comparison in found:
         assert len({*comparison.variants.values()}) == len(comparison.variants)
         for passes in comparison.variants.values():

@@ -48,21 +48,42 @@ def test_tuning_lowers_the_divergence_that_the_program_has(tuned, data):
     assert tuned.summary["kl_after"] == pytest.approx(measured, rel=1e-4)
 
 
-def test_only_levels_change_without_quantized_activations(tuned):
-    before, after = dict(quantized().parameters()), dict(tuned.program.parameters())
-    changed = {path.rpartition(".")[2] for path in before if not torch.equal(before[path], after[path])}
-    assert changed == {"levels", "scale"}
+def changed_parameters(before: Program, after: Program) -> set[str]:
+    old, new = dict(before.parameters()), dict(after.parameters())
+    return {path for path in old if not torch.equal(old[path], new[path])}
+
+
+def test_only_levels_and_norms_change_without_quantized_activations(tuned):
+    changed = changed_parameters(quantized(), tuned.program)
+    norms = {path for path, _ in quantized().parameters() if path.endswith("layernorm.weight")}
+    assert norms and norms <= changed
+    assert {path.rpartition(".")[2] for path in changed - norms} == {"levels", "scale"}
+
+
+def test_norms_without_a_learning_rate_stay(data):
+    result = apply(quantized(), f"{_TEXT[:-1]},lr_vectors=0}}", data)
+    assert improved(result.summary)
+    assert {p.rpartition(".")[2] for p in changed_parameters(quantized(), result.program)} == {"levels", "scale"}
+
+
+def test_biases_train_too():
+    """Qwen2's query, key and value have biases; every one of them and every norm inside a layer changes."""
+    before = quantized("qwen2")
+    result = apply(before, "finetune{steps=8,lr_levels=0,lr_vectors=0.002,every=2,precision=float32}", context("qwen2"))
+    vectors = {p for p, t in before.parameters() if ".layers." in p and t.dim() == 1 and p.endswith(("weight", "bias"))}
+    assert {p.rpartition(".")[2] for p in vectors} == {"weight", "bias"}
+    assert changed_parameters(before, result.program) == vectors and improved(result.summary)
 
 
 def test_clip_factors_change_with_quantized_activations(data):
     before = apply(quantized(), _ACTIVATE, data).program
-    result = apply(before, "finetune{steps=12,lr_clip=0.2,every=4}", data)
+    result = apply(before, "finetune{steps=12,lr_clip=0.2,lr_vectors=0,every=4}", data)
     assert improved(result.summary)
     clips = [t for path, t in result.program.parameters() if path.endswith("input_clip")]
     assert clips and all(float(t.max()) <= 1 for t in clips) and min(float(t.min()) for t in clips) < 0.999
 
 
-@pytest.mark.parametrize("options", ["steps=0", "steps=4,lr_levels=0,lr_clip=0"])
+@pytest.mark.parametrize("options", ["steps=0", "steps=4,lr_levels=0,lr_clip=0,lr_vectors=0"])
 def test_without_learning_rate_nothing_changes(options, data):
     before = apply(quantized(), _ACTIVATE, data).program
     result = apply(before, f"finetune{{{options}}}", data)
@@ -86,9 +107,9 @@ def test_planes_can_follow_the_levels_and_a_latent(lr_weight, data):
     text = f"finetune{{steps=12,every=4,precision=float32,planes=nearest,lr_levels=0.004,lr_weight={lr_weight}}}"
     result = apply(before, text, data)
     assert improved(result.summary)
+    changed = {path.rpartition(".")[2] for path in changed_parameters(before, result.program)}
+    assert changed == {"sign", "bitmap", "levels", "scale", "weight"}
     old, new = dict(before.parameters()), dict(result.program.parameters())
-    changed = {path.rpartition(".")[2] for path in old if not torch.equal(old[path], new[path])}
-    assert changed == {"sign", "bitmap", "levels", "scale"}
     bits = {name: [old[p] ^ new[p] for p in old if p.endswith(f".{name}")] for name in ("sign", "bitmap")}
     for name, planes in bits.items():
         flipped = sum(int(unpack_plane(plane, 8 * plane.shape[-1]).sum()) for plane in planes)
@@ -150,12 +171,12 @@ def test_the_more_steps_the_lower_the_rates(data, monkeypatch, steps, factor):
     used = []
 
     def run(together, *_):
-        used.append((together.lr_levels, together.lr_clip, together.lr_knees))
+        used.append((together.lr_levels, together.lr_clip, together.lr_knees, together.lr_vectors))
         return {}, {}
 
     monkeypatch.setattr(Together, "run", run)
-    apply(quantized(), f"finetune{{steps={steps},lr_levels=0.25,lr_clip=0.5,lr_knees=1}}", data)
-    assert used == [(0.25 * factor, 0.5 * factor, factor)]
+    apply(quantized(), f"finetune{{steps={steps},lr_levels=0.25,lr_clip=0.5,lr_knees=1,lr_vectors=0.125}}", data)
+    assert used == [(0.25 * factor, 0.5 * factor, factor, 0.125 * factor)]
 
 
 @pytest.mark.parametrize("name", ["distill", "activate", "finetune"])

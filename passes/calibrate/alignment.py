@@ -1,10 +1,11 @@
-"""Levels and clip factors tuned on the whole model's output.
+"""Levels, clip factors and vectors tuned on the whole model's output.
 
 Layer by layer, every layer comes closer to the float one, and the output can still drift from it, because a layer does
 not know which of its errors matter behind it. So what the layers learned is a proposal: of levels and clip factors,
 each trained or as they came, the pair whose output is closest to the float model's on held-out sequences is kept. From
-there the levels and clip factors of all layers train together against the float model's output. Planes stay frozen, or
-follow the levels: then each element takes the level next to its latent weight, which may train, too.
+there the levels and clip factors of all layers train together against the float model's output, and so may the weights
+of norms, and biases. Planes stay frozen, or follow the levels: then each element takes the level next to its latent
+weight, which may train, too.
 """
 
 from __future__ import annotations
@@ -221,6 +222,7 @@ class Together:
         title: of the progress bar.
         stream: generator stream that decides the order of the batches.
         lr_knees: of the knees' logits, where activations have knees.
+        lr_vectors: of the weights of norms and of biases, in root mean squares of each.
         planes: whether planes change.
         lr_weight: of the latents behind planes that do, in standard deviations of their matrix; with 0 planes change
             with levels alone.
@@ -234,6 +236,7 @@ class Together:
     title: str
     stream: int
     lr_knees: float = 0.0
+    lr_vectors: float = 0.0
     planes: Planes = "frozen"
     lr_weight: float = 0.0
     stage: str = "together"
@@ -289,11 +292,16 @@ class Together:
                 groups.append(Group((weight.latent,), self.lr_weight * deviation))
 
         constants = {path: weight for layer in whole.layers for path, weight in layer.constants().items()}
+        trained = [path for layer in whole.layers for path in layer.vectors] if self.lr_vectors > 0 else []
+        vectors = {path: constants[path].float().clone() for path in trained}
+        for vector in vectors.values():
+            groups.append(Group((vector,), self.lr_vectors * float(vector.square().mean().sqrt())))
 
         def current() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
             ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | ranges | constants
+            moved = {path: vector.to(constants[path].dtype) for path, vector in vectors.items()}
+            return {path: weight.simulate() for path, weight in levels.items()} | ranges | constants | moved
 
         with context.progress.task(self.title, max(self.steps, 1)) as task:
             outcome = train(
@@ -314,6 +322,8 @@ class Together:
             stored.update({path: clip_factors(logit) for path, logit in logits.items()})
         if outcome.step and self.lr_knees > 0:
             stored.update({path: knee_shares(logit) for path, logit in knees.items()})
+        if outcome.step:
+            stored.update({path: vector.to(constants[path].dtype) for path, vector in vectors.items()})
         folded = packed
         if outcome.step and max(self.lr_levels, self.lr_weight) > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}

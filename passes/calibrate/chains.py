@@ -260,10 +260,10 @@ def weight_of(lifted: Lifted, path: str, tensors: Mapping[str, Tensor]) -> Quant
 
 
 def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's dequantized weights, clip factors and knees: those in ``tensors``, else as the program stores them."""
+    """A layer's dequantized weights, ranges and vectors: those in ``tensors``, else as the program stores them."""
     device = lifted.stage.device
     parameters = {path: weight_of(lifted, path, tensors).on(device).dequantize() for path in lifted.weights}
     parameters |= lifted.constants()
-    for path in lifted.ranges:
+    for path in lifted.ranges + lifted.vectors:
         parameters[path] = tensors[path].to(device) if path in tensors else get_attribute(lifted.stage.module, path)
     return parameters

@@ -132,10 +132,11 @@ def _in_front_of(
 ) -> Iterator[Values]:
     """The gradients with respect to the wanted values in front of a layer, from those behind it."""
     lifted = lift(stage).on(inputs.device)  # an operator of experts has a gradient only there
+    parameters = lifted.constants()
     for batch, behind in zip(inputs, gradients, strict=True):
         values = _leaves(batch, wanted)
         with torch.enable_grad(), matrix_products(precision, inputs.device):
-            run = lifted.run(values, {})
+            run = lifted.run(values, parameters)
         outputs = {name: restored(value, precision) for name, value in run.items() if name in behind}
         around = {name: value for name, value in behind.items() if name not in outputs}
         through = _gradients(list(outputs.values()), [behind[name] for name in outputs], values)

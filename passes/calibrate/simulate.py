@@ -6,8 +6,9 @@ as the packed format would; the backward pass goes straight through the rounding
 A weight has a latent value, a relaxed bitmap in [0, 1] and four levels per group; what they stand for and their
 gradients are in ``codegen/latent.py``.
 
-:func:`lift` turns a stage of a quantized program into a function of its weights, clip factors and knees. Weights of
-4-bit codes do not train: they are inputs, too, so that they are dequantized once, and stay as they were fitted.
+:func:`lift` turns a stage of a quantized program into a function of its weights, its ranges (clip factors and knees)
+and its vectors (weights of norms, and biases). Weights of 4-bit codes do not train: they are inputs, too, so that they
+are dequantized once, and stay as they were fitted.
 """
 
 from __future__ import annotations
@@ -538,15 +539,17 @@ def knee_logits(knees: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lifted:
-    """A stage of a quantized program as a function of its quantized weights, clip factors and knees.
+    """A stage of a quantized program as a function of its quantized weights, clip factors, knees and vectors.
 
     Attributes:
-        module: takes the stage's inputs, then the weights, the coded ones, the clips and the knees, by position.
+        module: takes the stage's inputs, then the weights, the coded ones, the clips, the knees and the vectors, by
+            position.
         stage: the stage it was made from.
         weights: the paths of the W(1+1) weights, ``<module path>.weight``.
         coded: the paths of the weights of 4-bit codes.
         clips: the paths of the clip factors.
         knees: the paths of the knees.
+        vectors: the paths of the weights of norms and of biases.
         rules: which levels each of the weights may have, by path.
     """
 
@@ -556,6 +559,7 @@ class Lifted:
     coded: tuple[str, ...]
     clips: tuple[str, ...]
     knees: tuple[str, ...]
+    vectors: tuple[str, ...]
     rules: Mapping[str, LevelRule]
 
     @property
@@ -564,14 +568,16 @@ class Lifted:
         return self.clips + self.knees
 
     def run(self, values: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Values:
-        """The stage's outputs for one batch, with ``parameters`` by path (dequantized weights, clip factors, knees)."""
+        """The stage's outputs for one batch, with ``parameters`` by path: dequantized weights, ranges and vectors."""
         inputs = [values[name] for name in self.stage.inputs]
-        extra = [parameters[path] for path in (*self.weights, *self.coded, *self.ranges)]
+        extra = [parameters[path] for path in (*self.weights, *self.coded, *self.ranges, *self.vectors)]
         return dict(zip(self.stage.outputs, self.module(*inputs, *extra), strict=True))
 
     def constants(self) -> dict[str, Tensor]:
-        """The weights of codes, dequantized, by path; on the stage's device."""
-        module, found = self.stage.module, {}
+        """What does not train layer by layer: weights of codes, dequantized, and vectors, by path; on the stage's
+        device."""
+        module = self.stage.module
+        found = {path: get_attribute(module, path) for path in self.vectors}
         for node in _unpacks(module.graph):
             if _weight_path(node) in self.coded:
                 found[_weight_path(node)] = node.target(*(constant(module, value) for value in node.args))
@@ -622,7 +628,7 @@ class Bound:
 
 
 def lift(stage: Stage) -> Lifted:
-    """Makes inputs of a stage's quantized weights, clip factors and knees, and its quantizers differentiable."""
+    """Makes inputs of a stage's quantized weights, ranges and vectors, and its quantizers differentiable."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(stage.module.graph.nodes)
@@ -644,6 +650,7 @@ def lift(stage: Stage) -> Lifted:
         _inputs(graph, name, {node: node.target for node in nodes}, copies)
         for name, nodes in (("clip", of_clips), ("knees", of_knees))
     )
+    vectors = _inputs(graph, "vector", {n: n.target for n in nodes if _is_vector(stage.module, n)}, copies)
     for node in nodes:
         if node in copies:
             continue
@@ -654,7 +661,7 @@ def lift(stage: Stage) -> Lifted:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.eliminate_dead_code()
     rules = {_weight_path(node): _level_rule(node) for node in planes}
-    return Lifted(fx.GraphModule(stage.module, graph), stage, weights, coded, clips, knees, rules)
+    return Lifted(fx.GraphModule(stage.module, graph), stage, weights, coded, clips, knees, vectors, rules)
 
 
 def _inputs(
@@ -674,6 +681,15 @@ _DIFFERENTIABLE = {
     _lbllm.fake_quantize_kv.default: fake_quantize_kv,
     _lbllm.grouped_linear.default: grouped_linear,
 }
+
+
+def _is_vector(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the weight of a norm or a bias, which trains as it is."""
+    if node.op != "get_attr" or node.target.rpartition(".")[2] not in ("weight", "bias"):
+        return False
+    tensor = get_attribute(module, node.target)
+    plain = all(getattr(user.target, "namespace", "") == "aten" for user in node.users)
+    return plain and tensor.dim() == 1 and tensor.is_floating_point()
 
 
 def _unpacks(graph: fx.Graph) -> list[fx.Node]:

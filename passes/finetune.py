@@ -74,7 +74,7 @@ class Finetune(Pass):
     lr_levels: Rate = 5e-3
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
-    lr_vectors: Rate = 5e-3
+    lr_vectors: Rate = 2e-3
     planes: Planes = "frozen"
     lr_weight: Rate = 0.0
     deviation: Rate = 0.0

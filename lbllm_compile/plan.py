@@ -675,6 +675,10 @@ _INPUTS = 4
 """Inputs that the linears of a decoder layer read, in most architectures: of attention, its output and the MLP."""
 
 
+_FIT_TOKENS = 20_000
+"""Tokens whose statistics take as long as a fit to them does, which is the same for however many."""
+
+
 def _budget_seconds(
     weights: int, everything: int, layers: int, tokens: int, passes: Sequence[Pass], speed: Speed
 ) -> float:
@@ -685,7 +689,7 @@ def _budget_seconds(
     few = min(tokens, sensitivity.TOKENS)
     measured = min(tokens, MEASURED_TOKENS)
     wholes = 2 if _option(passes, "budget", "max_kl", 0.0) else 1
-    fits = (fitted + wholes) * weights * few * speed.seconds(_COSTS["ptq"])
+    fits = (fitted + wholes) * weights * (few + _FIT_TOKENS) * speed.seconds(_COSTS["ptq"])
     gradients = everything * few * speed.seconds(_CHANNELS)
     runs = _INPUTS * weights * (fitted * few + layers * measured / 2) * speed.seconds(_CHAIN)
     return fits + gradients + runs

@@ -33,6 +33,11 @@ are those of all such linears with the same input and scheme, so that these can 
     %w = lbllm.unpack_int4(%codes, %table, %code_scale, 576, 64)
     %q = aten.linear(%x, %w)
 
+With ``propagate``, a linear's weight first moves to make up for the errors of what is quantized in front of it: by that
+share of the way to the weight whose outputs on the quantized model's inputs are closest to those of the float model,
+``W E[x x_q^T] E[x_q x_q^T]^-1`` (quantization error propagation, QEP, arXiv 2504.09629). The float model then runs
+beside the quantized one. Stacked experts, which see other tokens in the two, stay as they are.
+
 Where a linear has outliers, the pass ``outliers`` has put them last. These columns make up for the errors of all others
 and become int8 rows, ``<path>.weight.outliers.rows`` and ``.row_scale``: a linear of their own, behind a slice of the
 input, whose product is added.
@@ -42,6 +47,7 @@ Needs ``observe`` and calibration batches.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,7 +64,7 @@ from ..codegen.operators.lbllm.linears import WEIGHT
 from ..codegen.progress import warn
 from ..codegen.sizes import DEFAULT_GROUP, GROUPS
 from .annotate import decoder_linears
-from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult, Positive
+from .base import CALIBRATING, Contract, Pass, PassContext, PassError, PassResult, Positive, Share
 from .calibrate.coded import CodedFit, fit_int4
 from .calibrate.fit import Factor, Fit, FitError, Init, factor, fit
 from .calibrate.layers import (
@@ -112,6 +118,7 @@ class Ptq(Pass):
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per W(1+1) group.
+        propagate: how far a weight moves to make up for the errors in its inputs, 0 to 1.
         outliers: leave columns that the pass ``outliers`` has put last 8 bits, instead of four levels as all others.
         sequences: calibration sequences to fit to, at most.
         precision: of the layers' matrix products; statistics and fits are float32.
@@ -122,6 +129,7 @@ class Ptq(Pass):
     damp: float = 0.01
     compensate: bool = True
     rounds: int = 1
+    propagate: Share = 0.0
     outliers: bool = True
     sequences: Positive = LAYER_SEQUENCES
     precision: Precision = "auto"
@@ -141,12 +149,13 @@ class Ptq(Pass):
         batches = calibration_batches(program, context.calibration, BATCH, self.sequences)
         chain = Activations(batches, context.device)
         chain.advance(layers.prologue)
+        floats = Floats(split(program).layers, chain.fork()) if self.propagate else None
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         with context.progress.task("stage 1: fitting planes and levels", len(layers.layers)) as task:
             for index, layer in enumerate(layers.layers):
                 done = context.checkpoints.load(self.name, index)
-                tensors, metrics = self._layer(layer, chain, done)
+                tensors, metrics = self._layer(layer, chain, done, floats and floats.layer(index, self.precision))
                 if done is None:
                     context.checkpoints.save(self.name, index, tensors, metrics)
                 stored.update(mapped(tensors.items()))
@@ -180,9 +189,17 @@ class Ptq(Pass):
                 )
 
     def _layer(
-        self, layer: Stage, chain: Activations, done: tuple[dict[str, Tensor], dict[str, Any]] | None
+        self,
+        layer: Stage,
+        chain: Activations,
+        done: tuple[dict[str, Tensor], dict[str, Any]] | None,
+        floats: Iterator[Activations] | None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Fits one layer and moves the chain past it; with ``done`` it only moves the chain, the same way."""
+        """Fits one layer and moves the chain past it; with ``done`` it only moves the chain, the same way.
+
+        Args:
+            floats: the float model's values behind each part of the layer, if errors propagate.
+        """
         observed = {s.name: users for s, users in decoder_linears(layer.module.graph).items()}
         observers = [n for n in layer.module.graph.nodes if n.name in observed]
         tensors: dict[str, Tensor] = {} if done is None else dict(done[0])
@@ -192,7 +209,8 @@ class Ptq(Pass):
         parts = segments(layer, observers)
         for position, part in enumerate(parts):
             statistics = {o.name: Statistic.of(o, observed[o.name]) for o in observers if o.name in part.outputs}
-            visit = None if done is not None else lambda values, s=statistics: _collect(s, values)
+            originals = next(floats).read(list(statistics)) if floats is not None else iter(())
+            visit = None if done is not None else functools.partial(_collect, statistics, originals)
             chain.advance(part, visit, self.precision)
             for statistic in statistics.values():
                 if done is None:
@@ -228,6 +246,10 @@ class Ptq(Pass):
         for index, (scheme, paths) in enumerate(alike.items()):
             weights = [get_attribute(module, path) for path in paths]
             start = time.perf_counter()
+            if statistic.crossed is not None:
+                assert hessian is not None
+                shift = _shift(hessian, statistic.crossed / statistic.counts[0], self.damp).to(weights[0].device)
+                weights = [torch.addmm(w.float(), w.float(), shift, alpha=self.propagate) for w in weights]
             if hessian is None:
                 fits, extra = self._fit_experts(weights, statistic, scheme, chain)
             else:
@@ -314,6 +336,8 @@ class Statistic:
         offsets: for stacked experts, the name of the node with the end of each expert's tokens; else None.
         experts: number of experts; 1 for plain linears.
         held: the experts whose sums are held; the others are only counted.
+        crossed: sum of ``x x_q^T`` over the float model's inputs and the quantized ones ``[K, K]``, where errors
+            propagate.
     """
 
     site: str
@@ -324,6 +348,7 @@ class Statistic:
     sums: list[Tensor | None] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     held: range = range(1)
+    crossed: Tensor | None = None
 
     @classmethod
     def of(cls, observer: fx.Node, linears: list[fx.Node]) -> Statistic:
@@ -346,6 +371,15 @@ class Statistic:
         self._add_held(values)
         ends = values[self.offsets].tolist()
         self.counts = [c + end - start for c, start, end in zip(self.counts, [0, *ends[:-1]], ends, strict=True)]
+
+    def cross(self, values: Values, originals: Values) -> None:
+        """Takes in the same batch of the float model, too."""
+        if self.offsets is not None or self.kind != "hessian":
+            return
+        x, original = (given[self.site].flatten(0, -2).float() for given in (values, originals))
+        if self.crossed is None:
+            self.crossed = x.new_zeros((x.shape[1], x.shape[1]))
+        self.crossed.addmm_(original.t(), x)
 
     def windows(self, width: int) -> list[range]:
         """Runs of experts whose sums over inputs of ``width`` channels are held at a time."""
@@ -438,9 +472,47 @@ def _symmetric(total: Tensor) -> Tensor:
     return total.triu().add_(total.triu(1).t())
 
 
-def _collect(statistics: Mapping[str, Statistic], values: Values) -> None:
+def _collect(statistics: Mapping[str, Statistic], originals: Iterator[Values], values: Values) -> None:
+    """Takes in one batch, and the float model's next one if there are any."""
+    original = next(originals, None)
     for statistic in statistics.values():
         statistic.add(values)
+        if original is not None:
+            statistic.cross(values, original)
+
+
+def _shift(hessian: Tensor, crossed: Tensor, damp: float) -> Tensor:
+    """What a weight is multiplied by ``[K, K]`` to get its way to the one that makes up for errors in its inputs.
+
+    Args:
+        hessian: mean of ``x_q x_q^T``.
+        crossed: mean of ``x x_q^T``.
+        damp: added to the diagonal, relative to its mean.
+    """
+    damped = hessian.double()
+    damped.diagonal().add_(damp * float(damped.diagonal().mean()))
+    return torch.linalg.solve(damped, crossed.double() - hessian, left=False).float()
+
+
+@dataclass(frozen=True)
+class Floats:
+    """The float model, run beside the quantized one.
+
+    Attributes:
+        layers: with their observers.
+        chain: its values, in front of the first layer at the start.
+    """
+
+    layers: Sequence[Stage]
+    chain: Activations
+
+    def layer(self, index: int, precision: Precision) -> Iterator[Activations]:
+        """Moves past the parts of the next layer, one at a time; gives the values behind each."""
+        graph = self.layers[index].module.graph
+        observers = [source for source in decoder_linears(graph)]
+        for part in segments(self.layers[index], observers):
+            self.chain.advance(part, precision=precision)
+            yield self.chain
 
 
 def _mean_error(rows: Sequence[Mapping[str, Any]]) -> float:

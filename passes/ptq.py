@@ -246,14 +246,14 @@ class Ptq(Pass):
         for index, (scheme, paths) in enumerate(alike.items()):
             weights = [get_attribute(module, path) for path in paths]
             start = time.perf_counter()
-            if statistic.crossed is not None:
-                assert hessian is not None
-                shift = _shift(hessian, statistic.crossed / statistic.counts[0], self.damp).to(weights[0].device)
-                weights = [torch.addmm(w.float(), w.float(), shift, alpha=self.propagate) for w in weights]
             if hessian is None:
                 fits, extra = self._fit_experts(weights, statistic, scheme, chain)
             else:
                 factored = factor(hessian, _group(scheme), self.damp, scheme.outliers)
+                if statistic.crossed is not None:
+                    crossed = statistic.crossed / statistic.count(0)
+                    way = way_to_make_up(hessian, crossed, factored.damp).to(weights[0].device)
+                    weights = [torch.addmm(w.float(), w.float(), way, alpha=self.propagate) for w in weights]
                 if index == len(alike) - 1:
                     del hessian
                 found, extra = self._fit_rows(weights, factored, scheme)
@@ -481,7 +481,7 @@ def _collect(statistics: Mapping[str, Statistic], originals: Iterator[Values], v
             statistic.cross(values, original)
 
 
-def _shift(hessian: Tensor, crossed: Tensor, damp: float) -> Tensor:
+def way_to_make_up(hessian: Tensor, crossed: Tensor, damp: float) -> Tensor:
     """What a weight is multiplied by ``[K, K]`` to get its way to the one that makes up for errors in its inputs.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,6 +120,46 @@ def test_dead_columns_do_not_disturb_the_others():
     weight[:, 10] = 100.0
     found = fit.fit(weight, fit.factor(hessian, 32, 0.01), 32)
     assert float(found.levels.abs().max()) < 10
+
+
+def test_a_weight_makes_up_for_errors_in_its_inputs():
+    """Moved all the way, its outputs are as close to those of the float inputs as a linear map can bring them."""
+    random = _generator(3)
+    x = torch.randn((400, 24), generator=random)
+    quantized_x = 0.8 * x + 0.3 * torch.randn((400, 24), generator=random)
+    weight = torch.randn((5, 24), generator=random)
+    hessian, crossed = quantized_x.t() @ quantized_x / 400, x.t() @ quantized_x / 400
+    moved = weight + weight @ ptq.way_to_make_up(hessian, crossed, 0.0)
+    assert torch.allclose(moved, torch.linalg.lstsq(quantized_x, x @ weight.t()).solution.t(), atol=1e-4)
+    assert float(ptq.way_to_make_up(hessian, hessian, 0.01).abs().max()) == 0
+
+
+def _rough(options: str, **given: Any) -> Program:
+    """The model in groups of 128 rounded to even levels, whose errors are large."""
+    text = f"observe,ptq{{group=128,init=rtn,compensate=false,{options}}}"
+    return apply(annotated(), text, context(count=4, **given)).program
+
+
+def test_errors_of_the_layers_in_front_can_propagate():
+    """Given the float program, the result on the calibration text is closer to it than without; what reads no quantized
+    input stays the same."""
+    with_errors, without = _rough("propagate=1"), _rough("propagate=0")
+    changed = {path for path, t in with_errors.parameters() if not torch.equal(t, dict(without.parameters())[path])}
+    assert not any(f".0.self_attn.{name}_proj" in path for path in changed for name in "qkv")
+    assert all(any(f".{n}.{linear}" in path for path in changed) for n in (0, 1) for linear in ("self_attn", "mlp"))
+
+    def distance(program: Program) -> float:
+        return sum(float((program.run(b) - annotated().run(b)).norm()) for b in context(count=4).calibration)
+
+    assert distance(with_errors) < 0.95 * distance(without)
+
+
+def test_propagated_errors_survive_a_kill():
+    memory = Memory(saves=1)
+    with pytest.raises(Memory.KilledError):
+        _rough("propagate=0.5", checkpoints=memory)
+    memory.left = None
+    assert same_tensors(_rough("propagate=0.5", checkpoints=memory), _rough("propagate=0.5")) and memory.loaded == 1
 
 
 def test_weights_become_unpacked_planes():

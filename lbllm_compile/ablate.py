@@ -36,6 +36,10 @@ from lbllm_compile.report import terminal
 from lbllm_compile.variants import Measured, Study
 
 
+PROPAGATED = 0.5
+"""How far weights move to make up for the errors in front of them, where that is compared."""
+
+
 class AblationError(LbllmError):
     """There is no such comparison, or the recipe has nothing to compare."""
 
@@ -119,6 +123,7 @@ def comparisons(parts: Parts) -> list[Comparison]:
         "RTN": dataclasses.replace(ptq, init="rtn", compensate=False),
         "EM": dataclasses.replace(ptq, init="em", compensate=False),
         "EM+GPTQ": dataclasses.replace(ptq, init="em", compensate=True),
+        "EM+GPTQ+QEP": dataclasses.replace(ptq, init="em", compensate=True, propagate=PROPAGATED),
     }
     # A16 is the name of activations that are not quantized at all.
     bits = "int16" if quantize.bits == 16 else f"A{quantize.bits}"

@@ -35,7 +35,6 @@ from lbllm_compile.passes.ptq import Ptq
 from lbllm_compile.report import terminal
 from lbllm_compile.variants import Measured, Study
 
-
 PROPAGATED = 0.5
 """How far weights move to make up for the errors in front of them, where that is compared."""
 

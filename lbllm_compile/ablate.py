@@ -119,14 +119,14 @@ def comparisons(parts: Parts) -> list[Comparison]:
     ptq, distill, finetune = parts.ptq, parts.distill, parts.finetune
     quantize, activate = parts.quantize, parts.activate
     starts = {
-        "RTN": dataclasses.replace(ptq, init="rtn", compensate=False),
-        "EM": dataclasses.replace(ptq, init="em", compensate=False),
-        "EM+GPTQ": dataclasses.replace(ptq, init="em", compensate=True),
-        "EM+GPTQ+QEP": dataclasses.replace(ptq, init="em", compensate=True, propagate=PROPAGATED),
+        "RTN": dataclasses.replace(ptq, init="rtn", compensate=False, propagate=0.0),
+        "EM": dataclasses.replace(ptq, init="em", compensate=False, propagate=0.0),
+        "EM+GPTQ": dataclasses.replace(ptq, init="em", compensate=True, propagate=0.0),
+        "EM+GPTQ+QEP": dataclasses.replace(ptq, init="em", compensate=True, propagate=ptq.propagate or PROPAGATED),
     }
     # A16 is the name of activations that are not quantized at all.
     bits = "int16" if quantize.bits == 16 else f"A{quantize.bits}"
-    first = starts["EM+GPTQ"]
+    first = starts["EM+GPTQ+QEP" if ptq.propagate else "EM+GPTQ"]
     trained = (first, distill)
 
     def scaled(item: Activate, group: int, ranges: Literal["clip", "knees"] = "clip") -> tuple[Pass, ...]:
@@ -155,7 +155,7 @@ def comparisons(parts: Parts) -> list[Comparison]:
         "tuned",
         f"what tuning on the whole model's output trains ({bits})",
         {
-            "levels and ranges": (*trained, activate, dataclasses.replace(finetune, lr_vectors=0.0)),
+            "levels and ranges": (*trained, activate, dataclasses.replace(finetune, lr_norms=0.0)),
             "norms and biases, too": (*trained, activate, finetune),
         },
     )
@@ -209,7 +209,7 @@ def comparisons(parts: Parts) -> list[Comparison]:
                 f"on, {bits}": (*trained, activate, finetune),
             },
         ),
-        *([tuned] if finetune.lr_vectors else []),
+        *([tuned] if finetune.lr_norms else []),
     ]
 
 

@@ -24,6 +24,9 @@ LIBRARIES = 700 << 20
 _HESSIANS = 9
 """Float32 ``[K, K]`` that factoring a Hessian holds, the statistic included."""
 
+_CORRECTIONS = 3
+"""The same where errors propagate, besides: differences of inputs, their product with the inverse, the result."""
+
 _FIT_BYTES = 24
 """Per weight of the matrices that are fitted as one: the weight, six forms of it while it is compensated."""
 
@@ -99,6 +102,7 @@ class Work:
         half: whether it is written by bfloat16 weights.
         latents: float32 numbers per weight where all layers train together: 1 where planes follow from a latent, 3
             where it trains, too.
+        propagates: whether stage 1 makes up for errors in front of a linear.
     """
 
     tokens: int
@@ -112,6 +116,7 @@ class Work:
     text: int | None
     half: bool
     latents: int = 0
+    propagates: bool = False
 
 
 def memory(model: Model, work: Work) -> dict[str, int]:
@@ -134,7 +139,7 @@ def memory(model: Model, work: Work) -> dict[str, int]:
     if work.text is not None:
         phases["calibration text"] = (2 if work.half else 4) * model.parameters + work.text
     if work.fit:
-        phases["stage 1, ptq"] = _fitting(model) + activations(work.fit)
+        phases["stage 1, ptq"] = _fitting(model, work) + activations(work.fit)
     if work.distill:
         training = _SAVED_BY_AUTOGRAD * activations(work.distill)
         phases["stage 2, distill"] = max(_DISTILL_BYTES * layer + training, RESIDENT + outside + logits(1))
@@ -172,18 +177,18 @@ def saved(model: Model, work: Work) -> int:
 
 def _training(model: Model, work: Work, layer: int) -> int:
     """The rehearsal trains one layer on hardly any tokens."""
-    fitting = _fitting(model) if work.fit else 0
+    fitting = _fitting(model, work) if work.fit else 0
     return max(fitting, (_DISTILL_BYTES if work.distill else 0) * layer)
 
 
-def _fitting(model: Model) -> int:
+def _fitting(model: Model, work: Work) -> int:
     """Fitting the linears behind one observer: a Hessian and the matrices that share it; of experts as many sums as are
     held, the one that those with few tokens share, and what has been fitted."""
     most = 0
     for shapes in model.layers:
         for (*experts, rows, columns), same in Counter(shapes).items():
             square, weights = 4 * columns**2, same * rows * columns
-            size = _HESSIANS * square + _FIT_BYTES * weights
+            size = (_HESSIANS + (_CORRECTIONS if work.propagates else 0)) * square + _FIT_BYTES * weights
             if experts:
                 held = min(experts[0], max(1, HESSIAN_BYTES // square))
                 size += (held + 1) * square + _EXPERT_BYTES * experts[0] * weights

@@ -333,7 +333,8 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     rules = [f"*: levels={recipe.levels}"] if recipe.levels != FREE.name else []
     weighing = {"deviation": DEVIATION} if recipe.align else {}
     steps = size.distill_epochs * math.ceil(min(size.sequences, size.layer_sequences) / ALIGN_BATCH)
-    align = {"steps": steps, "batch": ALIGN_BATCH, "planes": "nearest", "lr_vectors": 0.0, **weighing}
+    # DB-LLM trains scales alone.
+    align = {"steps": steps, "batch": ALIGN_BATCH, "planes": "nearest", "lr_norms": 0.0, **weighing}
     return [
         make("canonicalize", {}),
         make("annotate", {"keep_dense": choices.keep_dense, "scheme": "; ".join([*rules, *choices.scheme])}),

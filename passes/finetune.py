@@ -38,6 +38,7 @@ from typing import ClassVar
 from .base import CALIBRATING, Contract, Count, Pass, PassContext, PassError, PassResult, Positive, Rate
 from .calibrate.alignment import Planes, Together, Whole
 from .calibrate.chains import layer_errors, paired_layers, with_tensors
+from .calibrate.layers import calibration_batches
 from .calibrate.precision import Precision
 from .calibrate.training import step_scale
 from .ir.program import Program
@@ -56,11 +57,13 @@ class Finetune(Pass):
 
     Attributes:
         steps: of training.
+        repeats: how often a calibration sequence is seen at most: where they are few, there are fewer steps.
         batch: sequences per step.
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
         lr_knees: of the knees' logits, where activations have knees; 0 keeps the knees.
-        lr_vectors: of the weights of norms and of biases, in root mean squares of each; 0 keeps them.
+        lr_norms: of the weights of norms and of biases inside decoder layers, in root mean squares of each, so that one
+            of zeros stays; 0 keeps them all.
         planes: ``frozen``, or ``nearest`` where elements take the level nearest to their weight.
         lr_weight: peak learning rate of the weights behind planes that change, in standard deviations of the matrix;
             with 0 planes change with levels alone.
@@ -70,11 +73,12 @@ class Finetune(Pass):
     """
 
     steps: Count = 40
+    repeats: Positive = 3
     batch: Positive = 4
     lr_levels: Rate = 5e-3
     lr_clip: Rate = 5e-2
     lr_knees: Rate = 2e-2
-    lr_vectors: Rate = 2e-3
+    lr_norms: Rate = 2e-3
     planes: Planes = "frozen"
     lr_weight: Rate = 0.0
     deviation: Rate = 0.0
@@ -95,21 +99,26 @@ class Finetune(Pass):
         if self.lr_weight and self.planes == "frozen":
             raise PassError("finetune: lr_weight trains the weights behind planes that change; add planes=nearest")
         pair = paired_layers(self.name, program, context)
+        batches = len(calibration_batches(program, context.calibration, self.batch))
+        steps = min(self.steps, self.repeats * batches)
+        if steps < self.steps:
+            context.progress.note(
+                f"finetune: {steps} steps, not {self.steps}, so that no calibration sequence is seen more than"
+                f" {self.repeats} times; a longer text lets it train longer"
+            )
 
         def start() -> Whole:
             generator = context.generator(STREAM + 1)
-            return Whole.start(
-                program, pair, context, self.batch, self.steps, self.precision, generator, self.deviation
-            )
+            return Whole.start(program, pair, context, self.batch, steps, self.precision, generator, self.deviation)
 
-        scale = step_scale(self.steps)
+        scale = step_scale(steps)
         together = Together(
-            steps=self.steps,
+            steps=steps,
             every=self.every,
             lr_levels=self.lr_levels * scale,
             lr_clip=self.lr_clip * scale,
             lr_knees=self.lr_knees * scale,
-            lr_vectors=self.lr_vectors * scale,
+            lr_norms=self.lr_norms * scale,
             planes=self.planes,
             lr_weight=self.lr_weight * scale,
             title="finetune: training on the whole model's output",

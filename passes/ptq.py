@@ -118,7 +118,8 @@ class Ptq(Pass):
         damp: added to the Hessian's diagonal, relative to its mean; raised tenfold where the Hessian is still singular.
         compensate: let later columns make up for the errors of earlier ones (GPTQ).
         rounds: rounds of compensation and level refit per W(1+1) group.
-        propagate: how far a weight moves to make up for the errors in its inputs, 0 to 1.
+        propagate: how far a weight moves to make up for the errors in its inputs, 0 to 1. Errors are then reported from
+            the weight that it moved to.
         outliers: leave columns that the pass ``outliers`` has put last 8 bits, instead of four levels as all others.
         sequences: calibration sequences to fit to, at most.
         precision: of the layers' matrix products; statistics and fits are float32.
@@ -149,7 +150,7 @@ class Ptq(Pass):
         batches = calibration_batches(program, context.calibration, BATCH, self.sequences)
         chain = Activations(batches, context.device)
         chain.advance(layers.prologue)
-        floats = Floats(split(program).layers, chain.fork()) if self.propagate else None
+        floats = FloatChain(layers.layers, chain.fork()) if self.propagate else None
         stored: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         with context.progress.task("stage 1: fitting planes and levels", len(layers.layers)) as task:
@@ -179,6 +180,8 @@ class Ptq(Pass):
         linears = decoder_linears(program.graph)
         if not linears or any(source.target is not _lbllm.observe.default for source in linears):
             raise PassError("ptq needs observers in front of all decoder linears; run 'observe' before it")
+        if self.propagate and any(source.meta[STAT] != "hessian" for source in linears):
+            raise PassError("ptq: propagate needs the Hessians of inputs; use observe{stat=hessian}")
         for node in (n for users in linears.values() for n in users):
             weight = get_attribute(program.module, node.meta[LINEAR].weight)
             finite = bool(torch.isfinite(weight).all())
@@ -239,6 +242,7 @@ class Ptq(Pass):
             if node.meta[LINEAR].weight not in paths:
                 paths.append(node.meta[LINEAR].weight)
         hessian = None if statistic.offsets is not None else statistic.hessian(0)
+        differences = statistic.take_differences()
         if hessian is not None:
             statistic.sums.clear()
         tensors: dict[str, Tensor] = {}
@@ -250,12 +254,12 @@ class Ptq(Pass):
                 fits, extra = self._fit_experts(weights, statistic, scheme, chain)
             else:
                 factored = factor(hessian, _group(scheme), self.damp, scheme.outliers)
-                if statistic.crossed is not None:
-                    crossed = statistic.crossed / statistic.count(0)
-                    way = way_to_make_up(hessian, crossed, factored.damp).to(weights[0].device)
-                    weights = [torch.addmm(w.float(), w.float(), way, alpha=self.propagate) for w in weights]
                 if index == len(alike) - 1:
                     del hessian
+                if differences is not None:
+                    moved = error_correction(factored, differences)
+                    given = (weight.to(moved.device).float() for weight in weights)
+                    weights = [torch.addmm(weight, weight, moved, alpha=self.propagate) for weight in given]
                 found, extra = self._fit_rows(weights, factored, scheme)
                 fits = [[f] for f in found]
             seconds = (time.perf_counter() - start) / len(paths)
@@ -336,8 +340,8 @@ class Statistic:
         offsets: for stacked experts, the name of the node with the end of each expert's tokens; else None.
         experts: number of experts; 1 for plain linears.
         held: the experts whose sums are held; the others are only counted.
-        crossed: sum of ``x x_q^T`` over the float model's inputs and the quantized ones ``[K, K]``, where errors
-            propagate.
+        differences: sum of ``(x - x_q) x_q^T`` over the float model's inputs ``x`` and the quantized one's ``[K, K]``,
+            where errors propagate.
     """
 
     site: str
@@ -348,7 +352,7 @@ class Statistic:
     sums: list[Tensor | None] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     held: range = range(1)
-    crossed: Tensor | None = None
+    differences: Tensor | None = None
 
     @classmethod
     def of(cls, observer: fx.Node, linears: list[fx.Node]) -> Statistic:
@@ -372,14 +376,19 @@ class Statistic:
         ends = values[self.offsets].tolist()
         self.counts = [c + end - start for c, start, end in zip(self.counts, [0, *ends[:-1]], ends, strict=True)]
 
-    def cross(self, values: Values, originals: Values) -> None:
+    def add_difference(self, values: Values, originals: Values) -> None:
         """Takes in the same batch of the float model, too."""
-        if self.offsets is not None or self.kind != "hessian":
+        if self.offsets is not None:
             return
         x, original = (given[self.site].flatten(0, -2).float() for given in (values, originals))
-        if self.crossed is None:
-            self.crossed = x.new_zeros((x.shape[1], x.shape[1]))
-        self.crossed.addmm_(original.t(), x)
+        if self.differences is None:
+            self.differences = x.new_zeros((x.shape[1], x.shape[1]))
+        self.differences.addmm_((original - x).t(), x)
+
+    def take_differences(self) -> Tensor | None:
+        """The mean of ``(x - x_q) x_q^T``, which is not kept; None where errors do not propagate."""
+        total, self.differences = self.differences, None
+        return None if total is None else total.div_(self.counts[0])
 
     def windows(self, width: int) -> list[range]:
         """Runs of experts whose sums over inputs of ``width`` channels are held at a time."""
@@ -478,24 +487,24 @@ def _collect(statistics: Mapping[str, Statistic], originals: Iterator[Values], v
     for statistic in statistics.values():
         statistic.add(values)
         if original is not None:
-            statistic.cross(values, original)
+            statistic.add_difference(values, original)
 
 
-def way_to_make_up(hessian: Tensor, crossed: Tensor, damp: float) -> Tensor:
-    """What a weight is multiplied by ``[K, K]`` to get its way to the one that makes up for errors in its inputs.
+def error_correction(factored: Factor, differences: Tensor) -> Tensor:
+    """What a weight is multiplied by ``[K, K]`` to get its way to the one that makes up for errors in its inputs:
+    ``E[(x - x_q) x_q^T] H^-1``.
 
     Args:
-        hessian: mean of ``x_q x_q^T``.
-        crossed: mean of ``x x_q^T``.
-        damp: added to the diagonal, relative to its mean.
+        factored: the Hessian ``H`` of the quantized model's inputs.
+        differences: mean of ``(x - x_q) x_q^T``, in the matrix's order of columns.
     """
-    damped = hessian.double()
-    damped.diagonal().add_(damp * float(damped.diagonal().mean()))
-    return torch.linalg.solve(damped, crossed.double() - hessian, left=False).float()
+    found = torch.empty_like(differences)
+    found[:, factored.order] = differences[:, factored.order] @ factored.inverse.t() @ factored.inverse
+    return found
 
 
 @dataclass(frozen=True)
-class Floats:
+class FloatChain:
     """The float model, run beside the quantized one.
 
     Attributes:
@@ -509,8 +518,7 @@ class Floats:
     def layer(self, index: int, precision: Precision) -> Iterator[Activations]:
         """Moves past the parts of the next layer, one at a time; gives the values behind each."""
         graph = self.layers[index].module.graph
-        observers = [source for source in decoder_linears(graph)]
-        for part in segments(self.layers[index], observers):
+        for part in segments(self.layers[index], [*decoder_linears(graph)]):
             self.chain.advance(part, precision=precision)
             yield self.chain
 

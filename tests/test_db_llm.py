@@ -28,7 +28,7 @@ def text(**choices) -> str:
 def test_weights_alone_are_quantized_and_trained():
     assert text(preset="quick") == (
         'canonicalize,annotate{scheme="*: levels=dual"},observe,ptq,'
-        "finetune{steps=32,lr_vectors=0.0,planes=nearest,deviation=0.5},activate{bits=16,kv=16,steps=0},"
+        "finetune{steps=32,lr_norms=0.0,planes=nearest,deviation=0.5},activate{bits=16,kv=16,steps=0},"
         "head,merge,lower{target=cpu},cache,cleanup"
     )
 

@@ -9,6 +9,7 @@ import torch
 from lbllm_compile.codegen.format import QuantizedWeight, unpack_plane
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
+from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.calibrate.alignment import Together, kl_loss
@@ -29,6 +30,16 @@ def weights_of(program: Program) -> list[QuantizedWeight]:
             tensors = [get_attribute(program.module, part.target) for part in given.pick(*WEIGHT)]
             found[given.sign.target] = QuantizedWeight(*tensors, in_features=given.in_features, group=given.group)
     return list(found.values())
+
+
+class Heard(NoProgress):
+    """What a pass notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,7 @@ def test_only_levels_and_norms_change_without_quantized_activations(tuned):
 
 
 def test_norms_without_a_learning_rate_stay(data):
-    result = apply(quantized(), f"{_TEXT[:-1]},lr_vectors=0}}", data)
+    result = apply(quantized(), f"{_TEXT[:-1]},lr_norms=0}}", data)
     assert improved(result.summary)
     assert {p.rpartition(".")[2] for p in changed_parameters(quantized(), result.program)} == {"levels", "scale"}
 
@@ -69,7 +80,7 @@ def test_norms_without_a_learning_rate_stay(data):
 def test_biases_train_too():
     """Qwen2's query, key and value have biases; every one of them and every norm inside a layer changes."""
     before = quantized("qwen2")
-    result = apply(before, "finetune{steps=8,lr_levels=0,lr_vectors=0.002,every=2,precision=float32}", context("qwen2"))
+    result = apply(before, "finetune{steps=8,lr_levels=0,lr_norms=0.002,every=2,precision=float32}", context("qwen2"))
     vectors = {p for p, t in before.parameters() if ".layers." in p and t.dim() == 1 and p.endswith(("weight", "bias"))}
     assert {p.rpartition(".")[2] for p in vectors} == {"weight", "bias"}
     assert changed_parameters(before, result.program) == vectors and improved(result.summary)
@@ -77,13 +88,13 @@ def test_biases_train_too():
 
 def test_clip_factors_change_with_quantized_activations(data):
     before = apply(quantized(), _ACTIVATE, data).program
-    result = apply(before, "finetune{steps=12,lr_clip=0.2,lr_vectors=0,every=4}", data)
+    result = apply(before, "finetune{steps=12,lr_clip=0.2,lr_norms=0,every=4}", data)
     assert improved(result.summary)
     clips = [t for path, t in result.program.parameters() if path.endswith("input_clip")]
     assert clips and all(float(t.max()) <= 1 for t in clips) and min(float(t.min()) for t in clips) < 0.999
 
 
-@pytest.mark.parametrize("options", ["steps=0", "steps=4,lr_levels=0,lr_clip=0,lr_vectors=0"])
+@pytest.mark.parametrize("options", ["steps=0", "steps=4,lr_levels=0,lr_clip=0,lr_norms=0"])
 def test_without_learning_rate_nothing_changes(options, data):
     before = apply(quantized(), _ACTIVATE, data).program
     result = apply(before, f"finetune{{{options}}}", data)
@@ -171,12 +182,25 @@ def test_the_more_steps_the_lower_the_rates(data, monkeypatch, steps, factor):
     used = []
 
     def run(together, *_):
-        used.append((together.lr_levels, together.lr_clip, together.lr_knees, together.lr_vectors))
+        used.append((together.lr_levels, together.lr_clip, together.lr_knees, together.lr_norms))
         return {}, {}
 
     monkeypatch.setattr(Together, "run", run)
-    apply(quantized(), f"finetune{{steps={steps},lr_levels=0.25,lr_clip=0.5,lr_knees=1,lr_vectors=0.125}}", data)
+    apply(
+        quantized(), f"finetune{{steps={steps},repeats=99,lr_levels=0.25,lr_clip=0.5,lr_knees=1,lr_norms=0.125}}", data
+    )
     assert used == [(0.25 * factor, 0.5 * factor, factor, 0.125 * factor)]
+
+
+def test_few_sequences_are_not_seen_too_often(data, monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr(Together, "run", lambda together, *_: used.append(together.steps) or ({}, {}))
+    heard = Heard()
+    few = dataclasses.replace(data, calibration=batches(4), progress=heard)
+    for text in ("finetune{steps=5}", "finetune{steps=9}", "finetune{steps=9,repeats=1}"):
+        apply(quantized(), text, few)
+    assert used == [5, 6, 2]  # of two batches of four sequences
+    assert [note.split(",")[0] for note in heard.notes] == ["finetune: 6 steps", "finetune: 2 steps"]
 
 
 @pytest.mark.parametrize("name", ["distill", "activate", "finetune"])

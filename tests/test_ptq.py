@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.format import QuantizedWeight
-from lbllm_compile.passes import ptq
+from lbllm_compile.passes import distill, ptq
 from lbllm_compile.passes.annotate import LAYER, LINEAR, LinearInfo, matrix_count
 from lbllm_compile.passes.base import PassContext, PassError
 from lbllm_compile.passes.calibrate import fit
@@ -128,10 +129,9 @@ def test_a_weight_makes_up_for_errors_in_its_inputs():
     x = torch.randn((400, 24), generator=random)
     quantized_x = 0.8 * x + 0.3 * torch.randn((400, 24), generator=random)
     weight = torch.randn((5, 24), generator=random)
-    hessian, crossed = quantized_x.t() @ quantized_x / 400, x.t() @ quantized_x / 400
-    moved = weight + weight @ ptq.way_to_make_up(hessian, crossed, 0.0)
+    factored = fit.factor(quantized_x.t() @ quantized_x / 400, 32, 0.0)
+    moved = weight + weight @ ptq.error_correction(factored, (x - quantized_x).t() @ quantized_x / 400)
     assert torch.allclose(moved, torch.linalg.lstsq(quantized_x, x @ weight.t()).solution.t(), atol=1e-4)
-    assert float(ptq.way_to_make_up(hessian, hessian, 0.01).abs().max()) == 0
 
 
 def _rough(options: str, **given: Any) -> Program:
@@ -152,6 +152,43 @@ def test_errors_of_the_layers_in_front_can_propagate():
         return sum(float((program.run(b) - annotated().run(b)).norm()) for b in context(count=4).calibration)
 
     assert distance(with_errors) < 0.95 * distance(without)
+
+
+def test_propagating_errors_takes_hessians():
+    with pytest.raises(PassError, match=r"use observe\{stat=hessian\}"):
+        apply(annotated(), "observe{stat=absmax},ptq{propagate=0.5}", context(count=2))
+
+
+def test_errors_propagate_around_stacked_experts():
+    """What is behind experts moves; the experts, which see other tokens in the float model, take part as ever."""
+    made = [
+        apply(annotated("mixtral"), f"observe,ptq{{group=32,propagate={share}}}", context("mixtral", 4)).program
+        for share in (0, 1)
+    ]
+    first, second = (dict(program.parameters()) for program in made)
+    changed = {path for path in first if not torch.equal(first[path], second[path])}
+    assert first.keys() == second.keys() and any(".1.self_attn." in path for path in changed)
+
+
+def test_layers_are_fitted_to_so_many_sequences(monkeypatch):
+    """Batches behind the first ``sequences`` change nothing, and are not trained on."""
+    few, many = context(count=4), context(count=8)
+    assert torch.equal(few.calibration[3]["input_ids"], many.calibration[3]["input_ids"])
+    fitted = [apply(annotated(), "observe,ptq{group=32,sequences=8}", given).program for given in (few, many)]
+    assert same_tensors(*fitted)
+    rest = dataclasses.replace(many, calibration=many.calibration[4:])
+    assert not same_tensors(apply(annotated(), "observe,ptq{group=32,sequences=8}", rest).program, fitted[0])
+    trained: list[int] = []
+
+    def stop(*arguments: Any) -> None:
+        trained.append(arguments[4])
+        raise Memory.KilledError
+
+    monkeypatch.setattr(distill, "train_epochs", stop)
+    for text in ("distill", "distill{sequences=8}"):
+        with pytest.raises(Memory.KilledError):
+            apply(fitted[0], text, many)
+    assert trained == [8, 4]  # batches of two sequences
 
 
 def test_propagated_errors_survive_a_kill():

@@ -222,7 +222,7 @@ class Together:
         title: of the progress bar.
         stream: generator stream that decides the order of the batches.
         lr_knees: of the knees' logits, where activations have knees.
-        lr_vectors: of the weights of norms and of biases, in root mean squares of each.
+        lr_norms: of the weights of norms and of biases inside layers, in root mean squares of each; one of zeros stays.
         planes: whether planes change.
         lr_weight: of the latents behind planes that do, in standard deviations of their matrix; with 0 planes change
             with levels alone.
@@ -236,7 +236,7 @@ class Together:
     title: str
     stream: int
     lr_knees: float = 0.0
-    lr_vectors: float = 0.0
+    lr_norms: float = 0.0
     planes: Planes = "frozen"
     lr_weight: float = 0.0
     stage: str = "together"
@@ -292,16 +292,16 @@ class Together:
                 groups.append(Group((weight.latent,), self.lr_weight * deviation))
 
         constants = {path: weight for layer in whole.layers for path, weight in layer.constants().items()}
-        trained = [path for layer in whole.layers for path in layer.vectors] if self.lr_vectors > 0 else []
-        vectors = {path: constants[path].float().clone() for path in trained}
+        given = {path: t for layer in whole.layers for path, t in layer.stored_vectors().items() if self.lr_norms > 0}
+        vectors = {path: vector.float().clone() for path, vector in given.items()}
         for vector in vectors.values():
-            groups.append(Group((vector,), self.lr_vectors * float(vector.square().mean().sqrt())))
+            groups.append(Group((vector,), self.lr_norms * float(vector.square().mean().sqrt())))
 
         def current() -> dict[str, Tensor]:
             ranges = {path: clip_factors(logit) for path, logit in logits.items()}
             ranges |= {path: knee_shares(logit) for path, logit in knees.items()}
-            moved = {path: vector.to(constants[path].dtype) for path, vector in vectors.items()}
-            return {path: weight.simulate() for path, weight in levels.items()} | ranges | constants | moved
+            norms = {path: vector.to(given[path].dtype) for path, vector in vectors.items()}
+            return {**constants, **{path: weight.simulate() for path, weight in levels.items()}, **ranges, **norms}
 
         with context.progress.task(self.title, max(self.steps, 1)) as task:
             outcome = train(
@@ -323,7 +323,7 @@ class Together:
         if outcome.step and self.lr_knees > 0:
             stored.update({path: knee_shares(logit) for path, logit in knees.items()})
         if outcome.step:
-            stored.update({path: vector.to(constants[path].dtype) for path, vector in vectors.items()})
+            stored.update({path: vector.to(given[path].dtype) for path, vector in vectors.items()})
         folded = packed
         if outcome.step and max(self.lr_levels, self.lr_weight) > 0:
             folded = {path: weight.fold() for path, weight in levels.items()}

@@ -264,6 +264,5 @@ def parameters_of(lifted: Lifted, tensors: Mapping[str, Tensor]) -> dict[str, Te
     device = lifted.stage.device
     parameters = {path: weight_of(lifted, path, tensors).on(device).dequantize() for path in lifted.weights}
     parameters |= lifted.constants()
-    for path in lifted.ranges + lifted.vectors:
-        parameters[path] = tensors[path].to(device) if path in tensors else get_attribute(lifted.stage.module, path)
-    return parameters
+    parameters |= {path: get_attribute(lifted.stage.module, path) for path in lifted.ranges}
+    return parameters | {path: tensors[path].to(device) for path in lifted.ranges + lifted.vectors if path in tensors}

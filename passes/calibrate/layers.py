@@ -280,14 +280,13 @@ def calibration_batches(
     A plain module keeps its batches: it may not take others.
 
     Args:
-        sequences: how many to use at most, rounded up to whole batches; all by default.
+        sequences: how many of a language model's to use at most, rounded up to whole batches; all by default.
     """
     # FX renames inputs that are called like a builtin of Python's; values go by node name.
     names = {node.target: node.name for node in program.placeholders()}
     batches = [{names.get(key, key): value for key, value in batch.items()} for batch in batches]
-    most = None if sequences is None else -(-sequences // size)
     if program.kind != "causal-lm":
-        return batches[:most]
+        return batches
     runs: list[list[Mapping[str, Any]]] = []
     for batch in batches:
         if runs and _shapes(runs[-1][0]) == _shapes(batch):
@@ -297,7 +296,8 @@ def calibration_batches(
     merged = [
         {k: torch.cat([b[k] for b in run]) if isinstance(v, Tensor) else v for k, v in run[0].items()} for run in runs
     ]
-    return [piece for batch in merged for piece in batches_of(batch, size)][:most]
+    pieces = [piece for batch in merged for piece in batches_of(batch, size)]
+    return pieces if sequences is None else pieces[: -(-sequences // size)]
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -576,12 +576,15 @@ class Lifted:
     def constants(self) -> dict[str, Tensor]:
         """What does not train layer by layer: weights of codes, dequantized, and vectors, by path; on the stage's
         device."""
-        module = self.stage.module
-        found = {path: get_attribute(module, path) for path in self.vectors}
+        module, found = self.stage.module, self.stored_vectors()
         for node in _unpacks(module.graph):
             if _weight_path(node) in self.coded:
                 found[_weight_path(node)] = node.target(*(constant(module, value) for value in node.args))
         return found
+
+    def stored_vectors(self) -> dict[str, Tensor]:
+        """Weights of norms and biases as the program stores them, by path."""
+        return {path: get_attribute(self.stage.module, path) for path in self.vectors}
 
     def stored(self, path: str) -> QuantizedWeight:
         """A W(1+1) weight as the program stores it."""

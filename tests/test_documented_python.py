@@ -97,7 +97,9 @@ def test_a_client_of_the_openai_api_is_answered(artifact: tuple[Path, CompiledMo
     (code,) = re.findall(r"^    from openai import OpenAI\n(?:(?: {4}.*)?\n)+?(?=\n\S)", text, re.MULTILINE)
     with serving(artifact[0], "--name", "demo-out") as server:
         answer = execute(textwrap.dedent(code).replace("http://127.0.0.1:8000", server.url))["answer"]
-    assert answer.model == "demo-out" and answer.usage.completion_tokens == 60
+    # Drawn without a seed, so the answer may end on its own.
+    count, reason = answer.usage.completion_tokens, answer.choices[0].finish_reason
+    assert answer.model == "demo-out" and 0 < count <= 60 and (reason == "stop" or count == 60)
 
 
 def test_the_test_of_the_documented_pass_passes() -> None:

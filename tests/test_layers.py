@@ -113,3 +113,12 @@ def test_batches_are_merged_and_cut():
     made = layers.calibration_batches(program, [*long, *short], 4)
     assert [b["input_ids"].shape for b in made] == [(4, 24), (4, 24), (1, 24), (3, 5)]
     assert torch.equal(torch.cat([b["input_ids"] for b in made[:3]]), torch.cat([b["input_ids"] for b in long]))
+
+
+def test_batches_of_the_first_sequences():
+    """A language model's are cut behind whole batches; a plain module's stay, however many rows they have."""
+    given = batches(8)  # of two sequences
+    made = layers.calibration_batches(annotated(), given, 4, 6)
+    assert torch.equal(torch.cat([b["input_ids"] for b in made]), torch.cat([b["input_ids"] for b in given[:4]]))
+    plain = Program(annotated().module, kind="module")
+    assert [*map(len, (layers.calibration_batches(plain, given, 4, n) for n in (6, None)))] == [8, 8]

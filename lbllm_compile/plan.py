@@ -633,6 +633,7 @@ def _seconds(
     layers = max(1, len({x.info.layer for x in decoder}))
     weights = sum(x.weights for x in decoder)
     everything = sum(x.weights for x in found)
+    sequences = tokens / preset.sequence_length
     work: dict[str, float] = {}
     if writes_text:
         work["text"] = everything
@@ -640,7 +641,7 @@ def _seconds(
     def share(name: str) -> float:
         """Of the calibration sequences, those that a pass fits layers to: of a plain module's, all."""
         most = _option(passes, name, "sequences", 0)
-        return min(1.0, most / preset.sequences_of(writes_text)) if model.kind == "causal-lm" else float(most > 0)
+        return min(1.0, most / sequences) if model.kind == "causal-lm" else float(most > 0)
 
     for name in ("smooth", "ptq"):
         work[name] = weights * share(name)
@@ -650,7 +651,7 @@ def _seconds(
     for stage in ("activate", "finetune"):
         trainings = [p for p in passes if isinstance(p, (Activate, Finetune)) and p.name == stage]
         if trainings:
-            seen = sum(_seen(training, tokens / preset.sequence_length) for training in trainings)
+            seen = sum(_seen(training, sequences) for training in trainings)
             epochs = _option(passes, stage, "epochs", 0)
             work[stage] = seen * everything + weights * epochs * share(stage)
             chains[stage] = max(min(seen, 1.0), share(stage) if epochs else 0.0)

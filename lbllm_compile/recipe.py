@@ -155,7 +155,7 @@ class Preset(BaseModel):
         tune_seconds: time limit of the whole schedule search.
         layer_sequences: calibration sequences that layers are fitted to one by one, at most.
         own_sequences: calibration sequences that a model writes itself where no text is named, at most; it writes them
-            token by token, which takes longer than what is gained by more.
+            token by token, which is slow.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

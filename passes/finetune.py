@@ -57,7 +57,7 @@ class Finetune(Pass):
 
     Attributes:
         steps: of training.
-        repeats: how often a calibration sequence is seen at most: where they are few, there are fewer steps.
+        repeats: how often a calibration batch is used at most: where they are few, there are fewer steps.
         batch: sequences per step.
         lr_levels: peak learning rate of levels, in standard deviations of the matrix; 0 keeps the levels.
         lr_clip: of the clip factors' logits; 0 keeps the factors.
@@ -103,8 +103,8 @@ class Finetune(Pass):
         steps = min(self.steps, self.repeats * batches)
         if steps < self.steps:
             context.progress.note(
-                f"finetune: {steps} steps, not {self.steps}, so that no calibration sequence is seen more than"
-                f" {self.repeats} times; a longer text lets it train longer"
+                f"finetune: {steps} steps, not {self.steps}, so that no calibration batch is used more than"
+                f" {self.repeats} times; more calibration data lets it train longer"
             )
 
         def start() -> Whole:

@@ -257,9 +257,9 @@ class Ptq(Pass):
                 if index == len(alike) - 1:
                     del hessian
                 if differences is not None:
-                    moved = error_correction(factored, differences)
-                    given = (weight.to(moved.device).float() for weight in weights)
-                    weights = [torch.addmm(weight, weight, moved, alpha=self.propagate) for weight in given]
+                    correction = error_correction(factored, differences)
+                    given = (weight.to(correction.device).float() for weight in weights)
+                    weights = [torch.addmm(weight, weight, correction, alpha=self.propagate) for weight in given]
                 found, extra = self._fit_rows(weights, factored, scheme)
                 fits = [[f] for f in found]
             seconds = (time.perf_counter() - start) / len(paths)

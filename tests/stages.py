@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassResult
 from lbllm_compile.passes.ir.program import Program
@@ -50,6 +51,16 @@ def context(name: str = "llama", count: int = 16, **options: Any) -> PassContext
 def quantized(name: str = "llama", group: int = 32) -> Program:
     """The model after stage 1."""
     return apply(annotated(name), f"observe,ptq{{group={group}}}", context(name)).program
+
+
+class Notes(NoProgress):
+    """Keeps what a user would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 class Memory:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from graphs import context, normal, program, rewrites, token_inputs
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
-from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.reference import attention_mask
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.cache import Cache, _latent
 from lbllm_compile.passes.ir.compare import relative_error
 from lbllm_compile.passes.ir.program import STATE, Program, get_attribute
 from lbllm_compile.passes.ir.rewrite import calls
+from stages import Notes
 from torch import Tensor, fx
 
 aten, lbllm = torch.ops.aten, torch.ops.lbllm
@@ -477,11 +477,11 @@ def test_repeated_heads_are_recognized():
 
 
 def test_heads_repeated_in_another_order_are_kept_so_and_that_is_said():
-    notes = _Notes()
+    notes = Notes()
     before = attention(expand=interleave, bits=(0, 0))
     after = Cache().apply(before, dataclasses.replace(context(token_inputs()), progress=notes)).program
     assert {n.meta[STATE].heads for n in after.state_placeholders()} == {HEADS}
-    (note,) = notes.notes
+    (note,) = notes.said
     assert note.startswith("1 attentions repeat the heads") and note.endswith("2.0 times as many numbers")
     inputs = token_inputs()
     seen = inputs["attention_mask"].bool()
@@ -516,14 +516,6 @@ def test_values_of_fewer_heads_than_keys_are_cached_as_many():
     torch.testing.assert_close(decode(after, inputs, 4)[seen], before.run(inputs)[seen], rtol=2e-3, atol=2e-3)
 
 
-class _Notes(NoProgress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_cache_larger_than_what_it_is_made_of_is_said(shared):
     """Keys and values of two heads from six numbers, and four channels of the keys from one head for all."""
@@ -545,11 +537,11 @@ def test_a_cache_larger_than_what_it_is_made_of_is_said(shared):
 
     sizes = {"embed": (11, 6), "up": (20, 6), "rope": (4, 6), "others": (8, 6), "q": (18, 6)}
     before = program({name: 0.3 * normal(*size) for name, size in sizes.items()}, forward)
-    notes = _Notes()
+    notes = Notes()
     given = dataclasses.replace(context(token_inputs()), progress=notes)
     after = Cache().apply(before, given).program
     assert sorted({n.meta[STATE].tail[0] for n in after.state_placeholders()}) == [0, 5, 9]
-    assert len(notes.notes) == shared and all("2.8 times as many numbers" in note for note in notes.notes)
+    assert len(notes.said) == shared and all("2.8 times as many numbers" in note for note in notes.said)
 
 
 def test_latent_attention_is_known_behind_an_integer_linear():

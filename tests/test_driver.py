@@ -24,6 +24,7 @@ from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.ir import exact, graph_json
 from lbllm_compile.passes.ir.program import Program, set_attribute
 from rich.table import Table
+from stages import Notes
 
 import lbllm_compile
 from lbllm_compile import artifact, calibration, driver, dumps, evaluate, frontend, inspect, plan, recipe
@@ -295,16 +296,6 @@ def test_lowered_and_simulated_agree(compiled):
     kld = (expected.exp() * (expected - actual)).sum(-1)
     assert float(kld.mean()) <= 1e-3
     assert float((expected.argmax(-1) == actual.argmax(-1)).float().mean()) >= 0.99
-
-
-class Notes(NoProgress):
-    """Keeps what a user would be told."""
-
-    def __init__(self):
-        self.said = []
-
-    def note(self, text):
-        self.said.append(text)
 
 
 @pytest.mark.slow

@@ -9,13 +9,12 @@ import torch
 from lbllm_compile.codegen.format import QuantizedWeight, unpack_plane
 from lbllm_compile.codegen.operators import Arguments
 from lbllm_compile.codegen.operators.lbllm.linears import WEIGHT
-from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassContext, PassError, PassResult
 from lbllm_compile.passes.calibrate.alignment import Together, kl_loss
 from lbllm_compile.passes.calibrate.chains import Chains
 from lbllm_compile.passes.ir.program import Program, get_attribute
-from stages import Memory, annotated, apply, batches, context, improved, quantized, same_tensors
+from stages import Memory, Notes, annotated, apply, batches, context, improved, quantized, same_tensors
 
 _TEXT = "finetune{steps=12,every=4,precision=float32}"
 _ACTIVATE = "activate{group=32,steps=0}"
@@ -30,16 +29,6 @@ def weights_of(program: Program) -> list[QuantizedWeight]:
             tensors = [get_attribute(program.module, part.target) for part in given.pick(*WEIGHT)]
             found[given.sign.target] = QuantizedWeight(*tensors, in_features=given.in_features, group=given.group)
     return list(found.values())
-
-
-class Heard(NoProgress):
-    """What a pass notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +184,12 @@ def test_the_more_steps_the_lower_the_rates(data, monkeypatch, steps, factor):
 def test_few_sequences_are_not_seen_too_often(data, monkeypatch):
     used: list[int] = []
     monkeypatch.setattr(Together, "run", lambda together, *_: used.append(together.steps) or ({}, {}))
-    heard = Heard()
-    few = dataclasses.replace(data, calibration=batches(4), progress=heard)
+    notes = Notes()
+    few = dataclasses.replace(data, calibration=batches(4), progress=notes)
     for text in ("finetune{steps=5}", "finetune{steps=9}", "finetune{steps=9,repeats=1}"):
         apply(quantized(), text, few)
     assert used == [5, 6, 2]  # of two batches of four sequences
-    assert [note.split(",")[0] for note in heard.notes] == ["finetune: 6 steps", "finetune: 2 steps"]
+    assert [note.split(",")[0] for note in notes.said] == ["finetune: 6 steps", "finetune: 2 steps"]
 
 
 @pytest.mark.parametrize("name", ["distill", "activate", "finetune"])

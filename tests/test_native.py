@@ -39,7 +39,6 @@ from lbllm_compile.codegen.program.builder import Layout, TensorSpec
 from lbllm_compile.codegen.program.compile import operators_to_loops
 from lbllm_compile.codegen.program.fuse import fuse_rows
 from lbllm_compile.codegen.program.queries import quotient, same_sizes
-from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.codegen.targets import Target, host
 from lbllm_compile.codegen.threads import one_torch_thread
@@ -50,6 +49,7 @@ from lbllm_compile.passes.ir.rewrite import calls
 from proven_kernels import kernels_of
 from reference_kernels import ReferenceKernels
 from rtn import simulate
+from stages import Notes
 from test_fuse import called
 from test_keep_dense import TINY
 from test_runtime import CONTEXT, language_model
@@ -102,16 +102,6 @@ def toy() -> NativeProgram:
     found = build(language_model(), Path(tempfile.mkdtemp(dir=native.cache_directory())))
     assert found is not None
     return found
-
-
-class Notes(NoProgress):
-    """Keeps what a user would be told."""
-
-    def __init__(self):
-        self.said = []
-
-    def note(self, message):
-        self.said.append(message)
 
 
 @pytest.mark.parametrize("name", TRANSLATED)

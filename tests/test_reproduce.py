@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.passes.ir.compare import same_bits
 from safetensors.torch import load_file, save_file
+from stages import Notes
 from test_cli import invoke
 
 from lbllm_compile import artifact, driver, origin, reproduce
@@ -44,16 +44,6 @@ def calibration_inputs():
 """
 
 PIPELINE = "canonicalize,annotate,observe,ptq{group=32},activate{group=32,bits=8,steps=0},lower,cleanup"
-
-
-class Notes(NoProgress):
-    """Keeps what a user would be told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module", autouse=True)

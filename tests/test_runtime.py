@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_compile.codegen.cpu.build import KernelSet
 from lbllm_compile.codegen.errors import KernelError
-from lbllm_compile.codegen.progress import NoProgress
 from lbllm_compile.codegen.sizes import MIN_CAPACITY
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.passes.head import Head
@@ -21,6 +20,7 @@ from lbllm_compile.passes.lower import IN_FEATURES, Lower
 from lbllm_compile.passes.merge import Merge
 from reference_kernels import ReferenceKernels
 from rtn import simulate
+from stages import Notes
 from test_cache import HEADS, KV_HEADS, WIDTH, cached, causal, repeat
 
 from lbllm_compile import artifact, runtime
@@ -388,13 +388,6 @@ def test_left_padding():
     ("target", "threads", "guessed"), [("cpu:generic", 4, False), ("cpu:generic", 1, True), ("cpu:avx2", 2, True)]
 )
 def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path, monkeypatch, target, threads, guessed):
-    class Notes(NoProgress):
-        def __init__(self):
-            self.notes = []
-
-        def note(self, text):
-            self.notes.append(text)
-
     monkeypatch.setenv("LBLLM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TVM_NUM_THREADS", "2")
     item, progress = language_model(), Notes()
@@ -404,4 +397,4 @@ def test_loading_an_artifact_that_was_tuned_for_something_else_says_so(tmp_path,
     artifact.save(item, tmp_path / "out", lock={}, records=records)
     build_kernels(artifact.load(tmp_path / "out"), "cpu:generic", progress)
     sentence = f"not tuned for cpu:generic with 2 threads: {len(records)} of {len(records)} schedules are guesses"
-    assert [sentence in note for note in progress.notes] == [True] * guessed
+    assert [sentence in note for note in progress.said] == [True] * guessed

@@ -1,4 +1,4 @@
-"""Levels, clip factors and vectors tuned on the whole model's output.
+"""Levels, clip factors and norms tuned on the whole model's output.
 
 Layer by layer, every layer comes closer to the float one, and the output can still drift from it, because a layer does
 not know which of its errors matter behind it. So what the layers learned is a proposal: of levels and clip factors,
@@ -292,7 +292,7 @@ class Together:
                 groups.append(Group((weight.latent,), self.lr_weight * deviation))
 
         constants = {path: weight for layer in whole.layers for path, weight in layer.constants().items()}
-        given = {path: t for layer in whole.layers for path, t in layer.stored_vectors().items() if self.lr_norms > 0}
+        given = {path: vector for layer in whole.layers for path, vector in layer.stored_vectors().items()}
         vectors = {path: vector.float().clone() for path, vector in given.items()}
         for vector in vectors.values():
             groups.append(Group((vector,), self.lr_norms * float(vector.square().mean().sqrt())))
@@ -322,7 +322,7 @@ class Together:
             stored.update({path: clip_factors(logit) for path, logit in logits.items()})
         if outcome.step and self.lr_knees > 0:
             stored.update({path: knee_shares(logit) for path, logit in knees.items()})
-        if outcome.step:
+        if outcome.step and self.lr_norms > 0:
             stored.update({path: vector.to(given[path].dtype) for path, vector in vectors.items()})
         folded = packed
         if outcome.step and max(self.lr_levels, self.lr_weight) > 0:

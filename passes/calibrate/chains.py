@@ -77,8 +77,8 @@ class Chains:
 
         Args:
             chosen: of so many training batches, the ones to use; all by default.
-            sequences: of the calibration set that the training batches are made of, at most; all by default.
             held_out: validation batches to use, the first ones; all by default.
+            sequences: of the calibration set that the training batches are made of, at most; all by default.
         """
         batches = calibration_batches(program, context.calibration, batch, sequences)
         batches = [batches[index] for index in chosen(len(batches))]

@@ -35,7 +35,7 @@ from .precision import Precision, matrix_products, restored
 
 LAYER_SEQUENCES = 256
 """Calibration sequences that layers are fitted to one by one, where a pass is not told how many. All layers together
-overfit to that many: what trains them so uses every sequence there is."""
+overfit to that many: what trains them so draws from every sequence there is."""
 
 Values = dict[str, Any]
 """Values of one batch by node name: tensors, and ints for symbolic sizes."""

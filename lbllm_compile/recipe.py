@@ -60,6 +60,8 @@ class Recipe:
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
+        ranges_elsewhere: those where ``ranges`` cannot be: with activations of other than 4 bits, and where a target has
+            no kernels for them. None refuses these.
         outliers: the loudest channels of inputs keep 8 bits, as many as the pass ``outliers`` has by default.
         levels: level rule of the linears that no scheme gives another.
         act_bits: of activations, where no others are asked for; with 16 the KV cache has 16, too.
@@ -82,16 +84,18 @@ class Recipe:
     levels: str = FREE.name
     act_bits: int = 4
     align: bool = False
+    ranges_elsewhere: Literal["clip"] | None = None
 
 
 RECIPES = {
     "lbllm": Recipe(
         "channels evened out, then the three LBLLM stages and, beyond quick, end-to-end tuning; activation scales per"
-        " token and group, 4-bit KV cache, int8 lm_head",
+        " token and group, with knees, 4-bit KV cache, int8 lm_head",
         smooth=True,
         group=DEFAULT_GROUP,
         per_token=False,
-        ranges="clip",
+        ranges="knees",
+        ranges_elsewhere="clip",
         outliers=False,
         distill=True,
         activate_epochs=0,
@@ -313,17 +317,13 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     act_bits = _one_of("act-bits", choices.act_bits, recipe.act_bits, ACTIVATION_BITS)
     weight_only = act_bits == recipe.act_bits == 16
     kv_bits = _one_of("kv-bits", choices.kv_bits, 16 if "*" in choices.keep_dense or weight_only else 4, KV_BITS)
-    if recipe.ranges != "clip" and act_bits != 4:
-        raise RecipeError(
-            f"--act-bits cannot be {act_bits} in the recipe '{choices.recipe}', whose activations have {recipe.ranges}",
-            "use 4 or --recipe lbllm",
-        )
+    ranges = _ranges(choices.recipe, act_bits, target)
     layers = {"sequences": size.layer_sequences}
     activate = {
         "bits": act_bits,
         "kv": kv_bits,
         "group": 0 if recipe.per_token else group,
-        "ranges": recipe.ranges,
+        "ranges": ranges,
         "epochs": recipe.activate_epochs,
         **(layers if recipe.activate_epochs else {}),
         "steps": size.activate_steps if recipe.whole and not weight_only else 0,
@@ -353,6 +353,30 @@ def passes(choices: Choices, target: str) -> list[Pass]:
         make("cache", {}),
         make("cleanup", {}),
     ]
+
+
+def _ranges(name: str, act_bits: int, target: str) -> Literal["clip", "knees", "planes"]:
+    """The ranges of a recipe's activations, or those it has elsewhere.
+
+    Raises:
+        RecipeError: it has none with so many bits.
+        OptionError: nor for the target.
+    """
+    recipe = RECIPES[name]
+    lacking = next((each.name for each in parse_targets(target) if not backend_of(each).has_tables), "")
+    if recipe.ranges == "clip" or (act_bits == 4 and not lacking):
+        return recipe.ranges
+    if recipe.ranges_elsewhere is not None:
+        return recipe.ranges_elsewhere
+    if act_bits != 4:
+        raise RecipeError(
+            f"--act-bits cannot be {act_bits} in the recipe '{name}', whose activations have {recipe.ranges}",
+            "use 4 or --recipe lbllm",
+        )
+    raise OptionError(
+        f"the target '{lacking}' has no kernels for activations with {recipe.ranges}, which the recipe '{name}' gives;"
+        " use --recipe lbllm"
+    )
 
 
 def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:

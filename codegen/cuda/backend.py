@@ -29,6 +29,7 @@ class CudaBackend:
     eager = False
     searches = False
     has_int4 = False
+    has_tables = False
     entry_points: Sequence[EntryPoint] = (TOKEN, PART)
 
     def present(self, target: Target) -> bool:

@@ -81,14 +81,16 @@ def rows(preset: str, group: int) -> Iterator[Row]:
     yield simulated("A16, stage 1 alone", parts.ptq)
     yield simulated("A16, stages 1 and 2", *trained)
     yield simulated("A16, stages 1 and 2, finetune", *trained, parts.finetune)
-    yield simulated("the same with A8", *trained, parts.finetune, replace(untrained, bits=8, kv=16))
+    yield simulated("the same with A8", *trained, parts.finetune, replace(untrained, bits=8, kv=16, ranges="clip"))
     yield simulated("A4, KV16, stages 1 and 2", *trained, replace(untrained, kv=16))
     yield simulated("A4, KV4, stages 1 and 2", *trained, untrained)
     yield simulated("A4, KV4, all stages", *trained, four, parts.finetune)
     yield simulated("A4, KV4, all stages, int8 head", *trained, four, parts.finetune, pipeline.make("head", {}))
-    yield simulated("A4 per token, clip, KV4, all stages", *trained, replace(four, group=0), parts.finetune)
-    knees = replace(four, group=0, ranges="knees")
-    yield simulated("A4 per token, knees, KV4, all stages", *trained, knees, parts.finetune)
+    for scales, at in (("", given.group), (" per token", 0)):
+        for ranges in ("clip", "knees"):
+            if (at, ranges) != (given.group, given.ranges):
+                other = replace(four, group=at, ranges=ranges)
+                yield simulated(f"A4{scales}, {ranges}, KV4, all stages", *trained, other, parts.finetune)
     yield Row(f"g{group}, artifact of --preset {preset}", pipeline.render(passes), compiled=True)
 
 

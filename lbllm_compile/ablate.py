@@ -140,7 +140,8 @@ def comparisons(parts: Parts) -> list[Comparison]:
         f"{bits}, token scales, clip": scaled(activate, 0),
     }
     if quantize.bits == 4:  # others have none
-        ranges[f"{bits}, token scales, knees"] = scaled(activate, 0, "knees")
+        for name, group in (("group", ptq.group), ("token", 0)):
+            ranges[f"{bits}, {name} scales, knees"] = scaled(activate, group, "knees")
     plain = dataclasses.replace(first, outliers=False)
     outliers = Comparison(
         "outliers",

@@ -60,8 +60,8 @@ class Recipe:
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
-        ranges_elsewhere: those where ``ranges`` cannot be: with activations of other than 4 bits, and where a target has
-            no kernels for them. None refuses these.
+        ranges_elsewhere: those where ``ranges`` cannot be: with activations of other than 4 bits, and for targets that
+            have no kernels for them. None refuses these.
         outliers: the loudest channels of inputs keep 8 bits, as many as the pass ``outliers`` has by default.
         levels: level rule of the linears that no scheme gives another.
         act_bits: of activations, where no others are asked for; with 16 the KV cache has 16, too.

@@ -124,7 +124,9 @@ def test_other_bits_have_no_plane_scales():
 
 @pytest.mark.parametrize("target", FAMILIES)
 def test_quantizers_are_exact(target, tmp_path):
-    specs = [QuantizeSpec(k, group, 4, planes=True) for k, group in ((1, 32), (259, 64), (77, 0), (300, 128))]
+    specs = [
+        QuantizeSpec(k, group, 4, planes=True) for k, group in ((1, 32), (259, 64), (77, 0), (300, 128), (1199, 32))
+    ]
     kernels = build([], specs, target, tmp_path)
     for spec in specs:
         for given_ in prove.quantizer_inputs(spec, seed=3):

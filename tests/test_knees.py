@@ -124,7 +124,10 @@ def test_other_bits_have_no_knees():
 
 @pytest.mark.parametrize("target", FAMILIES)
 def test_quantizers_are_exact(target, tmp_path):
-    specs = [QuantizeSpec(k, group, 4, knees=True) for k, group in ((1, 32), (259, 64), (77, 0), (300, 128))]
+    specs = [
+        QuantizeSpec(k, group, 4, knees=True)
+        for k, group in ((1, 32), (259, 64), (77, 0), (300, 128), (512, 32), (1199, 32))
+    ]
     kernels = build([], specs, target, tmp_path)
     for spec in specs:
         for given_ in prove.quantizer_inputs(spec, seed=3):
@@ -391,6 +394,19 @@ def test_the_papers_recipe_round_trips_as_text():
     assert "activate{group=0,epochs=1,steps=0,ranges=knees}" in text
     assert pipeline.parse(text) == paper() and pipeline.parse(pipeline.render(paper(), full=True)) == paper()
     assert next(p for p in paper(group=64) if isinstance(p, Activate)).group == 0
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cpu,cuda:sm_90"])
+def test_ranges_are_clipped_where_there_are_no_knees(target):
+    def ranges(**options) -> str:
+        return next(p.ranges for p in recipe.passes(recipe.Choices(**options), target) if isinstance(p, Activate))
+
+    (default,) = [p for p in recipe.passes(recipe.Choices(), "cpu") if isinstance(p, Activate)]
+    assert (default.ranges, default.group) == ("knees", 64)
+    assert ranges() == ranges(act_bits=8) == ranges(recipe="db-llm", act_bits=4) == "clip"
+    for name, kind in (("lbllm-paper", "knees"), ("bwa", "planes")):
+        with pytest.raises(recipe.OptionError, match=f"'cuda:sm_90' has no kernels for activations with {kind}, which"):
+            ranges(recipe=name)
 
 
 def test_the_papers_recipe_has_4_bit_activations():

@@ -315,7 +315,7 @@ def test_what_a_model_prints_stays_off_stdout(tmp_path: Path) -> None:
     result = invoke("plan", str(model), "--json")
     assert result.exit_code == 0, result.stderr
     (linear,) = json.loads(result.stdout)["linears"]
-    assert (linear["shape"], linear["treatment"]) == ([8, 40], "W(1+1) g64, A4")
+    assert (linear["shape"], linear["treatment"]) == ([8, 40], "W(1+1) g64, A4 with knees")
     assert "in build_model" in result.stderr
 
 

@@ -322,13 +322,14 @@ def test_the_plan_tells_schemes_and_their_bytes(tmp_path):
     options = CompileOptions(str(tmp_path / "model"), preset="quick", scheme=tuple(MIXED.split("; ")), group=32)
     made, plain = plan.make_plan(options), plan.make_plan(dataclasses.replace(options, scheme=()))
     told = {t.path.removeprefix("model.layers."): t for t in made.linears}
-    assert told["0.mlp.down_proj"].treatment == "float" and told["0.mlp.up_proj"].treatment == "W(1+1) g32, A4"
+    assert told["0.mlp.down_proj"].treatment == "float"
+    assert told["0.mlp.up_proj"].treatment == "W(1+1) g32, A4 with knees"
     assert told["1.mlp.down_proj"].treatment == "W(1+1) g64, A8 g32"
-    assert told["1.mlp.up_proj"].treatment == "W(1+1) g32 symmetric, A4"
+    assert told["1.mlp.up_proj"].treatment == "W(1+1) g32 symmetric, A4 with knees"
     assert told["1.self_attn.q_proj"].treatment == "W(1+1) g128, A8 per token"
     rows, columns = told["1.mlp.down_proj"].shape
     assert told["1.mlp.down_proj"].bytes_after == rows * (2 * -(-columns // 8) + 6 * -(-columns // 64))
-    assert {t.treatment for t in plain.linears} == {"W(1+1) g32, A4", "int8 per row, A8"}
+    assert {t.treatment for t in plain.linears} == {"W(1+1) g32, A4 with knees", "int8 per row, A8"}
     with pytest.raises(PassError, match="did you mean"):
         plan.make_plan(dataclasses.replace(options, scheme=("*.donw_proj: act=8",)))
 

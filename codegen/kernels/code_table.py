@@ -8,7 +8,6 @@ except products and sums of integers that fp32 holds exactly, which LLVM may con
 """
 
 # No postponed annotations here: TVMScript evaluates the annotations of its functions itself.
-from collections.abc import Callable
 from typing import Any
 
 from ..reference import CORE_CODES, INT4_MAX, INT8_MAX, PLANES, RANGE_MIN, TAIL_CODES
@@ -53,26 +52,23 @@ def _knee_tables(high: Any, low: Any, scale: Any, knees: Any) -> list[Any]:
     return [*below, *core, *(tail(core[-1], top, outward) for outward in range(1, TAIL_CODES + 1))]
 
 
-def _place(plane_scales: Any, has: Callable[[int], Any]) -> Any:
-    """Where codes lie that have the planes ``has`` says, :func:`..reference.plane_places`."""
-    place = _number(0)
-    for plane in range(PLANES):
-        place = T.Bind(T.Select(has(plane), place + _wide(plane_scales[plane]), place))
-    return place
-
-
 def _plane_tables(high: Any, low: Any, scale: Any, plane_scales: Any) -> list[Any]:
     """The entries of the groups' tables by code, :func:`..reference.plane_table`."""
     top, bottom = T.Bind(high / scale), T.Bind(low / scale)
     step = T.Bind(T.max(top - bottom, _number(RANGE_MIN)) / _number(INT4_MAX))
     nearest = T.nearbyint(_number(0) - bottom / step)
     zero = T.Bind(T.cast(T.max(T.min(nearest, _number(INT4_MAX)), _number(0)), f"int32x{TOGETHER}"))
-    one = _wide(T.int32(1))
-    offset = _place(plane_scales, lambda plane: (zero >> _wide(T.int32(plane)) & one) == one)
+    # The place of the code of zero, summed up as the others are, without a look-up for every lane.
+    offset = _number(0)
+    for plane in range(PLANES):
+        has = (zero >> _wide(T.int32(plane)) & _wide(T.int32(1))) == _wide(T.int32(1))
+        offset = T.Bind(T.Select(has, offset + _wide(plane_scales[plane]), offset))
     entries = []
     for code in range(CODES):
-        place = _place(plane_scales, lambda plane, code=code: _wide(T.bool(bool(code >> plane & 1))))
-        value = T.nearbyint((place - offset) * step)
+        place = _float(0)
+        for plane in (plane for plane in range(PLANES) if code >> plane & 1):
+            place = place + plane_scales[plane]
+        value = T.nearbyint((_wide(place) - offset) * step)
         entries.append(T.Bind(T.max(T.min(value, _number(INT8_MAX)), _number(-INT8_MAX))))
     return entries
 

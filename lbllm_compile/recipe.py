@@ -359,8 +359,7 @@ def _ranges(name: str, act_bits: int, target: str) -> Literal["clip", "knees", "
     """The ranges of a recipe's activations, or those it has elsewhere.
 
     Raises:
-        RecipeError: it has none with so many bits.
-        OptionError: nor for the target.
+        RecipeError: it has none with so many bits, or for the target.
     """
     recipe = RECIPES[name]
     lacking = next((each.name for each in parse_targets(target) if not backend_of(each).has_tables), "")
@@ -373,9 +372,9 @@ def _ranges(name: str, act_bits: int, target: str) -> Literal["clip", "knees", "
             f"--act-bits cannot be {act_bits} in the recipe '{name}', whose activations have {recipe.ranges}",
             "use 4 or --recipe lbllm",
         )
-    raise OptionError(
-        f"the target '{lacking}' has no kernels for activations with {recipe.ranges}, which the recipe '{name}' gives;"
-        " use --recipe lbllm"
+    raise RecipeError(
+        f"the target '{lacking}' has no kernels for activations with {recipe.ranges}, which the recipe '{name}' gives",
+        "use --recipe lbllm",
     )
 
 

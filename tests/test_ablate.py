@@ -224,7 +224,7 @@ def test_every_recipe_has_variants_that_can_run_and_are_told_apart(choices, of_g
     shown = {c.name: c.variants for c in found}
     sizes = {"weights": 8, "distill": 4, "trained": 4, "joint": 2, "finetune": 4}
     assert {name: len(shown[name]) for name in sizes} == sizes
-    assert len(shown["activations"]) == (6 if parts.quantize.bits == 4 else 5)
+    assert len(shown["activations"]) == (7 if parts.quantize.bits == 4 else 5)
     assert len(shown.get("tuned", ())) == (0 if choices.recipe == "db-llm" else 2)
     for comparison in found:
         assert len({*comparison.variants.values()}) == len(comparison.variants)

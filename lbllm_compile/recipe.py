@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lbllm_compile.codegen.backend import backend_of
+from lbllm_compile.codegen.backend import Backend, backend_of
 from lbllm_compile.codegen.errors import suggestion
 from lbllm_compile.codegen.levels import DUAL, FREE
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
@@ -362,7 +362,7 @@ def _ranges(name: str, act_bits: int, target: str) -> Literal["clip", "knees", "
         RecipeError: it has none with so many bits, or for the target.
     """
     recipe = RECIPES[name]
-    lacking = next((each.name for each in parse_targets(target) if not backend_of(each).has_tables), "")
+    lacking = _first(target, lambda backend: not backend.has_tables)
     if recipe.ranges == "clip" or (act_bits == 4 and not lacking):
         return recipe.ranges
     if recipe.ranges_elsewhere is not None:
@@ -422,7 +422,12 @@ def _check_codes(scheme: str, target: str) -> None:
 
 def _without_codes(target: str) -> str:
     """The first of the targets that has no kernels for 4-bit codes; empty where all have."""
-    return next((each.name for each in parse_targets(target) if not backend_of(each).has_int4), "")
+    return _first(target, lambda backend: not backend.has_int4)
+
+
+def _first(target: str, holds: Callable[[Backend], bool]) -> str:
+    """The first of the targets of whose backend something holds; empty where there is none."""
+    return next((each.name for each in parse_targets(target) if holds(backend_of(each))), "")
 
 
 def _limit(choices: Choices, target: str) -> dict[str, float | str]:

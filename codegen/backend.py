@@ -444,16 +444,12 @@ class Backend(Protocol):
         eager: whether its kernels are called on tensors, too, so that a compile checks itself on them. Those of other
             backends are compiled for machines elsewhere (:meth:`emit`), and programs of them checked when they load.
         searches: whether it has a :meth:`space` to search schedules in.
-        has_int4: whether it has kernels for matrices of 4-bit codes, which linears and embeddings may be.
-        has_tables: whether it has kernels for activations whose codes index a table: with knees or plane scales.
     """
 
     kind: TargetKind
     entry_points: Sequence[EntryPoint]
     eager: bool
     searches: bool
-    has_int4: bool
-    has_tables: bool
 
     def present(self, target: Target) -> bool:
         """Whether this machine has such a device."""

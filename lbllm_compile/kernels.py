@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from lbllm_compile.codegen.backend import Kernels, backend_named, backend_of
 from lbllm_compile.codegen.cache import cache_directory
-from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.progress import NoProgress, Progress, warn
 from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tune.database import Database, Key
 from lbllm_compile.lowering.executor import requirements
 from lbllm_compile.passes.ir.program import Program
-from lbllm_compile.passes.ir.rewrite import calls
-from lbllm_compile.passes.lower import coded_linears
 
 TIMES = ("microseconds", "default_microseconds", "roofline_microseconds")
 """What a search measured: a call with the schedule, with the one that is used without a search, and the least time."""
@@ -63,7 +58,6 @@ def build_kernels(
         TargetError: a target was asked for that this machine cannot run, so that nothing can be proven.
     """
     progress = progress or NoProgress()
-    _check_codes(program, targets)
     needed = requirements(program)
     runnable = next((target for target in targets if backend_of(target).eager), None)
     chosen = runnable or Target.parse("cpu")
@@ -90,29 +84,6 @@ def build_kernels(
         binaries |= emitted.binaries
         proofs[kind] = emitted.proofs
     return BuiltKernels(host, host.records() if runnable or not targets else [], sources, binaries, proofs)
-
-
-def _check_codes(program: Program, targets: Sequence[Target]) -> None:
-    """Refuses 4-bit codes where a target has no kernels for them. A look-up is in no list of linears, so that its
-    target would find out only when the program is loaded."""
-    lacking = next((target for target in targets if not backend_of(target).has_int4), None)
-    if lacking is None:
-        return
-    if inner := sorted(coded_linears(program)):
-        raise KernelError(
-            f"the target '{lacking.name}' has no kernel for the 4-bit codes of '{inner[0].removesuffix('.weight')}';"
-            " leave bits=4 out of the scheme"
-        )
-    if calls(program.graph, torch.ops.lbllm.int4_linear.default):
-        raise KernelError(
-            f"the target '{lacking.name}' has no kernel for a head of 4-bit codes; give the head 8 or 2 bits, with"
-            " head{bits=8} or in the scheme"
-        )
-    if calls(program.graph, torch.ops.lbllm.int4_embedding.default):
-        raise KernelError(
-            f"the target '{lacking.name}' has no kernel for a token embedding of 4-bit codes; leave embedding=4 out of"
-            " the scheme and of head{...}"
-        )
 
 
 def measured(kernels: Kernels) -> list[dict[str, Any]]:

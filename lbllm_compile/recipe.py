@@ -9,26 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from lbllm_compile.codegen.backend import Backend, backend_of
 from lbllm_compile.codegen.errors import suggestion
 from lbllm_compile.codegen.levels import DUAL, FREE
 from lbllm_compile.codegen.sizes import ACTIVATION_BITS, DEFAULT_GROUP, GROUPS, KV_BITS
-from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.options import BUDGET_OVER, OptionError
 from lbllm_compile.passes import pipeline
-from lbllm_compile.passes.annotate import Annotate
 from lbllm_compile.passes.base import Pass
 from lbllm_compile.passes.budget import Budget
 from lbllm_compile.passes.calibrate.layers import LAYER_SEQUENCES
-from lbllm_compile.passes.choices import CHOICES, has_codes, without_codes
 from lbllm_compile.passes.head import Head
-from lbllm_compile.passes.ir.scheme import parse
 
 ALIGN_BATCH = 4
 """Sequences of a step where levels train in stage 2's place."""
@@ -60,8 +55,8 @@ class Recipe:
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
-        ranges_elsewhere: those where ``ranges`` cannot be: with activations of other than 4 bits, and for targets that
-            have no kernels for them. None refuses these.
+        ranges_elsewhere: those with activations of other than 4 bits, where these cannot have ``ranges``. None refuses
+            such activations.
         outliers: the loudest channels of inputs keep 8 bits, as many as the pass ``outliers`` has by default.
         levels: level rule of the linears that no scheme gives another.
         act_bits: of activations, where no others are asked for; with 16 the KV cache has 16, too.
@@ -307,17 +302,16 @@ def passes(choices: Choices, target: str) -> list[Pass]:
                 "the pass 'budget' does not count the channels that 'outliers' keeps at 8 bits; leave out one of them"
             )
         for item in given:
-            if isinstance(item, Annotate):
-                _check_codes(item.scheme, target)
-        return [_whole(item, given, target) if isinstance(item, Budget) else item for item in given]
-    _check_codes("; ".join(choices.scheme), target)
+            if isinstance(item, Budget):
+                _check_whole(item, given)
+        return given
     recipe = RECIPES[choices.recipe]
-    limit = _limit(choices, target)
+    limit = _limit(choices)
     group = _one_of("group", choices.group, recipe.group, GROUPS)
     act_bits = _one_of("act-bits", choices.act_bits, recipe.act_bits, ACTIVATION_BITS)
     weight_only = act_bits == recipe.act_bits == 16
     kv_bits = _one_of("kv-bits", choices.kv_bits, 16 if "*" in choices.keep_dense or weight_only else 4, KV_BITS)
-    ranges = _ranges(choices.recipe, act_bits, target)
+    ranges = _ranges(choices.recipe, act_bits)
     layers = {"sequences": size.layer_sequences}
     activate = {
         "bits": act_bits,
@@ -355,35 +349,28 @@ def passes(choices: Choices, target: str) -> list[Pass]:
     ]
 
 
-def _ranges(name: str, act_bits: int, target: str) -> Literal["clip", "knees", "planes"]:
+def _ranges(name: str, act_bits: int) -> Literal["clip", "knees", "planes"]:
     """The ranges of a recipe's activations, or those it has elsewhere.
 
     Raises:
-        RecipeError: it has none with so many bits, or for the target.
+        RecipeError: it has none with so many bits.
     """
     recipe = RECIPES[name]
-    lacking = _first(target, lambda backend: not backend.has_tables)
-    if recipe.ranges == "clip" or (act_bits == 4 and not lacking):
+    if recipe.ranges == "clip" or act_bits == 4:
         return recipe.ranges
     if recipe.ranges_elsewhere is not None:
         return recipe.ranges_elsewhere
-    if act_bits != 4:
-        raise RecipeError(
-            f"--act-bits cannot be {act_bits} in the recipe '{name}', whose activations have {recipe.ranges}",
-            "use 4 or --recipe lbllm",
-        )
     raise RecipeError(
-        f"the target '{lacking}' has no kernels for activations with {recipe.ranges}, which the recipe '{name}' gives",
-        "use --recipe lbllm",
+        f"--act-bits cannot be {act_bits} in the recipe '{name}', whose activations have {recipe.ranges}",
+        "use 4 or --recipe lbllm",
     )
 
 
-def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:
-    """The pass ``budget`` of a pipeline text, with no choices that a target lacks kernels for.
+def _check_whole(budget: Budget, passes: Sequence[Pass]) -> None:
+    """Checks the pass ``budget`` of a pipeline text.
 
     Raises:
-        OptionError: the pipeline does not go with a budget over the whole model, or what the text says may be chosen
-            with the target.
+        OptionError: the pipeline does not go with a budget over the whole model.
     """
     heads = [item for item in passes if isinstance(item, Head)]
     if budget.over == "model" and not heads:
@@ -393,44 +380,9 @@ def _whole(budget: Budget, passes: Sequence[Pass], target: str) -> Budget:
             "budget{over=model} chooses the form of the head, and measures it with the options that the pass 'head' has"
             " by default; leave out those of 'head', and give a form of your own with annotate{scheme=\"lm_head: ...\"}"
         )
-    lacking = _without_codes(target)
-    if not lacking:
-        return budget
-    if budget.choices == CHOICES:
-        return dataclasses.replace(budget, choices=without_codes())
-    chosen_for = [entry for entry in parse(budget.choices) if budget.over == "model" or not entry.of_head]
-    if coded := next((entry for entry in chosen_for if has_codes(entry)), None):
-        raise OptionError(
-            f"the target '{lacking}' has no kernels for 4-bit codes, which the choice '{coded}' of the pass 'budget'"
-            " gives; leave it out"
-        )
-    return budget
 
 
-def _check_codes(scheme: str, target: str) -> None:
-    """Refuses a scheme with 4-bit codes, before the work, where a target has no kernels for them.
-
-    Raises:
-        OptionError: it has some.
-    """
-    lacking = _without_codes(target)
-    if lacking and (coded := next((entry for entry in parse(scheme) if has_codes(entry)), None)):
-        raise OptionError(
-            f"the target '{lacking}' has no kernels for 4-bit codes, which '{coded}' of the scheme gives; leave it out"
-        )
-
-
-def _without_codes(target: str) -> str:
-    """The first of the targets that has no kernels for 4-bit codes; empty where all have."""
-    return _first(target, lambda backend: not backend.has_int4)
-
-
-def _first(target: str, holds: Callable[[Backend], bool]) -> str:
-    """The first of the targets of whose backend something holds; empty where there is none."""
-    return next((each.name for each in parse_targets(target) if holds(backend_of(each))), "")
-
-
-def _limit(choices: Choices, target: str) -> dict[str, float | str]:
+def _limit(choices: Choices) -> dict[str, float | str]:
     """The options of the pass ``budget`` that are asked for; none where there is no limit.
 
     Raises:
@@ -459,8 +411,6 @@ def _limit(choices: Choices, target: str) -> dict[str, float | str]:
         raise OptionError(f"--budget-over cannot be '{over}'; choose {' or '.join(BUDGET_OVER)}")
     if not given and over is not None:
         raise OptionError("--budget-over says what a limit is on; give --bits or --max-kl with it")
-    if given and _without_codes(target):
-        given["choices"] = without_codes()
     return {**given, "over": over} if over == "model" else given
 
 

@@ -15,7 +15,6 @@ from ..codegen.sizes import DEFAULT_GROUP, int4_bytes, matrix_bytes
 from .annotate import HEAD_FORM, HEAD_KEYS, decoder_linears, matched_paths, modules_of
 from .base import PassError
 from .head import Form, Head, outside_matrices
-from .ir import scheme as schemes
 from .ir.annotations import LINEAR, LinearInfo, linears
 from .ir.program import Program, get_attribute
 from .ir.rewrite import same_storage
@@ -70,17 +69,6 @@ class Site:
         """Index of the option whose divergence is measured: the middle one of those that quantize."""
         quantizing = [index for index, option in enumerate(self.options) if option.quantizes]
         return quantizing[len(quantizing) // 2] if quantizing else 0
-
-
-def without_codes() -> str:
-    """The choices without 4-bit codes, for targets that have no kernels for them."""
-    return schemes.render([entry for entry in schemes.parse(CHOICES) if not has_codes(entry)])
-
-
-def has_codes(entry: Entry) -> bool:
-    """Whether an entry gives linears, or the embedding beside an output head, 4-bit codes."""
-    settings = dict(entry.settings)
-    return entry.gives_form and 4 in (settings["bits"], settings.get("embedding"))
 
 
 def sites(program: Program, entries: Sequence[Entry]) -> list[Site]:

@@ -163,7 +163,6 @@ class PlainBackend(CpuBackend):
 
     kind = PlainKind()
     searches = False
-    has_int4 = False
     entry_points: Sequence[EntryPoint] = (
         EntryPoint("tokens", None, None, True, "any"),
         EntryPoint("logits", None, None, False, "any"),

@@ -6,16 +6,13 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 
 import pytest
-from lbllm_compile.codegen.errors import KernelError
 from lbllm_compile.codegen.sizes import int8_bytes, matrix_bytes
-from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.passes import pipeline
 from lbllm_compile.passes.base import PassError
 from lbllm_compile.passes.budget import Budget
-from lbllm_compile.passes.choices import CHOICES, head_site, sites, with_schemes, without_codes
+from lbllm_compile.passes.choices import head_site, sites
 from lbllm_compile.passes.head import Head, outside_matrices
 from lbllm_compile.passes.ir import dump
 from lbllm_compile.passes.ir.annotations import linears
@@ -24,7 +21,7 @@ from lbllm_compile.passes.ir.scheme import Scheme, parse
 from stages import Memory, annotated, apply, batches, context
 from test_driver import MODEL, SMALL
 
-from lbllm_compile import artifact, driver, evaluate, frontend, kernels, plan, recipe
+from lbllm_compile import artifact, driver, evaluate, frontend, plan, recipe
 from lbllm_compile.html_report.contents import parts_of
 from lbllm_compile.options import CompileOptions, OptionError
 from lbllm_compile.recipe import Choices
@@ -260,53 +257,6 @@ def test_the_command_line_says_what_a_limit_is_on():
             recipe.passes(Choices(**choices), "cpu")
 
 
-def test_targets_without_kernels_for_codes_have_no_codes_to_choose():
-    (item,) = [p for p in recipe.passes(Choices(bits=3.5, budget_over="model"), "cpu,cuda:sm_90") if p.name == "budget"]
-    assert isinstance(item, Budget) and item.choices == without_codes()
-    bits = [dict(entry.settings).get("bits") for entry in parse(item.choices)]
-    assert 4 not in bits and {2, 8} < {*bits} and len(bits) < len(parse(CHOICES))
-    for name in (TIED, UNTIED):
-        for scheme in offered(name, item.choices):
-            program = with_schemes(annotated(name), {"lm_head": scheme})
-            assert 4 not in {site.form.bits for site in Head().sites(program)}
-
-
-def offered(name: str, choices: str) -> list[Scheme]:
-    """The schemes that a head may have."""
-    site = head_site(annotated(name), parse(choices))
-    assert site is not None
-    return [option.schemes["lm_head"] for option in site.options]
-
-
-def test_a_pipelines_own_budget_has_no_codes_to_choose_either():
-    text = "canonicalize,annotate,budget{bits=3,over=model},observe,ptq,activate,head,lower"
-    for target, choices in (("cpu", CHOICES), ("cpu,cuda:sm_90", without_codes())):
-        (item,) = [p for p in recipe.passes(Choices(pipeline=text), target) if p.name == "budget"]
-        assert isinstance(item, Budget) and item.choices == choices
-    layers = text.replace("over=model", 'choices="*: group=64; *: bits=2 embedding=4; *: bits=4 group=64"')
-    assert recipe.passes(Choices(pipeline=layers), "cpu")
-    with pytest.raises(OptionError, match=r"'cuda:sm_90' has no kernels for 4-bit codes.*'\*: bits=4 group=64'"):
-        recipe.passes(Choices(pipeline=layers), "cuda:sm_90")
-    (item,) = [p for p in recipe.passes(Choices(bits=2.5), "cuda:sm_90") if p.name == "budget"]
-    assert isinstance(item, Budget) and item.choices == without_codes()
-    for entry in ("*: bits=4", "*: bits=2 embedding=4"):
-        given = Choices(pipeline=text.replace("over=model", f'over=model,choices="*: group=64; {entry}"'))
-        assert recipe.passes(given, "cpu")
-        with pytest.raises(OptionError, match=rf"'cuda:sm_90' has no kernels for 4-bit codes.*'{re.escape(entry)}'"):
-            recipe.passes(given, "cpu,cuda:sm_90")
-
-
-@pytest.mark.parametrize("form", ["bits=4", "bits=4,embedding=4", "bits=2,embedding=4"])
-def test_codes_that_a_target_has_no_kernels_for_are_refused_before_any_is_built(form, monkeypatch):
-    monkeypatch.setattr(kernels, "requirements", lambda program: pytest.fail("kernels are looked for"))
-    where = context(UNTIED, count=4, probe=batches(1)[0])
-    stages = f"observe,ptq,activate{{steps=0}},head{{{form},sequences=0}},lower"
-    program = apply(annotated(UNTIED), stages, where).program
-    what = "head" if "bits=4" in form else "token embedding"
-    with pytest.raises(KernelError, match=f"'cuda:sm_90' has no kernel for a {what} of 4-bit codes"):
-        kernels.build_kernels(program, parse_targets("cpu,cuda:sm_90"), trials=0)
-
-
 def asked(choices: str | None, **limit: float) -> CompileOptions:
     """A budget over the whole model, with choices of its own or the default ones."""
     ((name, value),) = limit.items()
@@ -321,12 +271,11 @@ def test_plan_says_that_the_form_of_the_head_is_open(limit, monkeypatch):
     planned = plan.make_plan(CompileOptions("examples/tiny_llama.py", preset="quick", budget_over="model", **limit))
     (head,) = [t for t in planned.linears if t.role == "head"]
     assert head.treatment == "int8, int4, W(1+1) or float, as the budget chooses, A8"
-    for target, choices, forms in (
-        ("cpu,cuda:sm_90", None, "int8, W(1+1) or float"),
-        ("cpu", "*: group=64; *: bits=4", "int4"),
-        ("cpu", "*: group=64; *: bits=2; lm_head: bits=8", "int8 or W(1+1)"),
+    for choices, forms in (
+        ("*: group=64; *: bits=4", "int4"),
+        ("*: group=64; *: bits=2; lm_head: bits=8", "int8 or W(1+1)"),
     ):
-        given = plan.make_plan(dataclasses.replace(asked(choices, **limit), target=target))
+        given = plan.make_plan(asked(choices, **limit))
         (other,) = [t for t in given.linears if t.role == "head"]
         assert other.treatment == f"{forms}, as the budget chooses, A8"
     layers = plan.make_plan(CompileOptions("examples/tiny_llama.py", preset="quick", **limit))

@@ -477,8 +477,6 @@ def planned(pipeline: str) -> plan.Plan:
     ("scheme", "tail", "reason"),
     [
         ("*.layers.0.mlp.down_proj: act=16", "head", "CUDA kernels take 4-bit and 8-bit activations"),
-        ("*.q_proj: act=4 codebook=knees", "head", "CUDA kernels take activations without knees"),
-        ("", "head{bits=4}", "CUDA has no kernel for a head of 4-bit codes"),
     ],
 )
 def test_the_plan_predicts_nothing_where_a_linear_has_no_kernel(scheme: str, tail: str, reason: str) -> None:

@@ -176,7 +176,6 @@ def test_generating_leaves_tvms_compiler_alone() -> None:
         (LinearSpec("bit", 32, 64, 64, act_bits=16), "--act-bits 4 or 8"),
         (QuantizeSpec(64, 64, 16), "--act-bits 4 or 8"),
         (LinearSpec("int8", 32, 200_000, 0), "overflow"),
-        (LinearSpec("int4", 32, 64, 64, act_bits=8), r"no kernel for a head of 4-bit codes.*head\{bits=8\}"),
     ],
 )
 def test_what_has_no_kernel_is_refused(spec: LinearSpec | QuantizeSpec, message: str) -> None:
@@ -254,6 +253,12 @@ LINEARS = [
     (LinearSpec("bit", 97, 700, 256, per_token=True), "gemm", GemmSchedule(32, 64, 8, 4, 128)),
     (LinearSpec("int8", 40, 259, 64, act_bits=8), "gemm", GemmSchedule(16, 32, 4, 4, 64)),
     (LinearSpec("int8", 33, 100, 0, act_bits=4), "gemm", None),
+    (LinearSpec("int4", 70, 259, 64, act_bits=8), "gemv", None),
+    (LinearSpec("int4", 33, 100, 32, bias=True), "gemv", GemvSchedule(2, 4)),
+    (LinearSpec("int4", 40, 515, 256, act_bits=8, per_token=True), "gemv", None),
+    (LinearSpec("int4", 70, 259, 64, act_bits=8), "gemm", None),
+    (LinearSpec("int4", 33, 100, 32, bias=True), "gemm", GemmSchedule(16, 32, 4, 4, 32)),
+    (LinearSpec("int4", 40, 515, 256, act_bits=8, per_token=True), "gemm", None),
 ]
 
 
@@ -271,6 +276,10 @@ def test_emulated_linears_are_exact(spec: LinearSpec, form, schedule, cache: Pat
         (QuantizeSpec(259, 32), QuantizeSchedule(4)),
         (QuantizeSpec(300, 256, 8), None),
         (QuantizeSpec(700, 0), None),
+        (QuantizeSpec(259, 32, knees=True), QuantizeSchedule(4)),
+        (QuantizeSpec(300, 256, planes=True), None),
+        (QuantizeSpec(700, 0, knees=True), None),
+        (QuantizeSpec(130, 0, planes=True), None),
     ],
     ids=str,
 )
@@ -759,7 +768,17 @@ def test_linears_on_a_device(spec: LinearSpec, form, schedule) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [QuantizeSpec(259, 32), QuantizeSpec(300, 256, 8), QuantizeSpec(700, 0)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantizeSpec(259, 32),
+        QuantizeSpec(300, 256, 8),
+        QuantizeSpec(700, 0),
+        QuantizeSpec(259, 64, knees=True),
+        QuantizeSpec(700, 0, planes=True),
+    ],
+    ids=str,
+)
 def test_quantizers_on_a_device(spec: QuantizeSpec) -> None:
     with cuda_device.Device() as device:
         (kernel,) = cuda.emit_cuda([], [spec], (device.arch,))

@@ -16,7 +16,7 @@ from lbllm_compile.codegen.cuda.bounds import bytes_moved
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler, find_tool
 from lbllm_compile.codegen.cuda.disassembly import Instruction, instructions, main_loop
 from lbllm_compile.codegen.errors import KernelError
-from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.spec import LinearSpec
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.codegen.targets.cuda import ARCHITECTURES
 from rtn import quantize
@@ -229,8 +229,6 @@ def test_plan_and_bench_predict_what_the_backend_does() -> None:
     found = predict.predict(linears, 30)
     assert predictions(linears, [], 30) == predictions(linears, [], 30, parse_targets("cpu,cuda")) == found
     assert predictions(linears, [], 30, parse_targets("cpu")) == []
-    with pytest.raises(KernelError, match="without knees and plane scales"):
-        predictions(linears, [QuantizeSpec(64, 0, knees=True)], 30)
     with pytest.raises(KernelError, match="4-bit and 8-bit activations"):
         predictions({LinearSpec("bit", 64, 64, 64, 16): 1}, [], 1)
 

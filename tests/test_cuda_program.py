@@ -40,12 +40,14 @@ from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec
-from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.spec import AttentionSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import cuda_source, s_tir, te, tirx
+from lbllm_compile.passes.ir.program import Program
 from reference_kernels import ReferenceKernels
-from test_zoo import stages
-from zoo import LAYERS, VOCABULARY
+from rtn import simulate
+from test_zoo import apply, stages
+from zoo import LAYERS, VOCABULARY, captured
 
 from lbllm_compile.lowering.executor import Executor, requirements
 from lbllm_compile.lowering.session import Session
@@ -66,8 +68,13 @@ BOUND = 1e-3
 @functools.cache
 def lowered(name: str, *entries: EntryPoint) -> tuple[LaunchList, Translated]:
     """The launches of a toy model, as they are read back, for the steps of single tokens unless entries are given."""
+    return launches_of(stages(name)[1], *entries)
+
+
+def launches_of(program: Program, *entries: EntryPoint) -> tuple[LaunchList, Translated]:
+    """The same of a lowered program."""
     kernels = ProgramKernels(Target.parse("cuda:sm_90"))
-    translated = translate(stages(name)[1], kernels, entries or [TOKEN])
+    translated = translate(program, kernels, entries or [TOKEN])
     launch_list = lower(translated.functions(), kernels, translated.layout, translated.state, translated.fixed)
     return LaunchList.from_json(launch_list.to_json()), translated
 
@@ -107,7 +114,12 @@ class WatchedKernels(ReferenceKernels):
 @functools.cache
 def executed(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The executor's logits of every token of the prompt, one by one, and which have an element close to two codes."""
-    program, kernels = stages(name)[1], WatchedKernels()
+    return executed_by(stages(name)[1])
+
+
+def executed_by(program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a lowered program."""
+    kernels = WatchedKernels()
     session = Session(program, Executor(program, kernels), 1, 0)
     session.start(np.ones((1, 1), np.int64))
     logits, close = [], []
@@ -180,6 +192,34 @@ def test_other_architectures_give_the_executors_logits(name: str, library: str, 
     logits = logits_of(name, library, tmp_path)
     assert distance(logits, name) < BOUND
     assert torch.equal(logits.argmax(-1), expected(name).argmax(-1))
+
+
+@needs_gpp
+@pytest.mark.parametrize(
+    ("name", "coded", "head", "entries"),
+    [
+        ("llama", (".q_proj", ".k_proj", ".v_proj", ".down_proj"), "bits=4,embedding=4", [TOKEN]),
+        pytest.param("llama-tied", (".up_proj", ".gate_proj"), "bits=4", [TOKEN, PART], marks=pytest.mark.slow),
+    ],
+)
+def test_knees_and_codes_of_4_bits_give_the_executors_logits(
+    name: str, coded: tuple[str, ...], head: str, entries: list[EntryPoint], library: str, tmp_path: Path
+) -> None:
+    """In some linears, in the head and in the embedding, in a table of its own or in that of the head; token by token
+    and in a part."""
+    simulated = simulate(apply(captured(name)[1], "canonicalize,annotate"), knees=True, coded=coded)
+    program = apply(simulated, f"head{{{head},sequences=0}},merge,lower,cache,cleanup")
+    needed = requirements(program)
+    assert {spec.kind for spec in needed.linears} == {"bit", "int4"}
+    assert {(spec.knees, spec.bits) for spec in needed.quantizers} == {(True, 4), (False, 8)}
+    wanted, _ = executed_by(program)
+    with on_standin(*launches_of(program, *entries), tmp_path, library) as made:
+        found = decoded(made.sequence(CAPACITY))
+        assert ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < BOUND
+        whole = made.sequence(CAPACITY)
+        whole.feed([int(token) for token in PROMPT])
+        last = torch.tensor(whole.logits())
+        assert (last - wanted[-1]).norm() / wanted[-1].norm() < BOUND
 
 
 @needs_gpp
@@ -633,11 +673,3 @@ def test_results_that_are_needed_together_do_not_overlap() -> None:
 def test_a_damaged_list_is_refused(text: str) -> None:
     with pytest.raises(KernelError, match="damaged"):
         LaunchList.from_json(text)
-
-
-def test_matrices_of_four_bits_are_refused():
-    kernels = ProgramKernels(Target.parse("cuda:sm_80"))
-    with pytest.raises(UntranslatableError, match="no kernel for heads of 4-bit codes"):
-        kernels.linear(LinearSpec("int4", 40, 64, 64, 8))
-    with pytest.raises(UntranslatableError, match="no kernel for embeddings of 4-bit codes"):
-        kernels.embedding(EmbeddingSpec(40, 64, 64))

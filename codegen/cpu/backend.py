@@ -26,8 +26,6 @@ class CpuBackend:
     kind: TargetKind = CpuKind()
     eager = True
     searches = True
-    has_int4 = True
-    has_tables = True
 
     # Decoding of one sequence, in few launches and (to prove that) kernel by kernel; of a few in few launches; a short
     # prompt, or a few sequences kernel by kernel; any prompt or batch; and all logits.

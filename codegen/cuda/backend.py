@@ -28,8 +28,6 @@ class CudaBackend:
     kind: TargetKind = CudaKind()
     eager = False
     searches = False
-    has_int4 = False
-    has_tables = False
     entry_points: Sequence[EntryPoint] = (TOKEN, PART)
 
     def present(self, target: Target) -> bool:

@@ -83,6 +83,11 @@ def bytes_moved(spec: LinearSpec | QuantizeSpec, tokens: int) -> int:
         return tokens * (4 * spec.in_features + columns + 4 * spec.scales) + 8
     geometry = Geometry.of(spec)
     rows, inputs = geometry.row_blocks * ROWS, geometry.slices * geometry.slice
-    weights = rows * (inputs // 4 + 6 * geometry.slices) if spec.kind == "bit" else rows * (inputs + 4)
+    of_row = {
+        "bit": inputs // 4 + 6 * geometry.slices,
+        "int4": inputs // 2 + 2 * geometry.slices,
+        "int8": inputs + 4,
+    }
+    weights = rows * of_row[spec.kind]
     bias = 4 * spec.out_features if spec.bias else 0
     return weights + bias + tokens * (columns + 4 * spec.x_scales + 4 * spec.out_features)

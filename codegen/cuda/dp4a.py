@@ -1,16 +1,18 @@
-"""CUDA kernels of the linears: 2-bit codes to int8 levels by byte permutation, int8 dot products by ``dp4a``.
+"""CUDA kernels of the linears: codes to int8 levels by byte permutation, int8 dot products by ``dp4a``.
 
 A *slice* is the run of inputs one warp multiplies at a time: the weight's group, or 64 inputs where the whole token is
 one group. 32 rows of the weight are a *row block*: lane ``i`` of a warp owns row ``i``, so the integer accumulator of
 a slice never leaves its lane. Slices are shared out over warps (split-K); their accumulators meet in shared memory and
 are summed in ascending order, one ``fmaf`` a group, the order :mod:`..reference` states. GEMV and GEMM give equal bits.
 
-Layouts (made by :func:`pack_bit_weight` and :func:`pack_int8_weight`, rows padded to 32, inputs to whole slices):
+Layouts (made by :func:`pack_weight`, rows padded to 32, inputs to whole slices):
 
 * ``weight`` (W(1+1)): ``uint32 [row blocks, groups, chunks, 32, words]``, 16 codes a word. A lane loads ``words`` at
   once. Inputs ``4q .. 4q + 3`` of a word are its *quad* ``q``. The low bits of the nibbles of the word's lower half are
   quad 0 and their high bits quad 2; its upper half holds quads 1 and 3. One mask makes a quad's ``prmt`` selector.
 * ``levels``: ``uint32 [row blocks, groups, 32]``, the four int8 levels of a group in one word, which ``prmt`` indexes.
+* ``weight`` (4-bit codes): ``uint32 [row blocks, groups, group / 32, 32, 4]``, eight codes a word, the first in the
+  lowest bits; ``levels``: ``uint32 [4]``, the matrix's 16 int8 levels.
 * ``weight`` (int8): ``uint32 [row blocks, slices, slice / 16, 32, 4]``, four weights a word.
 * ``w_scale``: the bits of the fp16 scale, ``uint16 [row blocks, groups, 32]``; fp32 ``[row blocks, 1, 32]`` for int8.
 
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..format import QuantizedWeight
+from ..format import Int4Weight, QuantizedWeight, Weight
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T
 from .limits import BLOCK_SHARED_BYTES
@@ -54,6 +56,14 @@ DEFAULT_TILE, LARGEST_TILE = 64, 128
 """Tokens of a thread block's tile."""
 
 CODES_MASK = 0x33333333
+
+EIGHTHS_MASK, HALVES_MASK, BYTES_IN_ORDER = 0x77777777, 0x44444444, 0x32103210
+"""Of 4-bit codes: which of eight levels a code picks, whether of the upper eight (after a shift), and the selector that
+picks every byte from the lower ones."""
+
+CODES_OF_WORD = {"bit": 16, "int4": 8, "int8": 4}
+"""Weights of a 32-bit word by kind of linear."""
+
 HALF_TO_FLOAT = 2.0**112
 
 
@@ -89,8 +99,6 @@ class Geometry:
         Raises:
             KernelError: there is no CUDA kernel for it.
         """
-        if spec.kind == "int4":
-            raise KernelError("CUDA has no kernel for a head of 4-bit codes; give the pass 'head' 8 bits: head{bits=8}")
         if spec.act_bits == 16:
             raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
         if (spec.group or spec.in_features) > ACCUMULATOR_LIMIT:
@@ -98,8 +106,8 @@ class Geometry:
                 f"{spec.in_features} inputs overflow one int32 accumulator; quantize the activations per group"
             )
         width = spec.group or TOKEN_SLICE
-        words = min(4, width // 16) if spec.kind == "bit" else 4
-        inputs_per_load = 16 * words if spec.kind == "bit" else 16
+        words = min(4, width // CODES_OF_WORD[spec.kind])
+        inputs_per_load = CODES_OF_WORD[spec.kind] * words
         return cls(
             slice=width,
             slices=-(-spec.in_features // width),
@@ -201,6 +209,23 @@ def gemm_schedules(spec: LinearSpec, tokens: int = DEFAULT_TILE) -> list[GemmSch
     return sorted((s for s in space if s.valid(spec)), key=lambda s: (s.rows != rows, tile_distance(s.tokens, tokens)))
 
 
+def pack_weight(weight: Weight, group: int) -> dict[str, Tensor]:
+    """Lays a matrix out for the kernels of a linear.
+
+    Args:
+        weight: of any kind.
+        group: of the linear, which may be smaller than the weight's.
+
+    Returns:
+        By parameter name, see the module docstring.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return pack_bit_weight(weight.refined(group))
+    if isinstance(weight, Int4Weight):
+        return pack_int4_weight(weight.refined(group))
+    return pack_int8_weight(*weight, group)
+
+
 def pack_bit_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Lays a canonical W(1+1) matrix out for the kernels.
 
@@ -220,12 +245,33 @@ def pack_bit_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
         packed |= codes[..., position].to(torch.int32) << shift
     packed = packed.view(blocks, ROWS, groups, words // vector, vector).permute(0, 2, 3, 1, 4).contiguous()
     levels = torch.nn.functional.pad(weight.levels, (0, 0, 0, 0, 0, pad_n)).contiguous().view(torch.int32)
-    scale = torch.nn.functional.pad(weight.scale, (0, 0, 0, pad_n)).contiguous().view(torch.int16)
     return {
         "levels": levels.view(blocks, ROWS, groups).transpose(1, 2).contiguous(),
-        "w_scale": scale.view(blocks, ROWS, groups).transpose(1, 2).contiguous(),
+        "w_scale": _scale_bits(weight.scale, blocks),
         "weight": packed,
     }
+
+
+def pack_int4_weight(weight: Int4Weight) -> dict[str, Tensor]:
+    """Lays a canonical matrix of 4-bit codes out for the kernels.
+
+    Returns:
+        As :func:`pack_bit_weight`.
+    """
+    n, groups = weight.out_features, -(-weight.in_features // weight.group)
+    blocks, words = -(-n // ROWS), weight.group // CODES_OF_WORD["int4"]
+    pad_k, pad_n = groups * weight.group - weight.in_features, blocks * ROWS - n
+    codes = torch.nn.functional.pad(weight.codes(), (0, pad_k, 0, pad_n))
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).contiguous().view(torch.int32)
+    packed = packed.view(blocks, ROWS, groups, words // 4, 4).permute(0, 2, 3, 1, 4).contiguous()
+    levels = weight.table.contiguous().view(torch.int32)
+    return {"levels": levels, "w_scale": _scale_bits(weight.scale, blocks), "weight": packed}
+
+
+def _scale_bits(scale: Tensor, blocks: int) -> Tensor:
+    """The bits of fp16 scales ``[N, G]``, int16 ``[blocks, G, ROWS]``."""
+    padded = torch.nn.functional.pad(scale, (0, 0, 0, blocks * ROWS - len(scale))).contiguous().view(torch.int16)
+    return padded.view(blocks, ROWS, -1).transpose(1, 2).contiguous()
 
 
 def pack_int8_weight(weight: Tensor, scale: Tensor, group: int) -> dict[str, Tensor]:
@@ -269,6 +315,35 @@ def picked(levels, codes, upper: int):
     return T.cast(T.call_pure_extern("uint32", "ptx_prmt_b32", levels, T.uint32(0), selector), "int32")
 
 
+def places_of(word):
+    """Of the eight 4-bit codes of a word: which of eight levels each picks, and the selectors that choose between what
+    these are among the lower levels and among the upper ones."""
+    upper = T.bitwise_and(T.shift_right(word, T.uint32(1)), T.uint32(HALVES_MASK))
+    eighths = T.call_pure_extern("uint32", "ptx_and_b32", word, T.uint32(EIGHTHS_MASK))
+    return T.Bind(eighths), T.Bind(T.bitwise_or(upper, T.uint32(BYTES_IN_ORDER)))
+
+
+def _in_registers(levels):
+    """The 16 levels of a matrix of 4-bit codes."""
+    table = T.alloc_buffer((4,), "uint32", scope="local")
+    T.buffer_store(table, levels[T.ramp(0, 1, 4)], [T.ramp(0, 1, 4)])
+    return table
+
+
+def looked_up(table, places, upper: int):
+    """The four int8 levels that 4-bit codes pick: those in the lower or the upper half of a word.
+
+    Args:
+        table: the 16 levels, four words.
+        places: of :func:`places_of`.
+        upper: 0 or 1.
+    """
+    eighths, halves = (T.Bind(T.shift_right(each, T.uint32(16))) if upper else each for each in places)
+    low = T.call_pure_extern("uint32", "ptx_prmt_b32", table[0], table[1], eighths)
+    high = T.call_pure_extern("uint32", "ptx_prmt_b32", table[2], table[3], eighths)
+    return T.cast(T.call_pure_extern("uint32", "ptx_prmt_b32", low, high, halves), "int32")
+
+
 def half_as_float(bits):
     """The fp32 number of the bits of a half that is finite and not negative.
 
@@ -279,9 +354,19 @@ def half_as_float(bits):
     return multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
 
 
+def signed_half_as_float(bits):
+    """The same of a half of either sign."""
+    wide = T.cast(bits, "uint32")
+    size = half_as_float(T.bitwise_and(wide, T.uint32(0x7FFF)))
+    return T.Select(T.bitwise_and(wide, T.uint32(0x8000)) == T.uint32(0), size, -size)
+
+
 def _weight_scale(bits, kind: str):
-    """A stored weight scale as fp32; the fp16 of a W(1+1) group is finite and not negative."""
-    return bits if kind == "int8" else half_as_float(bits)
+    """A stored weight scale as fp32; the fp16 of a W(1+1) group is finite and not negative, that of 4-bit codes
+    finite."""
+    if kind != "int4":
+        return bits if kind == "int8" else half_as_float(bits)
+    return signed_half_as_float(bits)
 
 
 def multiply(a, b):
@@ -295,6 +380,14 @@ def _scaled_add(accumulator, factor, y):
     return T.call_pure_extern("float32", "__fmaf_rn", number, factor, y)
 
 
+def _shapes(spec: LinearSpec, shape: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Shapes of ``levels`` and ``w_scale``, and the dtype of ``w_scale``."""
+    of_groups = shape.row_blocks, shape.slices, ROWS
+    if spec.kind == "int8":
+        return of_groups, (shape.row_blocks, 1, ROWS), "float32"
+    return (of_groups if spec.kind == "bit" else (4,)), of_groups, "uint16"
+
+
 def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
     """One token times the matrix: every warp multiplies whole slices of one row block."""
     shape = Geometry.of(spec)
@@ -304,13 +397,13 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
     slots = turns * slice_warps
     rounds = -(-slices // slots)
     slice_words = shape.slice // 4
-    bit, grouped = spec.kind == "bit", spec.group > 0
-    scale_shape, scale_dtype = ((blocks, slices, ROWS), "uint16") if bit else ((blocks, 1, ROWS), "float32")
+    bit, int4, grouped = spec.kind == "bit", spec.kind == "int4", spec.group > 0
+    levels_shape, scale_shape, scale_dtype = _shapes(spec, shape)
 
     @T.prim_func(s_tir=True)
     def kernel(
         bias: T.Buffer((n,), "float32"),
-        levels: T.Buffer((blocks, slices, ROWS), "uint32"),
+        levels: T.Buffer(levels_shape, "uint32"),
         output: T.Buffer((1, n), "float32"),
         values: T.Buffer((1, shape.pitch_words), "int32"),
         w_scale: T.Buffer(scale_shape, scale_dtype),
@@ -328,6 +421,7 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
         sums = T.alloc_buffer((4,), "int32", scope="local")
         loaded = T.alloc_buffer((words,), "uint32", scope="local")
         x = T.alloc_buffer((4,), "int32", scope="local")
+        table = T.meta_var(_in_registers(levels) if int4 else None)
         row_block: T.let = block * row_warps + warp % row_warps
         y[0] = T.float32(0)
         total[0] = 0
@@ -351,6 +445,13 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                                 sums[1] = _dp4a(x[1], picked(level, low, 1), sums[1])
                                 sums[2] = _dp4a(x[2], picked(level, high, 0), sums[2])
                                 sums[3] = _dp4a(x[3], picked(level, high, 1), sums[3])
+                        elif int4:
+                            for word in T.unroll(words):
+                                first: T.let = g * slice_words + (chunk * words + word) * 2
+                                x[T.ramp(0, 1, 2)] = values[0, T.ramp(first, 1, 2)]
+                                places = T.meta_var(places_of(loaded[word]))
+                                sums[0] = _dp4a(x[0], looked_up(table, places, 0), sums[0])
+                                sums[1] = _dp4a(x[1], looked_up(table, places, 1), sums[1])
                         else:
                             x[T.ramp(0, 1, 4)] = values[0, T.ramp(g * slice_words + chunk * 4, 1, 4)]
                             for quad in T.unroll(4):
@@ -359,7 +460,7 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                     if grouped:
                         factor[slot, warp % row_warps, lane] = multiply(
                             x_scale[0, 0 if spec.x_scales == 1 else g],
-                            _weight_scale(w_scale[row_block, g if bit else 0, lane], spec.kind),
+                            _weight_scale(w_scale[row_block, g if bit or int4 else 0, lane], spec.kind),
                         )
             T.tvm_storage_sync("shared")
             if warp < row_warps and row_block < blocks:
@@ -397,13 +498,13 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
     # Padding spreads a column of a tile over the shared-memory banks; four words keep the 16-byte alignment of vector
     # loads. The tiles are flat, because TVM trims padding from a two-dimensional buffer.
     x_pitch, w_pitch = tile_tokens + 4, tile_rows + 4
-    bit, grouped = spec.kind == "bit", spec.group > 0
-    scale_shape, scale_dtype = ((blocks, slices, ROWS), "uint16") if bit else ((blocks, 1, ROWS), "float32")
+    bit, int4, grouped = spec.kind == "bit", spec.kind == "int4", spec.group > 0
+    levels_shape, scale_shape, scale_dtype = _shapes(spec, shape)
 
     @T.prim_func(s_tir=True)
     def kernel(
         bias: T.Buffer((n,), "float32"),
-        levels: T.Buffer((blocks, slices, ROWS), "uint32"),
+        levels: T.Buffer(levels_shape, "uint32"),
         output_: T.handle,
         values_: T.handle,
         w_scale: T.Buffer(scale_shape, scale_dtype),
@@ -430,6 +531,7 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
         x_loaded = T.alloc_buffer((4,), "int32", scope="local")
         loaded = T.alloc_buffer((words,), "uint32", scope="local")
         level = T.alloc_buffer((1,), "uint32", scope="local")
+        table = T.meta_var(_in_registers(levels) if int4 else None)
         thread: T.let = ty * threads_x + tx
         first_token: T.let = tile_y * tile_tokens + ty * thread_tokens
         first_row: T.let = tile_x * tile_rows + tx * thread_rows
@@ -477,6 +579,11 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                                 w_tile[(at + 1) * w_pitch + column] = picked(level[0], low, 1)
                                 w_tile[(at + 2) * w_pitch + column] = picked(level[0], high, 0)
                                 w_tile[(at + 3) * w_pitch + column] = picked(level[0], high, 1)
+                            elif int4:
+                                at: T.let = (chunk * words + k) * 2
+                                places = T.meta_var(places_of(loaded[k]))
+                                w_tile[at * w_pitch + column] = looked_up(table, places, 0)
+                                w_tile[(at + 1) * w_pitch + column] = looked_up(table, places, 1)
                             else:
                                 w_tile[(chunk * 4 + k) * w_pitch + column] = T.cast(loaded[k], "int32")
                 T.tvm_storage_sync("shared")
@@ -498,7 +605,7 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                     w_factor[j] = T.float32(0)
                     if first_row + j < blocks * ROWS:
                         w_factor[j] = _weight_scale(
-                            w_scale[(first_row + j) // ROWS, g if bit else 0, (first_row + j) % ROWS],
+                            w_scale[(first_row + j) // ROWS, g if bit or int4 else 0, (first_row + j) % ROWS],
                             spec.kind,
                         )
                 for i in T.unroll(thread_tokens):

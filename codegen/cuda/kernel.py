@@ -23,7 +23,8 @@ Form = Literal["gemv", "gemm", "quantize"]
 def kernel_name(spec: LinearSpec | QuantizeSpec, form: Form) -> str:
     """A name that says what the kernel computes, usable as a C symbol."""
     if isinstance(spec, QuantizeSpec):
-        return f"quantize_{spec.in_features}_g{spec.group}_a{spec.bits}"
+        codes = "knees" if spec.knees else "planes" if spec.planes else "a"
+        return f"quantize_{spec.in_features}_g{spec.group}_{codes}{spec.bits}"
     marks = ("t" if spec.per_token else "g") + spec.marks
     return f"{spec.kind}_{form}_{spec.out_features}x{spec.in_features}_g{spec.group}_a{spec.act_bits}{marks}"
 

@@ -34,9 +34,14 @@ LANES = 64
 GAP_S = 1.3e-6
 """Seconds from one kernel of a graph to the next, as Hazy Research measured it on an H100 ("Look Ma, No Bubbles!")."""
 
-PIPES = {"bit": {"alu": 9 / 16, "fma": 4 / 16}, "int8": {"alu": 0.0, "fma": 4 / 16}}
+PIPES = {
+    "bit": {"alu": 9 / 16, "fma": 4 / 16},
+    "int4": {"alu": 11 / 8, "fma": 2 / 8},
+    "int8": {"alu": 0.0, "fma": 4 / 16},
+}
 """Instructions a multiply-add by kind of linear and pipe: two masks, three shifts and four permutations for the codes
-of 16 weights, and four dot products."""
+of 16 weights, and four dot products; of 8 weights of 4 bits two masks, three shifts and six permutations, and two dot
+products."""
 
 LAYER_LAUNCHES = 5
 """Of a decoder layer: its four linears, of which some are merged, and its attention."""

@@ -17,9 +17,8 @@ from torch import Tensor
 from .. import prove, reference
 from ..cache import write_atomically
 from ..errors import DisprovedError
-from ..format import QuantizedWeight
 from ..spec import LinearSpec, QuantizeSpec
-from .dp4a import ROWS, Geometry, pack_bit_weight, pack_int8_weight, pitch
+from .dp4a import ROWS, Geometry, pack_weight, pitch
 from .emulator import Emulator, Launch, Sparse, compiler
 from .kernel import EmittedKernel
 from .text import steps
@@ -95,14 +94,10 @@ def _linear_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expected]
     rows = torch.cat([torch.arange(t * height, min((t + 1) * height, spec.out_features)) for t in tiles])
     blocks = torch.unique(rows // ROWS)
     for case in prove.linear_cases(replace(spec, out_features=len(rows))):
-        weight = case.weight
-        if isinstance(weight, tuple):
-            packed = pack_int8_weight(*weight, spec.group)
-        else:
-            assert isinstance(weight, QuantizedWeight)
-            packed = pack_bit_weight(weight)
+        packed = pack_weight(case.weight, spec.group)
         inputs: dict[str, Tensor | Sparse | int] = {
-            name: _scattered(part, blocks, geometry.row_blocks) for name, part in packed.items()
+            name: _scattered(part, blocks, geometry.row_blocks) if part.dim() > 1 else part
+            for name, part in packed.items()
         }
         if case.bias is not None:
             inputs["bias"] = torch.zeros(spec.out_features).index_copy(0, rows, case.bias)
@@ -138,13 +133,13 @@ def _quantize_runs(kernel: EmittedKernel) -> Iterator[tuple[str, Launch, Expecte
     spec = kernel.spec
     assert isinstance(spec, QuantizeSpec)
     width = pitch(spec.in_features)
-    for i, (x, clip) in enumerate(prove.quantizer_inputs(spec)):
+    for i, (x, clip, *shape) in enumerate(prove.quantizer_inputs(spec)):
         x = x[:QUANTIZED_TOKENS].contiguous()
-        values, scale = prove.quantized(spec, x, clip)
+        values, scale = prove.quantized(spec, x, clip, *shape)
         launch = Launch(
             grid=(QUANTIZED_TOKENS, 1, 1),
             block=kernel.block,
-            inputs={"x": x, "clip": clip, "tokens": QUANTIZED_TOKENS},
+            inputs={"x": x, "clip": clip, **dict(zip(("shape",), shape, strict=False)), "tokens": QUANTIZED_TOKENS},
             outputs={
                 "values": torch.full((QUANTIZED_TOKENS, width), 85, dtype=torch.int8),
                 "scale": torch.full((QUANTIZED_TOKENS, spec.scales), float("nan")),

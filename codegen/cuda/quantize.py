@@ -3,6 +3,9 @@
 Maxima and minima are exact in any order; everything behind them is element-wise fp32 with explicit rounding
 (``__fmul_rn``, ``__fdiv_rn``, ``rintf``), so the result equals :func:`..reference.quantize_activation` bit for bit.
 Values are written as ``int8 [M, pitch(K)]`` with zeros behind column ``K``, as :mod:`.dp4a` reads them.
+
+With knees or plane scales a warp's lanes hold the table of its group, one entry and one threshold each, and look codes
+up in each other's registers.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -11,15 +14,19 @@ Values are written as ``int8 [M, pitch(K)]`` with zeros behind column ``K``, as 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import KernelError
-from ..reference import INT4_MAX, INT8_MAX, RANGE_MAX, RANGE_MIN
+from ..reference import CORE_CODES, INT4_MAX, INT8_MAX, PLANES, RANGE_MAX, RANGE_MIN, TAIL_CODES
 from ..spec import QuantizeSpec
 from ..tvm_api import PrimFunc, T
 from .dp4a import pitch
 from .limits import WARP
 
 ALL_LANES = 0xFFFFFFFF
+
+CODES = CORE_CODES + 2 * TAIL_CODES
+"""Entries of a table."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,6 @@ def quantize_schedules(spec: QuantizeSpec) -> list[QuantizeSchedule]:
     """
     if spec.bits == 16:
         raise KernelError("CUDA kernels take 4-bit and 8-bit activations; compile with --act-bits 4 or 8")
-    if spec.tabled:
-        raise KernelError("CUDA kernels take activations without knees and plane scales; compile with --recipe lbllm")
     useful = -(-spec.in_features // (spec.group or 2 * WARP))
     return [QuantizeSchedule(w) for w in (8, 4, 16, 2, 1) if w <= useful] or [QuantizeSchedule(1)]
 
@@ -65,38 +70,135 @@ def _low(minimum, factor):
     return _call("fmaxf", _call("fminf", _call("__fmul_rn", minimum, factor), T.float32(0)), T.float32(-RANGE_MAX))
 
 
-def _scale(high, low, bits: int):
-    if bits == 4:
+def _local(dtype: str = "float32") -> Any:
+    return T.alloc_buffer((1,), dtype, scope="local")
+
+
+def _set(register: Any, value: Any) -> None:
+    T.buffer_store(register, value, [0])
+
+
+def _of_lane(register: Any, lane: Any) -> Any:
+    """What another lane of the warp has in a register."""
+    return T.tvm_warp_shuffle(T.uint32(ALL_LANES), register[0], lane, WARP, WARP)
+
+
+def _clamped(value: Any, low: float, high: float) -> Any:
+    return _call("fminf", _call("fmaxf", value, T.float32(low)), T.float32(high))
+
+
+def _integer(value: Any, dtype: str = "int32") -> Any:
+    return T.cast(T.call_pure_extern("int32", "__float2int_rn", value), dtype)
+
+
+class _UniformCodes:
+    """Values that are evenly spaced over a range, inside a kernel.
+
+    Args:
+        bits: 4 or 8.
+    """
+
+    def __init__(self, bits: int):
+        self._bits = bits
+        self.scale, self._zero = _local(), _local()
+
+    def make(self, high: Any, low: Any, lane: Any, shape: Any) -> None:
+        """Sets ``scale`` for a range; ``lane`` and ``shape`` do not matter."""
+        if self._bits == 8:
+            peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
+            _set(self.scale, _call("__fdiv_rn", peak, T.float32(INT8_MAX)))
+            return
         span = _call("fmaxf", _call("__fsub_rn", high, low), T.float32(RANGE_MIN))
-        return _call("__fdiv_rn", span, T.float32(INT4_MAX))
-    peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
-    return _call("__fdiv_rn", peak, T.float32(INT8_MAX))
+        _set(self.scale, _call("__fdiv_rn", span, T.float32(INT4_MAX)))
+        _set(self._zero, _clamped(_call("rintf", _call("__fdiv_rn", -low, self.scale[0])), 0, INT4_MAX))
+
+    def value_of(self, x: Any) -> Any:
+        """The int8 value of an input."""
+        rounded = _call("rintf", _call("__fdiv_rn", x, self.scale[0]))
+        if self._bits == 8:
+            return _integer(_clamped(rounded, -INT8_MAX, INT8_MAX), "int8")
+        code = _clamped(_call("__fadd_rn", rounded, self._zero[0]), 0, INT4_MAX)
+        return _integer(_call("__fsub_rn", code, self._zero[0]), "int8")
 
 
-def _zero(low, scale, bits: int):
-    if bits == 8:
-        return T.float32(0)
-    zero = _call("rintf", _call("__fdiv_rn", -low, scale))
-    return _call("fminf", _call("fmaxf", zero, T.float32(0)), T.float32(INT4_MAX))
+class _TableCodes:
+    """Values of a table of 16, which a warp holds twice, inside a kernel.
+
+    Args:
+        planes: plane scales shape it, else knees.
+    """
+
+    def __init__(self, planes: bool):
+        self._entry_of = self._of_planes if planes else self._of_knees
+        self.scale, self._entry, self._threshold, self._code = _local(), _local(), _local(), _local("int32")
+
+    def make(self, high: Any, low: Any, lane: Any, shape: Any) -> None:
+        """Makes the table of a range, and sets its ``scale``; ``shape`` is what shapes it."""
+        peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
+        _set(self.scale, _call("__fdiv_rn", peak, T.float32(INT8_MAX)))
+        top, bottom = (T.Bind(_call("__fdiv_rn", end, self.scale[0])) for end in (high, low))
+        _set(self._entry, self._entry_of(top, bottom, lane % CODES, shape))
+        both = _call("__fadd_rn", _of_lane(self._entry, (lane + 1) % WARP), self._entry[0])
+        _set(self._threshold, _call("__fmul_rn", _call("__fmul_rn", both, T.float32(0.5)), self.scale[0]))
+
+    def value_of(self, x: Any) -> Any:
+        """The int8 value of an input, which the whole warp has to ask for at once."""
+        _set(self._code, T.int32(0))
+        step = CODES // 2
+        while step:
+            threshold = T.Bind(_of_lane(self._threshold, self._code[0] + (step - 1)))
+            _set(self._code, T.Select(x > threshold, self._code[0] + step, self._code[0]))
+            step //= 2
+        return _integer(_of_lane(self._entry, self._code[0]), "int8")
+
+    @staticmethod
+    def _of_knees(top: Any, bottom: Any, code: Any, knees: Any) -> Any:
+        """An entry of :func:`..reference.knee_table`. Outside the core it lies between the core's end and the range's,
+        inside at the core's."""
+        upper = _call("fminf", _call("__fmul_rn", top, knees[1]), T.float32(INT8_MAX))
+        lower = T.Bind(_call("fmaxf", _call("__fmul_rn", bottom, knees[0]), T.float32(-INT8_MAX)))
+        span = _call("fmaxf", _call("__fsub_rn", upper, lower), T.float32(RANGE_MIN))
+        step = T.Bind(_call("__fdiv_rn", span, T.float32(CORE_CODES - 1)))
+        zero = _clamped(_call("rintf", _call("__fdiv_rn", -lower, step)), 0, CORE_CODES - 1)
+        top, bottom = T.Bind(_call("rintf", top)), T.Bind(_call("rintf", bottom))
+        place = T.cast(T.max(T.min(code - TAIL_CODES, CORE_CODES - 1), 0), "float32")
+        rounded = _call("rintf", _call("__fmul_rn", _call("__fsub_rn", place, zero), step))
+        core = T.Bind(_call("fminf", _call("fmaxf", rounded, bottom), top))
+        outward = T.Bind(T.cast(T.max(T.max(TAIL_CODES - code, code - (TAIL_CODES + CORE_CODES - 1)), 0), "float32"))
+        end = T.Select(code < TAIL_CODES, bottom, top)
+        inner = _call("__fmul_rn", core, _call("__fsub_rn", T.float32(TAIL_CODES), outward))
+        sum_of_ends = _call("__fadd_rn", inner, _call("__fmul_rn", end, outward))
+        return _call("rintf", _call("__fdiv_rn", sum_of_ends, T.float32(TAIL_CODES)))
+
+    @staticmethod
+    def _of_planes(top: Any, bottom: Any, code: Any, plane_scales: Any) -> Any:
+        """An entry of :func:`..reference.plane_table`."""
+        span = _call("fmaxf", _call("__fsub_rn", top, bottom), T.float32(RANGE_MIN))
+        step = T.Bind(_call("__fdiv_rn", span, T.float32(INT4_MAX)))
+        zero = T.Bind(_integer(_clamped(_call("rintf", _call("__fdiv_rn", -bottom, step)), 0, INT4_MAX)))
+
+        def place(of: Any) -> Any:
+            found: Any = T.float32(0)
+            for plane in range(PLANES):
+                found = T.Bind(T.Select((of >> plane & 1) == 1, _call("__fadd_rn", found, plane_scales[plane]), found))
+            return found
+
+        value = _call("rintf", _call("__fmul_rn", _call("__fsub_rn", place(code), place(zero)), step))
+        return _clamped(value, -INT8_MAX, INT8_MAX)
 
 
-def _value(x, scale, zero, bits: int):
-    rounded = _call("rintf", _call("__fdiv_rn", x, scale))
-    if bits == 8:
-        clamped = _call("fminf", _call("fmaxf", rounded, T.float32(-INT8_MAX)), T.float32(INT8_MAX))
-    else:
-        code = _call("fminf", _call("fmaxf", _call("__fadd_rn", rounded, zero), T.float32(0)), T.float32(INT4_MAX))
-        clamped = _call("__fsub_rn", code, zero)
-    return T.cast(T.call_pure_extern("int32", "__float2int_rn", clamped), "int8")
+def _codes(spec: QuantizeSpec) -> _UniformCodes | _TableCodes:
+    return _TableCodes(spec.planes) if spec.tabled else _UniformCodes(spec.bits)
 
 
 def quantize(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
-    """The quantizer of ``spec``: per group or per token."""
+    """The quantizer of ``spec``, per group or per token: ``(clip, scale, [shape,] values, x, tokens)``, where ``shape``
+    is what shapes a table."""
     return _quantize_groups(spec, schedule) if spec.group else _quantize_token(spec, schedule)
 
 
 def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
-    k, group, bits, warps = spec.in_features, spec.group, spec.bits, schedule.warps
+    k, group, warps = spec.in_features, spec.group, schedule.warps
     width, groups = pitch(k), spec.scales
     elements, padded_groups = group // WARP, pitch(k) // group
 
@@ -104,6 +206,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
     def kernel(
         clip: T.Buffer((2,), "float32"),
         scale_: T.handle,
+        shape: T.Buffer((PLANES if spec.planes else 2,), "float32"),
         values_: T.handle,
         x_: T.handle,
         tokens: T.int32,
@@ -117,8 +220,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
         lane = T.launch_thread("threadIdx.x", WARP)
         loaded = T.alloc_buffer((elements,), "float32", scope="local")
         bounds = T.alloc_buffer((2,), "float32", scope="local")
-        size = T.alloc_buffer((1,), "float32", scope="local")
-        zero = T.alloc_buffer((1,), "float32", scope="local")
+        codes = T.meta_var(_codes(spec))
         for turn in T.serial(-(-padded_groups // warps)):
             g: T.let = turn * warps + warp
             if g < padded_groups:
@@ -136,18 +238,17 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
                     bounds[1] = _warp_reduce("fminf", bounds[1], 1 << step)
                 bounds[0] = _high(bounds[0], clip[0])
                 bounds[1] = _low(bounds[1], clip[1])
-                size[0] = _scale(bounds[0], bounds[1], bits)
-                zero[0] = _zero(bounds[1], size[0], bits)
+                codes.make(bounds[0], bounds[1], lane, shape)
                 for i in T.unroll(elements):
-                    values[token, g * group + i * WARP + lane] = _value(loaded[i], size[0], zero[0], bits)
+                    values[token, g * group + i * WARP + lane] = codes.value_of(loaded[i])
                 if lane == 0 and g < groups:
-                    scale[token, g] = size[0]
+                    scale[token, g] = codes.scale[0]
 
     return kernel
 
 
 def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
-    k, bits, warps = spec.in_features, spec.bits, schedule.warps
+    k, warps = spec.in_features, schedule.warps
     width, threads = pitch(k), WARP * schedule.warps
     turns = -(-width // threads)
 
@@ -155,6 +256,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
     def kernel(
         clip: T.Buffer((2,), "float32"),
         scale_: T.handle,
+        shape: T.Buffer((PLANES if spec.planes else 2,), "float32"),
         values_: T.handle,
         x_: T.handle,
         tokens: T.int32,
@@ -169,8 +271,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
         maxima = T.alloc_buffer((warps,), "float32", scope="shared")
         minima = T.alloc_buffer((warps,), "float32", scope="shared")
         bounds = T.alloc_buffer((2,), "float32", scope="local")
-        size = T.alloc_buffer((1,), "float32", scope="local")
-        zero = T.alloc_buffer((1,), "float32", scope="local")
+        codes = T.meta_var(_codes(spec))
         loaded = T.alloc_buffer((1,), "float32", scope="local")
         bounds[0] = T.float32(0)
         bounds[1] = T.float32(0)
@@ -191,16 +292,16 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
             bounds[1] = _call("fminf", bounds[1], minima[other])
         bounds[0] = _high(bounds[0], clip[0])
         bounds[1] = _low(bounds[1], clip[1])
-        size[0] = _scale(bounds[0], bounds[1], bits)
-        zero[0] = _zero(bounds[1], size[0], bits)
+        codes.make(bounds[0], bounds[1], lane, shape)
         for turn in T.serial(turns):
             column: T.let = turn * threads + warp * WARP + lane
             loaded[0] = T.float32(0)
             if column < k:
                 loaded[0] = x[token, column]
+            # Of a warp all columns are inside or none.
             if column < width:
-                values[token, column] = _value(loaded[0], size[0], zero[0], bits)
+                values[token, column] = codes.value_of(loaded[0])
         if warp == 0 and lane == 0:
-            scale[token, 0] = size[0]
+            scale[token, 0] = codes.scale[0]
 
     return kernel

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import UntranslatableError
 from ...spec import AttentionSpec
 from ...tvm_api import T
-from ..dp4a import half_as_float
+from ..dp4a import half_as_float, signed_half_as_float
 from ..limits import MULTIPROCESSORS, WARP
 from .prologue import MOST_BLOCKS
 
@@ -62,13 +62,6 @@ def _signed_half_bits(x: Any) -> Any:
     bits = call("__float_as_uint", clamped, dtype="uint32")
     sign = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(0x8000))
     return T.cast(T.bitwise_or(half_bits(call("fabsf", clamped)), sign), "uint16")
-
-
-def _signed_half_as_float(bits: Any) -> Any:
-    wide = T.cast(bits, "uint32")
-    size = half_as_float(T.bitwise_and(wide, T.uint32(0x7FFF)))
-    sign = T.shift_left(T.bitwise_and(wide, T.uint32(0x8000)), T.uint32(16))
-    return call("__uint_as_float", T.bitwise_or(call("__float_as_uint", size, dtype="uint32"), sign))
 
 
 def _across_warp(function: str, value: Any, step: int) -> Any:
@@ -165,7 +158,7 @@ class Heads:
         """A channel of a stored key or value."""
         bits = self.spec.bits
         if bits == 16:
-            return _signed_half_as_float(codes[0, head, slot, channel])
+            return signed_half_as_float(codes[0, head, slot, channel])
         if bits == 8:
             code = T.cast(codes[0, head, slot, channel], "int32")
         else:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ...backend import TirKernel
 from ...errors import KernelError, UntranslatableError
-from ...format import QuantizedWeight
+from ...format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight
+from ...reference import PLANES
+from ...sizes import group_count
 from ...spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from ...targets import Target
 from ...tvm_api import PrimFunc, cuda_source, symbolic_dimension, tirx
@@ -25,8 +27,7 @@ from ..dp4a import (
     GemvSchedule,
     gemv,
     gemv_schedules,
-    pack_bit_weight,
-    pack_int8_weight,
+    pack_weight,
     pitch,
 )
 from ..gemm import ManySchedule, gemm, gemm_schedules
@@ -197,8 +198,6 @@ class ProgramKernels:
         return bool(left or shared)
 
     def linear(self, spec: LinearSpec) -> ProgramLinear:
-        if spec.kind == "int4":
-            raise UntranslatableError("CUDA programs have no kernel for heads of 4-bit codes")
         return self.linears.setdefault(spec, ProgramLinear(spec, self))
 
     def quantizer(self, spec: QuantizeSpec) -> ProgramQuantizer:
@@ -252,12 +251,16 @@ class ProgramKernels:
         return self.declared(f"{name}_part", parameters, of_part)
 
     def embedding(self, spec: EmbeddingSpec) -> TirKernel:
-        if spec.group:
-            raise UntranslatableError("CUDA programs have no kernel for embeddings of 4-bit codes")
         name, tokens = f"embedding_{spec}", symbolic_dimension("tokens")
+        table = {"rows": ((spec.rows, spec.columns), "int8"), "scale": ((spec.rows,), "float32")}
+        if spec.group:
+            table = {
+                "codes": ((spec.rows, (spec.columns + 1) // 2), "uint8"),
+                "levels": ((TABLE_LEVELS,), "int8"),
+                "scale": ((spec.rows, group_count(spec.columns, spec.group)), "float16"),
+            }
         parameters = {
-            "rows": ((spec.rows, spec.columns), "int8"),
-            "scale": ((spec.rows,), "float32"),
+            **table,
             "ids": ((1, tokens), "int64"),
             "out": ((1, tokens, spec.columns), "float32"),
         }
@@ -313,12 +316,9 @@ class ProgramLinear:
     spec: LinearSpec
     kernels: ProgramKernels = field(repr=False)
 
-    def pack(self, weight: QuantizedWeight | tuple[Tensor, Tensor], bias: Tensor | None = None) -> dict[str, Tensor]:
+    def pack(self, weight: Weight, bias: Tensor | None = None) -> dict[str, Tensor]:
         """The tensors that the kernel reads."""
-        if isinstance(weight, QuantizedWeight):
-            packed = pack_bit_weight(weight.refined(self.spec.group))
-        else:
-            packed = pack_int8_weight(*weight, self.spec.group)
+        packed = pack_weight(weight, self.spec.group)
         return packed if bias is None else {**packed, "bias": bias.detach().float().contiguous()}
 
     def __call__(self, values: Tensor, x_scale: Tensor, packed: Mapping[str, Tensor]) -> NoReturn:
@@ -388,6 +388,14 @@ class ProgramLinear:
                     spec.in_features,
                     spec.group,
                 )
+            elif spec.kind == "int4":
+                given = Int4Weight(
+                    torch.empty((spec.out_features, -(-spec.in_features // 2)), dtype=torch.uint8),
+                    torch.empty((TABLE_LEVELS,), dtype=torch.int8),
+                    torch.empty((spec.out_features, spec.groups), dtype=torch.float16),
+                    spec.in_features,
+                    spec.group,
+                )
             else:
                 rows = torch.empty((spec.out_features, spec.in_features), dtype=torch.int8)
                 given = rows, torch.empty((spec.out_features,), dtype=torch.float32)
@@ -407,11 +415,12 @@ class ProgramQuantizer:
         raise KernelError("CUDA kernels are launched by programs, not on tensors")
 
     def tir(self, parallel: bool) -> TirKernel:
-        """``(x, clip, values, scale)``; behind a row's values are zeros, as the linears read them."""
+        """``(x, clip, [shape,] values, scale)``; behind a row's values are zeros, as the linears read them."""
         spec, rows = self.spec, symbolic_dimension("rows")
         parameters = {
             "x": ((rows, spec.in_features), "float32"),
             "clip": ((2,), "float32"),
+            **({"shape": ((PLANES if spec.planes else 2,), "float32")} if spec.tabled else {}),
             "values": ((rows, pitch(spec.in_features)), "int8"),
             "scale": ((rows, spec.scales), "float32"),
         }

@@ -256,8 +256,7 @@ class _Lowering:
             given = [values[_where(tensor)].seen(tensor.shape) for tensor in part.reads]
             of, loops = self._called(part), self._loops.get(part.name)
             if of is not None and of.quantizer is not None:
-                x, clip = given
-                results = prologue.quantizer(quantize(of.quantizer, QuantizeSchedule(prologue.warps)), x, clip)
+                results = prologue.quantizer(quantize(of.quantizer, QuantizeSchedule(prologue.warps)), *given)
             elif loops is not None:
                 results = prologue.loops(loops, given)
             else:

@@ -296,13 +296,15 @@ class Prologue:
             known[stage.result] = self._computed_once(found, stage.result.ty.dtype) if large else found
         return [known[result] for result in loops.writes]
 
-    def quantizer(self, function: Any, x: Value, clip: Value) -> tuple[Value, Value]:
+    def quantizer(self, function: Any, x: Value, clip: Value, *shape: Value) -> tuple[Value, Value]:
         """Computes ``(values, scale)`` of a quantizer.
 
         Args:
-            function: the quantizer's kernel, ``(clip, scale, values, x, tokens)``, in as many warps as this one has.
+            function: the quantizer's kernel, ``(clip, scale, shape, values, x, tokens)``, in as many warps as this one
+                has.
             x: what it quantizes.
             clip: its clip factors.
+            shape: what shapes its table, if it has one.
         """
         function = renew_definitions(function)
         tokens = next(parameter for parameter in function.params if parameter.name == "tokens")
@@ -316,7 +318,8 @@ class Prologue:
             variables[body.node.var] = here[body.node.thread_tag]
             body = body.body
         outs = [self._new_shared(sizes(by_name[name]), by_name[name].ty.dtype) for name in ("values", "scale")]
-        known = {by_name["x"]: x, by_name["clip"]: clip}
+        given = (by_name[name] for name in ("x", "clip", "shape"))
+        known: dict[Any, Value] = dict(zip(given, (x, clip, *shape), strict=False))
         memory = dict(zip([by_name["values"], by_name["scale"]], outs, strict=True))
         body = _on_memory(_on_values(with_variables(body, variables), known), memory)
         # Its own shared memory serves one row after the other.

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from lbllm_compile.codegen import cuda
+from lbllm_compile.codegen.cuda.text import BEGIN
 
 TESTS = Path(__file__).parent
 EMULATION = Path(cuda.__file__).parent
@@ -28,6 +29,9 @@ _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w
 _WAITS = re.compile(r"__sync|__shfl|\bmma_|\bcop(?:y|ies)_")
 """What fibers are needed for: barriers, and what lanes or copies of a thread do together."""
 
+_BEGINS = re.compile(r"^[^{]*\{\s*" + re.escape(BEGIN))
+"""That a kernel does nothing before it has waited for the launches in front of it."""
+
 _FOLDER = tempfile.TemporaryDirectory(prefix="standin-")
 
 
@@ -46,9 +50,9 @@ def cubin(source: str, folder: Path) -> bytes:
     rows = []
     for head, end in zip(heads, ends, strict=True):
         body = source[head.start() : end]
-        waits = "true" if _WAITS.search(body) else "false"
+        waits, begins = (str(found is not None).lower() for found in (_WAITS.search(body), _BEGINS.search(body)))
         entry = f"standin::Entry<{head[2]}>"
-        rows.append(f'{{"{head[2]}", {head[1]}, {waits}, {entry}::count, {entry}::sizes, {entry}::run}}')
+        rows.append(f'{{"{head[2]}", {head[1]}, {waits}, {begins}, {entry}::count, {entry}::sizes, {entry}::run}}')
     text = f"""#include "emulation.h"
 #include "standin_module.h"
 {source}
@@ -59,7 +63,7 @@ extern "C" void standin_shared(char** begin, char** end) {{
   *end = &__stop_cuda_shared;
 }}
 extern "C" const standin::Kernel standin_kernels[] = {{
-{",".join(rows)}, {{nullptr, 0, false, 0, nullptr, nullptr}}}};
+{",".join(rows)}, {{nullptr, 0, false, false, 0, nullptr, nullptr}}}};
 """
     file, library = folder / "module.cpp", folder / "module.so"
     file.write_text(text)

@@ -70,6 +70,7 @@ struct Launch {
   const Function* function;
   Index grid, block;
   std::vector<std::vector<char>> arguments;
+  bool overlaps = false;  // may begin before the launch in front of it has ended
 };
 
 struct Graph {
@@ -294,6 +295,18 @@ int run(const Launch& launch) {
       return own->sticky = kLaunchFailed;
     }
   }
+  return 0;
+}
+
+// A launch that overlaps the one in front of it and does not wait for that by itself begins early: here, as early as can
+// be seen.
+bool early(const Launch& launch) { return launch.overlaps && !launch.function->kernel->begins; }
+
+int run_all(std::vector<const Launch*> order) {
+  for (std::size_t i = 1; i < order.size(); i++)
+    if (early(*order[i])) std::swap(order[i - 1], order[i]);
+  for (const Launch* launch : order)
+    if (int failed = run(*launch)) return failed;
   return 0;
 }
 
@@ -612,8 +625,25 @@ ENTRY cuModuleGetFunction(void** function, void* module, const char* name) {
   return kNotFound;
 }
 
-ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                     unsigned shared, void* stream, void** arguments, void**) {
+// As in cuda.h.
+struct CUlaunchAttribute {
+  int id;
+  char pad[8 - sizeof(int)];
+  union {
+    char whole[64];
+    int word;
+  } value;
+};
+
+struct CUlaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const CUlaunchAttribute* attributes;
+  unsigned count;
+};
+
+static int launch(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                  unsigned shared, void* stream, void** arguments, bool overlaps) {
   ENTER;
   const auto* f = static_cast<const Function*>(function);
   if (!context) return kInvalidContext;
@@ -622,7 +652,7 @@ ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsi
   if (!stream && spoiled(false)) return kCaptureImplicit;
   if (!gx || !gy || !gz || !bx || !by || !bz || gy > 65535 || gz > 65535 || bz > 64) return kInvalidValue;
   if (bx * by * bz > 1024 || bx * by * bz > f->kernel->most_threads || shared) return kOutOfResources;
-  Launch launch{f, {gx, gy, gz}, {bx, by, bz}, {}};
+  Launch launch{f, {gx, gy, gz}, {bx, by, bz}, {}, overlaps};
   for (int i = 0; i < f->kernel->count; i++) {
     const char* at = static_cast<const char*>(arguments[i]);
     launch.arguments.emplace_back(at, at + f->kernel->sizes[i]);
@@ -632,7 +662,26 @@ ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsi
     return 0;
   }
   if (context->sticky) return context->sticky;
-  return submit(stream, [launch] { return run(launch); });
+  on->waiting.push_back([launch] { return run(launch); });
+  // The same as in a graph, where what is in front of it has not begun either.
+  const std::size_t count = on->waiting.size();
+  if (early(launch) && count > 1) std::swap(on->waiting[count - 2], on->waiting[count - 1]);
+  return 0;
+}
+
+ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                     unsigned shared, void* stream, void** arguments, void**) {
+  return launch(function, gx, gy, gz, bx, by, bz, shared, stream, arguments, false);
+}
+
+ENTRY cuLaunchKernelEx(const CUlaunchConfig* given, void* function, void** arguments, void**) {
+  bool overlaps = false;
+  for (unsigned i = 0; i < given->count; i++) {
+    if (given->attributes[i].id != 6) return kInvalidValue;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlaps = given->attributes[i].value.word;
+  }
+  const unsigned *g = given->grid, *b = given->block;
+  return launch(function, g[0], g[1], g[2], b[0], b[1], b[2], given->shared, given->stream, arguments, overlaps);
 }
 
 ENTRY cuStreamCreate(void** stream, unsigned) {
@@ -704,9 +753,9 @@ ENTRY cuGraphLaunch(void* executable, void* handle) {
   Graph* graph = static_cast<Graph*>(executable);
   if (!graphs.count(graph) || graph->context != context) return kInvalidHandle;
   return submit(handle, [launches = graph->launches] {
-    for (const Launch& launch : launches)
-      if (int failed = run(launch)) return failed;
-    return 0;
+    std::vector<const Launch*> order;
+    for (const Launch& launch : launches) order.push_back(&launch);
+    return run_all(std::move(order));
   });
 }
 

@@ -10,6 +10,7 @@ struct Kernel {
   const char* name;
   unsigned most_threads;
   bool waits;  // has barriers, shuffles, products of matrices or copies
+  bool begins; // waits for the launches in front of it before anything else
   int count;
   const std::size_t* sizes;
   void (*run)(void** arguments);

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lbllm_compile.codegen import reference
 from lbllm_compile.codegen.backend import EntryPoint
 from lbllm_compile.codegen.cuda.compiler import Binary, CudaCompiler, SpillError
 from lbllm_compile.codegen.cuda.dp4a import ROWS, gemv_schedules
-from lbllm_compile.codegen.cuda.driver import Driver
+from lbllm_compile.codegen.cuda.driver import OVERLAP_VERSION, Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.kernel import kernel_name
@@ -38,6 +39,7 @@ from lbllm_compile.codegen.cuda.program.launches import (
 from lbllm_compile.codegen.cuda.program.loops import nests
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
+from lbllm_compile.codegen.cuda.text import BEGIN
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
 from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec
 from lbllm_compile.codegen.spec import AttentionSpec, LinearSpec, QuantizeSpec
@@ -361,6 +363,42 @@ def test_layers_that_are_alike_read_their_own_tensors(monkeypatch: pytest.Monkey
     assert second.arguments == (Result(0), matrices[1], Result(1))
 
 
+# Launches that overlap
+
+
+@needs_gpp
+@pytest.mark.parametrize(
+    ("version", "overlaps"),
+    [(OVERLAP_VERSION, True), (OVERLAP_VERSION - 10, False)],
+)
+def test_launches_overlap_where_the_driver_captures_that(
+    version: int, overlaps: bool, library: str, cubin: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first one, whatever is in front of that; with the same bits."""
+    monkeypatch.setenv("LBLLM_STANDIN_VERSION", str(version))
+    launch_list, translated = lowered("llama")
+    launched: list[bool] = []
+
+    class Noting(Driver):
+        def launch(self, *arguments: Any, **named: Any) -> None:
+            launched.append(arguments[4])
+            super().launch(*arguments, **named)
+
+    with Noting(library=library) as driver:
+        program = DeviceProgram(driver, launch_list, cubin, translated.weight_bytes())
+        found = decoded(program.sequence(CAPACITY), tokens=3)
+        assert launched == [False, *[overlaps] * (len(launch_list.started(CAPACITY)) - 1)]
+        assert torch.equal(decoded(program.sequence(CAPACITY), replayed=False, tokens=3), found)
+        program.overlaps = False
+        launched.clear()
+        assert torch.equal(decoded(program.sequence(CAPACITY), tokens=3), found) and not any(launched)
+
+
+def test_kernels_of_a_program_begin_behind_the_launches_in_front_of_them() -> None:
+    for kernel in lowered("llama", TOKEN, PART)[0].all_kernels():
+        assert re.match(r"[^{]*\{\s*" + re.escape(BEGIN), kernel.source), kernel.source
+
+
 # The stand-in refuses what a driver refuses
 
 
@@ -444,8 +482,9 @@ def test_a_captured_pointer_that_went_stale_is_caught(session) -> None:
         ("bit_gemv_144x72", "__syncthreads();", ""),
         ("int8_gemv_101x72", "< 101", "< 100"),
         ("bit_gemv_144x72", ">> (uint)16", ">> (uint)12"),
+        ("bit_gemv_144x72", BEGIN, ""),
     ],
-    ids=["position", "length", "barrier of the attention", "barrier of a linear", "tail", "nibble"],
+    ids=["position", "length", "barrier of the attention", "barrier of a linear", "tail", "nibble", "begin"],
 )
 def test_planted_faults_are_caught(
     session, symbol: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,12 +6,13 @@ It needs the driver's library alone: no CUDA toolkit, no CUDA build of torch, no
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import KernelError, OutOfMemoryError
 from ..targets import cuda
@@ -21,6 +22,34 @@ _MIB = 1 << 20
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _CAPTURE_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+OVERLAP_VERSION = 12030
+"""CUDA 12.3, of which a driver must be at least where launches overlap: it captures them in graphs."""
+
+OVERLAP_ARCH = 90
+"""The first architecture whose launches overlap."""
+
+_OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``."""
+
+    _fields_: ClassVar = [("id", c_int), ("pad", c_int), ("value", c_int), ("rest", c_int * 15)]
+
+
+class _Launch(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_: ClassVar = [
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", c_uint),
+    ]
+
 
 _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuInit": (c_uint,),
@@ -64,6 +93,10 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuEventDestroy_v2": (c_void_p,),
 }
 
+_OVERLAPPING: dict[str, tuple[type, ...]] = {
+    "cuLaunchKernelEx": (ctypes.POINTER(_Launch), c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_void_p)),
+}
+
 
 def _driver(library: str) -> ctypes.CDLL:
     """The driver's library.
@@ -79,7 +112,7 @@ def _driver(library: str) -> ctypes.CDLL:
     driver.cuDriverGetVersion(byref(version))
     if version.value < cuda.LEAST_VERSION:
         raise KernelError(cuda.too_old(version.value))
-    for name, arguments in _PROTOTYPES.items():
+    for name, arguments in (_PROTOTYPES | (_OVERLAPPING if version.value >= OVERLAP_VERSION else {})).items():
         function = getattr(driver, name)
         function.argtypes, function.restype = arguments, c_int
     return driver
@@ -270,16 +303,41 @@ class Driver:
             self._streams.append(stream)
         return stream
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before the one in front of it has ended (programmatic dependent launch): where the
+        architecture has that, the driver captures it, and ``LBLLM_CUDA_OVERLAP`` is not 0."""
+        version, major, minor = c_int(), c_int(), c_int()
+        self.call("cuDriverGetVersion", byref(version))
+        self.call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, self._ordinal)
+        self.call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, self._ordinal)
+        wanted = os.environ.get("LBLLM_CUDA_OVERLAP") != "0"
+        return wanted and version.value >= OVERLAP_VERSION and 10 * major.value + minor.value >= OVERLAP_ARCH
+
     def launch(
         self,
         function: c_void_p,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
         arguments: Sequence[Number],
+        overlapping: bool = False,
     ) -> None:
-        """Starts a kernel on :attr:`stream`; buffers are ``c_uint64``, numbers ``c_int`` or ``c_int64``."""
+        """Starts a kernel on :attr:`stream`.
+
+        Args:
+            function: the kernel.
+            grid, block: thread blocks, and threads of each.
+            arguments: buffers as ``c_uint64``, numbers as ``c_int`` or ``c_int64``.
+            overlapping: it may begin before the launch in front of it has ended, for which it waits by itself
+                (:data:`.text.BEGIN`); where the device :attr:`overlaps` launches.
+        """
         slots = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        self.call("cuLaunchKernel", function, *grid, *block, 0, self.stream, slots, None)
+        if not overlapping:
+            self.call("cuLaunchKernel", function, *grid, *block, 0, self.stream, slots, None)
+            return
+        attribute = _Attribute(_OVERLAPS, 0, 1)
+        launch = _Launch(grid, block, 0, self.stream, ctypes.pointer(attribute), 1)
+        self.call("cuLaunchKernelEx", byref(launch), function, slots, None)
 
     def captured(self, stream: c_void_p, work: Callable[[], None]) -> c_void_p:
         """The launches in ``work`` as a graph that can be replayed.

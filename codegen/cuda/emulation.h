@@ -153,6 +153,9 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
 }
 
 // Instructions of PTX, by mnemonic.
+inline void ptx_griddepcontrol_launch_dependents() {}
+inline void ptx_griddepcontrol_wait() {}
+
 inline unsigned ptx_and_b32(unsigned a, unsigned b) { return a & b; }
 
 inline unsigned ptx_prmt_b32(unsigned a, unsigned b, unsigned c) {

@@ -25,6 +25,12 @@ __device__ __forceinline__ uint ptx_prmt_b32(uint a, uint b, uint c) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void ptx_griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+}
+__device__ __forceinline__ void ptx_griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+#endif
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ int4 ptx_mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(uint4 a, uint2 b, int4 c) {
   int4 d;
@@ -92,6 +98,14 @@ __device__ __forceinline__ void copies_commit() {}
 template <int left>
 __device__ __forceinline__ void copies_wait() {}
 #endif
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void begin_launch() {
+  ptx_griddepcontrol_launch_dependents();
+  ptx_griddepcontrol_wait();
+}
+#else
+__device__ __forceinline__ void begin_launch() {}
+#endif
 """
 """Names TVM's text takes for granted (nothing else of its preamble is needed), and single instructions of PTX, each as
 the function of its mnemonic. ``emulation.h`` has them for where no CUDA compiler reads the text. Those that sm_75 lacks
@@ -99,8 +113,12 @@ have names without ``ptx_``, which there stand for what it has: four products of
 fragment, and a copy is done when it is begun. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
 called, for the emulation alone."""
 
+BEGIN = "begin_launch();"
+"""The first statement of every kernel of a program. From sm_90 on the launch behind it may begin now, as far as this
+statement of its own, which waits until all launches in front of it have ended and what they wrote is there."""
+
 STEPS = (750, 800)
-"""Values of ``__CUDA_ARCH__`` from which on :data:`PREAMBLE` says something else."""
+"""Values of ``__CUDA_ARCH__`` from which on :data:`PREAMBLE` computes in another way."""
 
 _STEPPED = re.compile(r"\b(?:mma_|cop(?:y|ies)_)\w+(?:<\d+>)?\(")
 
@@ -124,6 +142,14 @@ class Signature:
     symbol: str
     threads: int
     parameters: tuple[Parameter, ...]
+
+
+def begun(source: str) -> str:
+    """The one kernel in ``source`` with :data:`BEGIN` in front of everything that it does."""
+    head = _HEAD.search(source)
+    assert head is not None
+    opened = source.index("{", head.end()) + 1
+    return f"{source[:opened]}\n  {BEGIN}{source[opened:]}"
 
 
 def signature(source: str) -> Signature:

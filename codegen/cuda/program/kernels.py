@@ -34,7 +34,7 @@ from ..gemm import ManySchedule, gemm, gemm_schedules
 from ..kernel import Form, kernel_name
 from ..limits import WARP
 from ..quantize import quantize, quantize_schedules
-from ..text import signature
+from ..text import begun, signature
 from . import attention as of_attention
 from . import choice, computed, elementary, heads
 from .experts import gemv_by_expert
@@ -299,7 +299,7 @@ class ProgramKernels:
 
     def text(self, called: Called) -> str:
         """A kernel's CUDA text."""
-        return cuda_source(called.function, called.name, self.target.arch or "")
+        return begun(cuda_source(called.function, called.name, self.target.arch or ""))
 
     def records(self) -> list[dict[str, Any]]:
         """No schedule is searched."""

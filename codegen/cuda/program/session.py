@@ -38,6 +38,9 @@ Launched = tuple[Any, tuple[int, int, int], tuple[int, int, int], list[Number]]
 class DeviceProgram:
     """A launch list, its kernels and its weights in a device's memory.
 
+    Attributes:
+        overlaps: launches of sequences that are made may begin before those in front of them have ended.
+
     Args:
         driver: the device.
         launches: what a step is.
@@ -59,6 +62,7 @@ class DeviceProgram:
         state: Sequence[StateTensor] = (),
     ):
         self.driver, self.launches, self.state = driver, launches, state
+        self.overlaps = driver.overlaps
         module = driver.module(cubin)
         self.functions = {k.symbol: (driver.function(module, k.symbol), k.block) for k in launches.all_kernels()}
         with reserved(driver, {WEIGHTS: launches.weights}, "the model's weights take") as (blocks, _):
@@ -332,8 +336,10 @@ class DecodeSession:
             raise KernelError(f"the KV state has room for {self.capacity} tokens, and no more can be decoded")
 
     def _launch_all(self, work: list[Launched]) -> None:
-        for function, block, grid, arguments in work:
-            self.driver.launch(function, grid, block, arguments)
+        for number, (function, block, grid, arguments) in enumerate(work):
+            # What is in front of the first one may be no launch.
+            overlapping = self.program.overlaps and number > 0
+            self.driver.launch(function, grid, block, arguments, overlapping)
 
     def _write(self, block: str, values: np.ndarray) -> None:
         self._copy(self._blocks[block], values)

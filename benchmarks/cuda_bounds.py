@@ -391,8 +391,9 @@ its kind, whose tile has 64 tokens. How long instructions take, and how far they
 **A prediction, no measurement**: a roofline over these facts, whose assumptions `codegen/cuda/predict.py` lists. A
 linear takes as long as the slowest of its bytes at 90 % of the memory's rated bandwidth, its integer instructions and
 its dot products at 64 lanes of a pipe a clock and multiprocessor; each launch of a step, five a layer and three more,
-costs 1.3 us besides; what else a step does hides in those gaps. So no step of these kernels is faster than this, and a
-real one is slower. In parentheses: how much of it are the gaps, and what most of the linears' time waits for.
+costs 1.3 us besides; what else a step does hides in those gaps. So no step of these kernels is faster than this where
+launches do not overlap, as they may from sm_90 on. In parentheses: how much of it are the gaps, and what most of the
+linears' time waits for.
 `lbllm-compile plan MODEL --target cuda` and `lbllm-compile bench DIR --predict` say it of other models.
 
 {chr(10).join(predictions())}

@@ -6,7 +6,7 @@ Models are those that ``benchmarks/cuda_all.sh pack`` wrote. Before a program is
 parts of a prompt, are held against its launches one by one, to the bit, what they choose against what the host would,
 and their logits against the graph's where its weights came along. Then everyone decodes the same number of tokens
 behind the same prompt, one sequence, greedily, in turns. *Greedy* copies each token to the host, as text needs it;
-*replayed* waits for the device only at the end, so that the difference is what the host costs; *apart*, where launches
+*replayed* waits for the device only at the end, so that the difference is what the host costs; *serial*, where launches
 overlap, is the same without that. Times are of the clock on the wall, around work that is waited for. *prefill* is a
 prompt, which programs take in parts.
 Without a GPU it ends in a sentence and exit code 2.
@@ -32,7 +32,7 @@ from .cuda_timing import Bench, attempted
 
 MODELS, GGUF = "models", "gguf"
 
-GREEDY, REPLAYED, APART, PREFILL, COPY = "greedy", "replayed", "apart", "prefill", "copy"
+GREEDY, REPLAYED, SERIAL, PREFILL, COPY = "greedy", "replayed", "serial", "prefill", "copy"
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,7 @@ def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 def _own(bench: Bench, program: DeviceProgram, session: DecodeSession, model: PackedModel, settings: Settings) -> Turn:
     """A program's turn, in a session, and in one whose launches do not overlap."""
     ids = np.random.default_rng(0).integers(0, model.vocabulary, settings.prefill).tolist()
-    apart = None
-    if program.overlaps:
-        program.overlaps = False
-        apart = program.sequence(session.capacity)
-        program.overlaps = True
+    serial = program.sequence(session.capacity, overlapping=False) if program.overlaps else None
 
     def fed(count: int, session: DecodeSession = session) -> None:
         session.rewind(0)
@@ -148,8 +144,8 @@ def _own(bench: Bench, program: DeviceProgram, session: DecodeSession, model: Pa
             session.token()
         seconds[GREEDY] = (time.perf_counter() - start) / settings.steps
         seconds[REPLAYED] = replayed(session)
-        if apart is not None:
-            seconds[APART] = replayed(apart)
+        if serial is not None:
+            seconds[SERIAL] = replayed(serial)
         start = time.perf_counter()
         fed(settings.prefill)
         seconds[PREFILL] = (time.perf_counter() - start) / settings.prefill

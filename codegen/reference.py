@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .format import Int4Weight, QuantizedWeight, Weight
-from .sizes import GROUPS, group_count
+from .sizes import GROUPS, PLANES, group_count
 
 RANGE_MAX = 1.5e38
 """Clipped bounds of a group are clamped to this, so that ``hi - lo`` cannot overflow fp32."""
@@ -49,9 +49,6 @@ CORE_CODES = 8
 
 TAIL_CODES = 4
 """Codes beyond each knee."""
-
-PLANES = 4
-"""Binary planes that a 4-bit code is made of."""
 
 UNIFORM_PLANES = (1.0, 2.0, 4.0, 8.0)
 """Plane scales with which codes are evenly spaced."""

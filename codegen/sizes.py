@@ -8,6 +8,9 @@ GROUPS = (32, 64, 128, 256)
 DEFAULT_GROUP = 64
 """The group size where none is given."""
 
+PLANES = 4
+"""Binary planes that a 4-bit code is made of."""
+
 ACTIVATION_BITS = (4, 8, 16)
 """Bits of a quantized activation."""
 

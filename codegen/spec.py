@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import KernelError
-from .sizes import ACTIVATION_BITS, GROUPS, KV_BITS, group_count
+from .sizes import ACTIVATION_BITS, GROUPS, KV_BITS, PLANES, group_count
 
 KINDS = ("bit", "int4", "int8")
 """Kinds of linears."""
@@ -125,6 +125,11 @@ class QuantizeSpec:
     def tabled(self) -> bool:
         """Whether codes index a table."""
         return self.knees or self.planes
+
+    @property
+    def shape_size(self) -> int:
+        """How many numbers shape the table: two knees, four plane scales, none without a table."""
+        return 2 if self.knees else PLANES if self.planes else 0
 
     @property
     def value_bits(self) -> int:

@@ -55,8 +55,8 @@ class Recipe:
         group: input columns per group of weights.
         per_token: activations have one scale per token instead of one per token and group.
         ranges: see the pass ``activate``.
-        ranges_elsewhere: those with activations of other than 4 bits, where these cannot have ``ranges``. None refuses
-            such activations.
+        ranges_of_other_bits: those with activations of other than 4 bits, which cannot have ``ranges`` unless they are
+            clipped. None refuses such activations.
         outliers: the loudest channels of inputs keep 8 bits, as many as the pass ``outliers`` has by default.
         levels: level rule of the linears that no scheme gives another.
         act_bits: of activations, where no others are asked for; with 16 the KV cache has 16, too.
@@ -79,7 +79,7 @@ class Recipe:
     levels: str = FREE.name
     act_bits: int = 4
     align: bool = False
-    ranges_elsewhere: Literal["clip"] | None = None
+    ranges_of_other_bits: Literal["clip"] | None = None
 
 
 RECIPES = {
@@ -90,7 +90,7 @@ RECIPES = {
         group=DEFAULT_GROUP,
         per_token=False,
         ranges="knees",
-        ranges_elsewhere="clip",
+        ranges_of_other_bits="clip",
         outliers=False,
         distill=True,
         activate_epochs=0,
@@ -350,7 +350,7 @@ def passes(choices: Choices, target: str) -> list[Pass]:
 
 
 def _ranges(name: str, act_bits: int) -> Literal["clip", "knees", "planes"]:
-    """The ranges of a recipe's activations, or those it has elsewhere.
+    """The ranges of a recipe's activations, or those it has with other than 4 bits.
 
     Raises:
         RecipeError: it has none with so many bits.
@@ -358,8 +358,8 @@ def _ranges(name: str, act_bits: int) -> Literal["clip", "knees", "planes"]:
     recipe = RECIPES[name]
     if recipe.ranges == "clip" or act_bits == 4:
         return recipe.ranges
-    if recipe.ranges_elsewhere is not None:
-        return recipe.ranges_elsewhere
+    if recipe.ranges_of_other_bits is not None:
+        return recipe.ranges_of_other_bits
     raise RecipeError(
         f"--act-bits cannot be {act_bits} in the recipe '{name}', whose activations have {recipe.ranges}",
         "use 4 or --recipe lbllm",

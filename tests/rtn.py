@@ -20,6 +20,9 @@ CLIP = (0.95, 0.9)
 KNEES = (0.2, 0.35)
 """Knees that every quantizer gets where they are asked for."""
 
+PLANE_SCALES = (1.1, 2.0, 4.3, 8.1)
+"""Plane scales likewise."""
+
 
 def quantize(weight: Tensor, group: int) -> w11.QuantizedWeight:
     """Nearest of four levels per group, at fixed multiples of the group's mean magnitude; experts are stacked."""
@@ -58,6 +61,7 @@ def simulate(
     per_token: bool = False,
     knees: bool = False,
     coded: tuple[str, ...] = (),
+    planes: bool = False,
 ) -> Program:
     """What ``ptq`` and ``activate`` leave behind, with round-to-nearest weights. ``kv=0`` leaves attention alone;
     linears whose paths end like one of ``coded`` have 4-bit codes."""
@@ -80,11 +84,17 @@ def simulate(
                 set_attribute(module, f"{path}.{field}", getattr(weight, attribute))
             unpacked = make_call(graph, unpack, (*fields, weight.in_features, group), node)
             if x not in quantizers:
-                factors = []
-                for name, value in (("clip", CLIP), ("knees", KNEES))[: 1 + knees]:
-                    set_attribute(module, f"{info.path}.input_{name}", torch.tensor(value))
-                    factors.append(make_attribute(graph, f"{info.path}.input_{name}", node))
-                arguments = (x, factors[0], bits, 0 if per_token else group, *factors[1:])
+                factors = {}
+                for name, value in {
+                    "clip": CLIP,
+                    "knees": KNEES * knees,
+                    "plane_scales": PLANE_SCALES * planes,
+                }.items():
+                    if value:
+                        set_attribute(module, f"{info.path}.input_{name}", torch.tensor(value))
+                        factors[name] = make_attribute(graph, f"{info.path}.input_{name}", node)
+                shape = [factors["knees"]] if knees else [None, factors["plane_scales"]] if planes else []
+                arguments = (x, factors["clip"], bits, 0 if per_token else group, *shape)
                 quantizers[x] = make_call(graph, _lbllm.fake_quantize.default, arguments, node)
         node.update_arg(0, quantizers[x])
         node.update_arg(1, unpacked)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from lbllm_compile.codegen import cuda
-from lbllm_compile.codegen.cuda.text import BEGIN
+from lbllm_compile.codegen.cuda.text import begins
 
 TESTS = Path(__file__).parent
 EMULATION = Path(cuda.__file__).parent
@@ -29,9 +29,6 @@ _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w
 _WAITS = re.compile(r"__sync|__shfl|\bmma_|\bcop(?:y|ies)_")
 """What fibers are needed for: barriers, and what lanes or copies of a thread do together."""
 
-_BEGINS = re.compile(r"^[^{]*\{\s*" + re.escape(BEGIN))
-"""That a kernel does nothing before it has waited for the launches in front of it."""
-
 _FOLDER = tempfile.TemporaryDirectory(prefix="standin-")
 
 
@@ -50,9 +47,9 @@ def cubin(source: str, folder: Path) -> bytes:
     rows = []
     for head, end in zip(heads, ends, strict=True):
         body = source[head.start() : end]
-        waits, begins = (str(found is not None).lower() for found in (_WAITS.search(body), _BEGINS.search(body)))
+        waits, first = (str(bool(found)).lower() for found in (_WAITS.search(body), begins(body)))
         entry = f"standin::Entry<{head[2]}>"
-        rows.append(f'{{"{head[2]}", {head[1]}, {waits}, {begins}, {entry}::count, {entry}::sizes, {entry}::run}}')
+        rows.append(f'{{"{head[2]}", {head[1]}, {waits}, {first}, {entry}::count, {entry}::sizes, {entry}::run}}')
     text = f"""#include "emulation.h"
 #include "standin_module.h"
 {source}

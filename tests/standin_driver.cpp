@@ -483,7 +483,11 @@ ENTRY cuDeviceGet(int* device, int ordinal) {
   return ordinal < std::min(count, kMostDevices) ? 0 : 101;
 }
 ENTRY cuDeviceGetName(char* to, int size, int) { std::strncpy(to, "stand-in", size); return 0; }
-ENTRY cuDeviceGetAttribute(int* value, int which, int) { *value = which == 75 ? 9 : 0; return 0; }
+ENTRY cuDeviceGetAttribute(int* value, int which, int) {
+  const int arch = int(setting("LBLLM_STANDIN_ARCH", 90));
+  *value = which == 75 ? arch / 10 : arch % 10;
+  return 0;
+}
 ENTRY cuDevicePrimaryCtxRetain(void** to, int device) { ENTER; *to = &contexts[device]; retained++; return 0; }
 ENTRY cuDevicePrimaryCtxRelease_v2(int device) { ENTER; contexts[device].sticky = 0; retained--; return 0; }
 ENTRY cuCtxSetCurrent(void* to) { context = static_cast<Context*>(to); return 0; }
@@ -675,11 +679,15 @@ ENTRY cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsi
 }
 
 ENTRY cuLaunchKernelEx(const CUlaunchConfig* given, void* function, void** arguments, void**) {
+  ENTER;
   bool overlaps = false;
   for (unsigned i = 0; i < given->count; i++) {
     if (given->attributes[i].id != 6) return kInvalidValue;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlaps = given->attributes[i].value.word;
   }
+  const Stream* on = context ? stream_of(given->stream) : nullptr;
+  if (overlaps && on && on->capturing != kNobody && setting("LBLLM_STANDIN_VERSION", 13000) < 12030)
+    return kCaptureUnsupported;
   const unsigned *g = given->grid, *b = given->block;
   return launch(function, g[0], g[1], g[2], b[0], b[1], b[2], given->shared, given->stream, arguments, overlaps);
 }

@@ -28,7 +28,7 @@ from lbllm_compile.codegen.cuda.text import signature
 from lbllm_compile.codegen.errors import KernelError, TargetError
 from lbllm_compile.codegen.format import QuantizedWeight, codes_to_planes
 from lbllm_compile.codegen.sizes import GROUPS
-from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.spec import KINDS, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.codegen.targets.cuda import ARCHITECTURES, DEFAULT_ARCHITECTURES, VIRTUAL_ARCHITECTURES
 
@@ -293,11 +293,12 @@ def test_emulated_quantizers_are_exact(spec: QuantizeSpec, schedule, cache: Path
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_default_kernel_is_exact(group: int, bits: int, cache: Path) -> None:
     for n, k in ((1, 1), (31, 33), (129, 515), (700, 1111)):
-        specs = [LinearSpec("bit", n, k, group, bits), LinearSpec("int8", n, k, group, bits, bias=True)]
+        specs = [LinearSpec(kind, n, k, group, bits, bias=kind != "bit") for kind in KINDS]
         for spec in specs:
             for form in ("gemv", "gemm"):
                 cuda_proof.prove_emulated(cuda.emit(spec, form, "sm_90"), cache)
-        for quantizer in (QuantizeSpec(k, group, bits), QuantizeSpec(k, 0, bits)):
+        tables = [{"knees": True}, {"planes": True}] if bits == 4 else []
+        for quantizer in (QuantizeSpec(k, g, bits, **table) for g in (group, 0) for table in ({}, *tables)):
             cuda_proof.prove_emulated(cuda.emit(quantizer, "quantize", "sm_90"), cache)
 
 

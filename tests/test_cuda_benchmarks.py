@@ -122,7 +122,7 @@ def test_one_script_runs_every_part_and_tells_what_failed(packed: Path, tmp_path
             assert len(case["schedules_microseconds"]) == 2 and case["multiples_of_best"][case["best"]] == 1
     (model,) = document["parts"]["decode"]["models"]
     kinds = {(row["contender"], row["kind"]) for row in model["results"]}
-    own = {("lbllm", kind) for kind in ("greedy", "replayed", "apart", "prefill")}
+    own = {("lbllm", kind) for kind in ("greedy", "replayed", "serial", "prefill")}
     assert kinds == own | {("llama.cpp q2_k", "greedy"), ("llama.cpp q2_k", "prefill")}
     assert "no such file" in model["absent"]["llama.cpp bad"] and "torch" in model["absent"]["torch bf16"]
     assert model["launches_of_a_part"] > model["launches_of_a_step"] > 5

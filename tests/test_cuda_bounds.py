@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lbllm_compile.codegen import prove
 from lbllm_compile.codegen.backend import predictions
 from lbllm_compile.codegen.cuda import disassembly, dp4a, limits, predict
 from lbllm_compile.codegen.cuda.bounds import bytes_moved
 from lbllm_compile.codegen.cuda.compiler import CudaCompiler, find_tool
 from lbllm_compile.codegen.cuda.disassembly import Instruction, instructions, main_loop
 from lbllm_compile.codegen.errors import KernelError
-from lbllm_compile.codegen.spec import LinearSpec
+from lbllm_compile.codegen.spec import LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import parse_targets
 from lbllm_compile.codegen.targets.cuda import ARCHITECTURES
-from rtn import quantize
+from rtn import code, quantize
 
 from benchmarks import cuda_bounds
 
@@ -166,11 +167,11 @@ SPEC = LinearSpec("bit", 960, 576, 64)
 @needs_nvdisasm
 def test_a_weight_takes_thirteen_sixteenths() -> None:
     """What the prediction takes for one token, by pipe, is what an unrolled main loop does, addresses aside."""
-    kernels = cuda_bounds.kernels_of([LinearSpec("bit", 4096, 4096, 128), LinearSpec("int8", 4096, 4096, 128, 8)])
+    kernels = cuda_bounds.kernels_of([LinearSpec(kind, 4096, 4096, 128, 8) for kind in predict.PIPES])
     for bound in cuda_bounds.measured([k for k in kernels if k.form == "gemv"], ["sm_90"]):
         kind, main = bound.kernel.spec.kind, bound.main
         for pipe, count in predict.PIPES[kind].items():
-            assert count <= main.pipes.get(pipe, 0) / main.products <= count + 0.1, (kind, pipe, main)
+            assert count <= main.pipes.get(pipe, 0) / main.products <= count + 0.15, (kind, pipe, main)
         if kind == "bit":
             assert 13 / 16 <= (main.integers_per_product or 0) <= 0.92
 
@@ -209,6 +210,22 @@ def test_bytes_of_int8_rows_are_those_of_what_is_packed(rows: int, columns: int,
     packed = dp4a.pack_int8_weight(torch.ones(rows, columns, dtype=torch.int8), torch.ones(rows), group)
     weights = sum(t.numel() * t.element_size() for t in packed.values())
     assert bytes_moved(spec, 3) == weights + 4 * rows + 3 * (dp4a.pitch(columns) + 4 * spec.x_scales + 4 * rows)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(100, 259, 64), (64, 512, 32)])
+def test_bytes_of_codes_are_those_of_what_is_packed(rows: int, columns: int, group: int) -> None:
+    spec = LinearSpec("int4", rows, columns, group, 8)
+    packed = dp4a.pack_int4_weight(code(torch.randn(rows, columns), group))
+    weights = sum(t.numel() * t.element_size() for t in packed.values())
+    assert bytes_moved(spec, 2) == weights + 2 * (dp4a.pitch(columns) + 4 * spec.x_scales + 4 * rows)
+
+
+@pytest.mark.parametrize("table", [{}, {"knees": True}, {"planes": True}])
+def test_bytes_of_quantizers_are_those_of_their_tensors(table: dict[str, bool]) -> None:
+    spec = QuantizeSpec(259, 64, **table)
+    values, scale = prove.quantized(spec, *next(prove.quantizer_inputs(spec)))
+    read = sum(t[0].nbytes if t.dim() > 1 else t.nbytes for t in next(prove.quantizer_inputs(spec)))
+    assert bytes_moved(spec, 1) == read + values[0].nbytes + dp4a.pitch(259) - 259 + scale[0].nbytes
 
 
 def test_a_prediction_is_what_is_slowest_and_its_gaps() -> None:

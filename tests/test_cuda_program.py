@@ -23,7 +23,7 @@ from lbllm_compile.codegen.cuda.driver import OVERLAP_VERSION, Driver
 from lbllm_compile.codegen.cuda.emulator import ASCENDING, DESCENDING, Emulator
 from lbllm_compile.codegen.cuda.emulator import Launch as EmulatedLaunch
 from lbllm_compile.codegen.cuda.kernel import kernel_name
-from lbllm_compile.codegen.cuda.program import attention, launches, prologue
+from lbllm_compile.codegen.cuda.program import attention, elementary, launches, prologue
 from lbllm_compile.codegen.cuda.program.compile import compile_launches
 from lbllm_compile.codegen.cuda.program.kernels import ProgramKernels
 from lbllm_compile.codegen.cuda.program.launches import (
@@ -39,10 +39,11 @@ from lbllm_compile.codegen.cuda.program.launches import (
 from lbllm_compile.codegen.cuda.program.loops import nests
 from lbllm_compile.codegen.cuda.program.lower import lower
 from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
-from lbllm_compile.codegen.cuda.text import BEGIN
+from lbllm_compile.codegen.cuda.text import BEGIN, PREAMBLE
 from lbllm_compile.codegen.errors import KernelError, UntranslatableError
+from lbllm_compile.codegen.format import Int4Weight, pack_codes
 from lbllm_compile.codegen.program.builder import FunctionBuilder, Layout, ProgramBuilder, TensorSpec
-from lbllm_compile.codegen.spec import AttentionSpec, LinearSpec, QuantizeSpec
+from lbllm_compile.codegen.spec import AttentionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from lbllm_compile.codegen.targets import Target
 from lbllm_compile.codegen.tvm_api import cuda_source, s_tir, te, tirx
 from lbllm_compile.passes.ir.program import Program
@@ -198,22 +199,36 @@ def test_other_architectures_give_the_executors_logits(name: str, library: str, 
 
 @needs_gpp
 @pytest.mark.parametrize(
-    ("name", "coded", "head", "entries"),
+    ("name", "table", "per_token", "coded", "head", "entries"),
     [
-        ("llama", (".q_proj", ".k_proj", ".v_proj", ".down_proj"), "bits=4,embedding=4", [TOKEN]),
-        pytest.param("llama-tied", (".up_proj", ".gate_proj"), "bits=4", [TOKEN, PART], marks=pytest.mark.slow),
+        ("llama", "knees", False, (".q_proj", ".k_proj", ".v_proj", ".down_proj"), "bits=4,embedding=4", [TOKEN]),
+        pytest.param(
+            "llama-tied", "knees", False, (".up_proj", ".gate_proj"), "bits=4", [TOKEN, PART], marks=pytest.mark.slow
+        ),
+        pytest.param("llama", "knees", True, (".o_proj",), "bits=8", [TOKEN, PART], marks=pytest.mark.slow),
+        pytest.param("llama", "planes", True, (".o_proj",), "bits=8", [TOKEN, PART], marks=pytest.mark.slow),
+        pytest.param("llama", "planes", False, (".o_proj",), "bits=8", [TOKEN], marks=pytest.mark.slow),
     ],
 )
-def test_knees_and_codes_of_4_bits_give_the_executors_logits(
-    name: str, coded: tuple[str, ...], head: str, entries: list[EntryPoint], library: str, tmp_path: Path
+def test_tables_and_codes_of_4_bits_give_the_executors_logits(
+    name: str,
+    table: str,
+    per_token: bool,
+    coded: tuple[str, ...],
+    head: str,
+    entries: list[EntryPoint],
+    library: str,
+    tmp_path: Path,
 ) -> None:
-    """In some linears, in the head and in the embedding, in a table of its own or in that of the head; token by token
-    and in a part."""
-    simulated = simulate(apply(captured(name)[1], "canonicalize,annotate"), knees=True, coded=coded)
+    """Codes in some linears, in the head and in the embedding, in a table of its own or in that of the head; token by
+    token and in a part."""
+    annotated = apply(captured(name)[1], "canonicalize,annotate")
+    simulated = simulate(annotated, per_token=per_token, coded=coded, **{table: True})
     program = apply(simulated, f"head{{{head},sequences=0}},merge,lower,cache,cleanup")
     needed = requirements(program)
-    assert {spec.kind for spec in needed.linears} == {"bit", "int4"}
-    assert {(spec.knees, spec.bits) for spec in needed.quantizers} == {(True, 4), (False, 8)}
+    assert {"bit", "int4"} <= {spec.kind for spec in needed.linears}
+    tables = {(spec.knees, spec.planes, spec.bits, spec.group == 0) for spec in needed.quantizers if spec.tabled}
+    assert tables == {(table == "knees", table == "planes", 4, per_token)}
     wanted, _ = executed_by(program)
     with on_standin(*launches_of(program, *entries), tmp_path, library) as made:
         found = decoded(made.sequence(CAPACITY))
@@ -368,14 +383,21 @@ def test_layers_that_are_alike_read_their_own_tensors(monkeypatch: pytest.Monkey
 
 @needs_gpp
 @pytest.mark.parametrize(
-    ("version", "overlaps"),
-    [(OVERLAP_VERSION, True), (OVERLAP_VERSION - 10, False)],
+    ("version", "arch", "wanted", "overlaps"),
+    [
+        (OVERLAP_VERSION, 90, "1", True),
+        (OVERLAP_VERSION, 121, "", True),
+        (OVERLAP_VERSION - 10, 90, "1", False),
+        (OVERLAP_VERSION, 89, "1", False),
+        (OVERLAP_VERSION, 90, "0", False),
+    ],
 )
-def test_launches_overlap_where_the_driver_captures_that(
-    version: int, overlaps: bool, library: str, cubin: bytes, monkeypatch: pytest.MonkeyPatch
+def test_launches_of_replays_overlap_where_architecture_and_driver_have_that(
+    version: int, arch: int, wanted: str, overlaps: bool, library: str, cubin: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the first one, whatever is in front of that; with the same bits."""
-    monkeypatch.setenv("LBLLM_STANDIN_VERSION", str(version))
+    """All but the first one, whatever is in front of that. Single launches never do."""
+    for name, value in (("STANDIN_VERSION", version), ("STANDIN_ARCH", arch), ("CUDA_OVERLAP", wanted)):
+        monkeypatch.setenv(f"LBLLM_{name}", str(value))
     launch_list, translated = lowered("llama")
     launched: list[bool] = []
 
@@ -386,17 +408,36 @@ def test_launches_overlap_where_the_driver_captures_that(
 
     with Noting(library=library) as driver:
         program = DeviceProgram(driver, launch_list, cubin, translated.weight_bytes())
-        found = decoded(program.sequence(CAPACITY), tokens=3)
+        session = program.sequence(CAPACITY)
         assert launched == [False, *[overlaps] * (len(launch_list.started(CAPACITY)) - 1)]
-        assert torch.equal(decoded(program.sequence(CAPACITY), replayed=False, tokens=3), found)
-        program.overlaps = False
         launched.clear()
-        assert torch.equal(decoded(program.sequence(CAPACITY), tokens=3), found) and not any(launched)
+        program.sequence(CAPACITY, overlapping=False)
+        session.step_by_launch(5)
+        assert len(launched) > 2 and not any(launched)
 
 
-def test_kernels_of_a_program_begin_behind_the_launches_in_front_of_them() -> None:
-    for kernel in lowered("llama", TOKEN, PART)[0].all_kernels():
-        assert re.match(r"[^{]*\{\s*" + re.escape(BEGIN), kernel.source), kernel.source
+@needs_gpp
+def test_launches_of_kernels_that_do_not_wait_by_themselves_never_overlap(library: str, tmp_path: Path) -> None:
+    """As of a program that was packed by an older release."""
+    launch_list, translated = lowered("llama")
+    plain = tuple(replace(kernel, source=kernel.source.replace(BEGIN, "")) for kernel in launch_list.kernels)
+    with on_standin(replace(launch_list, kernels=plain), translated, tmp_path, library) as program:
+        assert not program.overlaps
+        assert distance(decoded(program.sequence(CAPACITY), tokens=3)) < BOUND
+
+
+@needs_nvcc
+def test_nothing_is_read_before_the_launches_in_front_have_ended() -> None:
+    """Nor by loads that no wait orders, those of what is constant while a kernel is there."""
+    source = lowered("llama", TOKEN, PART)[0].source()
+    text = CudaCompiler.find().compile(source, "compute_90").cubin.decode()
+    bodies = re.split(r"(?m)^\s*\.visible \.entry ", text)[1:]
+    assert len(bodies) == len(lowered("llama", TOKEN, PART)[0].all_kernels())
+    for body in bodies:
+        # What sines and cosines look up are constants of CUDA's own.
+        constants = set(re.findall(r"mov\.u64\s+(%rd\d+), __cudart_", body))
+        assert set(re.findall(r"ld\.global\.nc\S* .*\[(%rd\d+)", body)) <= constants
+        assert -1 < body.index("griddepcontrol.wait") < body.find("ld.global") or "ld.global" not in body
 
 
 # The stand-in refuses what a driver refuses
@@ -496,6 +537,31 @@ def test_planted_faults_are_caught(
         return wrong(session(spoiled))
 
     assert fails("ascending") or fails("descending")
+
+
+# The embedding by itself
+
+
+@needs_gpp
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("columns", "group"), [(33, 32), (259, 64), (256, 256)])
+def test_rows_of_4_bit_codes_are_the_references(columns: int, group: int, tokens: int) -> None:
+    """With scales of every size and sign, an odd number of columns, and ids that are no rows."""
+    spec, generator = EmbeddingSpec(11, columns, group), torch.Generator().manual_seed(columns)
+    codes = torch.randint(0, 16, (spec.rows, columns), generator=generator, dtype=torch.uint8)
+    levels = torch.arange(-128, 128, 17, dtype=torch.int8)
+    groups = -(-columns // group)
+    scale = torch.tensor([0.0, 2**-24, -1.0, 65504.0, -(2**-15)]).half().repeat(11)[: spec.rows * groups]
+    weight = Int4Weight(pack_codes(codes), levels, scale.reshape(spec.rows, groups), columns, group)
+    ids = torch.tensor([[-5, 10, 400]])[:, -tokens:]
+    made = elementary.embedding(spec, tokens)
+    emulator = Emulator(PREAMBLE + cuda_source(made, "embedding", "sm_90"))
+    blocks = tokens * -(-columns // elementary.THREADS)
+    inputs = {"codes": weight.packed, "levels": levels, "scale": weight.scale.view(torch.int16), "ids": ids}
+    out = torch.full((1, tokens, columns), float("nan"))
+    launch = EmulatedLaunch((blocks, 1, 1), (elementary.THREADS, 1, 1), inputs, {"out": out})
+    found = emulator.run(launch)["out"]
+    assert torch.equal(found[0], weight.dequantize()[ids[0].clamp(0, spec.rows - 1)])
 
 
 # Attention by itself, where every race is seen

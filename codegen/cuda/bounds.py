@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from ..errors import KernelError
+from ..format import TABLE_LEVELS
 from ..spec import LinearSpec, QuantizeSpec
 from .compiler import Binary, CudaCompiler
 from .disassembly import MainLoop, disassemble, instructions, main_loop, nvdisasm
@@ -80,7 +81,7 @@ def bytes_moved(spec: LinearSpec | QuantizeSpec, tokens: int) -> int:
     """Bytes that a kernel reads and writes at least, each once: packed weights, values, scales, bias, output."""
     columns = pitch(spec.in_features)
     if isinstance(spec, QuantizeSpec):
-        return tokens * (4 * spec.in_features + columns + 4 * spec.scales) + 8
+        return tokens * (4 * spec.in_features + columns + 4 * spec.scales) + 4 * (2 + spec.shape_size)
     geometry = Geometry.of(spec)
     rows, inputs = geometry.row_blocks * ROWS, geometry.slices * geometry.slice
     of_row = {
@@ -90,4 +91,5 @@ def bytes_moved(spec: LinearSpec | QuantizeSpec, tokens: int) -> int:
     }
     weights = rows * of_row[spec.kind]
     bias = 4 * spec.out_features if spec.bias else 0
-    return weights + bias + tokens * (columns + 4 * spec.x_scales + 4 * spec.out_features)
+    levels = TABLE_LEVELS if spec.kind == "int4" else 0
+    return weights + levels + bias + tokens * (columns + 4 * spec.x_scales + 4 * spec.out_features)

@@ -217,7 +217,11 @@ def pack_weight(weight: Weight, group: int) -> dict[str, Tensor]:
         group: of the linear, which may be smaller than the weight's.
 
     Returns:
-        By parameter name, see the module docstring.
+        By parameter name; see the module docstring for the shapes. Bits of ``uint32`` are in int32 tensors, those of
+        ``uint16`` in int16 ones.
+
+    Raises:
+        FormatError: the weight cannot have such groups.
     """
     if isinstance(weight, QuantizedWeight):
         return pack_bit_weight(weight.refined(group))
@@ -316,15 +320,15 @@ def picked(levels, codes, upper: int):
 
 
 def places_of(word):
-    """Of the eight 4-bit codes of a word: which of eight levels each picks, and the selectors that choose between what
-    these are among the lower levels and among the upper ones."""
+    """Of the eight 4-bit codes of a ``uint32``: which of eight levels each picks, and the selectors that choose between
+    what these are among the lower levels and among the upper ones, ``uint32`` both."""
     upper = T.bitwise_and(T.shift_right(word, T.uint32(1)), T.uint32(HALVES_MASK))
     eighths = T.call_pure_extern("uint32", "ptx_and_b32", word, T.uint32(EIGHTHS_MASK))
     return T.Bind(eighths), T.Bind(T.bitwise_or(upper, T.uint32(BYTES_IN_ORDER)))
 
 
 def _in_registers(levels):
-    """The 16 levels of a matrix of 4-bit codes."""
+    """The 16 int8 levels of a matrix of 4-bit codes, ``uint32 [4]``."""
     table = T.alloc_buffer((4,), "uint32", scope="local")
     T.buffer_store(table, levels[T.ramp(0, 1, 4)], [T.ramp(0, 1, 4)])
     return table
@@ -334,7 +338,7 @@ def looked_up(table, places, upper: int):
     """The four int8 levels that 4-bit codes pick: those in the lower or the upper half of a word.
 
     Args:
-        table: the 16 levels, four words.
+        table: of :func:`_in_registers`.
         places: of :func:`places_of`.
         upper: 0 or 1.
     """
@@ -364,9 +368,9 @@ def signed_half_as_float(bits):
 def _weight_scale(bits, kind: str):
     """A stored weight scale as fp32; the fp16 of a W(1+1) group is finite and not negative, that of 4-bit codes
     finite."""
-    if kind != "int4":
-        return bits if kind == "int8" else half_as_float(bits)
-    return signed_half_as_float(bits)
+    if kind == "int8":
+        return bits
+    return half_as_float(bits) if kind == "bit" else signed_half_as_float(bits)
 
 
 def multiply(a, b):
@@ -446,12 +450,15 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                                 sums[2] = _dp4a(x[2], picked(level, high, 0), sums[2])
                                 sums[3] = _dp4a(x[3], picked(level, high, 1), sums[3])
                         elif int4:
-                            for word in T.unroll(words):
-                                first: T.let = g * slice_words + (chunk * words + word) * 2
-                                x[T.ramp(0, 1, 2)] = values[0, T.ramp(first, 1, 2)]
-                                places = T.meta_var(places_of(loaded[word]))
-                                sums[0] = _dp4a(x[0], looked_up(table, places, 0), sums[0])
-                                sums[1] = _dp4a(x[1], looked_up(table, places, 1), sums[1])
+                            for pair in T.unroll(words // 2):
+                                first: T.let = g * slice_words + (chunk * words // 2 + pair) * 4
+                                x[T.ramp(0, 1, 4)] = values[0, T.ramp(first, 1, 4)]
+                                low = T.meta_var(places_of(loaded[2 * pair]))
+                                high = T.meta_var(places_of(loaded[2 * pair + 1]))
+                                sums[0] = _dp4a(x[0], looked_up(table, low, 0), sums[0])
+                                sums[1] = _dp4a(x[1], looked_up(table, low, 1), sums[1])
+                                sums[2] = _dp4a(x[2], looked_up(table, high, 0), sums[2])
+                                sums[3] = _dp4a(x[3], looked_up(table, high, 1), sums[3])
                         else:
                             x[T.ramp(0, 1, 4)] = values[0, T.ramp(g * slice_words + chunk * 4, 1, 4)]
                             for quad in T.unroll(4):

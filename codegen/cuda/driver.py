@@ -29,7 +29,7 @@ OVERLAP_VERSION = 12030
 OVERLAP_ARCH = 90
 """The first architecture whose launches overlap."""
 
-_OVERLAPS = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class _Attribute(ctypes.Structure):
@@ -335,7 +335,7 @@ class Driver:
         if not overlapping:
             self.call("cuLaunchKernel", function, *grid, *block, 0, self.stream, slots, None)
             return
-        attribute = _Attribute(_OVERLAPS, 0, 1)
+        attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, 1)
         launch = _Launch(grid, block, 0, self.stream, ctypes.pointer(attribute), 1)
         self.call("cuLaunchKernelEx", byref(launch), function, slots, None)
 

@@ -7,13 +7,14 @@ A roofline over what is known of the kernels (:mod:`.bounds`). It assumes that
   (table "Throughput of Native Arithmetic Instructions" of the CUDA C++ Programming Guide for 32-bit integers; the dot
   product of bytes is taken to run at the rate of integer products);
 * a multiply-add of the one-token kernels takes :data:`PIPES` instructions, which was counted in their main loops;
-* every launch of the step's graph costs :data:`GAP_S` besides, and nothing overlaps it;
+* every launch of the step's graph costs :data:`GAP_S` besides, and nothing overlaps it, as it may from sm_90 on;
 * a decoder layer is :data:`LAYER_LAUNCHES` launches, as with a KV state of few slots, and a step has
   :data:`STEP_LAUNCHES` besides;
 * what is not a linear, attention over a context, norms, activation functions, hides in those gaps, and so does waiting
   for memory: every kernel keeps enough of it in flight, whatever its occupancy.
 
-So it is what a step cannot be faster than with these kernels, launched so, and it has not been held against a device.
+So it is what a step cannot be faster than with these kernels, launched one behind the end of the other, and it has not
+been held against a device.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ GAP_S = 1.3e-6
 
 PIPES = {
     "bit": {"alu": 9 / 16, "fma": 4 / 16},
-    "int4": {"alu": 11 / 8, "fma": 2 / 8},
+    "int4": {"alu": 12 / 8, "fma": 2 / 8},
     "int8": {"alu": 0.0, "fma": 4 / 16},
 }
 """Instructions a multiply-add by kind of linear and pipe: two masks, three shifts and four permutations for the codes
-of 16 weights, and four dot products; of 8 weights of 4 bits two masks, three shifts and six permutations, and two dot
+of 16 weights, and four dot products; of 8 weights of 4 bits three masks, three shifts and six permutations, and two dot
 products."""
 
 LAYER_LAUNCHES = 5

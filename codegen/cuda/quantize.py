@@ -192,8 +192,12 @@ def _codes(spec: QuantizeSpec) -> _UniformCodes | _TableCodes:
 
 
 def quantize(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
-    """The quantizer of ``spec``, per group or per token: ``(clip, scale, [shape,] values, x, tokens)``, where ``shape``
-    is what shapes a table."""
+    """The quantizer of ``spec``, per group or per token.
+
+    Returns:
+        ``(clip, scale, shape, values, x, tokens)``: fp32 ``[2]``, fp32 ``[M, G]``, fp32 with what shapes a table (not
+        read without one), int8 ``[M, pitch(K)]``, fp32 ``[M, K]``, int32.
+    """
     return _quantize_groups(spec, schedule) if spec.group else _quantize_token(spec, schedule)
 
 
@@ -206,7 +210,7 @@ def _quantize_groups(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc
     def kernel(
         clip: T.Buffer((2,), "float32"),
         scale_: T.handle,
-        shape: T.Buffer((PLANES if spec.planes else 2,), "float32"),
+        shape: T.Buffer((spec.shape_size,), "float32"),
         values_: T.handle,
         x_: T.handle,
         tokens: T.int32,
@@ -256,7 +260,7 @@ def _quantize_token(spec: QuantizeSpec, schedule: QuantizeSchedule) -> PrimFunc:
     def kernel(
         clip: T.Buffer((2,), "float32"),
         scale_: T.handle,
-        shape: T.Buffer((PLANES if spec.planes else 2,), "float32"),
+        shape: T.Buffer((spec.shape_size,), "float32"),
         values_: T.handle,
         x_: T.handle,
         tokens: T.int32,

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..errors import KernelError
 
 PREAMBLE = """\
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define __restrict__
+#endif
 #define uint unsigned int
 #define uchar unsigned char
 #define ushort unsigned short
@@ -110,7 +113,9 @@ __device__ __forceinline__ void begin_launch() {}
 """Names TVM's text takes for granted (nothing else of its preamble is needed), and single instructions of PTX, each as
 the function of its mnemonic. ``emulation.h`` has them for where no CUDA compiler reads the text. Those that sm_75 lacks
 have names without ``ptx_``, which there stand for what it has: four products of 8x8x16 are one of 16x8x32, fragment for
-fragment, and a copy is done when it is begun. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
+fragment, and a copy is done when it is begun. Where launches overlap, pointers are not ``__restrict__``: the compiler
+would take what a kernel only reads for constant while it is there, and it is there before others have written it, so
+that no wait orders such loads. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
 called, for the emulation alone."""
 
 BEGIN = "begin_launch();"
@@ -144,12 +149,31 @@ class Signature:
     parameters: tuple[Parameter, ...]
 
 
-def begun(source: str) -> str:
-    """The one kernel in ``source`` with :data:`BEGIN` in front of everything that it does."""
+def _head(source: str) -> re.Match[str]:
     head = _HEAD.search(source)
-    assert head is not None
-    opened = source.index("{", head.end()) + 1
+    if head is None:
+        raise KernelError(
+            "the generated CUDA text has no kernel with launch bounds; the installed TVM is not a tested one"
+        )
+    return head
+
+
+_BEGINS = re.compile(r"[^{]*\{\s*" + re.escape(BEGIN))
+
+
+def begun(source: str) -> str:
+    """The one kernel in ``source`` with :data:`BEGIN` in front of everything that it does.
+
+    Raises:
+        KernelError: there is no kernel.
+    """
+    opened = source.index("{", _head(source).end()) + 1
     return f"{source[:opened]}\n  {BEGIN}{source[opened:]}"
+
+
+def begins(source: str) -> bool:
+    """Whether :data:`BEGIN` is the first that the one kernel in ``source`` does."""
+    return _BEGINS.match(source, _head(source).end()) is not None
 
 
 def signature(source: str) -> Signature:
@@ -161,11 +185,7 @@ def signature(source: str) -> Signature:
     Raises:
         KernelError: there is no kernel, or its parameters are not in that order.
     """
-    head = _HEAD.search(source)
-    if head is None:
-        raise KernelError(
-            "the generated CUDA text has no kernel with launch bounds; the installed TVM is not a tested one"
-        )
+    head = _head(source)
     parameters = []
     for text in head[3].split(","):
         match = _PARAMETER.fullmatch(text.strip())

@@ -17,7 +17,6 @@ from torch import Tensor
 from ...backend import TirKernel
 from ...errors import KernelError, UntranslatableError
 from ...format import TABLE_LEVELS, Int4Weight, QuantizedWeight, Weight
-from ...reference import PLANES
 from ...sizes import group_count
 from ...spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from ...targets import Target
@@ -420,7 +419,7 @@ class ProgramQuantizer:
         parameters = {
             "x": ((rows, spec.in_features), "float32"),
             "clip": ((2,), "float32"),
-            **({"shape": ((PLANES if spec.planes else 2,), "float32")} if spec.tabled else {}),
+            **({"shape": ((spec.shape_size,), "float32")} if spec.tabled else {}),
             "values": ((rows, pitch(spec.in_features)), "int8"),
             "scale": ((rows, spec.scales), "float32"),
         }

@@ -300,8 +300,7 @@ class Prologue:
         """Computes ``(values, scale)`` of a quantizer.
 
         Args:
-            function: the quantizer's kernel, ``(clip, scale, shape, values, x, tokens)``, in as many warps as this one
-                has.
+            function: the quantizer's kernel, of :func:`..quantize.quantize`, in as many warps as this one has.
             x: what it quantizes.
             clip: its clip factors.
             shape: what shapes its table, if it has one.

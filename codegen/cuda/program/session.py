@@ -23,6 +23,7 @@ from ...errors import KernelError
 from ...sampling import Draw
 from ...sizes import CAPACITY_MULTIPLE, FIXED_STATE, PAST, STATE, WEIGHTS
 from ..driver import Driver, Number, reserved
+from ..text import begins
 from .launches import PART, Arena, Argument, LaunchList, Place, Result
 
 TOKEN, MASK, POSITION, SAMPLING, ARENA = "input_ids", "attention_mask", "position_ids", "sampling", "arena"
@@ -39,7 +40,7 @@ class DeviceProgram:
     """A launch list, its kernels and its weights in a device's memory.
 
     Attributes:
-        overlaps: launches of sequences that are made may begin before those in front of them have ended.
+        overlaps: launches of replays may begin before those in front of them have ended.
 
     Args:
         driver: the device.
@@ -62,7 +63,7 @@ class DeviceProgram:
         state: Sequence[StateTensor] = (),
     ):
         self.driver, self.launches, self.state = driver, launches, state
-        self.overlaps = driver.overlaps
+        self.overlaps = driver.overlaps and all(begins(kernel.source) for kernel in launches.all_kernels())
         module = driver.module(cubin)
         self.functions = {k.symbol: (driver.function(module, k.symbol), k.block) for k in launches.all_kernels()}
         with reserved(driver, {WEIGHTS: launches.weights}, "the model's weights take") as (blocks, _):
@@ -71,13 +72,17 @@ class DeviceProgram:
         # They are copied on a stream that those of sequences do not wait for.
         driver.synchronize()
 
-    def sequence(self, capacity: int) -> DecodeSession:
+    def sequence(self, capacity: int, overlapping: bool = True) -> DecodeSession:
         """An empty sequence with room for so many tokens at least.
+
+        Args:
+            capacity: how many.
+            overlapping: let the launches of its replays overlap, where they can.
 
         Raises:
             OutOfMemoryError: the device has no room for its state.
         """
-        return DecodeSession(self, capacity)
+        return DecodeSession(self, capacity, overlapping)
 
     def _fill(self, pieces: Iterable[memoryview]) -> None:
         """Copies the weights."""
@@ -122,14 +127,16 @@ class DecodeSession:
     Args:
         program: what decodes it.
         capacity: tokens that there is room for at least.
+        overlapping: let the launches of replays overlap, where they can.
 
     Raises:
         OutOfMemoryError: the device has no room for it.
         KernelError: the driver reports another error.
     """
 
-    def __init__(self, program: DeviceProgram, capacity: int):
+    def __init__(self, program: DeviceProgram, capacity: int, overlapping: bool = True):
         self.program, self.driver, self.launches = program, program.driver, program.launches
+        self._overlapping = overlapping and program.overlaps
         self.past = 0
         self._draw: Draw | None = None
         self._stream = self.driver.new_stream()
@@ -171,7 +178,9 @@ class DecodeSession:
                 for found, arena in zip(launches.lists, arenas, strict=True)
             ]
             for launched in work:
-                graphs.append(self.driver.captured(self._stream, partial(self._launch_all, launched)))
+                graphs.append(
+                    self.driver.captured(self._stream, partial(self._launch_all, launched, self._overlapping))
+                )
         return _Room(capacity, sizes, own, work, graphs)
 
     def _take(self, room: _Room) -> None:
@@ -224,7 +233,7 @@ class DecodeSession:
         self.past += 1
 
     def step_by_launch(self, token: int | None = None, draw: Draw | None = None) -> None:
-        """As :meth:`step`, with the same launches one by one."""
+        """As :meth:`step`, with the same launches, one behind the end of the other."""
         self._begin(token, draw)
         self._launch_on_stream(self._work[0])
         self.past += 1
@@ -242,7 +251,7 @@ class DecodeSession:
         self._feed(tokens, draw, self.step, lambda: self.driver.replay(self._graphs[1], self._stream))
 
     def feed_by_launch(self, tokens: Sequence[int], draw: Draw | None = None) -> None:
-        """As :meth:`feed`, with the same launches one by one."""
+        """As :meth:`feed`, with the same launches, one behind the end of the other."""
         self._feed(tokens, draw, self.step_by_launch, lambda: self._launch_on_stream(self._work[1]))
 
     def _feed(
@@ -280,7 +289,7 @@ class DecodeSession:
     def _launch_on_stream(self, work: list[Launched]) -> None:
         self.driver.stream = self._stream
         try:
-            self._launch_all(work)
+            self._launch_all(work, overlapping=False)
         finally:
             self.driver.stream = None
 
@@ -335,11 +344,10 @@ class DecodeSession:
         if self.past + tokens > self.capacity:
             raise KernelError(f"the KV state has room for {self.capacity} tokens, and no more can be decoded")
 
-    def _launch_all(self, work: list[Launched]) -> None:
+    def _launch_all(self, work: list[Launched], overlapping: bool) -> None:
         for number, (function, block, grid, arguments) in enumerate(work):
             # What is in front of the first one may be no launch.
-            overlapping = self.program.overlaps and number > 0
-            self.driver.launch(function, grid, block, arguments, overlapping)
+            self.driver.launch(function, grid, block, arguments, overlapping and number > 0)
 
     def _write(self, block: str, values: np.ndarray) -> None:
         self._copy(self._blocks[block], values)

@@ -362,6 +362,8 @@ Written by `python -m benchmarks.cuda_bounds`; nothing here was measured on a GP
 {opening}
 
 Attention, embedding, and the loops that a program's kernels take along are not among them.
+Activations are those of clipped ranges, of 4 bits but for the head. Behind knees, as the recipe `lbllm` has them, the
+same instructions multiply 8-bit values; their quantizers, and linears of 4-bit codes, are not in the tables.
 
 A cell has the registers of a thread, the occupancy (the share of the warps that a multiprocessor can hold which it
 holds of this kernel, from registers, shared memory and the limits in `codegen/cuda/limits.py`) and, for linears, the

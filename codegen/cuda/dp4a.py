@@ -35,6 +35,7 @@ from ..errors import KernelError
 from ..format import Int4Weight, QuantizedWeight, Weight
 from ..spec import LinearSpec
 from ..tvm_api import PrimFunc, T
+from .floats import half_as_float, multiply, signed_half_as_float
 from .limits import BLOCK_SHARED_BYTES
 
 ROWS = 32
@@ -63,8 +64,6 @@ picks every byte from the lower ones."""
 
 CODES_OF_WORD = {"bit": 16, "int4": 8, "int8": 4}
 """Weights of a 32-bit word by kind of linear."""
-
-HALF_TO_FLOAT = 2.0**112
 
 
 def pitch(in_features: int) -> int:
@@ -348,34 +347,12 @@ def looked_up(table, places, upper: int):
     return T.cast(T.call_pure_extern("uint32", "ptx_prmt_b32", low, high, halves), "int32")
 
 
-def half_as_float(bits):
-    """The fp32 number of the bits of a half that is finite and not negative.
-
-    Shifting them into place and multiplying by 2^112 is exact, subnormals included, and spares the kernels
-    cuda_fp16.h.
-    """
-    shifted = T.shift_left(T.cast(bits, "uint32"), T.uint32(13))
-    return multiply(T.call_pure_extern("float32", "__uint_as_float", shifted), T.float32(HALF_TO_FLOAT))
-
-
-def signed_half_as_float(bits):
-    """The same of a half of either sign."""
-    wide = T.cast(bits, "uint32")
-    size = half_as_float(T.bitwise_and(wide, T.uint32(0x7FFF)))
-    return T.Select(T.bitwise_and(wide, T.uint32(0x8000)) == T.uint32(0), size, -size)
-
-
 def _weight_scale(bits, kind: str):
     """A stored weight scale as fp32; the fp16 of a W(1+1) group is finite and not negative, that of 4-bit codes
     finite."""
     if kind == "int8":
         return bits
     return half_as_float(bits) if kind == "bit" else signed_half_as_float(bits)
-
-
-def multiply(a, b):
-    """fp32 product that no compiler contracts into an fma."""
-    return T.call_pure_extern("float32", "__fmul_rn", a, b)
 
 
 def _scaled_add(accumulator, factor, y):

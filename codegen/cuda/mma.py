@@ -27,11 +27,10 @@ from .dp4a import (
     ROWS,
     Geometry,
     codes_of,
-    half_as_float,
-    multiply,
     picked,
     tile_distance,
 )
+from .floats import half_as_float, multiply
 from .limits import BLOCK_SHARED_BYTES, WARP
 
 MATRIX_ROWS, MATRIX_TOKENS, MATRIX_INPUTS = 16, 8, 32

@@ -6,7 +6,7 @@ from ...format import TABLE_LEVELS
 from ...sizes import group_count
 from ...spec import EmbeddingSpec
 from ...tvm_api import PrimFunc, T
-from ..dp4a import multiply, signed_half_as_float
+from ..floats import multiply, signed_half_as_float
 
 THREADS = 256
 

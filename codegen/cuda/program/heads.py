@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import UntranslatableError
 from ...spec import AttentionSpec
 from ...tvm_api import T
-from ..dp4a import half_as_float, signed_half_as_float
+from ..floats import half_as_float, signed_half_as_float
 from ..limits import MULTIPROCESSORS, WARP
 from .prologue import MOST_BLOCKS
 

@@ -363,7 +363,9 @@ Written by `python -m benchmarks.cuda_bounds`; nothing here was measured on a GP
 
 Attention, embedding, and the loops that a program's kernels take along are not among them.
 Activations are those of clipped ranges, of 4 bits but for the head. Behind knees, as the recipe `lbllm` has them, the
-same instructions multiply 8-bit values; their quantizers, and linears of 4-bit codes, are not in the tables.
+same instructions multiply 8-bit values; their quantizers, and linears of 4-bit codes, are not in the tables. From sm_90
+on a program's kernels may take other registers than here, because their pointers are not `__restrict__` (`OVERLAPPING`
+in `codegen/cuda/text.py`).
 
 A cell has the registers of a thread, the occupancy (the share of the warps that a multiprocessor can hold which it
 holds of this kernel, from registers, shared memory and the limits in `codegen/cuda/limits.py`) and, for linears, the

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from ..errors import KernelError
 
 PREAMBLE = """\
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define __restrict__
-#endif
 #define uint unsigned int
 #define uchar unsigned char
 #define ushort unsigned short
@@ -113,10 +110,17 @@ __device__ __forceinline__ void begin_launch() {}
 """Names TVM's text takes for granted (nothing else of its preamble is needed), and single instructions of PTX, each as
 the function of its mnemonic. ``emulation.h`` has them for where no CUDA compiler reads the text. Those that sm_75 lacks
 have names without ``ptx_``, which there stand for what it has: four products of 8x8x16 are one of 16x8x32, fragment for
-fragment, and a copy is done when it is begun. Where launches overlap, pointers are not ``__restrict__``: the compiler
-would take what a kernel only reads for constant while it is there, and it is there before others have written it, so
-that no wait orders such loads. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
+fragment, and a copy is done when it is begun. ``SITE`` and ``OF_SITE`` hand on from which line of the kernel they were
 called, for the emulation alone."""
+
+OVERLAPPING = """\
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define __restrict__
+#endif
+"""
+"""Stands in front of kernels whose launches overlap. Of a pointer that is ``__restrict__`` the compiler takes what a
+kernel only reads for constant while the kernel is there, and it is there before others have written that, so that no
+wait orders such loads."""
 
 BEGIN = "begin_launch();"
 """The first statement of every kernel of a program. From sm_90 on the launch behind it may begin now, as far as this

@@ -19,7 +19,7 @@ from typing import Any
 from ...backend import EntryPoint
 from ...errors import KernelError
 from ...sizes import ALIGNMENT
-from ..text import PREAMBLE
+from ..text import OVERLAPPING, PREAMBLE
 
 TOKEN = EntryPoint("token", 1, 1, True, "1", blocks=True, joined=False, static=True)
 """The function of a program that decodes one token."""
@@ -150,7 +150,7 @@ class LaunchList:
 
     def source(self) -> str:
         """The text of all kernels, one compilation unit."""
-        return "\n".join([PREAMBLE, *(kernel.source for kernel in self.all_kernels())])
+        return "\n".join([PREAMBLE, OVERLAPPING, *(kernel.source for kernel in self.all_kernels())])
 
     def started(self, capacity: int) -> list[Launch]:
         """The launches where the KV state has so many slots, in order."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lbllm_compile.codegen.cuda.program.session import DecodeSession, DeviceProgram
+from lbllm_compile.codegen.cuda.program.session import DecodeSession
 from lbllm_compile.codegen.errors import KernelError, LbllmError
 from lbllm_compile.codegen.sampling import Draw, drawn
 
@@ -117,9 +117,10 @@ def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(centered))
 
 
-def _own(bench: Bench, program: DeviceProgram, session: DecodeSession, model: PackedModel, settings: Settings) -> Turn:
+def _own(bench: Bench, session: DecodeSession, model: PackedModel, settings: Settings) -> Turn:
     """A program's turn, in a session, and in one whose launches do not overlap."""
     ids = np.random.default_rng(0).integers(0, model.vocabulary, settings.prefill).tolist()
+    program = session.program
     serial = program.sequence(session.capacity, overlapping=False) if program.overlaps else None
 
     def fed(count: int, session: DecodeSession = session) -> None:
@@ -200,7 +201,7 @@ def measured(bench: Bench, packed: Path, name: str, settings: Settings) -> dict[
     driver.synchronize()
     loading, taken = time.perf_counter() - start, free - driver.memory()[0]
     proof = agreeing(model, folder, session, program.sequence(capacity))
-    turns: dict[str, Turn] = {"lbllm": _own(bench, program, session, model, settings)}
+    turns: dict[str, Turn] = {"lbllm": _own(bench, session, model, settings)}
     moved, copy, buffers = bench.copying()
     turns[COPY] = lambda: {COPY: min(copy(2))}
     turns |= _peers(packed, model, settings, absent)

@@ -167,11 +167,12 @@ SPEC = LinearSpec("bit", 960, 576, 64)
 @needs_nvdisasm
 def test_a_weight_takes_thirteen_sixteenths() -> None:
     """What the prediction takes for one token, by pipe, is what an unrolled main loop does, addresses aside."""
-    kernels = cuda_bounds.kernels_of([LinearSpec(kind, 4096, 4096, 128, 8) for kind in predict.PIPES])
+    specs = [LinearSpec("bit", 4096, 4096, 128), LinearSpec("int8", 4096, 4096, 128, 8)]
+    kernels = cuda_bounds.kernels_of([*specs, LinearSpec("int4", 4096, 4096, 256, 8)])
     for bound in cuda_bounds.measured([k for k in kernels if k.form == "gemv"], ["sm_90"]):
         kind, main = bound.kernel.spec.kind, bound.main
         for pipe, count in predict.PIPES[kind].items():
-            assert count <= main.pipes.get(pipe, 0) / main.products <= count + 0.15, (kind, pipe, main)
+            assert count <= main.pipes.get(pipe, 0) / main.products <= count + 0.1, (kind, pipe, main)
         if kind == "bit":
             assert 13 / 16 <= (main.integers_per_product or 0) <= 0.92
 

@@ -21,7 +21,7 @@ from ..cache import cache_directory
 from ..errors import KernelError
 from ..format import QuantizedWeight, Weight
 from ..progress import NoProgress, Progress
-from ..reference import PLANES, value_dtype
+from ..reference import value_dtype
 from ..sizes import ALIGNMENT, MOST_ELEMENTS
 from ..spec import AttentionSpec, ConvolutionSpec, EmbeddingSpec, LinearSpec, QuantizeSpec
 from ..targets import Target
@@ -202,13 +202,13 @@ class QuantizeKernel:
 
     def _explain(self, x: Tensor, clip: Tensor, shape: tuple[Tensor, ...], error: Exception) -> KernelError:
         spec = self.spec
-        name, count = ("plane_scales", PLANES) if spec.planes else ("knees", 2)
+        name = "plane_scales" if spec.planes else "knees"
         if len(shape) != spec.tabled:
             return KernelError(f"the kernel of {spec} takes {'one tensor of' if spec.tabled else 'no'} {name}")
         expected = [
             ("x", x, (x.shape[0], spec.in_features)),
             ("clip", clip, (2,)),
-            *((name, tensor, (count,)) for tensor in shape),
+            *((name, tensor, (spec.shape_size,)) for tensor in shape),
         ]
         for name, tensor, shape in expected:
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:

@@ -444,7 +444,7 @@ def gemv(spec: LinearSpec, schedule: GemvSchedule) -> PrimFunc:
                     if grouped:
                         factor[slot, warp % row_warps, lane] = multiply(
                             x_scale[0, 0 if spec.x_scales == 1 else g],
-                            _weight_scale(w_scale[row_block, g if bit or int4 else 0, lane], spec.kind),
+                            _weight_scale(w_scale[row_block, 0 if spec.kind == "int8" else g, lane], spec.kind),
                         )
             T.tvm_storage_sync("shared")
             if warp < row_warps and row_block < blocks:
@@ -589,7 +589,7 @@ def gemm(spec: LinearSpec, schedule: GemmSchedule) -> PrimFunc:
                     w_factor[j] = T.float32(0)
                     if first_row + j < blocks * ROWS:
                         w_factor[j] = _weight_scale(
-                            w_scale[(first_row + j) // ROWS, g if bit or int4 else 0, (first_row + j) % ROWS],
+                            w_scale[(first_row + j) // ROWS, 0 if spec.kind == "int8" else g, (first_row + j) % ROWS],
                             spec.kind,
                         )
                 for i in T.unroll(thread_tokens):

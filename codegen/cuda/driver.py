@@ -307,12 +307,10 @@ class Driver:
     def overlaps(self) -> bool:
         """Whether a launch may begin before the one in front of it has ended (programmatic dependent launch): where the
         architecture has that, the driver captures it, and ``LBLLM_CUDA_OVERLAP`` is not 0."""
-        version, major, minor = c_int(), c_int(), c_int()
+        version = c_int()
         self.call("cuDriverGetVersion", byref(version))
-        self.call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, self._ordinal)
-        self.call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, self._ordinal)
         wanted = os.environ.get("LBLLM_CUDA_OVERLAP") != "0"
-        return wanted and version.value >= OVERLAP_VERSION and 10 * major.value + minor.value >= OVERLAP_ARCH
+        return wanted and version.value >= OVERLAP_VERSION and int(self.arch.removeprefix("sm_")) >= OVERLAP_ARCH
 
     def launch(
         self,

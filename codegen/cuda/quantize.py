@@ -91,6 +91,12 @@ def _integer(value: Any, dtype: str = "int32") -> Any:
     return T.cast(T.call_pure_extern("int32", "__float2int_rn", value), dtype)
 
 
+def _scale_of_8_bits(high: Any, low: Any) -> Any:
+    """The scale of which the larger end of a range is the greatest int8 multiple."""
+    peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
+    return _call("__fdiv_rn", peak, T.float32(INT8_MAX))
+
+
 class _UniformCodes:
     """Values that are evenly spaced over a range, inside a kernel.
 
@@ -105,8 +111,7 @@ class _UniformCodes:
     def make(self, high: Any, low: Any, lane: Any, shape: Any) -> None:
         """Sets ``scale`` for a range; ``lane`` and ``shape`` do not matter."""
         if self._bits == 8:
-            peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
-            _set(self.scale, _call("__fdiv_rn", peak, T.float32(INT8_MAX)))
+            _set(self.scale, _scale_of_8_bits(high, low))
             return
         span = _call("fmaxf", _call("__fsub_rn", high, low), T.float32(RANGE_MIN))
         _set(self.scale, _call("__fdiv_rn", span, T.float32(INT4_MAX)))
@@ -134,8 +139,7 @@ class _TableCodes:
 
     def make(self, high: Any, low: Any, lane: Any, shape: Any) -> None:
         """Makes the table of a range, and sets its ``scale``; ``shape`` is what shapes it."""
-        peak = _call("fmaxf", _call("fmaxf", high, -low), T.float32(RANGE_MIN))
-        _set(self.scale, _call("__fdiv_rn", peak, T.float32(INT8_MAX)))
+        _set(self.scale, _scale_of_8_bits(high, low))
         top, bottom = (T.Bind(_call("__fdiv_rn", end, self.scale[0])) for end in (high, low))
         _set(self._entry, self._entry_of(top, bottom, lane % CODES, shape))
         both = _call("__fadd_rn", _of_lane(self._entry, (lane + 1) % WARP), self._entry[0])
